@@ -1,0 +1,55 @@
+# Two commands for a fresh machine that has Python 3.11 or newer and make:
+#   make demo   sets up .venv and shows what the library is good for
+#   make test   sets up .venv and runs the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+
+# two cores are not oversubscribed by the thread pools of torch and BLAS
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu check format docs wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv and install clkit with everything it is developed with
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> setting up $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: setup ## three small runs on handwritten digits, in one table
+	$(BIN)/clkit demo
+
+test: setup ## the whole test suite, doctests included
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: setup ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## rewrite files in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: setup ## build the documentation; runs the tutorials, warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo "==> docs/_build/html/index.html"
+
+wheel: setup ## build the wheel into dist/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove what was built, and .venv
+	rm -rf $(VENV) dist docs/_build docs/tutorials docs/api/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,44 @@
+"""clkit: continual learning and uncertainty as plug-ins for PyTorch Lightning.
+
+Names are imported when they are first used, so that ``import clkit`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clkit.checkpoints import load_head as load_head
+    from clkit.experience import Experience as Experience
+    from clkit.tap import FeatureTap as FeatureTap
+
+__version__ = "0.1.0.dev0"
+
+_PLACES = {
+    "Experience": "clkit.experience",
+    "FeatureTap": "clkit.tap",
+    "load_head": "clkit.checkpoints",
+}
+_SUBPACKAGES = ("callbacks", "data", "methods", "metrics", "models", "report", "strategies")
+
+__all__ = ["Experience", "FeatureTap", "__version__", "load_head"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"clkit.{name}")
+    raise AttributeError(f"module 'clkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBPACKAGES])
+
+
+if "lightning.pytorch" in sys.modules:  # then Trainer(strategy="gradient_free") shall work after `import clkit`
+    from clkit.strategies.registry import register_strategies
+
+    register_strategies()

@@ -1,0 +1,147 @@
+"""The few places where clkit touches what Lightning does not promise to keep.
+
+Everything here reads or sets an attribute that is not documented. Each function first checks that the attribute has
+the form that was seen in Lightning 2.6 and raises a :class:`~clkit.errors.ConfigurationError` that names it otherwise,
+so a future release that changes it fails loudly and in one file.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import lightning.pytorch as pl
+
+from clkit.errors import ConfigurationError, StateError
+
+__all__ = [
+    "callbacks_of",
+    "cap_max_epochs",
+    "datamodule_of",
+    "is_fast_dev_run",
+    "is_last_batch",
+    "make_loops_whole",
+    "processed_batches",
+    "reload_loaders_every_epoch",
+    "trained_batches",
+]
+
+
+def _seen(owner: object, path: str) -> Any:
+    """Follows a dotted path of attributes, with an error that names the missing one."""
+    value: Any = owner
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise ConfigurationError(
+                f"this Lightning ({version('lightning')}) has no `{type(owner).__name__}.{path}` (missing: `{part}`), "
+                "which clkit relies on; install a Lightning release from the tested range, see pyproject.toml"
+            )
+        value = getattr(value, part)
+    return value
+
+
+# Public attributes of a trainer that Lightning sets where type checkers do not see them.
+
+
+def datamodule_of(trainer: pl.Trainer) -> Any:
+    """The trainer's data module, or ``None``."""
+    return getattr(trainer, "datamodule", None)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The trainer's callbacks, in Lightning's order."""
+    return list(_seen(trainer, "callbacks"))
+
+
+def is_fast_dev_run(trainer: pl.Trainer) -> bool:
+    """Whether the trainer only tries whether the code runs."""
+    return bool(_seen(trainer, "fast_dev_run"))
+
+
+# What Lightning does not promise to keep.
+
+
+def is_last_batch(trainer: pl.Trainer) -> bool:
+    """Whether the batch in work, or the one just done, is the last of its training epoch."""
+    return bool(_seen(trainer, "fit_loop.epoch_loop.batch_progress.is_last_batch"))
+
+
+def processed_batches(trainer: pl.Trainer) -> int:
+    """How many batches of the current training epoch are done.
+
+    Batches *handed out* are not the same: an exception inside a step would lose one.
+    """
+    return int(_seen(trainer, "fit_loop.epoch_loop.batch_progress.current.processed"))
+
+
+def trained_batches(trainer: pl.Trainer) -> int:
+    """How many training batches are done in all, over all epochs of the trainer."""
+    return int(_seen(trainer, "fit_loop.epoch_loop.batch_progress.total.processed"))
+
+
+def reload_loaders_every_epoch(trainer: pl.Trainer) -> None:
+    """Has Lightning ask for new loaders in every epoch, so that the experience can follow the epoch."""
+    _seen(trainer, "reload_dataloaders_every_n_epochs")
+    setattr(trainer, "reload_dataloaders_every_n_epochs", 1)  # noqa: B010  the attribute is not declared
+
+
+def cap_max_epochs(trainer: pl.Trainer, epochs: int) -> None:
+    """Ends the fit after ``epochs`` epochs."""
+    _seen(trainer, "fit_loop.max_epochs")
+    trainer.fit_loop.max_epochs = epochs
+
+
+def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Rewrites the saved progress of the fit loop so that a resume loses and repeats nothing.
+
+    Lightning saves a checkpoint while an epoch is neither running nor over: on its last batch, inside the validation
+    after it, or where ``max_steps`` cut it. Resumed as it stands, such a checkpoint skips batches of the next epoch
+    when that is longer, or counts a cut epoch as done. Here the progress is brought to the nearest state that Lightning
+    resumes exactly: "the epoch is over" or "in the middle of the epoch". Applying it twice changes nothing.
+
+    Args:
+        trainer: The trainer that loads the checkpoint.
+        checkpoint: The checkpoint's dictionary; ``checkpoint["loops"]`` is changed in place.
+
+    Raises:
+        StateError: If the saved loops do not have the form that Lightning 2.6 writes.
+    """
+    loops = checkpoint.get("loops")
+    if not loops:  # a weights-only file has no loops
+        return
+    try:
+        fit = loops["fit_loop"]
+        batch = fit["epoch_loop.batch_progress"]
+        validation = fit["epoch_loop.val_loop.batch_progress"]["current"]
+        epochs = [fit["epoch_progress"]["current"], fit["epoch_progress"]["total"]]
+        inner = fit["epoch_loop.state_dict"]
+        current, total = batch["current"], batch["total"]
+        loader_states = fit["state_dict"]
+    except (KeyError, TypeError) as error:
+        raise StateError(
+            f"the checkpoint's loop state has no {error}; it was not written by a Lightning release that clkit knows"
+        ) from error
+    epoch = epochs[0]
+    if validation["processed"] < validation["ready"]:  # saved inside a validation: run the whole validation again
+        validation["completed"] = validation["processed"] = 0
+    if current["ready"] == 0:  # between two epochs: already whole
+        return
+    if epoch["processed"] == epoch["ready"] and not batch["is_last_batch"]:
+        # `max_steps` cut the epoch, and Lightning counted it as done: it still runs
+        for progress in epochs:
+            progress["processed"] = progress["completed"] = progress["ready"] - 1
+        return
+    on_last_batch = (
+        batch["is_last_batch"] and epoch["processed"] < epoch["ready"] and current["completed"] < current["processed"]
+    )
+    if on_last_batch and epoch["ready"] == trainer.max_epochs:  # nothing comes after: Lightning's own path is right
+        return
+    if on_last_batch:
+        inner["_batches_that_stepped"] += 1
+        total["completed"] = total["processed"]
+    if on_last_batch or epoch["processed"] == epoch["ready"]:  # the epoch is over: say so
+        for progress in epochs:
+            progress["started"] = progress["processed"] = progress["completed"] = progress["ready"]
+        batch["is_last_batch"] = False
+        current.update(dict.fromkeys(current, 0))
+        loader_states.pop("combined_loader", None)

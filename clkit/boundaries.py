@@ -1,0 +1,171 @@
+"""Experience boundaries: noticed by whichever part sees one first, announced once to every part of the trainer.
+
+Lightning knows epochs, not experiences. Each clkit callback and strategy passes the hooks it gets to the trainer's one
+:class:`Boundaries`, which compares them with the stream's schedule and, at a boundary, calls
+``on_experience_start``, ``on_experience_phase`` and ``on_experience_end`` of the strategy and of every callback that
+has them, in the fixed order of :class:`BoundaryPhase`. So the order of the callbacks in the list never matters, and a
+callback of the user's hears of boundaries by merely having a method of that name.
+
+Where no data module gives a schedule (plain loaders), one ``fit`` is one experience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import IntEnum
+from typing import Any, ClassVar, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+
+from clkit._lightning import callbacks_of, datamodule_of, is_last_batch
+from clkit.experience import Experience
+
+__all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule"]
+
+
+class BoundaryPhase(IntEnum):
+    """When a part hears of a boundary, relative to the others: small numbers first.
+
+    A part says so by an attribute ``boundary_phase``; without it, it hears in ``LEARN``.
+    """
+
+    LEARN = 10  # sum over ranks, solve
+    ERROR = 20  # error predictors read solved heads
+    MASK = 30  # masks and other changes of the network's weights
+    EDIT = 40  # grafts and edits come on top of these
+    EVALUATE = 50  # sees the result of all of them; checkpoints are written by Lightning afterwards
+
+
+@runtime_checkable
+class StreamSchedule(Protocol):
+    """What a data module offers so that boundaries follow its stream: two questions about an epoch."""
+
+    def experience_at(self, epoch: int) -> Experience | None:
+        """The experience trained in an epoch (counted from 0), ``None`` after the stream's end."""
+
+    def is_last_epoch(self, epoch: int) -> bool:
+        """Whether an epoch is the last of its experience."""
+
+
+class Boundaries:
+    """Where a trainer stands in its stream.
+
+    Attributes:
+        current: The experience that runs, or that ran last; ``None`` before the first batch.
+        running: Whether ``current`` has started and not ended.
+    """
+
+    _of_trainer: ClassVar[WeakKeyDictionary[pl.Trainer, Boundaries]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.current: Experience | None = None
+        self.running = False
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> Boundaries:
+        """The one object of a trainer, made when first asked for."""
+        found = cls._of_trainer.get(trainer)
+        if found is None:
+            found = cls._of_trainer[trainer] = cls()
+        return found
+
+    def upcoming(self, trainer: pl.Trainer) -> Experience:
+        """The experience, with its phase, to which the next training batch belongs."""
+        schedule = _schedule(trainer)
+        scheduled = None if schedule is None else schedule.experience_at(trainer.current_epoch)
+        if scheduled is not None:
+            return scheduled
+        if self.running and self.current is not None:
+            index = self.current.index
+        else:
+            index = 0 if self.current is None else self.current.index + 1
+        warm = index == 0 and trainer.current_epoch < getattr(trainer.strategy, "warmup_epochs", 0)
+        return Experience(index=index, name=f"fit {index + 1}", phase="warmup" if warm else "learn")
+
+    # ---- the moments, in the order in which Lightning has them
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """A resumed run may have lost the hooks of a boundary: its end is made up for here."""
+        schedule = _schedule(trainer)
+        if not self.running or schedule is None or self.current is None:
+            return
+        now = schedule.experience_at(trainer.current_epoch)
+        if now is None or now.index > self.current.index:
+            self._end(trainer, module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The start is announced here, since a resume may skip ``on_train_epoch_start``."""
+        now = self.upcoming(trainer)
+        if self.running and self.current is not None:
+            if now.index == self.current.index:
+                if now.phase != self.current.phase:
+                    self.current = now
+                    _announce(trainer, module, "on_experience_phase", now)
+                return
+            if now.index > self.current.index:
+                self._end(trainer, module)
+        self.current, self.running = now, True
+        _announce(trainer, module, "on_experience_start", now)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The validation that measures a finished experience comes before ``on_train_epoch_end``."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_over(trainer):
+            self._end(trainer, module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The end where no validation ran."""
+        if self._is_over(trainer):
+            self._end(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """With plain loaders a fit that stopped at an epoch's end (early stopping, say) was one experience."""
+        if self.running and _schedule(trainer) is None and is_last_batch(trainer):
+            self._end(trainer, module)
+
+    # ---- state: plain types, kept by every follower
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types: the experience's fields and whether it runs."""
+        current = None if self.current is None else {**asdict(self.current), "classes": list(self.current.classes)}
+        return {"experience": current, "running": self.running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where :meth:`state_dict` left off; every follower of a trainer holds the same."""
+        saved = state["experience"]
+        self.current = None if saved is None else Experience(**{**saved, "classes": tuple(saved["classes"])})
+        self.running = bool(state["running"])
+
+    # ----
+
+    def _is_over(self, trainer: pl.Trainer) -> bool:
+        if not self.running or not is_last_batch(trainer):
+            return False
+        schedule = _schedule(trainer)
+        if schedule is not None:
+            return schedule.is_last_epoch(trainer.current_epoch)
+        return trainer.max_epochs is not None and trainer.max_epochs == trainer.current_epoch + 1
+
+    def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert self.current is not None
+        self.running = False
+        _announce(trainer, module, "on_experience_end", self.current)
+
+
+def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:
+    # `datamodule_of(trainer)` exists only once something was attached
+    datamodule = datamodule_of(trainer)
+    return datamodule if isinstance(datamodule, StreamSchedule) else None
+
+
+def _announce(trainer: pl.Trainer, module: pl.LightningModule, what: str, experience: Experience) -> None:
+    for part in _parts(trainer):
+        hear = getattr(part, what, None)
+        if hear is not None:
+            hear(trainer, module, experience)
+
+
+def _parts(trainer: pl.Trainer) -> Iterator[Any]:
+    parts: list[Any] = [trainer.strategy, *callbacks_of(trainer)]
+    return iter(sorted(parts, key=lambda part: int(getattr(part, "boundary_phase", BoundaryPhase.LEARN))))

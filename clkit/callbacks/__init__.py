@@ -1,0 +1,25 @@
+"""Callbacks: what is learned and watched beside the training. Any number run together, in any order."""
+
+from clkit.callbacks.aef_ocl import AEFOCL
+from clkit.callbacks.base import Predictor, StreamCallback
+from clkit.callbacks.evaluation import StreamEvaluation
+from clkit.callbacks.head import HeadCallback
+from clkit.callbacks.lda import LDA
+from clkit.callbacks.nmc import NMC
+from clkit.callbacks.progress import StreamProgressBar
+
+# whoever has a callback may also write Trainer(strategy="gradient_free")
+from clkit.strategies.registry import register_strategies
+
+__all__ = [
+    "AEFOCL",
+    "LDA",
+    "NMC",
+    "HeadCallback",
+    "Predictor",
+    "StreamCallback",
+    "StreamEvaluation",
+    "StreamProgressBar",
+]
+
+register_strategies()

@@ -1,0 +1,182 @@
+"""What all callbacks share: following a stream, and a state that survives a resume at any batch."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from clkit._lightning import make_loops_whole, trained_batches
+from clkit.boundaries import Boundaries, BoundaryPhase
+from clkit.errors import StateError
+from clkit.observer import BatchObserver
+
+__all__ = ["Predictor", "StreamCallback", "evaluation_key", "reduction_device", "scores_of"]
+
+FORMAT = 1
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What other callbacks may ask of one that has learned to predict; found by this form, never by type."""
+
+    name: str
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores (B, C), column = class id, ``-inf`` for classes never seen, for features (B, D)."""
+
+
+class StreamCallback(pl.Callback):
+    """A callback that follows a stream: hears of experiences, and survives a resume at any batch.
+
+    A subclass may have ``on_experience_start``, ``on_experience_phase`` and ``on_experience_end``, each called with
+    ``(trainer, pl_module, experience)``, and says by ``boundary_phase`` when among the others. It adds its own state in
+    :meth:`stream_state` and takes it back in :meth:`load_stream_state`. When it overrides one of Lightning's hooks that
+    are defined here it calls ``super()`` first.
+    """
+
+    boundary_phase: BoundaryPhase = BoundaryPhase.LEARN
+    name: str = ""
+
+    def __init__(self) -> None:
+        self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
+        self._observed = 0  # training batches that passed `on_train_batch_end`, as the trainer counts them
+
+    @property
+    def state_key(self) -> str:
+        """Class and name: what tells two callbacks of one class apart in a checkpoint."""
+        return f"{type(self).__qualname__}({self.name})" if self.name else type(self).__qualname__
+
+    # ---- following
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Brings the position that an earlier fit left, where each experience is a fit of its own."""
+        boundaries = Boundaries.of(trainer)
+        if boundaries.current is None:
+            boundaries.load_state_dict(self._boundaries.state_dict())
+        self._boundaries = boundaries
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Passes the moment on."""
+        self._observed = trained_batches(trainer)
+        Boundaries.of(trainer).on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Passes the moment on."""
+        Boundaries.of(trainer).on_train_batch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the batch, so that a checkpoint can be checked for a lost one."""
+        self._observed += 1
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Passes the moment on."""
+        Boundaries.of(trainer).on_validation_start(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Passes the moment on."""
+        Boundaries.of(trainer).on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Passes the moment on."""
+        Boundaries.of(trainer).on_train_end(trainer, pl_module)
+
+    # ---- state
+
+    def stream_state(self) -> dict[str, Any]:
+        """What the subclass has learned: tensors and plain types only."""
+        return {}
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`stream_state` gave."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The callback's whole state, loadable with ``weights_only=True``."""
+        return {
+            "format": FORMAT,
+            "position": self._boundaries.state_dict(),
+            "observed": self._observed,
+            **self.stream_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a saved state.
+
+        Raises:
+            StateError: If it was written by a newer format, or does not fit this callback.
+        """
+        found = state_dict.get("format")
+        if found != FORMAT:
+            raise StateError(
+                f"{self.state_key}: the saved state has format {found!r}, this clkit reads format {FORMAT}; "
+                "use the clkit release that wrote it"
+            )
+        self._boundaries.load_state_dict(state_dict["position"])
+        self._observed = state_dict["observed"]
+        self.load_stream_state(state_dict)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Makes the saved progress whole and checks that nothing of this callback is missing.
+
+        Raises:
+            StateError: If the checkpoint was saved before this callback had learned its last batch, or holds a state
+                of this class under other names only.
+        """
+        self._check_entry(checkpoint)
+        self._check_lost_batch(checkpoint)
+        make_loops_whole(trainer, checkpoint)
+
+    def _check_entry(self, checkpoint: dict[str, Any]) -> None:
+        entries = checkpoint.get("callbacks", {})
+        if self.state_key in entries:
+            return
+        kin = sorted(str(key) for key in entries if str(key).split("(")[0] == type(self).__qualname__)
+        if kin:
+            raise StateError(
+                f"the checkpoint has no state for {self.state_key}, but for {', '.join(kin)}; "
+                "give the callback the `name` under which it was saved"
+            )
+        rank_zero_warn(f"the checkpoint has no state for {self.state_key}: it starts with nothing learned")
+
+    def _check_lost_batch(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        loops = checkpoint.get("loops")
+        if saved is None or not loops:
+            return
+        trained = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+        if saved["observed"] < trained:
+            raise StateError(
+                f"{self.state_key} had learned {saved['observed']} of {trained} batches when the checkpoint was saved: "
+                "a callback before it in the list saved in `on_train_batch_end`; move that callback behind it"
+            )
+
+
+def evaluation_key(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
+    """What tells an evaluation batch from the last one, the same for every callback."""
+    return (str(trainer.state.stage), trainer.global_step, trainer.current_epoch, dataloader_idx, batch_idx)
+
+
+def scores_of(observer: BatchObserver, predictor: Predictor) -> Tensor:
+    """Scores (B, C), float64, that a predictor gives for the open batch; computed once, whoever asks first."""
+
+    def compute() -> Tensor:
+        features = observer.features()
+        # in float64, so that two classes that differ by less than float32 can tell are still told apart
+        return predictor.scores(features if features.device.type == "mps" else features.double()).double()
+
+    result: Tensor = observer.remember(("scores", predictor.name), compute)
+    return result
+
+
+def reduction_device(trainer: pl.Trainer) -> torch.device:
+    """Where counts must lie to be summed over processes."""
+    return trainer.strategy.root_device if trainer.world_size > 1 else torch.device("cpu")

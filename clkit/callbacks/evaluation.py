@@ -1,0 +1,548 @@
+"""Evaluating a stream: the accuracy matrix of every predictor, its metrics, table, files and figures."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
+from clkit.batch import BatchReader
+from clkit.boundaries import Boundaries, BoundaryPhase
+from clkit.callbacks._recording import ModulePredictor, Recorded, Recorder, Row, allowed_for, diagonal, share, tables
+from clkit.callbacks.base import Predictor, StreamCallback, evaluation_key
+from clkit.errors import ArgumentError
+from clkit.experience import Experience
+from clkit.observer import BatchObserver, evaluating, forward
+
+__all__ = ["StreamEvaluation"]
+
+
+class StreamEvaluation(StreamCallback):
+    """Fills the accuracy matrix of every predictor and shows it: table, files, figures, logs.
+
+    Predictors are the module's own classifier, read at its output in the same pass, and every callback that answers
+    ``scores(features)``. After each experience one pass over the validation loader fills one row R[i, :] for all of
+    them: Lightning's own validation where one comes, a pass of this callback's own otherwise.
+
+    Logged as ``<predictor>/<metric>``: ``accuracy_seen``, ``average_incremental_accuracy``, ``average_accuracy``,
+    ``forgetting``, ``backward_transfer``, ``forward_transfer``, ``amca``; their definitions are those of
+    :mod:`clkit.metrics`. Written to the run's folder (``trainer.log_dir``): ``results.json``, ``accuracy.csv``,
+    ``per_class.csv``, ``confusion_<predictor>.csv``, the two figures, and, by ``predict``, ``predictions.csv``.
+
+    Args:
+        module: Whether the module's own classifier is a predictor; ``"auto"`` leaves it out where a strategy does not
+            train it and no head was grafted into it.
+        table: Whether to print a table at each boundary.
+        files: Whether to write result files.
+        figures: Whether to draw figures at the end of a fit; needs matplotlib.
+        layer: Where features are read; the same as for the heads.
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+
+    Raises:
+        ArgumentError: If ``module`` is none of its choices.
+
+    Example:
+        >>> from clkit.callbacks import StreamEvaluation
+        >>> StreamEvaluation(table=False).state_key
+        'StreamEvaluation'
+    """
+
+    boundary_phase = BoundaryPhase.EVALUATE
+
+    def __init__(
+        self,
+        *,
+        module: Literal["auto"] | bool = "auto",
+        table: bool = True,
+        files: bool = True,
+        figures: bool = True,
+        layer: str = "auto",
+        batch_reader: BatchReader | None = None,
+    ) -> None:
+        super().__init__()
+        if module not in ("auto", True, False):
+            raise ArgumentError(f"module must be 'auto', True or False, got {module!r}")
+        self.module = module
+        self.table = table
+        self.files = files
+        self.figures = figures
+        self.layer = layer
+        self.batch_reader = batch_reader
+        self.config: dict[str, Any] = {}  # what a person set, for results.json; the command line fills it in
+        self._rows: dict[str, dict[int, Row]] = {}  # predictor -> stage (0 = before training) -> row
+        self._pending: Experience | None = None
+        self._seconds = {"fit": 0.0, "evaluate": 0.0}
+        self._observer: BatchObserver | None = None
+        self._recorder = Recorder()
+        self._clock = 0.0
+        self._fit_clock = 0.0
+
+    # ---- what the user reads afterwards
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Metrics of every predictor as in ``results.json``; accuracies in [0, 1], ``None`` where not evaluated."""
+        from clkit.metrics.functional import summarize
+
+        summaries = {}
+        for name, rows in self._rows.items():
+            counts = tables(rows)
+            summaries[name] = summarize(
+                counts.correct,
+                counts.total,
+                class_correct=counts.class_correct,
+                class_total=counts.class_total,
+                baseline=counts.baseline,
+            )
+        return summaries
+
+    def class_counts(self, predictor: str) -> dict[int, tuple[int, int]]:
+        """Correct and total samples of each class after the last stage, for one predictor.
+
+        Raises:
+            ArgumentError: If it was not evaluated; the message lists those that were.
+        """
+        if not self._rows.get(predictor):
+            raise ArgumentError(f"predictor={predictor!r} was not evaluated; there are {sorted(self._rows)}")
+        rows = self._rows[predictor]
+        correct, total = rows[max(rows)].by_class()
+        return {label: (correct[label], total[label]) for label in sorted(total)}
+
+    # ---- one run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Taps the user's network, before it may be compiled or wrapped."""
+        super().setup(trainer, pl_module, stage)
+        self._observer = BatchObserver.attach(trainer, pl_module, self.layer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes every hook off the user's network again."""
+        if self._observer is not None:
+            self._observer.detach(trainer)
+            self._observer = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._fit_clock = time.perf_counter() - self._seconds["fit"]
+
+    def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Measures what is pending before it is too late, and the untrained state where future is evaluated."""
+        self._flush(trainer, pl_module)
+        if experience.index == 0 and getattr(datamodule_of(trainer), "evaluate", "seen") == "all":
+            self._own_pass(trainer, pl_module, stage=0)
+
+    def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """From now on a row is pending."""
+        self._pending = experience
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures the last row if no validation did, and draws the figures."""
+        super().on_train_end(trainer, pl_module)
+        self._flush(trainer, pl_module)
+        self._seconds["fit"] = time.perf_counter() - self._fit_clock
+        if self._rows:
+            self._write(trainer)
+            self._draw(trainer)
+            folder = self._folder(trainer)
+            if self.table and self.files and trainer.is_global_zero and not is_fast_dev_run(trainer):
+                _show(trainer, f"results: {folder}")
+
+    # ---- Lightning's validation
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins recording; the end of an experience is noticed first."""
+        super().on_validation_start(trainer, pl_module)
+        self._begin(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the observation of the batch."""
+        self._open(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Records what each predictor says."""
+        self._record(trainer, trainer.val_dataloaders, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fills the pending row, or shows a validation that the user asked for."""
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn == "fit":
+            if self._pending is not None:
+                complete = self._complete(trainer.val_dataloaders, trainer.num_val_batches)
+                self._fill(trainer, pl_module, self._pending.index + 1, complete)
+                self._pending = None
+        else:
+            self._show_evaluation(trainer, pl_module, "validate")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops the clock."""
+        self._seconds["evaluate"] += time.perf_counter() - self._clock
+
+    # ---- test and predict
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins recording."""
+        self._begin(trainer)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the observation of the batch."""
+        self._open(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Records what each predictor says."""
+        self._record(trainer, trainer.test_dataloaders, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shows the test."""
+        self._show_evaluation(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins recording."""
+        self._begin(trainer)
+
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the observation of the batch; targets are not needed."""
+        self._open(trainer, pl_module, batch, batch_idx, dataloader_idx, needs_targets=False)
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Records what each predictor says."""
+        self._record(trainer, trainer.predict_dataloaders, batch_idx, dataloader_idx)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes ``predictions.csv``."""
+        recorded = self._recorder.gathered()
+        folder = self._folder(trainer)
+        if trainer.is_global_zero and self.files:
+            path = folder / "predictions.csv"
+            _write_predictions(path, recorded, _class_names(trainer))
+            _show(trainer, f"predictions: {path}")
+
+    # ---- recording one evaluation
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        assert self._observer is not None
+        self._clock = time.perf_counter()
+        self._recorder = Recorder()
+        self._observer.refresh()
+        self._observer.forget()
+
+    def _open(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+        needs_targets: bool = True,
+    ) -> None:
+        assert self._observer is not None
+        key = evaluation_key(trainer, batch_idx, dataloader_idx)
+        self._observer.open(trainer, module, batch, key, reader=self.batch_reader, needs_targets=needs_targets)
+
+    def _record(self, trainer: pl.Trainer, loaders: Any, batch_idx: int, dataloader_idx: int) -> None:
+        assert self._observer is not None
+        loader = _loader(loaders, dataloader_idx)
+        if hasattr(loader, "experience_of"):
+            experience = loader.experience_of(batch_idx)
+        else:  # plain loaders: one for each experience, or one for the current experience alone
+            several = isinstance(loaders, list | tuple) and len(loaders) > 1
+            current = Boundaries.of(trainer).current
+            experience = dataloader_idx if several or current is None else current.index
+        rows = loader.batches[batch_idx][1] if hasattr(loader, "experience_of") else None
+        self._recorder.add(
+            self._observer, self._predictors(trainer), experience, allowed_for(trainer, experience), rows
+        )
+
+    def _predictors(self, trainer: pl.Trainer) -> list[Predictor]:
+        assert self._observer is not None
+        found: list[Predictor] = [
+            callback for callback in callbacks_of(trainer) if callback is not self and isinstance(callback, Predictor)
+        ]
+        if self._module_predicts(trainer) and self._observer.logits is not None:
+            found.insert(0, ModulePredictor(self._observer))
+        return found
+
+    def _module_predicts(self, trainer: pl.Trainer) -> bool:
+        if self.module != "auto":
+            return bool(self.module)
+        trained = getattr(trainer.strategy, "trains_module", True)
+        grafted = any(getattr(callback, "grafted", False) for callback in callbacks_of(trainer))
+        return bool(trained or grafted)
+
+    # ---- rows
+
+    def _complete(self, loaders: Any, batches_run: list[int | float]) -> bool:
+        """Whether this process saw every sample that the loader was to give (a resumed validation may not)."""
+        loader = _loader(loaders, 0)
+        if not hasattr(loader, "expected_samples"):
+            return True
+        return bool(self._recorder.samples == loader.expected_samples(int(batches_run[0])))
+
+    def _flush(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._pending is None:
+            return
+        if hasattr(datamodule_of(trainer), "evaluation_loader"):
+            self._own_pass(trainer, module, stage=self._pending.index + 1)
+        self._pending = None  # with plain loaders the rows come from the user's own validations
+
+    def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
+        self._begin(trainer)
+        loader = datamodule_of(trainer).evaluation_loader(max(stage - 1, 0))
+        assert self._observer is not None
+        with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            for batch_idx, host_batch in enumerate(loader):
+                converted = trainer.precision_plugin.convert_input(host_batch)
+                batch = trainer.strategy.batch_to_device(converted)
+                key = ("own", stage, batch_idx)
+                self._observer.open(trainer, module, batch, key, reader=self.batch_reader)
+                forward(module, self._observer.tap.network, self._observer.inputs)
+                self._record(trainer, loader, batch_idx, 0)
+        self._observer.forget()
+        self._seconds["evaluate"] += time.perf_counter() - self._clock
+        self._fill(trainer, module, stage, complete=True, log_with_module=False)
+
+    def _fill(
+        self, trainer: pl.Trainer, module: pl.LightningModule, stage: int, complete: bool, log_with_module: bool = True
+    ) -> None:
+        recorded = self._recorder.gathered()
+        if not complete:
+            return
+        for name, predicted in recorded.predicted.items():
+            labelled = recorded.targets >= 0
+            row = Row.of(recorded.experiences[labelled], recorded.targets[labelled], predicted[labelled])
+            rows = self._rows.setdefault(name, {})
+            rows[stage] = row
+            for earlier in rows:  # the confusions of every past stage would grow with the square of the stream
+                if earlier < stage:
+                    rows[earlier].pairs = diagonal(rows[earlier].pairs)
+        if stage == 0:
+            return
+        self._log(trainer, module, log_with_module)
+        if self.table:
+            self._print_table(trainer, stage)
+        self._write(trainer)
+
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, with_module: bool) -> None:
+        values = {}
+        for name, summary in self.results.items():
+            for metric in METRICS:
+                value = summary[metric]
+                if isinstance(value, list):
+                    value = value[-1] if value else None
+                if value is not None:
+                    values[f"{name}/{metric}"] = value
+        if with_module:
+            module.log_dict(values, rank_zero_only=False)
+        else:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+    # ---- showing and writing
+
+    def _print_table(self, trainer: pl.Trainer, stage: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        from clkit.report.tables import stage_table
+
+        experience = Boundaries.of(trainer).current
+        title = f"after experience {stage}" + ("" if experience is None else f": {experience.name}")
+        _show(trainer, stage_table(self.results, title=title))
+
+    def _show_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule, what: str) -> None:
+        recorded = self._recorder.gathered()
+        labelled = recorded.targets >= 0
+        rows = {
+            name: Row.of(recorded.experiences[labelled], recorded.targets[labelled], predicted[labelled])
+            for name, predicted in recorded.predicted.items()
+        }
+        current = Boundaries.of(trainer).current
+        if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
+            for name, row in rows.items():  # plain loaders: this is how a row of R is measured
+                known = self._rows.setdefault(name, {}).setdefault(current.index + 1, Row())
+                known.correct.update(row.correct)
+                known.total.update(row.total)
+                known.pairs.update(row.pairs)
+        seen = {name: share(row.correct, row.total) for name, row in rows.items()}
+        module.log_dict({f"{name}/accuracy_seen": value for name, value in seen.items() if value is not None})
+        if not trainer.is_global_zero:
+            return
+        from clkit.report.tables import evaluation_table
+
+        accuracies = {name: {j: row.correct[j] / n for j, n in row.total.items()} for name, row in rows.items()}
+        if self.table:
+            _show(trainer, evaluation_table(accuracies, seen, title=what))
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so never behind a rank check
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        folder = self._folder(trainer)
+        if not (self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
+            return
+        from clkit.report.results import write_results
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder, self._document(trainer), self._class_tables(), _class_names(trainer))
+
+    def _document(self, trainer: pl.Trainer) -> dict[str, Any]:
+        import clkit
+
+        datamodule = datamodule_of(trainer)
+        experiences = getattr(datamodule, "experiences", None) or []
+        return {
+            "format": 1,
+            "clkit": clkit.__version__,
+            "seed": getattr(datamodule, "seed", None),
+            "config": self.config,
+            "evaluated_on": getattr(datamodule, "evaluated_on", None),
+            "stream": {
+                "scenario": getattr(getattr(datamodule, "scenario", None), "name", None),
+                "experiences": [
+                    {
+                        "name": experience.name,
+                        "classes": list(experience.classes),
+                        "train_samples": experience.train_samples,
+                        "eval_samples": experience.eval_samples,
+                    }
+                    for experience in experiences
+                ],
+            },
+            "predictors": self.results,
+            "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
+            "peak_memory_bytes": _peak_memory(),
+        }
+
+    def _class_tables(self) -> dict[str, tuple[dict[int, int], dict[int, int], dict[tuple[int, int], int]]]:
+        """Correct and total by class and the confusions, after the last stage of each predictor."""
+        tables = {}
+        for name, rows in self._rows.items():
+            last = rows[max(rows)]
+            correct, total = last.by_class()
+            tables[name] = (correct, total, last.pairs)
+        return tables
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        folder = self._folder(trainer)
+        if not (self.figures and self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
+            return
+        from clkit.report.figures import draw_figures
+
+        draw_figures(folder, self.results)
+
+    # ---- state
+
+    def stream_state(self) -> dict[str, Any]:
+        """Rows and clocks: integer tensors and plain types."""
+        return {
+            "rows": {
+                name: {str(stage): row.to_tensors() for stage, row in rows.items()} for name, rows in self._rows.items()
+            },
+            "pending": self._pending is not None,
+            "seconds": dict(self._seconds),
+        }
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Takes rows and clocks back."""
+        self._rows = {
+            name: {int(stage): Row.from_tensors(row) for stage, row in rows.items()}
+            for name, rows in state["rows"].items()
+        }
+        self._seconds = dict(state["seconds"])
+        self._pending = self._boundaries.current if state["pending"] else None
+
+
+METRICS = (
+    "accuracy_seen",
+    "average_incremental_accuracy",
+    "average_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "amca",
+)
+
+
+def _loader(loaders: Any, index: int) -> Any:
+    return loaders[index] if isinstance(loaders, list | tuple) else loaders
+
+
+def _class_names(trainer: pl.Trainer) -> dict[int, str]:
+    return getattr(datamodule_of(trainer), "class_names", None) or {}
+
+
+def _show(trainer: pl.Trainer, what: Any) -> None:
+    """Prints above the progress bar where there is a rich one."""
+    from lightning.pytorch.callbacks import RichProgressBar
+    from rich.console import Console
+
+    bar = trainer.progress_bar_callback
+    live = bar.progress if isinstance(bar, RichProgressBar) else None
+    (Console() if live is None else live.console).print(what)
+
+
+def _write_predictions(path: Path, recorded: Recorded, names: dict[int, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = np.argsort(recorded.rows, kind="stable")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        header = ["row", "target", "target_name"]
+        for name in recorded.predicted:
+            header += [name, f"{name}_name", f"{name}_score"]
+        writer.writerow(header)
+        for i in order:
+            target = int(recorded.targets[i])
+            line: list[Any] = [int(recorded.rows[i]), target if target >= 0 else "", names.get(target, "")]
+            for name, predicted in recorded.predicted.items():
+                label = int(predicted[i])
+                score = recorded.scores[name][i]
+                line += [label if label >= 0 else "", names.get(label, ""), "" if np.isnan(score) else f"{score:.6g}"]
+            writer.writerow(line)
+
+
+def _peak_memory() -> int | None:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if os.name != "posix":
+        return None  # the standard library tells it on POSIX systems only
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,136 @@
+"""Handing a learned head over to the user's module, and taking it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.errors import ConfigurationError
+from clkit.methods.readout import readout_module, readout_tensors
+from clkit.tap import FeatureTap
+
+__all__ = ["Graft"]
+
+
+class Graft:
+    """A head in the place of the user's classifier.
+
+    A head that is a plain linear layer of the classifier's own shape is copied into it, so the optimizer, the saved
+    keys and a compiled graph stay valid. Otherwise the classifier is replaced by a ``Sequential`` that ends in an
+    ``nn.Linear``; checkpoints then keep the user's own tensors under the user's own keys.
+
+    Args:
+        owner: Who grafts, for messages.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.applied = False
+        self._path = ""
+        self._original: nn.Module | None = None  # the replaced classifier
+        self._tensors: dict[str, Tensor] = {}  # what an overwritten classifier held
+
+    def apply(self, module: nn.Module, layer: str, head: Any) -> None:
+        """Grafts, or refreshes a graft with what the head has learned since.
+
+        Raises:
+            ConfigurationError: If there is no single classifier, or it belongs to another graft.
+        """
+        if not self.applied:
+            self._find(module, layer)
+        slot = _get(module, self._path)
+        reference = next(slot.parameters())
+        outputs = _outputs(self._original or slot)
+        if _same_form(self._original or slot, head):
+            self._overwrite(slot, head, outputs)
+        else:
+            self._replace(module, slot, head, outputs, reference)
+        self.applied = True
+
+    def undo(self, module: nn.Module) -> None:
+        """Gives the classifier back as it was."""
+        if not self.applied:
+            return
+        if self._original is not None:
+            _set(module, self._path, self._original)
+        else:
+            with torch.no_grad():
+                for name, parameter in _get(module, self._path).named_parameters():
+                    parameter.copy_(self._tensors[name])
+        self.applied = False
+        self._original, self._tensors = None, {}
+
+    def restore_keys(self, state_dict: dict[str, Any]) -> None:
+        """Puts the user's own keys back into a state dict that was taken with a replaced classifier."""
+        if not self.applied or self._original is None:
+            return
+        prefix = self._path + "."
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+        for name, tensor in self._original.state_dict().items():
+            state_dict[prefix + name] = tensor
+
+    # ----
+
+    def _find(self, module: nn.Module, layer: str) -> None:
+        with FeatureTap(module, layer) as tap:
+            classifier, path, point = tap.classifier, tap.classifier_path, tap.point
+        if classifier is None or path is None:
+            raise ConfigurationError(
+                f"{self.owner} cannot be grafted: features are read at {point!r}, where the network has no single "
+                "classifier to replace; give the network one (num_classes=…), or predict with the callback's head"
+            )
+        if getattr(classifier, "clkit_graft", None) is not None:
+            raise ConfigurationError(
+                f"{self.owner} cannot be grafted: {path!r} already holds the graft of {classifier.clkit_graft}; "
+                "ungraft that first"
+            )
+        if not isinstance(classifier, nn.Linear | nn.Conv2d):
+            raise ConfigurationError(
+                f"{self.owner} cannot be grafted: the classifier at {path!r} is a {type(classifier).__name__}, and "
+                "only linear and 1x1 convolution classifiers can be replaced"
+            )
+        self._path = path
+
+    def _overwrite(self, slot: nn.Module, head: Any, outputs: int) -> None:
+        if not self._tensors:
+            self._tensors = {name: parameter.detach().clone() for name, parameter in slot.named_parameters()}
+        weight, bias = readout_tensors(head, outputs, self._tensors["weight"].dtype)
+        with torch.no_grad():
+            for name, value in (("weight", weight), ("bias", bias)):
+                getattr(slot, name).copy_(value)
+
+    def _replace(self, module: nn.Module, slot: nn.Module, head: Any, outputs: int, reference: Tensor) -> None:
+        if self._original is None:
+            self._original = slot
+        graft = readout_module(head, max(outputs, int(head.classes.max()) + 1), reference.dtype)
+        graft.to(reference.device).requires_grad_(False)
+        graft.train(slot.training)
+        graft.clkit_graft = self.owner  # type: ignore[assignment]  # a mark that others can see
+        _set(module, self._path, graft)
+
+
+def _same_form(classifier: nn.Module, head: Any) -> bool:
+    """Whether the head is a linear layer of the classifier's shape."""
+    return (
+        type(classifier) is nn.Linear
+        and classifier.bias is not None
+        and not head.normalizes
+        and head.feature_map.is_identity
+        and int(head.classes.max()) < classifier.out_features
+    )
+
+
+def _outputs(classifier: nn.Module) -> int:
+    return int(classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels)  # type: ignore[arg-type]
+
+
+def _get(module: nn.Module, path: str) -> nn.Module:
+    return module.get_submodule(path)
+
+
+def _set(module: nn.Module, path: str, value: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)

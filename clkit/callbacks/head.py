@@ -1,0 +1,340 @@
+"""Learning a head beside the user's training: what AEF-OCL, NMC, LDA and any other head callback share."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from clkit.batch import BatchReader
+from clkit.boundaries import Boundaries
+from clkit.callbacks.base import StreamCallback, evaluation_key, reduction_device, scores_of
+from clkit.callbacks.graft import Graft
+from clkit.errors import ArgumentError, NotFittedError, StateError
+from clkit.experience import Experience
+from clkit.methods.head import Head
+from clkit.observer import BatchObserver, FeaturesFrom
+
+__all__ = ["GraftWhen", "HeadCallback"]
+
+GraftWhen = Literal["never", "experience_end", "fit_end"]
+
+
+class HeadCallback(StreamCallback):
+    """A callback that learns a head from the features of the user's network.
+
+    Subclasses say how a head is made. Everything else is here: which features, when to learn, the running accuracy,
+    the state, the sum over processes, and the graft into the user's module.
+
+    Args:
+        name: Prefix of everything that is logged, and part of the key in checkpoints.
+        layer: Where features are read; see :class:`~clkit.FeatureTap`.
+        forward: ``"auto"`` learns from the pass that happens anyway when its features are eval-mode features, and pays
+            one extra pass a batch otherwise; ``"shared"`` never pays; ``"eval"`` always does.
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+        graft: When the head replaces the user's own classifier: ``"never"``, at each ``"experience_end"``, or at
+            ``"fit_end"``.
+        reset_each_task: Whether to start anew with each experience, for a backbone that still trains.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layer: str = "auto",
+        forward: FeaturesFrom = "auto",
+        batch_reader: BatchReader | None = None,
+        graft: GraftWhen = "never",
+        reset_each_task: bool = False,
+    ) -> None:
+        super().__init__()
+        if forward not in ("auto", "shared", "eval"):
+            raise ArgumentError(f"forward must be 'auto', 'shared' or 'eval', got {forward!r}")
+        if graft not in ("never", "experience_end", "fit_end"):
+            raise ArgumentError(f"graft must be 'never', 'experience_end' or 'fit_end', got {graft!r}")
+        self.name = name
+        self.layer = layer
+        self.forward = forward
+        self.batch_reader = batch_reader
+        self.graft_when = graft
+        self.reset_each_task = reset_each_task
+        self._head: Head | None = None
+        self._evaluated_head: Head | None = None  # a copy summed over ranks, while an evaluation runs
+        self._tap_point: str | None = None
+        self._observer: BatchObserver | None = None
+        self._graft: Graft | None = None
+        self._correct = 0
+        self._counted = 0
+
+    @abstractmethod
+    def make_head(self, in_features: int) -> Head:
+        """A head, with nothing learned, for features of width ``in_features``."""
+
+    # ---- the head
+
+    @property
+    def head(self) -> Any:
+        """The head, a module of :mod:`clkit.methods`.
+
+        Raises:
+            NotFittedError: Before the first batch showed the width of the features.
+        """
+        if self._head is None:
+            raise NotFittedError(f"{self.state_key} has seen no features yet; fit first, or load a checkpoint")
+        return self._head
+
+    @property
+    def grafted(self) -> bool:
+        """Whether the head stands in the place of the user's classifier now."""
+        return self._graft is not None and self._graft.applied
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores (B, C), column = class id, for features (B, D); (B, 0) before anything is learned."""
+        head = self._evaluated_head or self._head
+        return features.new_empty((len(features), 0)) if head is None else head(features)
+
+    # ---- one run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Taps the user's network, before it may be compiled or wrapped."""
+        super().setup(trainer, pl_module, stage)
+        self._observer = BatchObserver.attach(trainer, pl_module, self.layer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes every hook off the user's network again."""
+        if self._observer is not None:
+            self._observer.detach(trainer)
+            self._observer = None
+        self._evaluated_head = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks for the classifier again and puts a restored graft back."""
+        self._arrive(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Opens the observation of the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._learns(trainer):
+            self._open(trainer, pl_module, batch, ("train", trainer.current_epoch, batch_idx), self.forward)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Learns the batch."""
+        if self._learns(trainer):
+            assert self._observer is not None
+            features = self._observer.features(self.forward)
+            targets = self._observer.targets
+            assert targets is not None
+            self._ensure_head(features.shape[1]).update(features, targets)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Forgets the last experience where the user asked for that."""
+        if self.reset_each_task and self._head is not None and experience.index > 0:
+            self._head.reset()
+
+    def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Sums over processes, and grafts where the user asked for that."""
+        if self._head is None:
+            return
+        self._head.synchronize()
+        if self.graft_when == "experience_end":
+            self.graft(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sums over processes, and grafts where the user asked for that."""
+        super().on_train_end(trainer, pl_module)
+        if self._head is None:
+            return
+        self._head.synchronize()
+        if self.graft_when != "never" and (self.graft_when == "fit_end" or self._graft is not None):
+            self.graft(pl_module)
+
+    def _learns(self, trainer: pl.Trainer) -> bool:
+        current = Boundaries.of(trainer).current
+        return current is None or current.phase == "learn"
+
+    def _open(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Any, source: FeaturesFrom
+    ) -> None:
+        assert self._observer is not None
+        self._observer.open(trainer, module, batch, key, source=source, reader=self.batch_reader)
+
+    def _ensure_head(self, width: int) -> Head:
+        assert self._observer is not None
+        point = self._observer.tap.point
+        if self._head is None:
+            self._head, self._tap_point = self.make_head(width), point
+        if self._tap_point is None:
+            self._tap_point = point
+        if self._head.in_features != width or self._tap_point != point:
+            raise StateError(
+                f"{self.state_key} has learned features of width {self._head.in_features} read at {self._tap_point!r}; "
+                f"this network gives width {width} at {point!r}. Use the network it was trained with, or a new name"
+            )
+        return self._head
+
+    def _arrive(self, module: pl.LightningModule) -> None:
+        if self._graft is not None and not self._graft.applied and self._head is not None:
+            self.graft(module)
+        assert self._observer is not None
+        self._observer.refresh()
+        self._observer.forget()
+
+    # ---- evaluation: the head's own running accuracy
+
+    def _evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._arrive(module)
+        self._correct = self._counted = 0
+        self._evaluated_head = self._head
+        if trainer.world_size > 1 and self._head is not None:
+            # between boundaries each process has its own share; the sum is taken on a copy, so that evaluating
+            # changes nothing that is learned
+            self._evaluated_head = copy.deepcopy(self._head)
+            self._evaluated_head.synchronize()
+
+    def _evaluation_batch_end(self, trainer: pl.Trainer) -> None:
+        assert self._observer is not None
+        targets = self._observer.targets
+        scores = scores_of(self._observer, self)
+        assert targets is not None
+        labelled = targets >= 0
+        self._counted += int(labelled.sum())
+        if scores.shape[1]:
+            self._correct += int(((scores.argmax(dim=1).to(targets.device) == targets) & labelled).sum())
+
+    def _evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        counts = torch.tensor([self._correct, self._counted], dtype=torch.float64, device=reduction_device(trainer))
+        correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if counted and self._head is not None:
+            module.log(f"{self.name}/accuracy", correct / counted, rank_zero_only=False)
+
+    def _evaluation_end(self) -> None:
+        self._evaluated_head = None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins the running accuracy; the end of an experience is noticed first."""
+        super().on_validation_start(trainer, pl_module)
+        self._evaluation_start(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the observation of the batch."""
+        self._open(trainer, pl_module, batch, evaluation_key(trainer, batch_idx, dataloader_idx), "shared")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts the head's hits."""
+        self._evaluation_batch_end(trainer)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs ``<name>/accuracy``."""
+        self._evaluation_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Back to learning."""
+        self._evaluation_end()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins the running accuracy."""
+        self._evaluation_start(trainer, pl_module)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the observation of the batch."""
+        self._open(trainer, pl_module, batch, evaluation_key(trainer, batch_idx, dataloader_idx), "shared")
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts the head's hits."""
+        self._evaluation_batch_end(trainer)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs ``<name>/accuracy``."""
+        self._evaluation_epoch_end(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Done."""
+        self._evaluation_end()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts a restored graft back, so that the user's ``predict_step`` uses the head."""
+        self._arrive(pl_module)
+
+    # ---- graft
+
+    def graft(self, pl_module: pl.LightningModule) -> None:
+        """Replaces the user's own classifier by the head, until :meth:`ungraft`.
+
+        Raises:
+            NotFittedError: Before anything is learned.
+            ConfigurationError: If the classifier cannot take the head over; the message names the reason.
+        """
+        if self._graft is None:
+            self._graft = Graft(self.state_key)
+        self._graft.apply(pl_module, self.layer, self.head)
+        if self._observer is not None:
+            self._observer.refresh()
+
+    def ungraft(self, pl_module: pl.LightningModule) -> None:
+        """Gives the user's classifier back as it was."""
+        if self._graft is not None:
+            self._graft.undo(pl_module)
+            self._graft = None
+        if self._observer is not None:
+            self._observer.refresh()
+
+    # ---- state
+
+    def stream_state(self) -> dict[str, Any]:
+        """Head, width and tap point; summed over processes first, so that the file is the same for any number."""
+        if self._head is None:
+            return {"head": None, "in_features": None, "tap": None, "grafted": False}
+        self._head.synchronize()
+        return {
+            "head": dict(self._head.state_dict()),
+            "in_features": self._head.in_features,
+            "tap": self._tap_point,
+            "grafted": self._graft is not None,
+        }
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Builds a head of the saved width and fills it."""
+        self._graft = Graft(self.state_key) if state["grafted"] else None
+        self._tap_point = state["tap"]
+        if state["head"] is None:
+            self._head = None
+            return
+        head = self.make_head(state["in_features"])
+        head.load_state_dict(state["head"])
+        self._head = head
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A grafted module is saved under the user's own keys."""
+        if self._graft is not None:
+            self._graft.restore_keys(checkpoint["state_dict"])

@@ -1,0 +1,58 @@
+"""Streams of data: sources say what there is, scenarios say what arrives when."""
+
+from __future__ import annotations
+
+from clkit.data.class_orders import PUBLISHED_ORDERS, published_order
+from clkit.data.preprocessing import Preprocessing
+from clkit.data.scenarios import (
+    Blurry,
+    ClassIncremental,
+    DomainIncremental,
+    Joint,
+    Labels,
+    LongTailed,
+    NaturalOrder,
+    Scenario,
+    Split,
+    TaskIncremental,
+)
+from clkit.data.sources import (
+    Custom,
+    Digits,
+    ImageFolder,
+    NpzFeatures,
+    NpzImages,
+    Part,
+    Source,
+    Torchvision,
+    data_root,
+    resolve_source,
+)
+from clkit.data.stream import StreamDataModule
+
+__all__ = [
+    "PUBLISHED_ORDERS",
+    "Blurry",
+    "ClassIncremental",
+    "Custom",
+    "Digits",
+    "DomainIncremental",
+    "ImageFolder",
+    "Joint",
+    "Labels",
+    "LongTailed",
+    "NaturalOrder",
+    "NpzFeatures",
+    "NpzImages",
+    "Part",
+    "Preprocessing",
+    "Scenario",
+    "Source",
+    "Split",
+    "StreamDataModule",
+    "TaskIncremental",
+    "Torchvision",
+    "data_root",
+    "published_order",
+    "resolve_source",
+]

@@ -1,0 +1,236 @@
+"""The stream's loaders: which rows make which batch, and handing them out.
+
+They are no :class:`torch.utils.data.DataLoader` subclasses, because Lightning would give such a loader a sampler of
+its own that repeats rows to pad. The order is a function of (seed, epoch), the randomness of a sample's transform one
+of (seed, epoch, row): the same batches come out for any number of workers, on any rank, and after a resume.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clkit.data.sources import Part
+from clkit.errors import DataError
+
+__all__ = ["EvaluationLoader", "Fetcher", "TrainLoader", "cut_batches", "epoch_order"]
+
+Rows = npt.NDArray[np.int64]
+
+
+def epoch_order(rows: Rows, *, seed: int, epoch: int, shuffle: bool) -> Rows:
+    """The order in which the rows of an experience arrive in an epoch."""
+    if not shuffle:
+        return rows
+    return rows[np.random.default_rng((seed, epoch)).permutation(len(rows))]
+
+
+def cut_batches(rows: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Rows]:
+    """Cuts ordered rows into this rank's batches: no row lost, none repeated, none empty.
+
+    All ranks get the same *number* of batches, ``n = min(⌈N/(W·B)⌉, ⌊N/W⌋)``, because Lightning talks between processes
+    at every training batch; their sizes are as even as possible, at most ``batch_size`` (a rank may exceed it by one
+    row where N < W·B).
+
+    Args:
+        rows: Row numbers (N,) in the order of arrival.
+        batch_size: Rows a batch and rank, at most.
+        rank: This process.
+        world_size: Number of processes W.
+
+    Raises:
+        DataError: If there are fewer rows than processes.
+
+    Example:
+        >>> [len(batch) for batch in cut_batches(np.arange(17), 3, rank=0, world_size=2)]
+        [3, 3, 3]
+        >>> [len(batch) for batch in cut_batches(np.arange(17), 3, rank=1, world_size=2)]
+        [3, 3, 2]
+    """
+    total = len(rows)
+    if total < world_size:
+        raise DataError(
+            f"{total} rows cannot be shared by {world_size} processes, since each needs one; use fewer processes or "
+            "larger experiences"
+        )
+    batches = min(-(-total // (world_size * batch_size)), total // world_size)
+    return np.array_split(rows[rank::world_size], batches) if batches else []
+
+
+class Fetcher(Dataset[tuple[Any, ...]]):
+    """Turns row numbers into batches: read, augment, preprocess, and pair with targets.
+
+    Args:
+        part: The training or test part of a source.
+        targets: Class ids (N,) as the batches shall have them.
+        preprocess: Deterministic preprocessing of a stack or list of stored images.
+        augment: Random transform of one stored image, or ``None``.
+        tasks: Experience of each row (N,), or ``None``; given as a third element of the batch.
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        targets: Rows,
+        preprocess: Callable[[Any], Tensor],
+        augment: Callable[[Any], Any] | None = None,
+        tasks: Rows | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.part = part
+        self.targets = torch.from_numpy(np.ascontiguousarray(targets))
+        self.preprocess = preprocess
+        self.augment = augment
+        self.tasks = None if tasks is None else torch.from_numpy(np.ascontiguousarray(tasks))
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def fetch(self, rows: Rows, epoch: int) -> tuple[Any, ...]:
+        """The batch of these rows: ``(inputs, targets)``, or ``(inputs, targets, tasks)``."""
+        inputs: Any = self.part.get_many(rows)
+        if self.augment is not None:
+            inputs = self._augmented(list(inputs), rows, epoch)
+        index = torch.from_numpy(rows)
+        batch = (self.preprocess(inputs), self.targets[index])
+        return batch if self.tasks is None else (*batch, self.tasks[index])
+
+    def __getitem__(self, key: tuple[int, Rows]) -> tuple[Any, ...]:
+        epoch, rows = key
+        return self.fetch(rows, epoch)
+
+    def _augmented(self, images: list[Any], rows: Rows, epoch: int) -> Any:
+        assert self.augment is not None
+        state = random.getstate()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                out = []
+                for image, row in zip(images, rows, strict=True):
+                    seed = int(np.random.SeedSequence((self.seed, epoch, int(row))).generate_state(1)[0])
+                    torch.manual_seed(seed)
+                    random.seed(seed)
+                    out.append(self.augment(image))
+        finally:
+            random.setstate(state)
+        same = len({tuple(image.shape) for image in out}) == 1
+        return torch.stack(out) if same else out
+
+
+class Workers:
+    """Worker processes that live as long as the stream: each loader only sends them its keys."""
+
+    def __init__(self, fetcher: Fetcher, num_workers: int) -> None:
+        self.fetcher = fetcher
+        self.num_workers = num_workers
+        self._keys: list[tuple[int, Rows]] = []
+        self._loader: DataLoader[Any] | None = None
+        if num_workers > 0:
+            self._loader = DataLoader(
+                fetcher,
+                batch_size=None,
+                sampler=_Keys(self),
+                num_workers=num_workers,
+                persistent_workers=True,
+                generator=torch.Generator(),  # otherwise each iterator draws from the global generator
+            )
+
+    def batches(self, keys: list[tuple[int, Rows]]) -> Iterator[tuple[Any, ...]]:
+        """Batches for these keys, in order."""
+        if self._loader is None:
+            yield from (self.fetcher[key] for key in keys)
+        else:
+            self._keys = keys
+            yield from self._loader
+
+
+class _Keys:
+    """The sampler of the persistent loader: whatever is asked for now."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    def __iter__(self) -> Iterator[tuple[int, Rows]]:
+        return iter(self._workers._keys)
+
+    def __len__(self) -> int:
+        return len(self._workers._keys)
+
+
+class TrainLoader:
+    """The training batches of one epoch, from where the run stands.
+
+    Args:
+        workers: What fetches.
+        batches: This rank's rows of each batch.
+        epoch: The epoch.
+        start: Answers how many batches of the epoch are already learned; asked when iteration begins.
+    """
+
+    def __init__(self, workers: Workers, batches: list[Rows], epoch: int, start: Callable[[int], int]) -> None:
+        self._workers = workers
+        self.batches = batches
+        self.epoch = epoch
+        self._start = start
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    # a generator, because Lightning calls `iter` twice an epoch and only one of the two is used
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        start = self._start(self.epoch)
+        yield from self._workers.batches([(self.epoch, rows) for rows in self.batches[start:]])
+
+    # with these two Lightning knows that the loader resumes in mid-epoch; the position itself is the data module's
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own: order and position belong to the data module."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take up."""
+
+
+class EvaluationLoader:
+    """One loader over the test rows of several experiences; a batch never straddles two.
+
+    Batches go round robin over the experiences, so that ``limit_val_batches`` cuts them evenly.
+
+    Args:
+        workers: What fetches.
+        batches: For each experience its batches (this rank's rows).
+    """
+
+    def __init__(self, workers: Workers, batches: dict[int, list[Rows]]) -> None:
+        self._workers = workers
+        longest = max((len(rows) for rows in batches.values()), default=0)
+        self.batches: list[tuple[int, Rows]] = [
+            (experience, rows[turn])
+            for turn in range(longest)
+            for experience, rows in batches.items()
+            if turn < len(rows)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        yield from self._workers.batches([(0, rows) for _, rows in self.batches])
+
+    def experience_of(self, batch_idx: int) -> int:
+        """The experience that a batch belongs to."""
+        return self.batches[batch_idx][0]
+
+    def expected_samples(self, limit: int | None = None) -> dict[int, int]:
+        """How many rows of each experience the first ``limit`` batches hold (all of them by default)."""
+        counts: dict[int, int] = {}
+        for experience, rows in self.batches[:limit]:
+            counts[experience] = counts.get(experience, 0) + len(rows)
+        return counts

@@ -1,0 +1,110 @@
+"""From stored images to what a network takes: resize, crop, scale, normalise. The same for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from clkit.errors import ArgumentError, DataError
+
+__all__ = ["Preprocessing"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Deterministic preprocessing of images; features and other ready tensors are left as they are unless asked.
+
+    The short side is resized to ``resize`` (in float32 on the scale of the stored image, with antialiasing, then
+    clamped to the image's range), the centre is cropped to ``size``, uint8 becomes [0, 1], and mean and standard
+    deviation are taken off.
+
+    Args:
+        size: Side of the square that comes out, pixels; ``None`` keeps the stored size.
+        resize: Length of the short side before the crop, pixels; ``None`` means ``size``.
+        interpolation: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
+        mean: Mean per channel on the scale [0, 1], one value for all channels or one each.
+        std: Standard deviation per channel, likewise; > 0.
+        channels: 3 repeats a single stored channel three times; ``None`` keeps what is stored.
+
+    Raises:
+        ArgumentError: For a size below 1, a ``resize`` smaller than ``size``, or a ``std`` that is not positive.
+
+    Shape:
+        - input: (B, C, H, W), uint8 in 0…255 or float32 in [0, 1], or a list of (C, H, W) of different sizes
+        - output: (B, C, size, size), float32
+
+    Example:
+        >>> import torch
+        >>> images = torch.full((1, 1, 4, 6), 255, dtype=torch.uint8)
+        >>> Preprocessing(size=2, mean=0.5, std=0.5)(images)
+        tensor([[[[1., 1.],
+                  [1., 1.]]]])
+    """
+
+    size: int | None = None
+    resize: int | None = None
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
+    channels: Literal[1, 3] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "resize"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} must be at least 1 pixel, got {value}")
+        if self.resize is not None and self.size is not None and self.resize < self.size:
+            raise ArgumentError(
+                f"resize ({self.resize}) must not be smaller than size ({self.size}), which is cut of it"
+            )
+        if self.std is not None and not bool((torch.as_tensor(self.std) > 0).all()):
+            raise ArgumentError(f"std must be positive, got {self.std}")
+
+    def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
+        """Prepares a batch."""
+        if isinstance(images, list):
+            prepared = [self(image[None]) for image in images]
+            sizes = {tuple(image.shape[1:]) for image in prepared}
+            if len(sizes) > 1:
+                raise DataError(
+                    f"images of different sizes {sorted(sizes)} cannot form a batch; set a preprocessing `size`"
+                )
+            return torch.cat(prepared)
+        if images.ndim != 4:  # features, or anything else that is ready
+            return images
+        return self._normalise(self._unit_scale(images))
+
+    def _unit_scale(self, images: Tensor) -> Tensor:
+        scale = 255.0 if images.dtype == torch.uint8 else 1.0
+        images = images.float()
+        target = self.resize if self.resize is not None else self.size
+        height, width = images.shape[-2:]
+        if target is not None and min(height, width) != target:
+            short = min(height, width)
+            shape = (max(target, round(height * target / short)), max(target, round(width * target / short)))
+            if self.interpolation == "nearest":
+                images = interpolate(images, shape, mode="nearest")
+            else:
+                images = interpolate(images, shape, mode=self.interpolation, antialias=True, align_corners=False)
+            images = images.clamp(0.0, scale)  # bicubic overshoots
+        return self._crop(images) / scale
+
+    def _crop(self, images: Tensor) -> Tensor:
+        if self.size is None:
+            return images
+        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
+        return images[..., top : top + self.size, left : left + self.size]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        if self.channels == 3 and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if self.mean is not None:
+            images = images - torch.as_tensor(self.mean, dtype=torch.float32).reshape(-1, 1, 1)
+        if self.std is not None:
+            images = images / torch.as_tensor(self.std, dtype=torch.float32).reshape(-1, 1, 1)
+        return images.contiguous()

@@ -1,0 +1,693 @@
+"""Scenarios: which rows of a data set arrive in which experience.
+
+A scenario reads labels (and domains), never inputs, and answers with row numbers, so a stream over a million images is
+cut in milliseconds. All of them obey the same rules:
+
+* Labels keep the user's ids; gaps, and ids that do not start at 0, are fine.
+* Every training row belongs to exactly one experience, and so does every test row. (:class:`LongTailed` leaves
+  training rows out on purpose.) Rows are listed in stored order.
+* Training rows without a label (-1) never create a class. Where experiences are made of classes they are dealt out
+  evenly, in stored order: the first tenth of them to the first of ten experiences, and so on. Where experiences are
+  made of domains or of stored positions they stay where they are stored. Test rows without a label do the same.
+* No experience is without training rows: that is an error. An experience may lack test rows.
+* ``class_order`` is a list of ids, or the name of a published order, or ``None``: sorted ids, which a ``seed`` shuffles
+  by ``numpy.random.default_rng(seed).permutation``. A given order is final; the seed does not touch it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from clkit.data.class_orders import published_order
+from clkit.errors import ArgumentError, DataError
+
+__all__ = [
+    "Blurry",
+    "ClassIncremental",
+    "DomainIncremental",
+    "Joint",
+    "Labels",
+    "LongTailed",
+    "NaturalOrder",
+    "Scenario",
+    "Split",
+    "TaskIncremental",
+]
+
+Int64 = npt.NDArray[np.int64]
+
+UNLABELLED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What a scenario reads of one part (training or test) of a data set.
+
+    Attributes:
+        targets: (N,) integer class ids as the user numbers them; -1 is a row without a label. Kept as int64.
+        domains: (N,) integer domain ids, or ``None`` where the data set has none. Kept as int64.
+        domain_names: Names of domain ids, for reading; may be empty or incomplete.
+
+    Raises:
+        DataError: Ids are not integers, not one-dimensional, below -1, or of unequal number.
+
+    Example:
+        >>> Labels(np.array([3, 3, -1, 7], dtype=np.int16)).targets
+        array([ 3,  3, -1,  7])
+    """
+
+    targets: Int64
+    domains: Int64 | None = None
+    domain_names: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        targets = _id_vector("targets", self.targets)
+        if targets.size and targets.min() < UNLABELLED:
+            raise DataError(
+                f"targets holds the class id {targets.min()}; ids are 0 or larger, and -1 marks a row without a label"
+            )
+        object.__setattr__(self, "targets", targets)
+        if self.domains is None:
+            return
+        domains = _id_vector("domains", self.domains)
+        if len(domains) != len(targets):
+            raise DataError(
+                f"domains has {len(domains)} entries for {len(targets)} targets; there must be one for each"
+            )
+        object.__setattr__(self, "domains", domains)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def classes(self) -> Int64:
+        """The sorted class ids that occur; -1 is none of them."""
+        return _classes_of(self.targets)
+
+    def take(self, rows: Int64) -> Labels:
+        """The labels of some rows, in that order."""
+        domains = None if self.domains is None else self.domains[rows]
+        return Labels(self.targets[rows], domains, self.domain_names)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The rows of one experience.
+
+    Attributes:
+        name: What a person reads in tables: ``"classes 0-1"``, ``"classes 3, 7, 9"``, ``"classes 0-9 (10)"`` (ten ids,
+            the lowest and the highest), or a domain's name.
+        classes: The sorted class ids that occur in the training rows.
+        train: (n,) int64 rows of the training part.
+        test: (m,) int64 rows of the test part; may be empty.
+        ordered: The rows are a sequence in time; whoever loads them must not shuffle.
+    """
+
+    name: str
+    classes: tuple[int, ...]
+    train: Int64
+    test: Int64
+    ordered: bool = False
+
+
+class Scenario(ABC):
+    """Cuts the rows of a data set into the experiences of a stream.
+
+    To write a new one, implement :meth:`split`; everything else that reads a stream works with the result.
+
+    Attributes:
+        name: The scenario's name in files and tables, in snake case.
+        gives_task_id: At test, a predictor is told which experience a sample belongs to, and so chooses among that
+            experience's classes only.
+    """
+
+    name: ClassVar[str]
+    gives_task_id: ClassVar[bool] = False
+
+    @abstractmethod
+    def split(self, train: Labels, test: Labels) -> list[Split]:
+        """Say which rows belong to which experience, the first to arrive first.
+
+        Args:
+            train: Labels of the training part.
+            test: Labels of the test part.
+
+        Raises:
+            DataError: These labels cannot be cut as the arguments ask.
+        """
+
+    def ordered_classes(self, train: Labels) -> Int64:
+        """The class ids of the training part in the order in which the scenario counts them.
+
+        Sorted ids, unless the scenario has a ``class_order``. :class:`LongTailed` ranks the classes by it.
+        """
+        return train.classes
+
+
+@dataclass(frozen=True)
+class ClassIncremental(Scenario):
+    """Every experience brings classes of its own, and a predictor must tell all of them apart.
+
+    The protocol of most papers (split CIFAR-100, ten stages of ten classes). The test rows of a class belong to the
+    experience that brings the class.
+
+    Give either ``experiences`` or ``classes_per_experience``. C classes in E experiences are cut as evenly as
+    possible: the first ``C % E`` experiences get one class more. With ``classes_per_experience`` the last experience
+    holds what is left and may be smaller.
+
+    Args:
+        experiences: Number of experiences.
+        classes_per_experience: Number of classes in each.
+        first_experience_classes: Number of classes of the first experience, e.g. 50 for "half the classes first". The
+            rest is cut by the other argument; with ``experiences=E`` the first counts as one of the E.
+        class_order: ``None``, a list with each id of the training part once, or the name of a published order.
+        seed: Shuffles the sorted ids when ``class_order`` is ``None``.
+
+    Raises:
+        ArgumentError: At construction, both or neither of the two numbers, or a number below 1. When splitting, a
+            ``class_order`` that is not an order of the classes present; the message lists missing and unknown ids.
+        DataError: More experiences than classes; or the test part has classes that the training part lacks.
+
+    Example:
+        >>> labels = Labels(np.arange(10))
+        >>> stream = ClassIncremental(classes_per_experience=2, first_experience_classes=4).split(labels, labels)
+        >>> [part.name for part in stream]
+        ['classes 0-3', 'classes 4-5', 'classes 6-7', 'classes 8-9']
+    """
+
+    name: ClassVar[str] = "class_incremental"
+
+    experiences: int | None = None
+    classes_per_experience: int | None = None
+    first_experience_classes: int | None = None
+    class_order: list[int] | str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("experiences", self.experiences)
+        _check_count("classes_per_experience", self.classes_per_experience)
+        _check_count("first_experience_classes", self.first_experience_classes)
+        if (self.experiences is None) == (self.classes_per_experience is None):
+            given = "both" if self.experiences is not None else "neither"
+            raise ArgumentError(
+                f"experiences={self.experiences} and classes_per_experience={self.classes_per_experience}: {given} "
+                "given; give exactly one of the two"
+            )
+        _check_class_order(self.class_order)
+        _check_seed(self.seed)
+
+    def ordered_classes(self, train: Labels) -> Int64:
+        """The class ids in the order of ``class_order`` and ``seed``."""
+        return _resolve_class_order(self.class_order, self.seed, train.classes)
+
+    def split(self, train: Labels, test: Labels) -> list[Split]:
+        """One split for each group of classes; see the class and :meth:`Scenario.split`."""
+        _check_test_classes(train, test)
+        groups = self._groups(self.ordered_classes(train))
+        train_unlabelled = _unlabelled_shares(train, len(groups))
+        test_unlabelled = _unlabelled_shares(test, len(groups))
+        return [
+            Split(
+                name=_classes_name(group),
+                classes=_sorted_ids(group),
+                train=_merge(_rows_of(train.targets, group), train_unlabelled[i]),
+                test=_merge(_rows_of(test.targets, group), test_unlabelled[i]),
+            )
+            for i, group in enumerate(groups)
+        ]
+
+    def _groups(self, order: Int64) -> list[Int64]:
+        """Cut the order of classes into the classes of each experience."""
+        if self.first_experience_classes is None:
+            return self._cut(order, self.experiences)
+        first, rest = order[: self.first_experience_classes], order[self.first_experience_classes :]
+        if len(first) < self.first_experience_classes:
+            raise DataError(
+                f"first_experience_classes={self.first_experience_classes}, but the training part has only "
+                f"{len(order)} classes"
+            )
+        remaining = None if self.experiences is None else self.experiences - 1
+        if not len(rest) and not remaining:
+            return [first]
+        if remaining is not None and not 1 <= remaining <= len(rest):
+            raise DataError(
+                f"after first_experience_classes={self.first_experience_classes}, {len(rest)} classes are left for "
+                f"{remaining} more of experiences={self.experiences}; each needs at least one"
+            )
+        return [first, *self._cut(rest, remaining)]
+
+    def _cut(self, order: Int64, experiences: int | None) -> list[Int64]:
+        if self.classes_per_experience is not None:
+            step = self.classes_per_experience
+            return [order[start : start + step] for start in range(0, len(order), step)]
+        assert experiences is not None  # the constructor took exactly one of the two
+        return _cut_evenly(order, experiences)
+
+
+@dataclass(frozen=True)
+class TaskIncremental(ClassIncremental):
+    """The cuts of :class:`ClassIncremental`, but the task is known at test: only its own classes compete.
+
+    An easier protocol that older papers report. Same arguments, same rows.
+
+    Example:
+        >>> labels = Labels(np.array([0, 1, 2, 3]))
+        >>> scenario = TaskIncremental(experiences=2)
+        >>> scenario.gives_task_id, [part.classes for part in scenario.split(labels, labels)]
+        (True, [(0, 1), (2, 3)])
+    """
+
+    name: ClassVar[str] = "task_incremental"
+    gives_task_id: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class DomainIncremental(Scenario):
+    """Every experience is one domain (a session, a season, a style); the classes may all recur in each.
+
+    The test rows of a domain belong to the experience of that domain. Domains that occur in the test part only belong
+    to the first experience, so they are evaluated after every stage: CoRe50 trains on sessions 1, 2, 4, 5, 6, 8, 9, 11
+    and tests after each on sessions 3, 7, 10.
+
+    Args:
+        by: What makes an experience; ``"domain"`` is the only one.
+        domain_order: Domain ids or domain names of the training part, each once; ``None`` is sorted ids.
+        seed: Shuffles the sorted ids when ``domain_order`` is ``None``.
+        ordered: The rows of a domain are a sequence in time (driving records, SODA10M's six periods): experiences
+            keep the stored order and are not shuffled.
+
+    Raises:
+        ArgumentError: ``by`` is something else, or ``domain_order`` is not an order of the domains present.
+        DataError: The data set has no domains.
+
+    Example:
+        >>> train = Labels(np.array([0, 1, 0, 1]), np.array([5, 5, 2, 2]), {2: "sketch", 5: "photo"})
+        >>> [(part.name, part.train.tolist()) for part in DomainIncremental().split(train, train)]
+        [('sketch', [2, 3]), ('photo', [0, 1])]
+    """
+
+    name: ClassVar[str] = "domain_incremental"
+
+    by: str = "domain"
+    domain_order: list[int | str] | None = None
+    seed: int | None = None
+    ordered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.by != "domain":
+            raise ArgumentError(f"by={self.by!r} is not known; the only value is 'domain'")
+        _check_seed(self.seed)
+
+    def split(self, train: Labels, test: Labels) -> list[Split]:
+        """One split for each domain of the training part; see the class and :meth:`Scenario.split`."""
+        if not len(train):
+            raise DataError("the training part has no rows to cut into domains")
+        train_domains = self._domains(train, "training")
+        test_domains = self._domains(test, "test")
+        order = self._order(train_domains, train.domain_names)
+        only_in_test = np.setdiff1d(test_domains, train_domains)
+        splits = []
+        for i, domain in enumerate(order):
+            tested = np.append(only_in_test, domain) if i == 0 else np.array([domain])
+            rows = _rows_of(train_domains, np.array([domain]))
+            splits.append(
+                Split(
+                    name=train.domain_names.get(int(domain), f"domain {domain}"),
+                    classes=_sorted_ids(_classes_of(train.targets[rows])),
+                    train=rows,
+                    test=_rows_of(test_domains, tested),
+                    ordered=self.ordered,
+                )
+            )
+        return splits
+
+    def _domains(self, labels: Labels, part: str) -> Int64:
+        if not len(labels):
+            return labels.targets
+        if labels.domains is None:
+            raise DataError(
+                f"DomainIncremental needs a domain for each row, and the {part} part has none; use another "
+                "scenario, or a source with domains: domain_* arrays in an .npz, ImageFolder(domains=True), or a "
+                ".domains attribute"
+            )
+        return labels.domains
+
+    def _order(self, train_domains: Int64, names: dict[int, str]) -> Int64:
+        present = np.unique(train_domains)
+        if self.domain_order is None:
+            return present if self.seed is None else np.random.default_rng(self.seed).permutation(present)
+        ids = {name: domain for domain, name in names.items()}
+        unknown = [entry for entry in self.domain_order if isinstance(entry, str) and entry not in ids]
+        if unknown:
+            raise ArgumentError(f"domain_order names {unknown}, which are not domains here; known: {sorted(ids)}")
+        order = [ids[entry] if isinstance(entry, str) else entry for entry in self.domain_order]
+        return _check_permutation("domain_order", "domain", order, present)
+
+
+@dataclass(frozen=True)
+class Blurry(Scenario):
+    """Classes recur: most samples of a class come in one experience, some are scattered over the others.
+
+    Si-Blurry (Moon et al. 2023, arXiv 2308.09303) with exact counts in place of random ones, so that two runs compare:
+
+    1. The C classes are ordered and cut into E homes exactly as ``ClassIncremental(experiences=E, class_order, seed)``
+       does (``seed`` shuffles them unless a ``class_order`` is given).
+    2. ``floor(disjoint * C + 0.5)`` classes, drawn at random, are disjoint: all their samples stay at home.
+    3. Of every other class, with n samples, ``floor(blur * n + 0.5)`` random ones leave. They are dealt out to the
+       E - 1 other experiences so that their shares differ by at most one; which experiences get one more is random.
+
+    Test samples of a class belong to the experience with most of its training samples, the first of them in a tie.
+    The draws are a function of the labels and ``seed`` alone.
+
+    Args:
+        experiences: Number of experiences E, at least 2.
+        disjoint: Share of the classes that stay in one experience, in [0, 1].
+        blur: Share of the samples of the other classes that move, in [0, 1].
+        class_order: ``None``, a list with each id of the training part once, or the name of a published order.
+        seed: Of the class order and of the draws.
+
+    Raises:
+        ArgumentError: A share outside [0, 1], fewer than 2 experiences, no seed, or a wrong ``class_order``.
+        DataError: More experiences than classes, test classes that the training part lacks, or an experience that
+            loses all its samples.
+
+    Example:
+        >>> labels = Labels(np.repeat([0, 1], 10))
+        >>> stream = Blurry(experiences=2, disjoint=0.5, blur=0.3, seed=0).split(labels, labels)
+        >>> sorted(len(part.train) for part in stream)
+        [7, 13]
+    """
+
+    name: ClassVar[str] = "blurry"
+
+    experiences: int
+    disjoint: float = 0.5
+    blur: float = 0.1
+    class_order: list[int] | str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("experiences", self.experiences, least=2)
+        for argument, share in (("disjoint", self.disjoint), ("blur", self.blur)):
+            if not 0 <= share <= 1:
+                raise ArgumentError(f"{argument}={share} is a share and must lie in [0, 1]")
+        _check_class_order(self.class_order)
+        if self.seed is None:
+            raise ArgumentError("seed=None, but Blurry draws which samples move; give an integer of at least 0")
+        _check_seed(self.seed)
+
+    def ordered_classes(self, train: Labels) -> Int64:
+        """The class ids in the order of ``class_order`` and ``seed``."""
+        return _resolve_class_order(self.class_order, self.seed, train.classes)
+
+    def split(self, train: Labels, test: Labels) -> list[Split]:
+        """One split for each home of classes; see the class and :meth:`Scenario.split`."""
+        _check_test_classes(train, test)
+        order = self.ordered_classes(train)
+        homes = _cut_evenly(order, self.experiences)
+        experience = self._deal_out(train, order, homes)
+        test_experience = np.zeros(len(test), dtype=np.int64)
+        for c in order:
+            counts = np.bincount(experience[train.targets == c], minlength=self.experiences)
+            test_experience[test.targets == c] = counts.argmax()
+        for i, rows in enumerate(_unlabelled_shares(test, self.experiences)):
+            test_experience[rows] = i
+        return [self._experience(i, home, train, experience, test_experience) for i, home in enumerate(homes)]
+
+    def _experience(self, index: int, home: Int64, train: Labels, experience: Int64, test_experience: Int64) -> Split:
+        rows = np.flatnonzero(experience == index)
+        if not len(rows):
+            raise DataError(
+                f"experience {index} keeps no training samples: blur={self.blur} moves all of {_classes_name(home)} "
+                "away; lower blur, raise disjoint, or use fewer experiences"
+            )
+        return Split(
+            name=f"mainly {_classes_name(home)}",
+            classes=_sorted_ids(_classes_of(train.targets[rows])),
+            train=rows,
+            test=np.flatnonzero(test_experience == index),
+        )
+
+    def _deal_out(self, train: Labels, order: Int64, homes: list[Int64]) -> Int64:
+        """The experience of every training row."""
+        # A stream of its own beside the class order's, which stays the one of ClassIncremental(seed=seed).
+        rng = np.random.default_rng([self.seed, 1])
+        disjoint = rng.permutation(order)[: _round_half_up(self.disjoint * len(order))]
+        experience = np.zeros(len(train), dtype=np.int64)
+        for i, home in enumerate(homes):
+            others = np.delete(np.arange(self.experiences), i)
+            for c in home:
+                rows = np.flatnonzero(train.targets == c)
+                experience[rows] = i
+                if c in disjoint:
+                    continue
+                moving = rng.permutation(rows)[: _round_half_up(self.blur * len(rows))]
+                shares = np.array_split(moving, len(others))
+                for target, share in zip(rng.permutation(others), shares, strict=True):
+                    experience[share] = target
+        for i, rows in enumerate(_unlabelled_shares(train, self.experiences)):
+            experience[rows] = i
+        return experience
+
+
+@dataclass(frozen=True)
+class LongTailed(Scenario):
+    """Any scenario on a training part whose classes get rarer and rarer; the test part stays as it is.
+
+    Of the class with rank r in the inner scenario's class order (0 for the first) and n training samples, the first
+
+        max(2, floor(n * factor ** r))
+
+    in stored order are kept, or all where n < 2. Unlabelled rows are kept.
+
+    Args:
+        inner: The scenario that cuts what is kept.
+        factor: How much rarer each class is than the one before, in (0, 1]. For an imbalance ratio q between the first
+            and the last of C classes it is ``q ** (-1 / (C - 1))``.
+
+    Raises:
+        ArgumentError: ``factor`` outside (0, 1], or ``inner`` is not a scenario.
+
+    Example:
+        >>> labels = Labels(np.repeat([0, 1, 2], 90))
+        >>> [len(part.train) for part in LongTailed(ClassIncremental(experiences=3), factor=0.6).split(labels, labels)]
+        [90, 54, 32]
+    """
+
+    name: ClassVar[str] = "long_tailed"
+
+    inner: Scenario
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Scenario):
+            raise ArgumentError(f"inner={self.inner!r} must be a Scenario, e.g. ClassIncremental(experiences=5)")
+        if not 0 < self.factor <= 1:
+            raise ArgumentError(
+                f"factor={self.factor} must lie in (0, 1]: every class is that much rarer than the last"
+            )
+
+    @property
+    def gives_task_id(self) -> bool:  # type: ignore[override]
+        """As the inner scenario has it."""
+        return self.inner.gives_task_id
+
+    def ordered_classes(self, train: Labels) -> Int64:
+        """The order of the inner scenario."""
+        return self.inner.ordered_classes(train)
+
+    def split(self, train: Labels, test: Labels) -> list[Split]:
+        """The inner scenario's splits of the rows that are kept; see the class and :meth:`Scenario.split`."""
+        kept = [np.flatnonzero(train.targets == UNLABELLED)]
+        for rank, c in enumerate(self.ordered_classes(train)):
+            rows = np.flatnonzero(train.targets == c)
+            kept.append(rows[: max(2, math.floor(len(rows) * self.factor**rank))])
+        rows = np.sort(np.concatenate(kept))
+        return [replace(part, train=rows[part.train]) for part in self.inner.split(train.take(rows), test)]
+
+
+@dataclass(frozen=True)
+class NaturalOrder(Scenario):
+    """The data as stored, cut evenly: for recordings whose order in time is the point. Never shuffled.
+
+    Both parts are cut by ``numpy.array_split``: where rows do not divide, the first experiences get one more. A test
+    part with fewer rows than experiences leaves the last ones without.
+
+    Args:
+        experiences: Number of experiences.
+
+    Raises:
+        ArgumentError: ``experiences`` is below 1.
+        DataError: More experiences than training rows.
+
+    Example:
+        >>> labels = Labels(np.array([4, 4, 1, 1, 4]))
+        >>> [(part.train.tolist(), part.classes) for part in NaturalOrder(2).split(labels, labels)]
+        [([0, 1, 2], (1, 4)), ([3, 4], (1, 4))]
+    """
+
+    name: ClassVar[str] = "natural_order"
+
+    experiences: int
+
+    def __post_init__(self) -> None:
+        _check_count("experiences", self.experiences)
+
+    def split(self, train: Labels, test: Labels) -> list[Split]:
+        """One split for each stretch of the stored rows; see the class and :meth:`Scenario.split`."""
+        if self.experiences > len(train):
+            raise DataError(
+                f"experiences={self.experiences}, but the training part has {len(train)} rows; use at most that many"
+            )
+        train_rows = np.array_split(np.arange(len(train)), self.experiences)
+        test_rows = np.array_split(np.arange(len(test)), self.experiences)
+        return [
+            Split(
+                name=f"part {i + 1} of {self.experiences}",
+                classes=_sorted_ids(_classes_of(train.targets[rows])),
+                train=rows,
+                test=test_rows[i],
+                ordered=True,
+            )
+            for i, rows in enumerate(train_rows)
+        ]
+
+
+@dataclass(frozen=True)
+class Joint(Scenario):
+    """Everything at once, in one experience: the upper reference that a stream is measured against.
+
+    Raises:
+        DataError: The training part is empty.
+
+    Example:
+        >>> labels = Labels(np.array([1, 0, 2]))
+        >>> [(part.name, part.train.tolist()) for part in Joint().split(labels, labels)]
+        [('everything', [0, 1, 2])]
+    """
+
+    name: ClassVar[str] = "joint"
+
+    def split(self, train: Labels, test: Labels) -> list[Split]:
+        """A single split with all rows; see :meth:`Scenario.split`."""
+        if not len(train):
+            raise DataError("the training part has no rows")
+        return [Split("everything", _sorted_ids(train.classes), np.arange(len(train)), np.arange(len(test)))]
+
+
+def _id_vector(argument: str, values: Any) -> Int64:
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise DataError(f"{argument} has shape {array.shape}; expected one id for each row, shape (N,)")
+    if array.size and array.dtype.kind not in "iu":
+        raise DataError(f"{argument} has dtype {array.dtype}; ids must be integers")
+    return array.astype(np.int64)
+
+
+def _classes_of(targets: Int64) -> Int64:
+    return np.unique(targets[targets != UNLABELLED])
+
+
+def _sorted_ids(ids: Int64) -> tuple[int, ...]:
+    return tuple(sorted(int(i) for i in ids))
+
+
+def _rows_of(ids: Int64, wanted: Int64) -> Int64:
+    """The rows, in stored order, whose id is one of the wanted."""
+    return np.flatnonzero(np.isin(ids, wanted))
+
+
+def _merge(first: Int64, second: Int64) -> Int64:
+    """Two disjoint sets of rows as one, in stored order."""
+    return np.sort(np.concatenate([first, second]))
+
+
+def _unlabelled_shares(labels: Labels, experiences: int) -> list[Int64]:
+    return np.array_split(np.flatnonzero(labels.targets == UNLABELLED), experiences)
+
+
+def _cut_evenly(order: Int64, experiences: int) -> list[Int64]:
+    if experiences > len(order):
+        raise DataError(f"{len(order)} classes cannot fill {experiences} experiences; use at most {len(order)}")
+    return np.array_split(order, experiences)
+
+
+def _round_half_up(x: float) -> int:
+    return math.floor(x + 0.5)
+
+
+def _classes_name(classes: Int64) -> str:
+    ids = _sorted_ids(classes)
+    if len(ids) == 1:
+        return f"class {ids[0]}"
+    run = ids[-1] - ids[0] == len(ids) - 1
+    if len(ids) > 4:
+        return f"classes {ids[0]}-{ids[-1]} ({len(ids)})"
+    return f"classes {ids[0]}-{ids[-1]}" if run else f"classes {', '.join(map(str, ids))}"
+
+
+def _check_count(argument: str, value: int | None, least: int = 1) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{argument}={value!r} must be an integer of at least {least}")
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise ArgumentError(f"seed={seed!r} must be an integer of at least 0")
+
+
+def _check_class_order(class_order: list[int] | str | None) -> None:
+    """What can be said of an order before the data is known."""
+    if isinstance(class_order, str):
+        published_order(class_order)
+
+
+def _check_test_classes(train: Labels, test: Labels) -> None:
+    if not len(train.classes):
+        raise DataError("the training part has no labelled rows to cut into classes")
+    extra = np.setdiff1d(test.classes, train.classes)
+    if len(extra):
+        raise DataError(
+            f"the test part has classes that the training part lacks: {_listed(extra)}; nothing could ever learn "
+            "them. Leave these rows out, or use a scenario that is not made of classes"
+        )
+
+
+def _resolve_class_order(class_order: list[int] | str | None, seed: int | None, present: Int64) -> Int64:
+    if class_order is None:
+        return present if seed is None else np.random.default_rng(seed).permutation(present)
+    order = published_order(class_order) if isinstance(class_order, str) else class_order
+    return _check_permutation("class_order", "class", order, present)
+
+
+def _check_permutation(argument: str, kind: str, order: Sequence[int], present: Int64) -> Int64:
+    ids = _id_vector(argument, list(order)) if len(order) else np.empty(0, dtype=np.int64)
+    values, counts = np.unique(ids, return_counts=True)
+    problems = [
+        f"{what} {_listed(which)}"
+        for what, which in (
+            ("missing", np.setdiff1d(present, values)),
+            ("unknown", np.setdiff1d(values, present)),
+            ("repeated", values[counts > 1]),
+        )
+        if len(which)
+    ]
+    if problems:
+        raise ArgumentError(
+            f"{argument} must hold each {kind} id of the training part exactly once: {'; '.join(problems)}"
+        )
+    return ids
+
+
+def _listed(ids: Int64) -> str:
+    shown = ", ".join(str(i) for i in ids[:10])
+    return shown if len(ids) <= 10 else f"{shown}, … ({len(ids)})"

@@ -1,0 +1,415 @@
+"""The data module: a stream of experiences as one ``fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from clkit._lightning import cap_max_epochs, is_fast_dev_run, processed_batches, reload_loaders_every_epoch
+from clkit.data.loader import EvaluationLoader, Fetcher, TrainLoader, Workers, cut_batches, epoch_order
+from clkit.data.preprocessing import Preprocessing
+from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
+from clkit.data.sources import Part, Source, data_root, resolve_source
+from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
+from clkit.experience import Experience
+
+__all__ = ["StreamDataModule"]
+
+FORMAT = 1
+
+Rows = npt.NDArray[np.int64]
+
+
+class StreamDataModule(pl.LightningDataModule):
+    """A stream of experiences cut from a data set: one ``fit``, one checkpoint, one logger.
+
+    The experience is a function of the trainer's epoch. Validation gives one loader over all experiences seen so far,
+    whose batches never straddle two. A run resumed in the middle of an experience goes on with the next sample.
+
+    Args:
+        source: A :class:`~clkit.data.Source`, or a short form: ``"digits"``, ``"digits:flat"``,
+            ``"torchvision:CIFAR100"``, ``"folder:PATH"``, ``"npz:NAME"``, ``"features:NAME"``.
+        scenario: How the stream is cut; five experiences of classes by default.
+        batch_size: Training samples a batch and process, at most; batches of an epoch are as even as possible.
+        eval_batch_size: The same for evaluation.
+        epochs_per_experience: Epochs over each experience, after a strategy's warm-up if it has one.
+        preprocessing: A :class:`~clkit.data.Preprocessing`; or ``"auto"``: the module's own ``data_config`` where the
+            source holds images and the module has one (a timm backbone), the stored size and [0, 1] otherwise; or
+            ``"unit"``: always the latter; or any function from a stack of stored images to inputs.
+        train_transform: Random augmentation of one stored training image (a uint8 or float tensor (C, H, W)). Its
+            randomness is a function of (seed, epoch, sample). Leave it out for gradient-free heads.
+        evaluate: ``"seen"`` evaluates the experiences seen so far, ``"all"`` also the future ones, which forward
+            transfer needs.
+        val_fraction: Share of the training part, [0, 1), cut off for validation by a seeded draw stratified by class.
+            With 0 validation and test are both the source's test part, as the papers' protocols have it.
+        relabel: Whether batches number the classes 0, 1, … in the stream's order. Ids that a person reads are always
+            the source's.
+        stop_after: Only the first so many experiences.
+        shuffle: Whether the samples of an experience are shuffled (by seed and epoch).
+        seed: Seed of order, augmentation and validation draw.
+        num_workers: Loader processes; they live as long as the stream. 0 loads in the process itself.
+        root: The data folder in which names are looked up; the environment variable ``CLKIT_DATA`` by default.
+
+    Raises:
+        ArgumentError: An argument is out of its range.
+        DataError: The data is not there, or cannot be cut as asked (in ``setup``).
+
+    Example:
+        >>> from clkit.data import ClassIncremental, StreamDataModule
+        >>> stream = StreamDataModule("digits:flat", ClassIncremental(experiences=5), batch_size=32)
+        >>> stream.setup("fit")
+        >>> [experience.classes for experience in stream.experiences]
+        [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+        >>> stream.num_classes, stream.experiences[0].train_samples
+        (10, 181)
+    """
+
+    def __init__(
+        self,
+        source: str | Source = "digits",
+        scenario: Scenario | None = None,
+        *,
+        batch_size: int = 32,
+        eval_batch_size: int = 256,
+        epochs_per_experience: int = 1,
+        preprocessing: Literal["auto", "unit"] | Preprocessing | Callable[[Any], Tensor] = "auto",
+        train_transform: Callable[[Tensor], Tensor] | None = None,
+        evaluate: Literal["seen", "all"] = "seen",
+        val_fraction: float = 0.0,
+        relabel: bool = False,
+        stop_after: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        root: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("epochs_per_experience", epochs_per_experience),
+            ("stop_after", 1 if stop_after is None else stop_after),
+        ):
+            if value < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ArgumentError(f"num_workers must be at least 0, got {num_workers}")
+        if not 0.0 <= val_fraction < 1.0:
+            raise ArgumentError(f"val_fraction must lie in [0, 1), got {val_fraction}")
+        if evaluate not in ("seen", "all"):
+            raise ArgumentError(f"evaluate must be 'seen' or 'all', got {evaluate!r}")
+        if isinstance(preprocessing, str) and preprocessing not in ("auto", "unit"):
+            raise ArgumentError(
+                f"preprocessing must be 'auto', 'unit', a Preprocessing or a function, got {preprocessing!r}"
+            )
+        self.source = resolve_source(source)
+        self.scenario = ClassIncremental(experiences=5) if scenario is None else scenario
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.epochs_per_experience = epochs_per_experience
+        self.preprocessing = preprocessing
+        self.train_transform = train_transform
+        self.evaluate = evaluate
+        self.val_fraction = val_fraction
+        self.relabel = relabel
+        self.stop_after = stop_after
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_workers = num_workers
+        self.root = root
+
+        self.experiences: list[Experience] = []
+        self._splits: list[Split] = []
+        self._validation: list[Rows] = []  # rows of the training part, where `val_fraction` cuts them off
+        self._parts: tuple[Part, Part] | None = None
+        self._workers: dict[str, Workers] = {}
+        self._warmup_epochs = 0
+        self._position: dict[str, int] | None = None  # of a loaded checkpoint
+        self._reached: int | None = None  # last epoch of an earlier fit
+
+    # ---- the stream
+
+    def setup(self, stage: str) -> None:
+        """Loads the source, cuts the stream and, for a fit, sets how the trainer walks it."""
+        if self._parts is None:
+            self._parts = self.source.load(data_root(self.root))
+            self._cut(*self._parts)
+        if self.trainer is not None:
+            self._warmup_epochs = getattr(self.trainer.strategy, "warmup_epochs", 0)
+        self._workers = self._make_workers(*self._parts)
+        if stage == "fit" and self.trainer is not None:
+            self._fit_trainer(self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        """Notes how far a fit came and lets the worker processes go."""
+        if stage == "fit" and self.trainer is not None:
+            self._reached = self.trainer.current_epoch
+        self._workers = {}
+
+    def _cut(self, train: Part, test: Part) -> None:
+        names = self.source.domain_names
+        splits = self.scenario.split(
+            Labels(train.targets, train.domains, names), Labels(test.targets, test.domains, names)
+        )
+        self._splits = splits[: self.stop_after]
+        if self.val_fraction:
+            self._cut_validation(train)
+        self.experiences = [
+            Experience(
+                index=index,
+                name=split.name,
+                classes=split.classes,
+                train_samples=len(split.train),
+                eval_samples=len(self._validation[index] if self.val_fraction else split.test),
+            )
+            for index, split in enumerate(self._splits)
+        ]
+
+    def _cut_validation(self, train: Part) -> None:
+        generator = np.random.default_rng(self.seed)
+        kept, self._validation = [], []
+        for split in self._splits:
+            held_out: list[Rows] = []
+            for label in np.unique(train.targets[split.train]):
+                rows = split.train[train.targets[split.train] == label]
+                count = round(self.val_fraction * len(rows)) if label >= 0 else 0
+                if len(rows) > 1:
+                    held_out.append(generator.permutation(rows)[: min(count, len(rows) - 1)])
+            validation = np.sort(np.concatenate(held_out)) if held_out else np.empty(0, dtype=np.int64)
+            if not len(validation):
+                raise DataError(
+                    f"val_fraction={self.val_fraction} leaves no validation sample in experience {split.name!r} with "
+                    f"{len(split.train)} training samples; raise it, or set it to 0"
+                )
+            self._validation.append(validation)
+            kept.append(replace(split, train=np.setdiff1d(split.train, validation)))
+        self._splits = kept
+
+    def _fit_trainer(self, trainer: pl.Trainer) -> None:
+        reload_loaders_every_epoch(trainer)
+        if is_fast_dev_run(trainer):
+            return
+        needed, given = self.epochs, trainer.max_epochs
+        if given is None or given == -1 or given > needed:
+            cap_max_epochs(trainer, needed)
+            if given not in (None, -1, 1000):  # 1000 is what Lightning fills in
+                rank_zero_info(f"clkit: the stream has {needed} epochs; max_epochs={given} is cut to that")
+        elif given < needed:
+            raise ConfigurationError(
+                f"max_epochs={given} ends before the stream does: it has {len(self.experiences)} experiences and needs "
+                f"max_epochs={needed}; leave max_epochs out, or set StreamDataModule(stop_after=…) for a shorter stream"
+            )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole stream, warm-up included."""
+        return self._warmup_epochs + len(self.experiences) * self.epochs_per_experience
+
+    @property
+    def gives_task_id(self) -> bool:
+        """Whether batches carry the experience of each sample as a third element (task-incremental scenarios)."""
+        return bool(getattr(self.scenario, "gives_task_id", False))
+
+    def experience_at(self, epoch: int) -> Experience | None:
+        """The experience of an epoch, with its phase; ``None`` beyond the stream."""
+        if epoch < self._warmup_epochs:
+            return replace(self.experiences[0], phase="warmup")
+        index = (epoch - self._warmup_epochs) // self.epochs_per_experience
+        return self.experiences[index] if index < len(self.experiences) else None
+
+    def is_last_epoch(self, epoch: int) -> bool:
+        """Whether an epoch is the last of its experience."""
+        learned = epoch - self._warmup_epochs + 1
+        return learned > 0 and learned % self.epochs_per_experience == 0
+
+    # ---- classes, as the user numbers them
+
+    @property
+    def classes(self) -> list[int]:
+        """Ids of all classes of the stream, in the order in which they arrive; the user's ids."""
+        order = [label for experience in self.experiences for label in experience.classes]
+        return list(dict.fromkeys(order))
+
+    @property
+    def num_classes(self) -> int:
+        """Columns that a classifier of this stream needs: largest id + 1, or the number of classes when relabelled."""
+        return len(self.classes) if self.relabel else max(self.classes) + 1
+
+    @property
+    def original_ids(self) -> list[int] | None:
+        """The user's id of each batch label when relabelled, ``None`` when batches have the user's ids."""
+        return self.classes if self.relabel else None
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names by the user's class id; may be empty."""
+        return self.source.class_names
+
+    def _batch_targets(self, part: Part) -> Rows:
+        if not self.relabel:
+            return part.targets
+        table = np.full(int(max(part.targets.max(initial=0), max(self.classes))) + 1, -1, dtype=np.int64)
+        table[self.classes] = np.arange(len(self.classes))
+        relabelled: Rows = np.where(part.targets < 0, -1, table[part.targets])
+        return relabelled
+
+    # ---- loaders
+
+    def train_dataloader(self) -> TrainLoader:
+        """The batches of the trainer's current epoch. Without side effects: a resume asks for a stale epoch first."""
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        experience = self.experience_at(epoch) or self.experiences[-1]
+        split = self._splits[experience.index]
+        order = epoch_order(split.train, seed=self.seed, epoch=epoch, shuffle=self.shuffle and not split.ordered)
+        batches = self._shared(order, self.batch_size, f"experience {experience.name!r}")
+        return TrainLoader(self._workers["train"], batches, epoch, self._start_of)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """One loader over the experiences that are to be evaluated now."""
+        return self.evaluation_loader(self._upto())
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The source's test part, of the experiences that were reached."""
+        return self.evaluation_loader(self._upto(), part="test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The same samples as for the test."""
+        return self.test_dataloader()
+
+    def evaluation_loader(self, upto: int, part: Literal["validate", "test"] = "validate") -> EvaluationLoader:
+        """A loader over experiences 0 … ``upto`` (all of the stream with ``evaluate="all"``).
+
+        Args:
+            upto: Index of the last experience.
+            part: ``"validate"``: what validation uses; ``"test"``: the source's test part.
+        """
+        last = len(self.experiences) - 1 if self.evaluate == "all" else min(upto, len(self.experiences) - 1)
+        held_out = part == "validate" and self.val_fraction > 0
+        batches: dict[int, list[Rows]] = {}
+        for index in range(last + 1):
+            rows = self._validation[index] if held_out else self._splits[index].test
+            if len(rows):
+                batches[index] = self._shared(rows, self.eval_batch_size, f"the evaluation of experience {index}")
+        return EvaluationLoader(self._workers["validation" if held_out else "test"], batches)
+
+    @property
+    def evaluated_on(self) -> str:
+        """``"test"`` or ``"validation"``: which samples a validation uses."""
+        return "validation" if self.val_fraction else "test"
+
+    def _upto(self) -> int:
+        trainer = self.trainer
+        if trainer is not None and trainer.state.fn == "fit":
+            epoch: int | None = trainer.current_epoch
+        else:
+            epoch = self._reached if self._position is None else self._position["epoch"]
+        experience = None if epoch is None else self.experience_at(epoch)
+        return len(self.experiences) - 1 if experience is None else experience.index
+
+    def _shared(self, rows: Rows, batch_size: int, what: str) -> list[Rows]:
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        world = 1 if self.trainer is None else self.trainer.world_size
+        try:
+            return cut_batches(rows, batch_size, rank=rank, world_size=world)
+        except DataError as error:
+            raise DataError(f"{what}: {error}") from error
+
+    def _make_workers(self, train: Part, test: Part) -> dict[str, Workers]:
+        preprocess = self._preprocess()
+        train_targets, test_targets = self._batch_targets(train), self._batch_targets(test)
+        train_tasks = self._tasks(len(train), [split.train for split in self._splits])
+        validation_tasks = self._tasks(len(train), self._validation)
+        test_tasks = self._tasks(len(test), [split.test for split in self._splits])
+        fetchers = {
+            "train": Fetcher(train, train_targets, preprocess, self.train_transform, train_tasks, self.seed),
+            "test": Fetcher(test, test_targets, preprocess, None, test_tasks),
+        }
+        if self.val_fraction:
+            fetchers["validation"] = Fetcher(train, train_targets, preprocess, None, validation_tasks)
+        return {name: Workers(fetcher, self.num_workers) for name, fetcher in fetchers.items()}
+
+    def _tasks(self, length: int, rows: list[Rows]) -> Rows | None:
+        if not self.gives_task_id:
+            return None
+        tasks = np.full(length, -1, dtype=np.int64)
+        for index, own in enumerate(rows):
+            tasks[own] = index
+        return tasks
+
+    def _preprocess(self) -> Callable[[Any], Tensor]:
+        if not isinstance(self.preprocessing, str):
+            return self.preprocessing
+        config: dict[str, Any] | None = None
+        if self.preprocessing == "auto" and self.trainer is not None and self._holds_images():
+            config = getattr(self.trainer.lightning_module, "data_config", None)
+        if not config:
+            return Preprocessing()
+        size = int(config["input_size"][-1])
+        return Preprocessing(
+            size=size,
+            resize=max(size, round(size / config.get("crop_pct", 1.0))),
+            interpolation=config.get("interpolation", "bicubic"),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            channels=3 if config["input_size"][0] == 3 else 1,
+        )
+
+    def _holds_images(self) -> bool:
+        assert self._parts is not None
+        first: Any = self._parts[0].get_many(np.zeros(1, dtype=np.int64))
+        return isinstance(first, list) or (isinstance(first, torch.Tensor) and first.ndim == 4)
+
+    # ---- state: the position, as batches that were learned
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and learned batches, with what they depend on."""
+        trainer = self.trainer
+        assert trainer is not None
+        return {
+            "format": FORMAT,
+            "epoch": trainer.current_epoch,
+            "batches": processed_batches(trainer),
+            "batch_size": self.batch_size,
+            "world_size": trainer.world_size,
+            "experiences": [list(experience.classes) for experience in self.experiences],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a position.
+
+        Raises:
+            StateError: For a newer format, or a stream that was cut otherwise.
+        """
+        if state_dict.get("format") != FORMAT:
+            raise StateError(
+                f"the saved stream position has format {state_dict.get('format')!r}, this clkit reads format {FORMAT}"
+            )
+        now = [list(experience.classes) for experience in self.experiences]
+        saved = state_dict["experiences"]
+        if now[: len(saved)] != saved[: len(now)]:
+            raise StateError(
+                f"the checkpoint comes from another stream: its experiences have the classes {saved}, this one's "
+                f"{now}; use the source, scenario and seed that it was trained with"
+            )
+        self._position = dict(state_dict)
+
+    def _start_of(self, epoch: int) -> int:
+        position = self._position
+        if position is None or position["epoch"] != epoch or position["batches"] == 0:
+            return 0
+        world_size = 1 if self.trainer is None else self.trainer.world_size
+        for name, now in (("batch_size", self.batch_size), ("world_size", world_size)):
+            if position[name] != now:
+                raise StateError(
+                    f"the checkpoint was saved inside an experience with {name}={position[name]}, this run has "
+                    f"{name}={now}; use the same, or resume from a checkpoint at the end of an experience"
+                )
+        return position["batches"]

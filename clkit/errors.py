@@ -1,0 +1,57 @@
+"""The errors that clkit raises.
+
+Every one is a :class:`ClkitError` and also the built-in exception that it refines, so ``except ValueError`` in
+existing code keeps working. Messages name the argument, show the value that was seen and say what is allowed.
+
+This module is a leaf: it imports nothing of clkit, so every other module may use it.
+"""
+
+from __future__ import annotations
+
+from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
+
+__all__ = [
+    "ArgumentError",
+    "BatchError",
+    "ClkitError",
+    "ConfigurationError",
+    "DataError",
+    "NotFittedError",
+    "StateError",
+    "TapError",
+]
+
+
+class ClkitError(Exception):
+    """Base of all errors that clkit raises on purpose."""
+
+
+class ArgumentError(ClkitError, ValueError):
+    """An argument of a constructor or a function has a value that is not allowed."""
+
+
+class BatchError(ClkitError, ValueError):
+    """A batch was refused: wrong width, non-finite features, negative or fractional labels.
+
+    Whatever was learned before is bitwise unchanged when this is raised.
+    """
+
+
+class NotFittedError(ClkitError, _SklearnNotFittedError):  # type: ignore[misc]  # scikit-learn has no types
+    """A prediction was asked for before anything was learned (also scikit-learn's ``NotFittedError``)."""
+
+
+class StateError(ClkitError, RuntimeError):
+    """A saved state does not fit the object that loads it (format, width, options), or is damaged."""
+
+
+class TapError(ClkitError, RuntimeError):
+    """The feature tap found no place to read features from, or none passed through it."""
+
+
+class DataError(ClkitError, RuntimeError):
+    """A data source is missing or malformed, or a stream cannot be cut as asked."""
+
+
+class ConfigurationError(ClkitError, RuntimeError):
+    """Two settings of a run exclude each other, or one is missing."""

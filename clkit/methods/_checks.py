@@ -1,0 +1,189 @@
+"""What a batch must look like, asked in one place and before any state is touched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clkit.errors import ArgumentError, BatchError
+
+__all__ = ["Batch", "check_batch", "check_choice", "check_count", "check_features", "check_number"]
+
+MAGNITUDE_LIMIT = 1e100  # larger values overflow float64 when they are squared and summed
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A checked batch: labelled rows only, grouped by class.
+
+    Attributes:
+        features: (n, D) float64 on the device of the state that will learn them.
+        ids: (u,) sorted distinct class ids, on the host.
+        first: (u,) index of the first row of each id.
+        inverse: (n,) position in ``ids`` of each row's class.
+        counts: (u,) rows of each id.
+        finite: Whether all features are finite, a 0-d bool tensor on the device; ``None`` where that is already known.
+    """
+
+    features: Tensor
+    ids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    first: Tensor
+    inverse: Tensor
+    counts: Tensor
+    finite: Tensor | None
+
+    def masked(self, rows: Tensor) -> Tensor:
+        """``rows`` as they are, or all zero where the batch turned out not to be finite."""
+        return rows if self.finite is None else torch.where(self.finite, rows, torch.zeros_like(rows))
+
+
+def check_features(features: Tensor, width: int, device: torch.device) -> Tensor:
+    """Features as (B, ``width``) float64 on ``device``; the graph, if any, is kept.
+
+    Raises:
+        BatchError: If they are no floating-point tensor of that shape.
+    """
+    if not isinstance(features, Tensor):
+        raise BatchError(f"features must be a tensor of shape (B, {width}), got {type(features).__name__}")
+    if features.ndim != 2 or features.shape[1] != width:
+        raise BatchError(
+            f"features must have shape (B, {width}), got {tuple(features.shape)}; "
+            f"the width is fixed by the first argument of the constructor"
+        )
+    if not features.dtype.is_floating_point:
+        raise BatchError(f"features must be floating-point numbers, got {features.dtype}; call .float() first")
+    if features.device.type == "mps":  # has no float64: leave first, upcast then
+        return features.to(device).to(torch.float64)
+    return features.to(device=device, dtype=torch.float64)
+
+
+def check_finite(features: Tensor) -> None:
+    """Refuse features that are not finite numbers of sensible size (asks the device: use it on a CPU).
+
+    Raises:
+        BatchError: Naming the rows.
+    """
+    if features.numel() == 0:
+        return
+    low, high = torch.aminmax(features.detach())  # one pass, and NaN propagates into both
+    if not (float(low) > -MAGNITUDE_LIMIT and float(high) < MAGNITUDE_LIMIT):
+        good = (features.detach().abs() < MAGNITUDE_LIMIT).all(dim=1)
+        rows = torch.nonzero(~good).flatten().tolist()
+        raise BatchError(
+            f"features of rows {_shortened(rows)} are not finite (or above {MAGNITUDE_LIMIT:.0e} in magnitude); "
+            f"the batch was refused, nothing was changed; one such row would spoil everything learned"
+        )
+
+
+def check_batch(
+    features: Tensor, targets: Tensor, width: int, *, below: int, limit_name: str, device: torch.device
+) -> Batch:
+    """Check one labelled batch and group it by class.
+
+    Rows with target -1 are unlabelled and left out. On a CPU everything is checked here; elsewhere the labels come to
+    the host, because new classes need new rows, but whether all features are finite stays on the device as a flag.
+
+    Args:
+        features: (B, width) of any floating dtype.
+        targets: (B,) of any integer dtype, each -1 or in [0, ``below``).
+        width: Features per row.
+        below: First class id that is too large.
+        limit_name: The argument that set it, for the message.
+        device: Device of the state.
+
+    Raises:
+        BatchError: If anything is wrong, naming the rows.
+    """
+    rows = check_features(features, width, device).detach()
+    labels = _check_targets(targets, features.shape[0], below, limit_name)
+    finite = None
+    if _values_are_at_hand(device):
+        check_finite(rows)
+    elif rows.numel():
+        finite = (rows.abs() < MAGNITUDE_LIMIT).all()
+    labelled = labels != UNLABELLED
+    if not labelled.all():
+        rows = rows[torch.from_numpy(labelled).to(device)]
+        labels = labels[labelled]
+    ids, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+
+    def on_device(values: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    return Batch(rows, ids, on_device(first), on_device(inverse.reshape(-1)), on_device(counts), finite)
+
+
+def _values_are_at_hand(device: torch.device) -> bool:
+    """Whether reading a value costs no synchronisation."""
+    return device.type == "cpu"
+
+
+def _check_targets(
+    targets: Tensor, rows: int, below: int, limit_name: str
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    if not isinstance(targets, Tensor):
+        raise BatchError(f"targets must be a tensor of {rows} class ids, got {type(targets).__name__}")
+    if targets.dtype == torch.bool or targets.dtype.is_floating_point or targets.dtype.is_complex:
+        raise BatchError(
+            f"targets must be integer class ids, got {targets.dtype}; call .long() if they are whole numbers"
+        )
+    if targets.shape != (rows,):
+        raise BatchError(f"targets must have shape ({rows},), one per row of features, got {tuple(targets.shape)}")
+    labels = targets.detach().cpu().to(torch.int64).numpy()
+    if rows and labels.min() < UNLABELLED:
+        row = int(labels.argmin())
+        raise BatchError(
+            f"targets must be class ids from 0, or -1 for an unlabelled row, got {labels[row]} in row {row}"
+        )
+    if rows and labels.max() >= below:
+        row = int(labels.argmax())
+        raise BatchError(
+            f"target {labels[row]} in row {row} is not below {limit_name}={below}; "
+            f"raise {limit_name} or relabel the classes to smaller ids"
+        )
+    return labels
+
+
+def check_count(name: str, value: int, *, at_least: int = 1) -> int:
+    """An integer argument with a lower bound.
+
+    Raises:
+        ArgumentError: If it is not an integer, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ArgumentError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: float, *, above: float | None = None, at_least: float | None = None) -> float:
+    """A finite real argument with an optional lower bound.
+
+    Raises:
+        ArgumentError: If it is not a finite number, or too small.
+    """
+    bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = good and (above is None or value > above) and (at_least is None or value >= at_least)
+    if not good:
+        raise ArgumentError(f"{name} must be a finite number{bound}, got {value!r}")
+    return float(value)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """A string argument with a fixed set of values.
+
+    Raises:
+        ArgumentError: If it is none of them.
+    """
+    if value not in allowed:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _shortened(rows: list[int], shown: int = 10) -> str:
+    return f"{rows[:shown]}" if len(rows) <= shown else f"{rows[:shown]} and {len(rows) - shown} more"

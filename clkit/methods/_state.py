@@ -1,0 +1,62 @@
+"""What every object with learned sums needs: tensors that neither casts nor DDP may touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["PlainState", "exact", "world_size"]
+
+
+class PlainState(nn.Module):
+    """A module whose tensors are plain attributes: they follow device moves and keep their dtype.
+
+    Buffers would not do: ``DistributedDataParallel`` broadcasts them from rank 0 at each forward, which replaces a
+    rank's running sums by another's, and ``.half()``, ``.to(dtype)`` or ``precision="bf16-true"`` cast them down.
+    Subclasses move their tensors in :meth:`_move` and write and read them in ``_save_to_state_dict`` and
+    ``_load_from_state_dict``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._device
+
+    def _move(self, device: torch.device) -> None:
+        """Move all tensors to ``device``."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # An integer probe goes where the module goes and is left alone by casts.
+        target = fn(torch.empty(0, dtype=torch.int64, device=self._device)).device
+        if target.type in ("mps", "meta"):  # no float64 there, no values here
+            target = torch.device("cpu")
+        if target != self._device:
+            with exact():
+                self._move(target)
+            self._device = target
+        return self
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Run a block so that its tensors can be kept: no graph, no inference tensors (which refuse later updates)."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def world_size(group: Any = None) -> int:
+    """Number of processes that learn together, 1 where none are set up."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(group)
+    return 1

@@ -1,0 +1,372 @@
+r"""What the heads share: one linear read-out of sums, with a column for each class id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
+from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
+from clkit.methods._state import exact
+from clkit.methods.feature_map import FeatureMap
+from clkit.methods.statistics import FeatureStatistics, raise_for_batch
+
+__all__ = ["Head", "Readout", "first_equal"]
+
+_FORMAT = 1
+_LAYOUT_OPTIONS = ("num_classes", "max_classes")  # may differ between a saved state and the object that loads it
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A solved classifier over the seen classes: ``scores = (design - offset) @ weight.T + bias``.
+
+    Attributes:
+        classes: (k,) int64 sorted ids.
+        weight: (k, D) float64.
+        bias: (k,) float64.
+        offset: (D,) float64, taken off the design first so that a common offset of all features costs no digits;
+            ``None`` for none.
+        size: Largest id + 1, 0 if nothing was learned.
+        twins: (k,) first position with the same weight and bias, or ``None`` if all differ.
+    """
+
+    classes: Tensor
+    weight: Tensor
+    bias: Tensor
+    offset: Tensor | None
+    size: int
+    twins: Tensor | None
+
+    @classmethod
+    def of(cls, classes: Tensor, weight: Tensor, bias: Tensor, offset: Tensor | None = None) -> Readout:
+        """Collect the parts and look for classes that are equal to the last bit."""
+        size = int(classes[-1]) + 1 if classes.numel() else 0
+        return cls(classes, weight, bias, offset, size, first_equal(torch.cat([weight, bias[:, None]], dim=1)))
+
+    def centred(self, design: Tensor) -> Tensor:
+        """The design without the offset."""
+        return design if self.offset is None else design - self.offset
+
+    def scores(self, centred: Tensor) -> Tensor:
+        """(B, k) float64. Equal classes get equal scores, whatever order a product adds in, so that ties are ties."""
+        scores = torch.addmm(self.bias, centred, self.weight.T)
+        return scores if self.twins is None else scores[:, self.twins]
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of one linear layer."""
+        bias = self.bias if self.offset is None else self.bias - self.weight @ self.offset
+        return self.weight.clone(), bias.clone()
+
+
+class Head(nn.Module):
+    """Base of the heads: learns sums, solves when asked, scores by one product.
+
+    A subclass keeps its sums in ``self.statistics``, says in :meth:`_readout_of_sums` how they become weights, and in
+    :meth:`_design` what the weights are multiplied with. Class ids stay the user's: column c of the scores is class c.
+    """
+
+    normalizes: bool = False
+    """Whether features are L2-normalised before the linear read-out."""
+
+    statistics: FeatureStatistics
+    feature_map: FeatureMap
+
+    def __init__(self, in_features: int, *, num_classes: int | None, max_classes: int) -> None:
+        super().__init__()
+        self.in_features = check_count("in_features", in_features)
+        self.num_classes = None if num_classes is None else check_count("num_classes", num_classes)
+        self.max_classes = check_count("max_classes", max_classes)
+        self._shares = False
+        self._readout: tuple[int, Readout] | None = None
+
+    # Learning ---------------------------------------------------------------------------------------------------
+
+    def update(self, features: Tensor, targets: Tensor) -> None:
+        """Learn a batch. Rows with target -1 are skipped; an empty batch changes nothing.
+
+        Args:
+            features: (B, in_features) of any floating dtype; detached, upcast, not modified.
+            targets: (B,) class ids of any integer dtype.
+
+        Raises:
+            BatchError: If the batch is malformed; nothing is changed then. Where features are on an accelerator and
+                not finite, the batch is left out and the next call that reads values raises this.
+            ConfigurationError: If the statistics are shared: update those.
+        """
+        self._refuse_if_shared("update")
+        with exact():
+            batch = self._check_batch(features, targets)
+            self._learn(batch)
+
+    def merge(self, other: Head) -> None:
+        """Add all that another head has learned, as if its batches had come here (two machines, federated learning).
+
+        Args:
+            other: A head of the same kind with the same options; not modified.
+
+        Raises:
+            ArgumentError: If it is of another kind or differs in an option.
+        """
+        self._refuse_if_shared("merge")
+        if type(other) is not type(self):
+            raise ArgumentError(f"a {type(self).__name__} cannot merge a {type(other).__name__}")
+        for name, mine, theirs in _differences(self.options, other.options):
+            raise ArgumentError(f"cannot merge heads with different {name}: {mine!r} here, {theirs!r} there")
+        other._check_sums()
+        self._refuse_classes(other.classes, ArgumentError)
+        self._check_sums()
+        for mine, theirs in zip(self._all_statistics(), other._all_statistics(), strict=True):
+            mine.merge(theirs)
+
+    def subtract(self, features: Tensor, targets: Tensor) -> None:
+        """Unlearn samples exactly: the head becomes the one of a stream that never held them.
+
+        Args:
+            features: (B, in_features), the same numbers that were learned.
+            targets: (B,) their class ids.
+
+        Raises:
+            BatchError: If the batch is malformed or takes more samples of a class than it has; nothing is changed.
+        """
+        self._refuse_if_shared("subtract")
+        self._check_sums()
+        with exact():
+            batch = self._check_batch(features, targets)
+            for statistics in self._all_statistics():
+                statistics._refuse_subtraction(batch)
+            for statistics, rows in self._rows(batch):
+                statistics._remove(rows, batch)
+
+    def reset(self) -> None:
+        """Forget everything learned; options and projection stay."""
+        self._refuse_if_shared("reset")
+        for statistics in self._all_statistics():
+            statistics.reset()
+
+    def synchronize(self, group: Any = None) -> None:
+        """Exchange what each process has learned; see :meth:`FeatureStatistics.synchronize`."""
+        everything = self._all_statistics()
+        # A masked batch is in all sums: let one of them tell the other ranks, before anything is exchanged.
+        everything[0]._bad = torch.tensor(self._take_bad(), device=everything[0].device)
+        for statistics in everything:
+            statistics.synchronize(group)
+
+    # Predicting -------------------------------------------------------------------------------------------------
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores with column c for class id c.
+
+        Args:
+            features: (B, in_features) of any floating dtype.
+
+        Returns:
+            (B, C), C = largest id seen + 1, or ``num_classes``; columns of classes not seen are ``-inf``. Float64 for
+            float64 features, else float32 (computed in float64). Differentiable in the features.
+
+        Raises:
+            BatchError: If the features have the wrong shape or, on a CPU, are not finite.
+        """
+        readout = self._solved()
+        scores = self._score(features, readout)
+        width = readout.size if self.num_classes is None else self.num_classes
+        if width != readout.classes.numel():
+            scores = scores.new_full((scores.shape[0], width), -torch.inf).index_copy(1, readout.classes, scores)
+        return (scores if features.dtype == torch.float64 else scores.to(torch.float32)).to(features.device)
+
+    def scores_seen(self, features: Tensor) -> Tensor:
+        """(B, k) float64 scores of the seen classes only, in the order of :attr:`classes` and on their device."""
+        return self._score(features, self._solved())
+
+    def predict(self, features: Tensor) -> Tensor:
+        """(B,) int64 ids of the classes with the highest scores; decided in float64, ties go to the lowest id.
+
+        Raises:
+            NotFittedError: If nothing was learned.
+            BatchError: If the features have the wrong shape or, on a CPU, are not finite.
+        """
+        readout = self._solved()
+        if not readout.size:
+            raise NotFittedError(f"this {type(self).__name__} has learned nothing yet: call update first")
+        scores = readout.scores(readout.centred(self._design(self._check_features(features))))
+        return readout.classes[scores.argmax(dim=1)].to(features.device)
+
+    def refresh(self) -> None:
+        """Solve now rather than at the next prediction. Changes nothing that is saved."""
+        self._solved()
+
+    def linear_readout(self) -> tuple[Tensor, Tensor]:
+        """Weight (k, D) and bias (k,) in float64 of a plain linear layer over the seen classes.
+
+        Its input is what :attr:`feature_map` gives, or the L2-normalised features if :attr:`normalizes`. It ranks the
+        classes as :meth:`predict` does; scores may differ from :meth:`forward` by a number per row.
+        """
+        return self._solved().linear()
+
+    @property
+    def classes(self) -> Tensor:
+        """(k,) int64, ids of the classes seen, sorted."""
+        return self.statistics.classes
+
+    @property
+    def counts(self) -> Tensor:
+        """(k,) int64, samples learned of each class."""
+        return self.statistics.counts
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values: ``type(head)(**head.options)`` builds the same head, empty."""
+        return {"in_features": self.in_features, "num_classes": self.num_classes, "max_classes": self.max_classes}
+
+    def extra_repr(self) -> str:
+        """The options, for ``print(head)``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    # For subclasses ---------------------------------------------------------------------------------------------
+
+    def _readout_of_sums(self) -> Readout:
+        raise NotImplementedError
+
+    def _design(self, features: Tensor) -> Tensor:
+        """What the weights are multiplied with, from checked float64 features."""
+        design: Tensor = self.feature_map(features)
+        return design
+
+    def _finished(self, scores: Tensor, centred: Tensor) -> Tensor:
+        """Linear scores made what :meth:`forward` promises; may change a row by a constant."""
+        return scores
+
+    def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
+        """Each statistics object with the rows that it learns of a batch."""
+        return [(self.statistics, self._design(batch.features))]
+
+    def _learn(self, batch: Batch) -> None:
+        for statistics, rows in self._rows(batch):
+            statistics._add(rows, batch)
+
+    def _all_statistics(self) -> list[FeatureStatistics]:
+        return [self.statistics]
+
+    def _adopt(self, statistics: FeatureStatistics | None, width: int, parts: tuple[str, ...]) -> FeatureStatistics:
+        """The given statistics, if they will do, or new ones."""
+        if statistics is None:
+            return FeatureStatistics(
+                width,
+                sums="sums" in parts,
+                gram="gram" in parts,
+                squares="squares" in parts,
+                class_grams="class_grams" in parts,
+                max_classes=self.max_classes,
+            )
+        if statistics.width != width or not set(parts) <= set(statistics.parts):
+            raise ArgumentError(
+                f"statistics must have width {width} and keep {parts}, "
+                f"got width {statistics.width} with {statistics.parts}"
+            )
+        self._shares = True
+        return statistics
+
+    def _score(self, features: Tensor, readout: Readout) -> Tensor:
+        centred = readout.centred(self._design(self._check_features(features)))
+        return self._finished(readout.scores(centred), centred)
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def _check_features(self, features: Tensor) -> Tensor:
+        rows = check_features(features, self.in_features, self.statistics.device)
+        if rows.device.type == "cpu":
+            check_finite(rows)
+        return rows
+
+    def _check_batch(self, features: Tensor, targets: Tensor) -> Batch:
+        below, name = self.max_classes, "max_classes"
+        if self.num_classes is not None and self.num_classes < below:
+            below, name = self.num_classes, "num_classes"
+        return check_batch(
+            features, targets, self.in_features, below=below, limit_name=name, device=self.statistics.device
+        )
+
+    def _refuse_if_shared(self, verb: str) -> None:
+        if self._shares:
+            raise ConfigurationError(
+                f"this head reads statistics that it shares with others: call {verb} on those, once, not on the head"
+            )
+
+    def _refuse_classes(self, classes: Tensor, error: type[ArgumentError] | type[StateError]) -> None:
+        limit = self.max_classes if self.num_classes is None else min(self.num_classes, self.max_classes)
+        if classes.numel() and int(classes[-1]) >= limit:
+            raise error(f"class {int(classes[-1])} does not fit: ids must be below num_classes / max_classes = {limit}")
+
+    def _check_sums(self) -> None:
+        """Raise once what a masked batch deserved, however many sums it was masked in."""
+        raise_for_batch(self._take_bad())
+
+    def _take_bad(self) -> int:
+        return max(statistics._take_bad() for statistics in self._all_statistics())
+
+    def _solved(self) -> Readout:
+        self._check_sums()
+        version = self.statistics.version
+        if self._readout is None or self._readout[0] != version:
+            with exact():
+                readout = self._readout_of_sums()
+            self._refuse_classes(readout.classes, StateError)
+            self._readout = (version, readout)
+        return self._readout[1]
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Format and options, as plain values."""
+        return {"format": _FORMAT, "head": type(self).__name__, **self.options}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set: what is saved was compared before the sums were read."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._check_sums()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Look at the whole state first, so that a state that does not fit changes nothing."""
+        saved = state_dict.get(prefix + "_extra_state")
+        if not isinstance(saved, Mapping):
+            raise StateError(f"{prefix}_extra_state is missing: this is no saved state of a {type(self).__name__}")
+        own = self.get_extra_state()
+        for name, mine, theirs in _differences(own, saved):
+            raise StateError(
+                f"the saved state has {name}={theirs!r}, this head {name}={mine!r}; "
+                f"build the head with the saved options or reset and learn again"
+            )
+        for name, child in self.named_children():
+            if isinstance(child, FeatureStatistics):
+                part = child._parse(state_dict, f"{prefix}{name}.")
+                self._refuse_classes(torch.from_numpy(part.ids.copy()), StateError)
+            elif isinstance(child, FeatureMap):
+                child._parse(state_dict, f"{prefix}{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    return [
+        (name, mine.get(name), theirs.get(name))
+        for name in names
+        if name not in _LAYOUT_OPTIONS and mine.get(name) != theirs.get(name)
+    ]
+
+
+def first_equal(table: Tensor) -> Tensor | None:
+    """For each row the first row that equals it to the last bit, or ``None`` if no two rows are equal.
+
+    A product or a solve may add in another order for another column, so equal columns in do not mean equal columns
+    out; indexing the result by this does.
+    """
+    values = table.cpu().numpy() + 0.0  # -0.0 equals 0.0
+    first: dict[bytes, int] = {}
+    twins = [first.setdefault(row.tobytes(), position) for position, row in enumerate(values)]
+    return None if len(first) == len(twins) else torch.tensor(twins, device=table.device)

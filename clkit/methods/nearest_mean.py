@@ -1,0 +1,129 @@
+r"""The nearest-mean classifier: one mean feature per class, predict the class of the nearest."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clkit.methods._checks import Batch, check_choice
+from clkit.methods.feature_map import FeatureMap
+from clkit.methods.head import Head, Readout
+from clkit.methods.statistics import FeatureStatistics
+
+__all__ = ["NearestMeanHead"]
+
+Metric = Literal["janson", "euclidean", "icarl", "cosine"]
+
+_EPSILON = 1e-12  # shortest length that a vector is divided by
+
+
+class NearestMeanHead(Head):
+    r"""Nearest class mean on fixed features; exact for any order, batch size and number of passes.
+
+    Use it as the floor that every continual learner on pretrained features must beat: it has nothing to tune, costs
+    nothing to learn, and class counts do not enter its decision. With :math:`g = f / \lVert f \rVert`:
+
+    ============= ======================== =============================== =========================
+    ``metric``    mean of class c          score                           known from
+    ============= ======================== =============================== =========================
+    ``janson``    mean of g                :math:`-\lVert g - M_c\rVert^2` Janson et al. 2022
+    ``euclidean`` mean of f                :math:`-\lVert f - M_c\rVert^2` textbook, ``NearestCentroid``
+    ``icarl``     mean of g, scaled to 1   :math:`-\lVert g - M_c\rVert^2` iCaRL
+    ``cosine``    mean of f, scaled to 1   :math:`g \cdot M_c`             SimpleCIL, RanPAC's NCM rows
+    ============= ======================== =============================== =========================
+
+    Distances are computed in float64 after the mean of all class means is taken off both sides, so that a common
+    offset of the features does not change the winner. A zero feature vector stays zero, counts as a sample and is
+    warned about once (on a CPU) where features are normalised.
+
+    Args:
+        in_features: D, width of the features.
+        metric: See the table.
+        num_classes: Fixed number of score columns; ``None`` for the largest id seen + 1.
+        max_classes: Class ids must be below this.
+
+    Raises:
+        ArgumentError: If an argument is not allowed.
+
+    Example:
+        >>> import torch
+        >>> head = NearestMeanHead(2, metric="euclidean")
+        >>> head.update(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 0, 2]))
+        >>> head(torch.tensor([[1.0, 1.0]]))
+        tensor([[ -1., -inf, -10.]])
+        >>> head.predict(torch.tensor([[1.0, 1.0], [0.0, 3.0]]))
+        tensor([0, 2])
+
+    Source: P. Janson, W. Zhang, R. Aljundi, M. Elhoseiny, arXiv 2210.04428.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        metric: Metric = "janson",
+        num_classes: int | None = None,
+        max_classes: int = 65536,
+    ) -> None:
+        super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
+        self.metric = check_choice("metric", metric, ("janson", "euclidean", "icarl", "cosine"))
+        self.normalizes = metric != "euclidean"
+        self.feature_map = FeatureMap(in_features)
+        self.statistics = FeatureStatistics(in_features, max_classes=max_classes)
+        self._warned = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values."""
+        return {**super().options, "metric": self.metric}
+
+    @property
+    def means(self) -> Tensor:
+        """(k, D) float64, the means that features are compared with, in the order of :attr:`classes`."""
+        means = self.statistics.means
+        return normalize(means, dim=1, eps=_EPSILON) if self.metric in ("icarl", "cosine") else means
+
+    def _design(self, features: Tensor) -> Tensor:
+        return normalize(features, dim=1, eps=_EPSILON) if self.normalizes else features
+
+    def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
+        if self.normalizes and not self._warned and batch.features.device.type == "cpu":
+            self._warn_of_zeros(batch.features)
+        rows = batch.features if self.metric == "cosine" else self._design(batch.features)
+        return [(self.statistics, rows)]
+
+    def _warn_of_zeros(self, features: Tensor) -> None:
+        zeros = int((features == 0).all(dim=1).sum())
+        if zeros:
+            self._warned = True
+            warnings.warn(
+                f"{zeros} feature vectors of a batch are zero and have no direction: they stay zero and count as "
+                f"samples of their class (said once)",
+                stacklevel=5,
+            )
+
+    def _readout_of_sums(self) -> Readout:
+        means = self.means
+        if self.metric == "cosine":
+            return Readout.of(self.classes, means, means.new_zeros(means.shape[0]))
+        return nearest_mean_readout(self.classes, means)
+
+    def _finished(self, scores: Tensor, centred: Tensor) -> Tensor:
+        return scores if self.metric == "cosine" else negative_distances(scores, centred)
+
+
+def nearest_mean_readout(classes: Tensor, means: Tensor) -> Readout:
+    r"""The linear form :math:`2 (x-o) \cdot (\mu_c-o) - \lVert \mu_c-o \rVert^2` with o the mean of all means."""
+    if not means.shape[0]:
+        return Readout.of(classes, means, means.new_zeros(0))
+    offset = means.mean(dim=0)
+    centred = means - offset
+    return Readout.of(classes, 2 * centred, -centred.square().sum(dim=1), offset)
+
+
+def negative_distances(scores: Tensor, centred: Tensor) -> Tensor:
+    """Minus squared distances from the linear form; rounding cannot make one positive."""
+    return (scores - centred.square().sum(dim=1, keepdim=True)).clamp(max=0)

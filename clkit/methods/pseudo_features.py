@@ -1,0 +1,85 @@
+r"""The pseudo-features generator (PFG): Gaussian samples for classes that have fewer rows than the largest one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["class_generator", "missing_counts", "pseudo_features"]
+
+_BLOCK_ROWS = 256  # fixed for good: the numbers drawn depend on it
+
+
+def missing_counts(counts: Tensor) -> Tensor:
+    r"""How many rows each class lacks: :math:`m_c = \max_j n_j - n_c`.
+
+    Args:
+        counts: (k,) int64, samples of the classes seen.
+
+    Returns:
+        (k,) int64.
+
+    Example:
+        >>> missing_counts(torch.tensor([5, 2, 5]))
+        tensor([0, 3, 0])
+    """
+    return counts.max() - counts if counts.numel() else counts.clone()
+
+
+def class_generator(seed: int, class_id: int) -> torch.Generator:
+    """The CPU generator of a class, a function of ``(seed, class_id)`` alone.
+
+    Example:
+        >>> class_generator(0, 3).initial_seed() == class_generator(0, 3).initial_seed()
+        True
+        >>> class_generator(0, 3).initial_seed() == class_generator(0, 4).initial_seed()
+        False
+    """
+    state = np.random.SeedSequence((seed, class_id)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def pseudo_features(
+    mean: Tensor,
+    deviation: Tensor,
+    count: int,
+    *,
+    class_id: int,
+    seed: int = 0,
+    noise: float = 1.0,
+    clamp_min: float | None = None,
+) -> Iterator[Tensor]:
+    r"""Pseudo-features :math:`z = \mu_c + \text{noise} \cdot \sigma_c \odot \varepsilon`, block by block.
+
+    Row r is a function of ``(seed, class_id, r)`` alone: independent of the device, of how many rows are drawn and of
+    everything drawn before. Noise is always drawn on the CPU in float64 blocks of (256, d), and surplus rows are
+    dropped, because how many numbers are asked for at once changes what a generator returns. The global random state
+    is not touched.
+
+    Args:
+        mean: (d,) float64.
+        deviation: (d,) float64, per dimension.
+        count: Rows wanted.
+        class_id: The class.
+        seed: Of the whole generator.
+        noise: Factor of the deviation; 0 repeats the mean.
+        clamp_min: Lower bound of the values, e.g. 0 for features that come out of a ReLU.
+
+    Yields:
+        (at most 256, d) float64 on the device of ``mean``; together ``count`` rows.
+
+    Example:
+        >>> mean, deviation = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+        >>> [len(rows) for rows in pseudo_features(mean, deviation, 300, class_id=0)]
+        [256, 44]
+
+    Source: H. Zhuang et al., arXiv 2405.17779.
+    """
+    generator = class_generator(seed, class_id)
+    for start in range(0, count, _BLOCK_ROWS):
+        drawn = torch.randn(_BLOCK_ROWS, mean.numel(), generator=generator, dtype=torch.float64, device="cpu")
+        rows = mean + noise * deviation * drawn[: count - start].to(mean.device)
+        yield rows if clamp_min is None else rows.clamp(min=clamp_min)

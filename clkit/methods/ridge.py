@@ -1,0 +1,467 @@
+r"""Ridge regression on one-hot targets in closed form: the classifier of ACIL, AEF-OCL, AIR and RanPAC."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
+from clkit.methods._checks import Batch, check_choice, check_count, check_number
+from clkit.methods._gram import add_gram_
+from clkit.methods._state import PlainState, exact, world_size
+from clkit.methods.feature_map import Activation, FeatureMap, ProjectionInit
+from clkit.methods.head import Head, Readout, first_equal
+from clkit.methods.pseudo_features import missing_counts, pseudo_features
+from clkit.methods.statistics import FeatureStatistics
+
+__all__ = ["AnalyticHead"]
+
+Balance = Literal["none", "pfg", "reweight", "expected"]
+Solver = Literal["gram", "recursive"]
+
+
+class AnalyticHead(Head):
+    r"""Ridge regression on one-hot targets, equal at any time to the one fitted to all data seen so far.
+
+    Use it to learn classes one after the other on a fixed backbone without forgetting and without storing samples.
+    With all features mapped and stacked in H (N, D) and one-hot targets Y (N, C):
+
+    .. math:: W = (H^\top H + \gamma I)^{-1} H^\top Y
+
+    ``gamma`` is an absolute amount, not divided by N. Learning adds to :math:`H^\top H` and to the per-class sums;
+    the system is solved by Cholesky, in float64, when a prediction needs it.
+
+    Imbalance is corrected at solve time, never in what is learned; with :math:`m_c = \max_j n_j - n_c`:
+
+    * ``"pfg"``: m_c Gaussian pseudo-features of each class join the sums (AEF-OCL);
+    * ``"expected"``: their expectation joins instead, which is deterministic and cheap, but needs no lift;
+    * ``"reweight"``: classes are weighted by 1/n_c, scaled to sum to the number of seen classes (AIR). Keeps a Gram
+      per class, D² · 8 bytes each.
+
+    ``solver="recursive"`` keeps :math:`R = (H^\top H + \gamma I)^{-1}` and W themselves and updates them with each
+    batch (the gain form of the Woodbury identity). It pays only where a prediction is wanted after every batch; it
+    cannot merge, subtract or learn in several processes, and loses digits with small gamma.
+
+    Args:
+        in_features: d, width of the features.
+        gamma: Ridge strength, above 0; its scale is that of the squared features.
+        expansion_dim: D, width of a fixed random lift; ``None`` for none.
+        activation: Of the lift.
+        projection_init: Of the lift, see :class:`FeatureMap`.
+        balance: See above.
+        solver: ``"gram"`` or ``"recursive"``.
+        noise: Factor of the standard deviation of pseudo-features, at least 0.
+        pfg_seed: Seed of the pseudo-features.
+        pfg_max_per_class: Draw at most so many rows a class and weigh them up: same expectation, bounded cost.
+        clamp_min: Lower bound of pseudo-features, e.g. 0 for features that come out of a ReLU.
+        bias: Append a constant 1 to the mapped features; its weight is regularised like the others.
+        projection_seed: Seed of the lift.
+        num_classes: Fixed number of score columns; ``None`` for the largest id seen + 1.
+        max_classes: Class ids must be below this.
+        statistics: Sums to share with other heads; update them, not the head. Needs ``sums`` and ``gram``, with
+            ``balance="pfg"`` or ``"expected"`` also ``squares``, with ``"reweight"`` ``class_grams`` in place of
+            ``gram``; only without lift, bias and recursion.
+
+    Raises:
+        ArgumentError: If an argument is not allowed, or two exclude each other; at prediction, if the system cannot
+            be factorised.
+
+    Example:
+        >>> head = AnalyticHead(2, gamma=1.0)
+        >>> head.update(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 2]))
+        >>> head.weight  # (diag(1, 9) + I)^-1 diag(1, 3)
+        tensor([[0.5000, 0.0000, 0.0000],
+                [0.0000, 0.0000, 0.3000]], dtype=torch.float64)
+        >>> head(torch.tensor([[1.0, 1.0]]))
+        tensor([[0.5000,   -inf, 0.3000]])
+
+    Source: H. Zhuang et al., arXiv 2405.17779 (AEF-OCL); H. Zhuang et al., arXiv 2205.14922 (ACIL);
+    D. Fang et al., arXiv 2408.10349 (AIR).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        gamma: float = 1.0,
+        expansion_dim: int | None = None,
+        activation: Activation = "relu",
+        projection_init: ProjectionInit = "uniform",
+        balance: Balance = "none",
+        solver: Solver = "gram",
+        noise: float = 1.0,
+        pfg_seed: int = 0,
+        pfg_max_per_class: int | None = None,
+        clamp_min: float | None = None,
+        bias: bool = False,
+        projection_seed: int = 0,
+        num_classes: int | None = None,
+        max_classes: int = 65536,
+        statistics: FeatureStatistics | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
+        self.gamma = check_number("gamma", gamma, above=0)
+        self.balance = check_choice("balance", balance, ("none", "pfg", "reweight", "expected"))
+        self.solver = check_choice("solver", solver, ("gram", "recursive"))
+        self.noise = check_number("noise", noise, at_least=0)
+        self.pfg_seed = check_count("pfg_seed", pfg_seed, at_least=0)
+        self.pfg_max_per_class = (
+            None if pfg_max_per_class is None else check_count("pfg_max_per_class", pfg_max_per_class)
+        )
+        self.clamp_min = None if clamp_min is None else check_number("clamp_min", clamp_min)
+        self.bias = bool(bias)
+        if balance == "expected" and expansion_dim is not None:
+            raise ArgumentError(
+                'balance="expected" needs expansion_dim=None: behind a lift there is no such expectation; use "pfg"'
+            )
+        if balance == "reweight" and solver == "recursive":
+            raise ArgumentError('balance="reweight" needs solver="gram": it weighs sums that recursion does not keep')
+        self.feature_map = FeatureMap(
+            in_features, expansion_dim, activation=activation, init=projection_init, seed=projection_seed
+        )
+        self._factor: tuple[int, Tensor] | None = None
+        self.raw_statistics: FeatureStatistics | None = None
+        self.recursion: RecursiveRidge | None = None
+        self._build_sums(statistics)
+
+    def _build_sums(self, shared: FeatureStatistics | None) -> None:
+        width = self.feature_map.out_features + self.bias
+        moments = ("sums", "squares") if self.balance in ("pfg", "expected") else ()
+        if shared is not None and (self.bias or self.solver == "recursive" or not self.feature_map.is_identity):
+            raise ArgumentError("statistics can be shared only without expansion_dim, bias and recursion")
+        if self.solver == "recursive":
+            self.statistics = self._adopt(None, self.in_features, moments)
+            self.recursion = RecursiveRidge(width, self.gamma)
+            return
+        grams = "class_grams" if self.balance == "reweight" else "gram"
+        if self.feature_map.is_identity:
+            self.statistics = self._adopt(shared, width, ("sums", grams, *moments))
+            return
+        self.statistics = self._adopt(None, width, ("sums", grams))
+        if moments:
+            self.raw_statistics = self._adopt(None, self.in_features, moments)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values."""
+        return {
+            **super().options,
+            "gamma": self.gamma,
+            "expansion_dim": self.feature_map.expansion_dim,
+            "activation": self.feature_map.activation,
+            "projection_init": self.feature_map.init,
+            "balance": self.balance,
+            "solver": self.solver,
+            "noise": self.noise,
+            "pfg_seed": self.pfg_seed,
+            "pfg_max_per_class": self.pfg_max_per_class,
+            "clamp_min": self.clamp_min,
+            "bias": self.bias,
+            "projection_seed": self.feature_map.seed,
+        }
+
+    @property
+    def weight(self) -> Tensor:
+        """(D, C) float64, W with a zero column for each class not seen; with ``bias`` its last row belongs to the 1."""
+        readout = self._solved()
+        compact = torch.cat([readout.weight.T, readout.bias[None, :]]) if self.bias else readout.weight.T
+        width = readout.size if self.num_classes is None else self.num_classes
+        weight = torch.zeros(compact.shape[0], width, dtype=torch.float64, device=compact.device)
+        return weight.index_copy_(1, readout.classes, compact)
+
+    def leverage(self, features: Tensor) -> Tensor:
+        r"""How far features are from what was learned.
+
+        .. math:: u(x) = \varphi(x) (H^\top H + \gamma I)^{-1} \varphi(x)^\top
+
+        ``s² (1 + u)``, with s² the residual variance, is the predictive variance of the Bayesian linear model with
+        the same prior. Pseudo-features and class weights do not enter.
+
+        Args:
+            features: (B, in_features).
+
+        Returns:
+            (B,), at least 0; float64 for float64 features, else float32.
+
+        Raises:
+            NotFittedError: If nothing was learned.
+        """
+        self._check_sums()
+        if not self.statistics.classes.numel():
+            raise NotFittedError("this AnalyticHead has learned nothing yet: call update first")
+        design = self._with_constant(self._design(self._check_features(features)))
+        if self.recursion is not None:
+            leverage = (design @ self.recursion.inverse * design).sum(dim=1).clamp(min=0)
+        else:
+            leverage = torch.linalg.solve_triangular(self._real_factor(), design.T, upper=False).square().sum(dim=0)
+        return (leverage if features.dtype == torch.float64 else leverage.to(torch.float32)).to(features.device)
+
+    def merge(self, other: Head) -> None:
+        """Add all that another head has learned; see :meth:`Head.merge`. Gamma counts once, at solve time."""
+        self._refuse_recursive("merge")
+        super().merge(other)
+
+    def subtract(self, features: Tensor, targets: Tensor) -> None:
+        """Unlearn samples exactly; see :meth:`Head.subtract`."""
+        self._refuse_recursive("subtract")
+        super().subtract(features, targets)
+
+    def synchronize(self, group: Any = None) -> None:
+        """Exchange what each process has learned; see :meth:`FeatureStatistics.synchronize`."""
+        if world_size(group) > 1:
+            self._refuse_recursive("synchronize")
+        super().synchronize(group)
+
+    def reset(self) -> None:
+        """Forget everything learned; options and projection stay."""
+        super().reset()
+        if self.recursion is not None:
+            self.recursion.reset()
+
+    # Sums -------------------------------------------------------------------------------------------------------
+
+    def _learn(self, batch: Batch) -> None:
+        if self.recursion is not None:
+            if world_size() > 1:
+                self._refuse_recursive("update in several processes")
+            self.recursion.update(self._with_constant(self._design(batch.features)), batch)
+        super()._learn(batch)
+
+    def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
+        if self.recursion is not None:
+            return [(self.statistics, batch.features)]
+        rows = [(self.statistics, self._with_constant(self._design(batch.features)))]
+        return rows if self.raw_statistics is None else [*rows, (self.raw_statistics, batch.features)]
+
+    def _all_statistics(self) -> list[FeatureStatistics]:
+        return [self.statistics] if self.raw_statistics is None else [self.statistics, self.raw_statistics]
+
+    def _take_bad(self) -> int:
+        number = super()._take_bad()
+        if number and self.recursion is not None:
+            self.recursion.keep(self.statistics.classes.cpu().numpy())
+        return number
+
+    def _with_constant(self, design: Tensor) -> Tensor:
+        return pad(design, (0, 1), value=1.0) if self.bias else design
+
+    def _refuse_recursive(self, verb: str) -> None:
+        if self.recursion is not None:
+            raise ConfigurationError(
+                f'solver="recursive" cannot {verb}: it keeps an inverse, not sums; use solver="gram"'
+            )
+
+    # Solving ----------------------------------------------------------------------------------------------------
+
+    def _readout_of_sums(self) -> Readout:
+        classes = self.statistics.classes
+        if not classes.numel():
+            empty = torch.zeros(0, self.feature_map.out_features, dtype=torch.float64, device=classes.device)
+            return Readout.of(classes, empty, empty.new_zeros(0))
+        compact = self._balanced_recursion() if self.recursion is not None else self._solved_sums()
+        if self.bias:
+            return Readout.of(classes, compact[:-1].T.contiguous(), compact[-1].clone())
+        return Readout.of(classes, compact.T.contiguous(), compact.new_zeros(compact.shape[1]))
+
+    def _solved_sums(self) -> Tensor:
+        """W (D, k) of the balanced system."""
+        sums = self.statistics.sums.to(torch.float64)
+        if self.balance == "reweight":
+            inverse = 1 / self.statistics.counts.to(torch.float64)
+            weights = inverse * (inverse.numel() / inverse.sum())
+            lower = torch.einsum("c,cij->ij", weights, self._lower_class_grams())
+            return _solve(self._factorised(lower), sums * weights[:, None])
+        if self.balance == "none":
+            return _solve(self._real_factor(), sums)
+        lower = self.statistics.lower_gram().to(torch.float64, copy=True)
+        for position, rows, weight in self._pseudo_rows():
+            add_gram_(lower, rows, weight)
+            if position is not None:
+                sums[position] += weight * rows.sum(dim=0)
+        return _solve(self._factorised(lower), sums)
+
+    def _balanced_recursion(self) -> Tensor:
+        """W (D, k) after the pseudo-features, on copies."""
+        assert self.recursion is not None
+        inverse, weight = self.recursion.inverse, self.recursion.weight
+        for position, rows, factor in self._pseudo_rows():
+            targets = rows.new_zeros(rows.shape[0], weight.shape[1])
+            if position is not None:
+                targets[:, position] = factor**0.5
+            inverse, weight = absorbed(inverse, weight, rows * factor**0.5, targets, self.gamma)
+        return weight
+
+    def _pseudo_rows(self) -> Iterator[tuple[int | None, Tensor, float]]:
+        """Rows that balance the classes: position of their class (``None`` for a target of zero), rows, weight."""
+        if self.balance == "none":
+            return
+        moments = self.statistics if self.raw_statistics is None else self.raw_statistics
+        missing = missing_counts(moments.counts)
+        means, deviations = moments.means[:, : self.in_features], moments.deviations[:, : self.in_features]
+        if self.balance == "expected":
+            yield from self._expected_rows(means, deviations, missing)
+            return
+        for position, (class_id, count) in enumerate(zip(moments.classes.tolist(), missing.tolist(), strict=True)):
+            drawn = count if self.pfg_max_per_class is None else min(count, self.pfg_max_per_class)
+            blocks = pseudo_features(
+                means[position],
+                deviations[position],
+                drawn,
+                class_id=class_id,
+                seed=self.pfg_seed,
+                noise=self.noise,
+                clamp_min=self.clamp_min,
+            )
+            for rows in blocks:
+                yield position, self._with_constant(self.feature_map(rows)), count / drawn
+
+    def _expected_rows(
+        self, means: Tensor, deviations: Tensor, missing: Tensor
+    ) -> Iterator[tuple[int | None, Tensor, float]]:
+        r"""Rows with products that sum to :math:`\sum_c m_c (\mu_c \mu_c^\top + \mathrm{noise}^2 D(\sigma_c^2))`."""
+        for position, count in enumerate(missing.tolist()):
+            if count:
+                yield position, self._with_constant(means[position : position + 1]), float(count)
+        variances = (missing[:, None] * deviations.square()).sum(dim=0)
+        spread = torch.diag(self.noise * variances.sqrt())
+        yield None, pad(spread, (0, 1)) if self.bias else spread, 1.0
+
+    def _lower_class_grams(self) -> Tensor:
+        return self.statistics.lower_class_grams().to(torch.float64)
+
+    def _real_factor(self) -> Tensor:
+        """Cholesky factor of the system without any balancing, kept until more is learned."""
+        version = self.statistics.version
+        if self._factor is None or self._factor[0] != version:
+            reweighted = self.balance == "reweight"
+            lower = self._lower_class_grams().sum(dim=0) if reweighted else self.statistics.lower_gram()
+            self._factor = (version, self._factorised(lower.to(torch.float64, copy=True)))
+        return self._factor[1]
+
+    def _factorised(self, lower: Tensor) -> Tensor:
+        """Cholesky factor of ``lower + gamma I``; ``lower`` is used up."""
+        lower.diagonal().add_(self.gamma)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(lower)
+        if int(failed):
+            raise _not_factorised(self.gamma, float(lower.diagonal().min()))
+        return factor
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self.recursion is not None:
+            self.recursion._parse(state_dict, f"{prefix}recursion.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RecursiveRidge(PlainState):
+    """The pair (R, W) of the recursive form: R = (HᵀH + γI)⁻¹ and one column of W for each class seen."""
+
+    def __init__(self, width: int, gamma: float) -> None:
+        super().__init__()
+        self.width = width
+        self.gamma = gamma
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to R = I/γ and no class."""
+        self.ids = np.empty(0, dtype=np.int64)
+        with exact():
+            self.inverse = torch.eye(self.width, dtype=torch.float64, device=self._device) / self.gamma
+            self.weight = torch.zeros(self.width, 0, dtype=torch.float64, device=self._device)
+
+    def keep(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        """Drop the columns of all other classes."""
+        kept = np.isin(self.ids, ids)
+        with exact():
+            self.weight = self.weight[:, torch.from_numpy(kept).to(self._device)]
+        self.ids = self.ids[kept]
+
+    def update(self, rows: Tensor, batch: Batch) -> None:
+        """Absorb mapped rows (n, D) of a checked batch; all or nothing."""
+        if not batch.ids.size:
+            return
+        union = np.union1d(self.ids, batch.ids)
+        old = torch.from_numpy(np.searchsorted(union, self.ids)).to(rows.device)
+        weight = self.weight.new_zeros(self.width, union.size).index_copy_(1, old, self.weight)
+        columns = torch.from_numpy(np.searchsorted(union, batch.ids)).to(rows.device)[batch.inverse]
+        targets = rows.new_zeros(rows.shape[0], union.size).scatter_(1, columns[:, None], 1.0)
+        rows, targets = batch.masked(rows), batch.masked(targets)
+        self.inverse, self.weight = absorbed(self.inverse, weight, rows, targets, self.gamma)
+        self.ids = union
+
+    def _move(self, device: torch.device) -> None:
+        self.inverse, self.weight = self.inverse.to(device), self.weight.to(device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "classes"] = torch.from_numpy(self.ids.copy())
+        destination[prefix + "inverse"] = self.inverse.clone()
+        destination[prefix + "weight"] = self.weight.clone()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        ids, inverse, weight = self._parse(state_dict, prefix)
+        with exact():
+            self.ids = ids.numpy().copy()
+            self.inverse, self.weight = inverse.to(self._device, copy=True), weight.to(self._device, copy=True)
+
+    def _parse(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        missing = [prefix + name for name in ("classes", "inverse", "weight") if prefix + name not in state_dict]
+        if missing:
+            raise StateError(f"the saved state lacks {missing}")
+        ids, inverse, weight = (state_dict[prefix + name] for name in ("classes", "inverse", "weight"))
+        wanted = ((self.width, self.width), (self.width, ids.numel()))
+        if (tuple(inverse.shape), tuple(weight.shape)) != wanted:
+            raise StateError(f"{prefix}inverse and weight have shapes {inverse.shape}, {weight.shape}, here {wanted}")
+        if not bool(inverse.isfinite().all() & weight.isfinite().all()):
+            raise StateError(f"{prefix}inverse or weight has values that are not finite: the file is damaged")
+        return ids.cpu(), inverse.detach(), weight.detach()
+
+
+def absorbed(inverse: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    r"""(R, W) after rows H with targets Y, by the gain form.
+
+    .. math::
+        U = R H^\top, \quad S = I + H U = L L^\top, \quad W \leftarrow W + U S^{-1} (Y - H W), \quad
+        R \leftarrow R - (L^{-1} U^\top)^\top (L^{-1} U^\top)
+
+    No difference of large, nearly equal matrices enters W, and R stays symmetric. Rows are taken in chunks of at most
+    D/4, which keeps the factorised matrix small.
+    """
+    for chunk in range(0, rows.shape[0], size := max(1, inverse.shape[0] // 4)):
+        H, Y = rows[chunk : chunk + size], targets[chunk : chunk + size]
+        U = inverse @ H.T
+        S = H @ U
+        S = (S + S.T) / 2
+        S.diagonal().add_(1.0)
+        L, failed = torch.linalg.cholesky_ex(S)
+        if int(failed):
+            raise _not_factorised(gamma, float(S.diagonal().min()))
+        weight = weight + U @ torch.cholesky_solve(Y - H @ weight, L)
+        V = torch.linalg.solve_triangular(L, U.T, upper=False)
+        inverse = torch.addmm(inverse, V.T, V, alpha=-1)
+    if not bool((inverse.diagonal() > 0).all()):
+        raise BatchError(
+            f"the recursion has lost all digits with gamma={gamma}: the inverse is no longer positive; nothing was "
+            f'changed; raise gamma, scale the features down or use solver="gram"'
+        )
+    return inverse, weight
+
+
+def _solve(factor: Tensor, sums: Tensor) -> Tensor:
+    """W (D, k) from the sums (k, D); classes with equal sums get equal weights."""
+    solved = torch.cholesky_solve(sums.T, factor)
+    twins = first_equal(sums)
+    return solved if twins is None else solved[:, twins]
+
+
+def _not_factorised(gamma: float, smallest: float) -> ArgumentError:
+    return ArgumentError(
+        f"the ridge system has no Cholesky factor with gamma={gamma}: its smallest diagonal is {smallest:.3g}; "
+        f"raise gamma (it has the scale of squared features) or scale the features"
+    )

@@ -1,0 +1,300 @@
+"""The figures of the metrics: heat maps and curves over the stages of a stream.
+
+They read in grey: heat maps use one scale that only gets darker, curves differ in marker and line style. A new figure
+is a plain ``matplotlib.figure.Figure`` that pyplot does not know, so nothing stays open; save it with
+``figure.savefig(path)``. matplotlib is imported when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+    Floats: TypeAlias = npt.NDArray[np.float64]
+
+__all__ = ["plot_accuracy_matrix", "plot_accuracy_over_time", "plot_class_accuracy", "plot_confusion_matrix"]
+
+Values: TypeAlias = "Tensor | npt.NDArray[Any] | Sequence[Any]"
+
+STAGE_LABEL = "after learning experience"
+LARGEST_WITH_NUMBERS = 12  # rows or columns; with more, numbers in the cells cannot be read
+LONGEST_UPRIGHT = 4  # characters of a label below an axis; longer ones are set aslant
+LINES_INSIDE = 4  # with more curves, the legend would hide them and moves beside the axes
+
+# Pairs of a colour and a style: the colours differ in lightness too (after Okabe and Ito's palette, which the colour
+# blind can tell apart), the styles where printing in grey leaves too little of that.
+COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":")
+
+
+def plot_accuracy_matrix(
+    matrix: Values, ax: Axes | None = None, names: Sequence[str] | None = None, title: str | None = None
+) -> tuple[Figure, Axes]:
+    """Draws an accuracy matrix as a heat map, in percent; experiences not learned yet are left blank.
+
+    Args:
+        matrix: (T, E) accuracies in [0, 1], ``NaN`` or ``None`` where not evaluated.
+        ax: Axes to draw on; default: those of a new figure.
+        names: Names of the E experiences; default: 1 … E.
+        title: Title of the axes.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ArgumentError: If ``matrix`` is not two-dimensional or the number of names is not ``E``.
+
+    Example:
+        >>> figure, axes = plot_accuracy_matrix([[1.0, None], [0.5, 0.75]])
+        >>> [text.get_text() for text in axes.texts]
+        ['100', '50.0', '75.0']
+    """
+    values = _floats("matrix", matrix, ndim=2)
+    stages, experiences = values.shape
+    values[np.triu_indices(stages, k=1, m=experiences)] = np.nan
+    columns = _names("names", names, experiences)
+    # One fixed test set has a single column but any number of stages.
+    rows = columns[:stages] if stages <= experiences else [str(stage + 1) for stage in range(stages)]
+    figure, axes = _heat_map(values, _percent(values), rows, columns, ax)
+    axes.set(xlabel="evaluated on experience", ylabel=STAGE_LABEL, title=title or "")
+    _colour_scale(figure, axes, "accuracy (%)")
+    return figure, axes
+
+
+def plot_class_accuracy(
+    values: Values, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
+) -> tuple[Figure, Axes]:
+    """Draws the accuracy of each class after each stage as a heat map, in percent; blank where not evaluated.
+
+    Args:
+        values: (T, K) accuracies in [0, 1], ``NaN`` or ``None`` where not evaluated.
+        classes: The K class ids.
+        ax: Axes to draw on; default: those of a new figure.
+        title: Title of the axes.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ArgumentError: If ``values`` is not two-dimensional or the number of classes is not ``K``.
+
+    Example:
+        >>> figure, axes = plot_class_accuracy([[1.0, None], [0.5, 0.75]], classes=[3, 900])
+        >>> [tick.get_text() for tick in axes.get_xticklabels()]
+        ['3', '900']
+    """
+    table = _floats("values", values, ndim=2)
+    columns = _names("classes", [str(label) for label in classes], table.shape[1])
+    rows = [str(stage + 1) for stage in range(len(table))]
+    figure, axes = _heat_map(table, _percent(table), rows, columns, ax)
+    axes.set(xlabel="class", ylabel=STAGE_LABEL, title=title or "")
+    _colour_scale(figure, axes, "accuracy (%)")
+    return figure, axes
+
+
+def plot_confusion_matrix(
+    matrix: Values, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
+) -> tuple[Figure, Axes]:
+    """Draws a confusion matrix: numbers of samples in the cells, shares of the true class as shades.
+
+    Args:
+        matrix: (K, K) counts, rows = true class, columns = predicted class.
+        classes: The K class ids.
+        ax: Axes to draw on; default: those of a new figure.
+        title: Title of the axes.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ArgumentError: If ``matrix`` is not two-dimensional or the number of classes is not ``K``.
+
+    Example:
+        >>> figure, axes = plot_confusion_matrix([[3, 1], [0, 2]], classes=[3, 900])
+        >>> [text.get_text() for text in axes.texts]
+        ['3', '1', '0', '2']
+    """
+    counts = _floats("matrix", matrix, ndim=2)
+    labels = _names("classes", [str(label) for label in classes], counts.shape[1])
+    samples = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, samples, out=np.full_like(counts, np.nan), where=samples > 0)
+    figure, axes = _heat_map(shares, [[f"{count:.0f}" for count in row] for row in counts], labels, labels, ax)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title or "")
+    _colour_scale(figure, axes, "share of the true class (%)")
+    return figure, axes
+
+
+def plot_accuracy_over_time(
+    curves: Mapping[str, Values],
+    ax: Axes | None = None,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+    ylabel: str = "accuracy on all seen (%)",
+    *,
+    legend: bool = True,
+    full_scale: bool = True,
+) -> tuple[Figure, Axes]:
+    """Draws values over the stages of a stream, one line for each predictor, in percent.
+
+    Args:
+        curves: For each predictor (T,) values, 1 being 100 %; ``NaN`` or ``None`` leaves a gap.
+        ax: Axes to draw on; default: those of a new figure.
+        names: Names of the experiences; default: 1 … T. At least as many as the longest curve has stages.
+        title: Title of the axes.
+        ylabel: Label of the vertical axis.
+        legend: Whether to name the curves.
+        full_scale: Whether the vertical axis goes from 0 to 100 %, as it should for accuracies; else it fits the values
+            and has a line at 0.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ArgumentError: If a curve is not one-dimensional or there are fewer names than stages.
+
+    Example:
+        >>> figure, axes = plot_accuracy_over_time({"nmc": [1.0, 0.5], "aef_ocl": [1.0, 0.75]})
+        >>> [line.get_label() for line in axes.lines], axes.lines[1].get_ydata().tolist()
+        (['nmc', 'aef_ocl'], [100.0, 75.0])
+    """
+    lines = {name: 100 * _floats(f"curves[{name!r}]", values, ndim=1) for name, values in curves.items()}
+    stages = max((len(line) for line in lines.values()), default=0)
+    if names is not None and len(names) < stages:
+        raise ArgumentError(f"names has {len(names)} entries: the longest curve has {stages} stages, name them all")
+    beside = legend and len(lines) > LINES_INSIDE
+    figure, axes = _axes(ax, width=7.0 if beside else 5.2, height=3.6)
+    for index, (name, line) in enumerate(lines.items()):
+        axes.plot(
+            np.arange(1, len(line) + 1),
+            line,
+            label=name,
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=DASHES[index % len(DASHES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=6,
+            markerfacecolor="white",
+            markeredgewidth=1.4,
+            markevery=max(1, len(line) // 20),
+            linewidth=1.6,
+            clip_on=False,
+            zorder=3,
+        )
+    if full_scale:
+        axes.set_ylim(0, 100)
+    else:
+        axes.axhline(0, color="0.4", linewidth=0.8, zorder=1)
+    axes.set(xlabel=STAGE_LABEL, ylabel=ylabel, title=title or "")
+    axes.set_xlim(0.8, max(stages, 2) + 0.2)
+    _ticks_across(axes, list(names or map(str, range(1, stages + 1)))[:stages], first=1)
+    axes.grid(axis="y", color="0.88", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend and lines:
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)} if beside else {"loc": "best"}
+        axes.legend(handlelength=3.2, frameon=not beside, **place)
+    return figure, axes
+
+
+def _axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    if ax is not None:
+        figure = ax.get_figure(root=True)
+        if figure is None:
+            raise ArgumentError("ax belongs to no figure: give axes of a figure, or none to get a new figure")
+        return figure, ax
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _heat_map(
+    values: Floats, texts: Sequence[Sequence[str]], rows: Sequence[str], columns: Sequence[str], ax: Axes | None
+) -> tuple[Figure, Axes]:
+    """Shades for values in [0, 1], a text in every cell that has a value where there are few enough cells."""
+    height, width = values.shape
+    # Half an inch a cell, within what holds the labels and what fits a page.
+    inner_width, inner_height = min(max(width / 2, 2.4), 8.0), min(max(height / 2, 2.0), 8.0)
+    figure, axes = _axes(ax, width=inner_width + 1.8, height=inner_height + 1.0)
+    with_numbers = max(height, width) <= LARGEST_WITH_NUMBERS
+    # An image of no pixels is refused by matplotlib: nothing learned yet is an empty frame.
+    if values.size:
+        axes.imshow(values, cmap=_shades(), vmin=0.0, vmax=1.0, aspect="equal" if with_numbers else "auto")
+    if with_numbers:
+        for row, column in np.argwhere(~np.isnan(values)):
+            shade = "white" if values[row, column] > 0.55 else "black"
+            axes.text(column, row, texts[row][column], ha="center", va="center", color=shade, fontsize=9)
+        # Thin white lines tell neighbouring cells of equal shade apart.
+        axes.set_xticks(np.arange(width + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    _ticks_across(axes, columns, first=0)
+    shown = _thinned(height)
+    axes.set_yticks(shown, [rows[index] for index in shown])
+    return figure, axes
+
+
+def _shades() -> Colormap:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    # Without its palest part, so that an accuracy of 0 is not taken for a cell left blank.
+    return ListedColormap(colormaps["Blues"](np.linspace(0.12, 1.0, 256)))
+
+
+def _ticks_across(axes: Axes, names: Sequence[str], first: int) -> None:
+    shown = _thinned(len(names))
+    labels = [names[index] for index in shown]
+    slanted: dict[str, Any] = {}
+    if any(len(label) > LONGEST_UPRIGHT for label in labels):
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks([first + index for index in shown], labels, **slanted)
+
+
+def _thinned(number: int) -> list[int]:
+    """Positions to label: all, or about ten at even distances from the first."""
+    step = 1 if number <= LARGEST_WITH_NUMBERS else -(-number // 10)
+    return list(range(0, number, step))
+
+
+def _colour_scale(figure: Figure, axes: Axes, label: str) -> None:
+    if not axes.images:
+        return
+    bar = figure.colorbar(axes.images[-1], ax=axes, label=label, ticks=[0, 0.25, 0.5, 0.75, 1], shrink=0.9)
+    bar.ax.set_yticklabels(["0", "25", "50", "75", "100"])
+    bar.outline.set_visible(False)
+
+
+def _percent(values: Floats) -> list[list[str]]:
+    # Four characters at most: 100 stands without its decimal.
+    return [[f"{100 * value:.1f}".replace("100.0", "100") for value in row] for row in values]
+
+
+def _names(argument: str, names: Sequence[str] | None, number: int) -> list[str]:
+    if names is None:
+        return [str(index + 1) for index in range(number)]
+    if len(names) != number:
+        raise ArgumentError(f"{argument} has {len(names)} entries: give one for each of the {number} columns")
+    return list(names)
+
+
+def _floats(name: str, values: Values, ndim: int) -> Floats:
+    plain = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    table: Floats = np.array(plain, dtype=np.float64)  # None becomes NaN
+    if table.ndim != ndim:
+        raise ArgumentError(f"{name} has {table.ndim} dimensions (shape {table.shape}): it must have {ndim}")
+    return table

@@ -1,0 +1,156 @@
+"""An image classifier around any timm backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from clkit._lightning import datamodule_of
+from clkit.batch import BatchReader, read_batch, read_inputs
+from clkit.errors import ArgumentError, ConfigurationError
+from clkit.models.identity import IdentityBackbone
+
+__all__ = ["TimmClassifier"]
+
+
+class TimmClassifier(pl.LightningModule):
+    """Trains any timm network by cross-entropy: a plain LightningModule that knows nothing of streams.
+
+    Args:
+        backbone: Name of a timm model, or ``"identity"`` for inputs that are features already.
+        pretrained: Whether timm fetches its published weights.
+        checkpoint_path: A file of weights to start from, as timm reads it.
+        model_kwargs: Further arguments of ``timm.create_model``.
+        num_classes: Outputs of the classifier; ``None`` takes the number from the data module, or leaves the classifier
+            out where there is none; 0 leaves it out.
+        optimizer: Makes the optimizer from the parameters; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a learning-rate schedule from the optimizer, stepped each epoch.
+        label_smoothing: Of the cross-entropy, [0, 1).
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+
+    Raises:
+        ArgumentError: If timm has no such model, or the file of weights is not there.
+        ConfigurationError: If ``num_classes`` contradicts the data module (in ``setup``).
+
+    Example:
+        >>> import torch
+        >>> from clkit.models import TimmClassifier
+        >>> model = TimmClassifier("resnet10t", num_classes=4, model_kwargs={"in_chans": 1})
+        >>> model(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        *,
+        pretrained: bool = False,
+        checkpoint_path: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+        batch_reader: BatchReader | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ArgumentError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.label_smoothing = label_smoothing
+        self.batch_reader = batch_reader
+        self.network = _build(backbone, pretrained, checkpoint_path, dict(model_kwargs or {}), num_classes)
+
+    @property
+    def data_config(self) -> dict[str, Any] | None:
+        """The backbone's own preprocessing, as timm resolves it; ``None`` for the identity backbone."""
+        if isinstance(self.network, IdentityBackbone):
+            return None
+        from timm.data.config import resolve_model_data_config
+
+        return dict(resolve_model_data_config(self.network))  # type: ignore[no-untyped-call]
+
+    def setup(self, stage: str) -> None:
+        """Gives the network as many outputs as the stream has classes, where no number was given."""
+        wanted = getattr(datamodule_of(self.trainer), "num_classes", None)
+        if wanted is None:
+            return
+        if self.num_classes is None:
+            if self.network.num_classes != wanted and not _headless(self.network):
+                self.network.reset_classifier(wanted)
+        elif 0 < self.num_classes < wanted:
+            raise ConfigurationError(
+                f"num_classes={self.num_classes} of the model is too small for the data, whose class ids need "
+                f"{wanted} outputs; leave num_classes out, or set relabel=true in the data"
+            )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits (B, num_classes) of inputs (B, C, H, W); features (B, D) where there is no classifier."""
+        output: Tensor = self.network(inputs)
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch; rows without a label (-1) do not count."""
+        inputs, targets = read_batch(batch, self.batch_reader)
+        if not self.network.num_classes:
+            raise ConfigurationError(
+                f"the network {self.backbone!r} has no classifier to train; give num_classes, or use "
+                'strategy="gradient_free", which trains nothing'
+            )
+        loss = cross_entropy(self(inputs), targets.long(), ignore_index=-1, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Runs the forward; accuracies are the callbacks' business."""
+        self(read_inputs(batch, self.batch_reader)[0])
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Runs the forward; accuracies are the callbacks' business."""
+        self(read_inputs(batch, self.batch_reader)[0])
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits (B, num_classes)."""
+        output: Tensor = self(read_inputs(batch, self.batch_reader)[0])
+        return output
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and a schedule where one was given."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+
+
+def _headless(network: nn.Module) -> bool:
+    """An identity backbone of unknown width cannot get a classifier."""
+    return isinstance(network, IdentityBackbone) and network.num_features is None
+
+
+def _build(
+    backbone: str, pretrained: bool, checkpoint_path: str | None, options: dict[str, Any], num_classes: int | None
+) -> Any:
+    if backbone == "identity":
+        return IdentityBackbone(num_classes or 0, **options)
+    import timm
+
+    if not timm.is_model(backbone.split(".")[0]) and not backbone.startswith(("hf-hub:", "local-dir:")):
+        from difflib import get_close_matches
+
+        near = get_close_matches(backbone, timm.list_models(), n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ArgumentError(f"backbone={backbone!r} is neither 'identity' nor a model of timm {timm.__version__}{hint}")
+    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+        raise ArgumentError(f"checkpoint_path={checkpoint_path!r} is not a file; give the path of the weights")
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=checkpoint_path or "", **options)

@@ -1,0 +1,215 @@
+"""What a batch shows: features and logits read once for all callbacks of a trainer.
+
+Seven callbacks cost one pass through the backbone: the first one that hears of a batch opens the observation, the tap
+fills it during the forward that happens anyway, and all of them read it. Within a batch the tap only reads and
+``on_train_batch_end`` only writes, so a reader never meets a head that has already learned the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from clkit.batch import BatchReader, read_batch, read_inputs
+from clkit.errors import BatchError, TapError
+from clkit.tap import FeatureTap, Tapped
+
+__all__ = ["BatchObserver", "FeaturesFrom"]
+
+FeaturesFrom = Literal["auto", "shared", "eval"]
+
+
+class BatchObserver:
+    """Reads features, logits and targets of the batch in work; one per trainer and tapped layer.
+
+    Attributes:
+        tap: The feature tap on the user's module.
+        inputs: The batch's inputs as its reader found them.
+        targets: The batch's targets (B,), or ``None`` where a batch to predict has none.
+    """
+
+    _of_trainer: ClassVar[WeakKeyDictionary[pl.Trainer, dict[str, BatchObserver]]] = WeakKeyDictionary()
+
+    def __init__(self, module: nn.Module, layer: str) -> None:
+        self.tap = FeatureTap(module, layer)
+        self._handle = self.tap.listen(self._hear)
+        self._sensitive: list[nn.Module] = self.tap.mode_sensitive()
+        self._users = 0
+        self._batch: Hashable = None
+        self._shared: Tapped | None = None
+        self._evaluated: Tapped | None = None
+        self._memo: dict[Hashable, Any] = {}
+        self._stream_rows: slice | None = None
+        self._told = False
+        self.inputs: Any = None
+        self.targets: Tensor | None = None
+
+    # ---- one per trainer
+
+    @classmethod
+    def attach(cls, trainer: pl.Trainer, module: pl.LightningModule, layer: str = "auto") -> BatchObserver:
+        """The observer of a trainer and layer, made by the first callback that asks (in ``setup``)."""
+        observers = cls._of_trainer.setdefault(trainer, {})
+        if layer not in observers:
+            observers[layer] = cls(module, layer)
+        observers[layer]._users += 1
+        return observers[layer]
+
+    def detach(self, trainer: pl.Trainer) -> None:
+        """Gives the observer back; the last one removes every hook from the user's module."""
+        self._users -= 1
+        if self._users > 0:
+            return
+        self._handle.remove()
+        self.tap.close()
+        observers = self._of_trainer.get(trainer, {})
+        for layer in [name for name, observer in observers.items() if observer is self]:
+            del observers[layer]
+
+    def refresh(self) -> None:
+        """Looks for the classifier again: at each start of fitting or evaluating, and after a replacement."""
+        self.tap.resolve()
+        self._sensitive = self.tap.mode_sensitive()
+
+    # ---- one batch
+
+    def open(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        batch: Any,
+        key: Hashable,
+        *,
+        source: FeaturesFrom = "shared",
+        reader: BatchReader | None = None,
+        needs_targets: bool = True,
+    ) -> None:
+        """Begins a batch; every callback calls it with the same ``key`` before the step.
+
+        Args:
+            trainer: The trainer.
+            module: The user's module.
+            batch: The batch, on the module's device.
+            key: What tells this batch from the last one.
+            source: Where features should come from. ``"auto"`` takes the pass that happens anyway when it gives
+                eval-mode features and pays one extra pass before the step otherwise; ``"shared"`` never pays;
+                ``"eval"`` always does.
+            reader: The user's batch reader, if any.
+            needs_targets: Whether a batch without targets is an error; prediction needs none.
+        """
+        if key != self._batch:
+            self._batch = key
+            self._shared = self._evaluated = None
+            self._memo.clear()
+            self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
+            self._stream_rows = getattr(trainer.strategy, "stream_rows", None)
+        if self._evaluated is None and (source == "eval" or (source == "auto" and self._trains())):
+            if source == "auto" and not self._told:
+                self._told = True
+                rank_zero_info(
+                    "clkit: the network trains with batch statistics or dropout, so heads pay one extra eval-mode "
+                    'forward a batch; pass forward="shared" to learn from the training features instead'
+                )
+            self._evaluated = self._extra_pass(trainer, module)
+
+    def features(self, source: FeaturesFrom = "shared") -> Tensor:
+        """Features (B, D) of the open batch, detached, in the dtype of the forward pass.
+
+        Raises:
+            TapError: If nothing passed the tap, or another number of rows than the batch has.
+        """
+        tapped = self._evaluated if source != "shared" and self._evaluated is not None else self._shared
+        if tapped is None:
+            raise TapError(
+                f"no features passed the tap at {self.tap.point!r} in this batch: the step did not run the tapped "
+                "network; pass `layer=`, the dotted path of a layer that it does run"
+            )
+        return self._rows(tapped.features)
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The module's own classifier output (B, C), or ``None`` where it has no classifier or none was run."""
+        if self._shared is None or self._shared.logits is None:
+            return None
+        return self._rows(self._shared.logits)
+
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A value computed once for the open batch, whoever asks first."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def forget(self) -> None:
+        """Lets go of the batch, so that nothing outlives a run."""
+        self._batch = None
+        self._shared = self._evaluated = None
+        self._memo.clear()
+        self.inputs = self.targets = None
+
+    # ----
+
+    def _hear(self, tapped: Tapped) -> None:
+        if self._batch is not None and self._shared is None:  # of several forwards in a batch the first counts
+            self._shared = _detached(tapped)
+
+    def _trains(self) -> bool:
+        return any(module.training for module in self._sensitive)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        if self.targets is None or len(tensor) == len(self.targets):
+            return tensor
+        if self._stream_rows is not None:
+            return tensor[self._stream_rows]
+        raise BatchError(
+            f"the tapped forward had {len(tensor)} rows and the batch has {len(self.targets)} targets; a strategy that "
+            "runs more rows must say which are the stream's by `stream_rows`"
+        )
+
+    def _extra_pass(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tapped:
+        heard: list[Tapped] = []
+        listener = self.tap.listen(lambda tapped: heard.append(_detached(tapped)))
+        was_listening, self._batch = self._batch, None  # this pass is not the one that happens anyway
+        try:
+            with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+                forward(module, self.tap.network, self.inputs)
+        finally:
+            listener.remove()
+            self._batch = was_listening
+        if not heard:
+            raise TapError(
+                f"no features passed the tap at {self.tap.point!r} in an evaluation forward; pass `layer=`, the dotted "
+                "path of a layer that the module's forward runs"
+            )
+        return heard[0]
+
+
+def forward(module: pl.LightningModule, network: nn.Module, inputs: Any) -> Any:
+    """The user's own ``forward``, or the tapped network where the module defines none."""
+    own = type(module).forward is not pl.LightningModule.forward
+    return module(inputs) if own else network(inputs)
+
+
+class evaluating(ExitStack):  # noqa: N801  a context manager, named as torch.no_grad is
+    """Puts a module into eval mode and gives every submodule its own mode back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._training = [part for part in module.modules() if part.training]
+        self.callback(self._restore)
+        module.eval()
+
+    def _restore(self) -> None:
+        for part in self._training:
+            part.training = True
+
+
+def _detached(tapped: Tapped) -> Tapped:
+    logits = None if tapped.logits is None else tapped.logits.detach()
+    return Tapped(tapped.features.detach(), logits)

@@ -1,0 +1,52 @@
+"""The YAML recipes that come with the library."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+__all__ = ["read_recipe", "recipe_folder", "recipe_lines", "recipe_names"]
+
+
+def recipe_folder() -> Path:
+    """Where the recipes lie: inside the installed package, or ``configs/`` of a source checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes, e.g. ``"nmc"`` or ``"paper/nmc_cifar100"``.
+
+    Example:
+        >>> "nmc" in recipe_names()
+        True
+    """
+    folder = recipe_folder()
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.relative_to(folder).parts), str(file)))
+    return [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+
+
+def read_recipe(name: str) -> str:
+    """The text of a recipe.
+
+    Raises:
+        KeyError: If there is none of that name; the message lists the nearest.
+
+    Example:
+        >>> read_recipe("nmc").splitlines()[0]
+        '# Nearest class mean on handwritten digits: five stages of two classes, nothing is trained'
+    """
+    names = recipe_names()
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names)}"
+        raise KeyError(f"no recipe {name!r}{hint}")
+    return (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def recipe_lines() -> list[str]:
+    """One line a recipe: its name and what it does (the first comment of the file)."""
+    names = recipe_names()
+    width = max(map(len, names), default=0)
+    return [f"{name:<{width}}  {read_recipe(name).splitlines()[0].lstrip('# ')}" for name in names]

@@ -1,0 +1,44 @@
+"""The figures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw_figures"]
+
+
+def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """Draws the accuracy matrix of each predictor and the accuracy over time of all.
+
+    Args:
+        folder: Where the PNG files go.
+        results: Metrics of each predictor, as in ``results.json``.
+
+    Returns:
+        The files.
+    """
+    from matplotlib.figure import Figure
+
+    from clkit.metrics.figures import plot_accuracy_matrix, plot_accuracy_over_time
+
+    shown = {name: summary for name, summary in results.items() if summary["accuracy_matrix"]}
+    figure = Figure(figsize=(4.6 * len(shown), 4.4), layout="constrained")
+    for axes, (name, summary) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        plot_accuracy_matrix(_numbers(summary["accuracy_matrix"]), ax=axes, title=name)
+    matrix = folder / "accuracy_matrix.png"
+    figure.savefig(matrix, dpi=150)
+    curves = {name: [_number(value) for value in summary["accuracy_seen"]] for name, summary in shown.items()}
+    over_time, _ = plot_accuracy_over_time(curves)
+    path = folder / "accuracy_over_time.png"
+    over_time.savefig(path, dpi=150)
+    return [matrix, path]
+
+
+def _numbers(rows: list[list[float | None]]) -> list[list[float]]:
+    return [[_number(value) for value in row] for row in rows]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,94 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["comparison_table", "evaluation_table", "stage_table"]
+
+CAPTION = "accuracy in %; average: over the stages so far; forgets: points lost since the best stage"
+MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
+
+
+def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """Accuracies after the last stage: one row a predictor, in per cent.
+
+    Args:
+        results: Metrics of each predictor, as in ``results.json``.
+        title: What stands above.
+
+    Example:
+        >>> from clkit.metrics.functional import summarize
+        >>> stage_table({"nmc": summarize([[9]], [[10]])}, "after experience 1").row_count
+        1
+    """
+    table = _table(title, CAPTION)
+    rows = {name: summary["accuracy_matrix"][-1] for name, summary in results.items() if summary["accuracy_matrix"]}
+    width = max((len([value for value in row if value is not None]) for row in rows.values()), default=0)
+    shown = range(width) if width <= MOST_COLUMNS else range(0)
+    for j in shown:
+        table.add_column(f"exp {j + 1}", justify="right")
+    table.add_column("all seen", justify="right", style="bold", no_wrap=True)
+    table.add_column("average", justify="right", no_wrap=True)
+    table.add_column("forgets", justify="right", no_wrap=True)
+    for name, row in rows.items():
+        summary = results[name]
+        table.add_row(
+            name,
+            *[_percent(row[j] if j < len(row) else None) for j in shown],
+            _percent(summary["accuracy_seen"][-1]),
+            _percent(summary["average_incremental_accuracy"]),
+            _percent(summary["forgetting"]),
+        )
+    return table
+
+
+def evaluation_table(
+    accuracies: Mapping[str, Mapping[int, float]], seen: Mapping[str, float | None], title: str
+) -> Table:
+    """One evaluation, in per cent: one row a predictor.
+
+    Args:
+        accuracies: For each predictor the accuracy on each experience.
+        seen: For each predictor the accuracy on all of them.
+        title: What stands above.
+    """
+    table = _table(title, "accuracy in %")
+    columns = sorted({j for row in accuracies.values() for j in row})
+    shown = columns if len(columns) <= MOST_COLUMNS else []
+    for j in shown:
+        table.add_column(f"exp {j + 1}", justify="right")
+    table.add_column("all", justify="right", style="bold")
+    for name, row in accuracies.items():
+        table.add_row(name, *[_percent(row.get(j)) for j in shown], _percent(seen[name]))
+    return table
+
+
+def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes: Mapping[str, str]) -> Table:
+    """Accuracy after each stage for several runs, in per cent.
+
+    Args:
+        curves: For each row its accuracy on all experiences seen, stage by stage.
+        title: What stands above.
+        notes: What a row is, shown beside its name.
+    """
+    table = _table(title, "accuracy in %")
+    table.add_column("backbone", no_wrap=True)
+    for i in range(max(len(curve) for curve in curves.values())):
+        table.add_column(f"stage {i + 1}", justify="right", no_wrap=True)
+    for name, curve in curves.items():
+        table.add_row(name, notes.get(name, ""), *[_percent(value) for value in curve])
+    return table
+
+
+def _table(title: str, caption: str) -> Table:
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("predictor", no_wrap=True)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

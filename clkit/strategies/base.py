@@ -1,0 +1,110 @@
+"""The base of clkit's strategies: plain Lightning on one device, DDP on several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
+
+from clkit.batch import BatchReader
+from clkit.boundaries import Boundaries
+from clkit.errors import ConfigurationError
+
+__all__ = ["LearningStrategy"]
+
+
+class LearningStrategy(DDPStrategy):
+    """A strategy that says in one method how a batch becomes a loss, on one device or many.
+
+    With one device it runs in the process itself, bit for bit as ``strategy="auto"``: no launcher, no process group,
+    no wrapper. With several devices or nodes it is Lightning's DDP. Subclasses override :meth:`training_step` and
+    follow the stream by ``on_experience_start``, ``on_experience_phase`` and ``on_experience_end``.
+
+    Args:
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+        ddp_options: Keyword arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+
+    Raises:
+        ConfigurationError: For ``find_unused_parameters=True``, which fails with several processes.
+
+    Attributes:
+        warmup_epochs: Epochs of the first experience that train the network before the strategy's own way begins.
+        trains_module: Whether the strategy trains the user's network by gradient.
+        stream_rows: Which rows of a forward are the batch's own, where a strategy runs more rows than that.
+    """
+
+    warmup_epochs: int = 0
+    trains_module: bool = True
+    stream_rows: slice | None = None
+
+    def __init__(self, *, batch_reader: BatchReader | None = None, **ddp_options: Any) -> None:
+        if ddp_options.get("find_unused_parameters"):
+            raise ConfigurationError(
+                "find_unused_parameters=True cannot be combined with a clkit strategy: parts of a step run outside the "
+                "wrapped module; leave it out"
+            )
+        super().__init__(**ddp_options)
+        self.batch_reader = batch_reader
+
+    # ---- one device: the process itself
+
+    @property
+    def single_device(self) -> bool:
+        """Whether the run has one process in all."""
+        return self.num_nodes * self.num_processes <= 1
+
+    # Lightning gives its own samplers to loaders of distributed strategies, which would reorder a single process
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the run has several processes."""
+        return not self.single_device
+
+    def _configure_launcher(self) -> None:
+        if not self.single_device:
+            super()._configure_launcher()
+
+    def setup_distributed(self) -> None:
+        """Starts the process group; on one device only the ranks are set."""
+        if self.single_device:
+            self.set_world_ranks()
+        else:
+            super().setup_distributed()
+
+    def _setup_model(self, model: nn.Module) -> Any:
+        return model if self.single_device else super()._setup_model(model)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Prepares the module; on one device as the simplest of Lightning's strategies does."""
+        if self.single_device:
+            Strategy.setup(self, trainer)
+        else:
+            super().setup(trainer)
+
+    # ---- following the stream: a strategy is one of the parts that notice boundaries
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def on_train_start(self) -> None:
+        """Lets the trainer's boundaries look at a resumed run."""
+        assert self.lightning_module is not None
+        Boundaries.of(self._trainer).on_train_start(self._trainer, self.lightning_module)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Notices the start of an experience where no callback follows the stream."""
+        assert self.lightning_module is not None
+        Boundaries.of(self._trainer).on_train_batch_start(self._trainer, self.lightning_module)
+
+    def on_validation_start(self) -> None:
+        """Notices the end of an experience where no callback follows the stream."""
+        assert self.lightning_module is not None
+        Boundaries.of(self._trainer).on_validation_start(self._trainer, self.lightning_module)
+
+    def on_train_end(self) -> None:
+        """Notices the end of an experience where no callback follows the stream."""
+        assert self.lightning_module is not None
+        Boundaries.of(self._trainer).on_train_end(self._trainer, self.lightning_module)

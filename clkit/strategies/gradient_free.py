@@ -1,0 +1,203 @@
+"""Learning without gradients: forward passes only, on a frozen network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from clkit.batch import read_batch
+from clkit.boundaries import Boundaries
+from clkit.errors import ArgumentError
+from clkit.experience import Experience
+from clkit.strategies.base import LearningStrategy
+from clkit.tap import FeatureTap
+
+__all__ = ["GradientFreeStrategy"]
+
+
+class GradientFreeStrategy(LearningStrategy):
+    r"""Runs the stream through a frozen network: no backward pass, no optimizer step, one forward a batch.
+
+    Choose it when heads learn from features (:class:`~clkit.callbacks.AEFOCL`, :class:`~clkit.callbacks.NMC`,
+    :class:`~clkit.callbacks.LDA`) and the backbone is pretrained, or can be trained on the first experience: with
+    ``warmup_epochs`` the user's own ``training_step`` and optimizer train the network for that many epochs of the
+    first experience; then everything freezes and one gradient-free pass over the same data starts the statistics, as
+    ACIL does. Afterwards the user's ``training_step`` is not called any more; the run logs ``gradient_free/loss``, the
+    cross-entropy of the module's own output, so that a monitor has something to look at. Monitors of values that the
+    ``training_step`` logs do not exist in that phase.
+
+    The network is in eval mode and without gradients from then until the end of the fit; both are given back at
+    teardown.
+
+    Args:
+        warmup_epochs: Epochs (≥ 0) of the first experience trained by gradient; 0 for a pretrained backbone.
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+        ddp_options: Keyword arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+
+    Raises:
+        ArgumentError: If ``warmup_epochs`` is negative or not an integer.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> import clkit.strategies
+        >>> trainer = Trainer(accelerator="cpu", devices=1, strategy="gradient_free", logger=False,
+        ...                   enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> type(trainer.strategy).__name__, trainer.strategy.warmup_epochs
+        ('GradientFreeStrategy', 0)
+
+    Reference:
+        The freeze after a first phase: H. Zhuang et al., "ACIL: Analytic Class-Incremental Learning with Absolute
+        Memorization and Privacy Protection", NeurIPS 2022.
+    """
+
+    def __init__(self, warmup_epochs: int = 0, **options: Any) -> None:
+        if isinstance(warmup_epochs, bool) or not isinstance(warmup_epochs, int) or warmup_epochs < 0:
+            raise ArgumentError(f"warmup_epochs must be an integer of at least 0, got {warmup_epochs!r}")
+        super().__init__(**options)
+        self.warmup_epochs = warmup_epochs
+        self.trains_module = warmup_epochs > 0
+        self._learning = False  # past the warm-up
+        self._thawed: list[tuple[nn.Module, bool]] = []
+        self._thawed_parameters: list[nn.Parameter] = []
+        self._automatic: bool | None = None
+        self._network: nn.Module | None = None
+
+    # ---- before the loops run
+
+    def _setup_model(self, model: nn.Module) -> Any:
+        # the DDP wrapper refuses a module without trainable parameters, and without gradients it has nothing to do
+        return super()._setup_model(model) if self.warmup_epochs else model
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """The user's optimizers serve the warm-up; without one nothing is built."""
+        if self.warmup_epochs:
+            super().setup_optimizers(trainer)
+        else:
+            self.optimizers, self.lr_scheduler_configs = [_NoUpdate()], []
+
+    def _register_ddp_hooks(self) -> None:
+        if self.warmup_epochs:
+            super()._register_ddp_hooks()
+
+    def on_train_start(self) -> None:
+        """The phase is not in a checkpoint: it follows from the epoch, which is restored by now."""
+        super().on_train_start()
+        if Boundaries.of(self._trainer).upcoming(self._trainer).phase == "learn":
+            self._freeze()
+
+    # ---- boundaries
+
+    def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        """Freezes before the first gradient-free batch."""
+        if experience.phase == "learn":
+            self._freeze()
+
+    def on_experience_phase(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        """The warm-up is over."""
+        if experience.phase == "learn":
+            self._freeze()
+
+    def _freeze(self) -> None:
+        if self._learning:
+            return
+        module = self.lightning_module
+        assert module is not None
+        self._learning = True
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = module
+        if not self.single_device:  # batch statistics differ between ranks when a warm-up ends
+            _broadcast_states(module)
+        for parameter in module.parameters():
+            parameter.grad = None
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._thawed_parameters.append(parameter)
+        self._thawed = [(part, part.training) for part in module.modules()]
+        module.eval()
+        self.lr_scheduler_configs.clear()
+        self._automatic, module.automatic_optimization = module.automatic_optimization, True
+        self._network = module
+        if type(module).forward is pl.LightningModule.forward:  # none of the user's own: run what the tap reads
+            with FeatureTap(module) as tap:
+                self._network = tap.network
+
+    def teardown(self) -> None:
+        """Gives the module its gradients, modes and way of optimising back."""
+        module = self.lightning_module
+        for parameter in self._thawed_parameters:
+            parameter.requires_grad_(True)
+        for part, training in self._thawed:
+            part.training = training
+        if module is not None and self._automatic is not None:
+            module.automatic_optimization = self._automatic
+        self._thawed_parameters, self._thawed, self._automatic = [], [], None
+        self._learning, self._network = False, None
+        super().teardown()
+
+    # ---- one batch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's step during a warm-up, one forward without gradients afterwards."""
+        if not self._learning:
+            return super().training_step(*args, **kwargs)
+        module = self.lightning_module
+        assert module is not None
+        assert self._network is not None
+        batch = args[0] if args else kwargs["batch"]
+        inputs, targets = read_batch(batch, self.batch_reader)
+        with torch.no_grad(), self.precision_plugin.train_step_context():
+            output = self._network(inputs)
+        loss = _module_loss(output, targets)
+        if loss is not None:
+            module.log("gradient_free/loss", loss, on_step=False, on_epoch=True, batch_size=len(targets))
+        # with several processes Lightning refuses a step that returns nothing
+        return targets.new_zeros((), dtype=torch.float32)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing to do once the network is frozen."""
+        if self._learning:
+            return closure_loss
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the step; no parameter moves once the network is frozen."""
+        if self._learning:
+            return closure()
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+
+class _NoUpdate(Optimizer):
+    """An optimizer of nothing: Lightning counts batches by the steps of an optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__([torch.zeros(1)], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return None if closure is None else closure()
+
+
+def _module_loss(output: Any, targets: Tensor) -> Tensor | None:
+    """Cross-entropy of the module's own output over the labels that it has a column for."""
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(targets) or output.shape[1] < 2:
+        return None
+    known = (targets >= 0) & (targets < output.shape[1])
+    summed = cross_entropy(output.float(), torch.where(known, targets.long(), -100), ignore_index=-100, reduction="sum")
+    return summed / known.sum().clamp(min=1)
+
+
+def _broadcast_states(module: nn.Module) -> None:
+    for tensor in [*module.parameters(), *module.buffers()]:
+        torch.distributed.broadcast(tensor.data, src=0)
