@@ -59,6 +59,8 @@ class AEFOCL(HeadCallback):
         Driving Task", IEEE Transactions on Vehicular Technology 2024, arXiv 2405.17779.
     """
 
+    counts_epochs = True
+
     def __init__(
         self,
         gamma: float = 1.0,

@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
 from clkit.callbacks.base import StreamCallback, evaluation_key, reduction_device, scores_of
 from clkit.callbacks.graft import Graft
-from clkit.errors import ArgumentError, NotFittedError, StateError
+from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.experience import Experience
 from clkit.methods.head import Head
 from clkit.observer import BatchObserver, FeaturesFrom
@@ -40,6 +42,9 @@ class HeadCallback(StreamCallback):
             ``"fit_end"``.
         reset_each_task: Whether to start anew with each experience, for a backbone that still trains.
     """
+
+    counts_epochs: bool = False
+    """Whether a second epoch over the same samples changes the head (sums that count twice, not means)."""
 
     def __init__(
         self,
@@ -69,6 +74,9 @@ class HeadCallback(StreamCallback):
         self._graft: Graft | None = None
         self._correct = 0
         self._counted = 0
+        self._device: torch.device | None = None
+        self._first_epoch: int | None = None  # in which the running experience was first learned
+        self._said: set[str] = set()
 
     @abstractmethod
     def make_head(self, in_features: int) -> Head:
@@ -102,6 +110,11 @@ class HeadCallback(StreamCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Taps the user's network, before it may be compiled or wrapped."""
         super().setup(trainer, pl_module, stage)
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigurationError(
+                f"{self.state_key} cannot read features under {type(trainer.strategy).__name__}, which splits the "
+                'network over processes; use strategy="ddp", "gradient_free" or a single device'
+            )
         self._observer = BatchObserver.attach(trainer, pl_module, self.layer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -121,6 +134,7 @@ class HeadCallback(StreamCallback):
         """Opens the observation of the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._learns(trainer):
+            self._look_at_epoch(trainer)
             self._open(trainer, pl_module, batch, ("train", trainer.current_epoch, batch_idx), self.forward)
 
     def on_train_batch_end(
@@ -132,13 +146,19 @@ class HeadCallback(StreamCallback):
             features = self._observer.features(self.forward)
             targets = self._observer.targets
             assert targets is not None
-            self._ensure_head(features.shape[1]).update(features, targets)
+            self._ensure_head(features).update(features, targets)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Forgets the last experience where the user asked for that."""
+        self._first_epoch = None
         if self.reset_each_task and self._head is not None and experience.index > 0:
             self._head.reset()
+        elif experience.index > 0 and self._backbone_trains():
+            self._say(
+                "the backbone still trains, so what was learned of earlier experiences no longer fits its features; "
+                "freeze it, use strategy='gradient_free', or pass reset_each_task=True"
+            )
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Sums over processes, and grafts where the user asked for that."""
@@ -161,24 +181,46 @@ class HeadCallback(StreamCallback):
         current = Boundaries.of(trainer).current
         return current is None or current.phase == "learn"
 
+    def _look_at_epoch(self, trainer: pl.Trainer) -> None:
+        if self._first_epoch is None:
+            self._first_epoch = trainer.current_epoch
+        elif self.counts_epochs and trainer.current_epoch > self._first_epoch:
+            self._say(
+                "a second epoch over an experience counts each sample again, as if the ridge strength were smaller; "
+                "one epoch an experience is enough"
+            )
+
+    def _backbone_trains(self) -> bool:
+        assert self._observer is not None
+        tap = self._observer.tap
+        own = set() if tap.classifier is None else {id(parameter) for parameter in tap.classifier.parameters()}
+        return any(parameter.requires_grad and id(parameter) not in own for parameter in tap.network.parameters())
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(f"{self.state_key}: {message}")
+
     def _open(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Any, source: FeaturesFrom
     ) -> None:
         assert self._observer is not None
         self._observer.open(trainer, module, batch, key, source=source, reader=self.batch_reader)
 
-    def _ensure_head(self, width: int) -> Head:
+    def _ensure_head(self, features: Tensor) -> Head:
+        """The head, made for the first features, and checked to be one for features like these."""
         assert self._observer is not None
-        point = self._observer.tap.point
+        width, point = features.shape[1], self._observer.tap.point
         if self._head is None:
             self._head, self._tap_point = self.make_head(width), point
-        if self._tap_point is None:
-            self._tap_point = point
         if self._head.in_features != width or self._tap_point != point:
             raise StateError(
                 f"{self.state_key} has learned features of width {self._head.in_features} read at {self._tap_point!r}; "
                 f"this network gives width {width} at {point!r}. Use the network it was trained with, or a new name"
             )
+        if features.device != self._device:
+            self._head.to(features.device)
+            self._device = features.device
         return self._head
 
     def _arrive(self, module: pl.LightningModule) -> None:
@@ -330,7 +372,7 @@ class HeadCallback(StreamCallback):
             return
         head = self.make_head(state["in_features"])
         head.load_state_dict(state["head"])
-        self._head = head
+        self._head, self._device = head, None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
