@@ -20,6 +20,8 @@ __all__ = [
     "datamodule_of",
     "is_fast_dev_run",
     "is_last_batch",
+    "loaded_checkpoint",
+    "longest_validation_interval",
     "make_loops_whole",
     "processed_batches",
     "reload_loaders_every_epoch",
@@ -89,6 +91,17 @@ def cap_max_epochs(trainer: pl.Trainer, epochs: int) -> None:
     """Ends the fit after ``epochs`` epochs."""
     _seen(trainer, "fit_loop.max_epochs")
     trainer.fit_loop.max_epochs = epochs
+
+
+def loaded_checkpoint(trainer: pl.Trainer) -> dict[str, Any] | None:
+    """The checkpoint that the trainer is restoring from at this moment."""
+    return _seen(trainer, "_checkpoint_connector._loaded_checkpoint") or None
+
+
+def longest_validation_interval(trainer: pl.Trainer, batches: int) -> int:
+    """The largest integer ``val_check_interval`` that Lightning takes for an epoch of so many batches."""
+    limit = _seen(trainer, "limit_train_batches")
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

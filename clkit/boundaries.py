@@ -18,9 +18,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+import torch
 
 from clkit._lightning import callbacks_of, datamodule_of, is_last_batch
 from clkit.experience import Experience
+from clkit.random_state import capture_random_state, restore_random_state
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule"]
 
@@ -62,6 +64,7 @@ class Boundaries:
     def __init__(self) -> None:
         self.current: Experience | None = None
         self.running = False
+        self._random: list[dict[str, Any]] | None = None  # of a loaded checkpoint, one a process
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> Boundaries:
@@ -87,7 +90,10 @@ class Boundaries:
     # ---- the moments, in the order in which Lightning has them
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A resumed run may have lost the hooks of a boundary: its end is made up for here."""
+        """A resumed run takes up its random state, and the end of an experience whose hooks were lost."""
+        if self._random is not None and len(self._random) == trainer.world_size:
+            restore_random_state(self._random[trainer.global_rank])
+        self._random = None
         schedule = _schedule(trainer)
         if not self.running or schedule is None or self.current is None:
             return
@@ -127,15 +133,16 @@ class Boundaries:
     # ---- state: plain types, kept by every follower
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types: the experience's fields and whether it runs."""
+        """The experience's fields, whether it runs, and the random state of each process; a call on all processes."""
         current = None if self.current is None else {**asdict(self.current), "classes": list(self.current.classes)}
-        return {"experience": current, "running": self.running}
+        return {"experience": current, "running": self.running, "random": _of_all_processes(capture_random_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where :meth:`state_dict` left off; every follower of a trainer holds the same."""
         saved = state["experience"]
         self.current = None if saved is None else Experience(**{**saved, "classes": tuple(saved["classes"])})
         self.running = bool(state["running"])
+        self._random = list(state["random"])
 
     # ----
 
@@ -151,6 +158,14 @@ class Boundaries:
         assert self.current is not None
         self.running = False
         _announce(trainer, module, "on_experience_end", self.current)
+
+
+def _of_all_processes(value: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:

@@ -43,6 +43,7 @@ class BatchObserver:
         self._sensitive: list[nn.Module] = self.tap.mode_sensitive()
         self._users = 0
         self._batch: Hashable = None
+        self._armed = False  # a plain flag: compiled code would be compiled anew for each key it reads
         self._shared: Tapped | None = None
         self._evaluated: Tapped | None = None
         self._memo: dict[Hashable, Any] = {}
@@ -106,6 +107,7 @@ class BatchObserver:
         """
         if key != self._batch:
             self._batch = key
+            self._armed = True
             self._shared = self._evaluated = None
             self._memo.clear()
             self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
@@ -148,7 +150,7 @@ class BatchObserver:
 
     def forget(self) -> None:
         """Lets go of the batch, so that nothing outlives a run."""
-        self._batch = None
+        self._batch, self._armed = None, False
         self._shared = self._evaluated = None
         self._memo.clear()
         self.inputs = self.targets = None
@@ -156,7 +158,8 @@ class BatchObserver:
     # ----
 
     def _hear(self, tapped: Tapped) -> None:
-        if self._batch is not None and self._shared is None:  # of several forwards in a batch the first counts
+        if self._armed:  # of several forwards in a batch the first counts
+            self._armed = False
             self._shared = _detached(tapped)
 
     def _trains(self) -> bool:
@@ -175,13 +178,13 @@ class BatchObserver:
     def _extra_pass(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tapped:
         heard: list[Tapped] = []
         listener = self.tap.listen(lambda tapped: heard.append(_detached(tapped)))
-        was_listening, self._batch = self._batch, None  # this pass is not the one that happens anyway
+        armed, self._armed = self._armed, False  # this pass is not the one that happens anyway
         try:
             with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
                 forward(module, self.tap.network, self.inputs)
         finally:
             listener.remove()
-            self._batch = was_listening
+            self._armed = armed
         if not heard:
             raise TapError(
                 f"no features passed the tap at {self.tap.point!r} in an evaluation forward; pass `layer=`, the dotted "

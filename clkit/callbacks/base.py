@@ -56,7 +56,7 @@ class StreamCallback(pl.Callback):
         """Brings the position that an earlier fit left, where each experience is a fit of its own."""
         boundaries = Boundaries.of(trainer)
         if boundaries.current is None:
-            boundaries.load_state_dict(self._boundaries.state_dict())
+            boundaries.current, boundaries.running = self._boundaries.current, self._boundaries.running
         self._boundaries = boundaries
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

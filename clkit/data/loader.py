@@ -36,8 +36,8 @@ def cut_batches(rows: Rows, batch_size: int, *, rank: int = 0, world_size: int =
     """Cuts ordered rows into this rank's batches: no row lost, none repeated, none empty.
 
     All ranks get the same *number* of batches, ``n = min(⌈N/(W·B)⌉, ⌊N/W⌋)``, because Lightning talks between processes
-    at every training batch; their sizes are as even as possible, at most ``batch_size`` (a rank may exceed it by one
-    row where N < W·B).
+    at every training batch; their sizes are as even as possible, at most ``batch_size`` (one row more at
+    most where ``batch_size`` is 1 and W does not divide N).
 
     Args:
         rows: Row numbers (N,) in the order of arrival.
@@ -110,17 +110,19 @@ class Fetcher(Dataset[tuple[Any, ...]]):
 
     def _augmented(self, images: list[Any], rows: Rows, epoch: int) -> Any:
         assert self.augment is not None
-        state = random.getstate()
+        # not `torch.manual_seed`, which would also seed every accelerator
+        generator = torch.default_generator
+        states = generator.get_state(), random.getstate()
+        out = []
         try:
-            with torch.random.fork_rng(devices=[]):
-                out = []
-                for image, row in zip(images, rows, strict=True):
-                    seed = int(np.random.SeedSequence((self.seed, epoch, int(row))).generate_state(1)[0])
-                    torch.manual_seed(seed)
-                    random.seed(seed)
-                    out.append(self.augment(image))
+            for image, row in zip(images, rows, strict=True):
+                seed = int(np.random.SeedSequence((self.seed, epoch, int(row))).generate_state(1)[0])
+                generator.manual_seed(seed)
+                random.seed(seed)
+                out.append(self.augment(image))
         finally:
-            random.setstate(state)
+            generator.set_state(states[0])
+            random.setstate(states[1])
         same = len({tuple(image.shape) for image in out}) == 1
         return torch.stack(out) if same else out
 

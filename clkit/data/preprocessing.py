@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,14 +14,17 @@ from clkit.errors import ArgumentError, DataError
 
 __all__ = ["Preprocessing"]
 
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
+
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Deterministic preprocessing of images; features and other ready tensors are left as they are unless asked.
 
     The short side is resized to ``resize`` (in float32 on the scale of the stored image, with antialiasing, then
-    clamped to the image's range), the centre is cropped to ``size``, uint8 becomes [0, 1], and mean and standard
-    deviation are taken off.
+    clamped to the image's range), the centre is cropped to ``size``, uint8 becomes [0, 1], the mean is taken off and
+    the standard deviation divided out. Sizes and positions are rounded as torchvision's ``Resize`` and ``CenterCrop``
+    do, which timm's own evaluation uses.
 
     Args:
         size: Side of the square that comes out, pixels; ``None`` keeps the stored size.
@@ -29,10 +32,13 @@ class Preprocessing:
         interpolation: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
         mean: Mean per channel on the scale [0, 1], one value for all channels or one each.
         std: Standard deviation per channel, likewise; > 0.
-        channels: 3 repeats a single stored channel three times; ``None`` keeps what is stored.
+        channels: How many channels come out: a single stored one is repeated; ``None`` keeps what is stored.
 
     Raises:
-        ArgumentError: For a size below 1, a ``resize`` smaller than ``size``, or a ``std`` that is not positive.
+        ArgumentError: For a size or number of channels below 1, a ``resize`` smaller than ``size``, an unknown
+            ``interpolation``, or a ``std`` that is not positive.
+        DataError: When called, for images of different sizes that are to keep their size, or with another number of
+            channels than 1 and ``channels``.
 
     Shape:
         - input: (B, C, H, W), uint8 in 0…255 or float32 in [0, 1], or a list of (C, H, W) of different sizes
@@ -48,16 +54,20 @@ class Preprocessing:
 
     size: int | None = None
     resize: int | None = None
-    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
-    channels: Literal[1, 3] | None = None
+    channels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "resize"):
+        for name in ("size", "resize", "channels"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ArgumentError(f"{name} must be at least 1 pixel, got {value}")
+                raise ArgumentError(f"{name} must be at least 1, got {value}")
+        if self.interpolation not in get_args(Interpolation):
+            raise ArgumentError(
+                f"interpolation must be one of {', '.join(get_args(Interpolation))}, got {self.interpolation!r}"
+            )
         if self.resize is not None and self.size is not None and self.resize < self.size:
             raise ArgumentError(
                 f"resize ({self.resize}) must not be smaller than size ({self.size}), which is cut of it"
@@ -86,7 +96,7 @@ class Preprocessing:
         height, width = images.shape[-2:]
         if target is not None and min(height, width) != target:
             short = min(height, width)
-            shape = (max(target, round(height * target / short)), max(target, round(width * target / short)))
+            shape = (height * target // short, width * target // short)  # the long side is cut off, as torchvision does
             if self.interpolation == "nearest":
                 images = interpolate(images, shape, mode="nearest")
             else:
@@ -97,12 +107,17 @@ class Preprocessing:
     def _crop(self, images: Tensor) -> Tensor:
         if self.size is None:
             return images
-        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
+        top, left = (round((side - self.size) / 2) for side in images.shape[-2:])  # torchvision's centre
         return images[..., top : top + self.size, left : left + self.size]
 
     def _normalise(self, images: Tensor) -> Tensor:
-        if self.channels == 3 and images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
+        if self.channels is not None and images.shape[1] != self.channels:
+            if images.shape[1] != 1:
+                raise DataError(
+                    f"the images have {images.shape[1]} channels, the network takes {self.channels}; build it for "
+                    f"{images.shape[1]} (timm: in_chans), or set the channels of the preprocessing"
+                )
+            images = images.expand(-1, self.channels, -1, -1)
         if self.mean is not None:
             images = images - torch.as_tensor(self.mean, dtype=torch.float32).reshape(-1, 1, 1)
         if self.std is not None:

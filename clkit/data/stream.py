@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,10 +11,20 @@ import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from clkit._lightning import cap_max_epochs, is_fast_dev_run, processed_batches, reload_loaders_every_epoch
+from clkit._lightning import (
+    callbacks_of,
+    cap_max_epochs,
+    is_fast_dev_run,
+    loaded_checkpoint,
+    longest_validation_interval,
+    make_loops_whole,
+    processed_batches,
+    reload_loaders_every_epoch,
+)
 from clkit.data.loader import EvaluationLoader, Fetcher, TrainLoader, Workers, cut_batches, epoch_order
 from clkit.data.preprocessing import Preprocessing
 from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
@@ -44,15 +55,17 @@ class StreamDataModule(pl.LightningDataModule):
         preprocessing: A :class:`~clkit.data.Preprocessing`; or ``"auto"``: the module's own ``data_config`` where the
             source holds images and the module has one (a timm backbone), the stored size and [0, 1] otherwise; or
             ``"unit"``: always the latter; or any function from a stack of stored images to inputs.
-        train_transform: Random augmentation of one stored training image (a uint8 or float tensor (C, H, W)). Its
-            randomness is a function of (seed, epoch, sample). Leave it out for gradient-free heads.
+        train_transform: Random augmentation of one stored training image (a uint8 or float tensor (C, H, W)). What it
+            draws from torch's or Python's generator is a function of (seed, epoch, sample), and leaves both as they
+            were; NumPy's global generator is not covered. Leave it out for gradient-free heads.
         evaluate: ``"seen"`` evaluates the experiences seen so far, ``"all"`` also the future ones, which forward
             transfer needs.
         val_fraction: Share of the training part, [0, 1), cut off for validation by a seeded draw stratified by class.
             With 0 validation and test are both the source's test part, as the papers' protocols have it.
         relabel: Whether batches number the classes 0, 1, … in the stream's order. Ids that a person reads are always
             the source's.
-        stop_after: Only the first so many experiences.
+        stop_after: Only the first so many experiences; ``num_classes`` stays that of the whole stream, so a checkpoint
+            may go on without it.
         shuffle: Whether the samples of an experience are shuffled (by seed and epoch).
         seed: Seed of order, augmentation and validation draw.
         num_workers: Loader processes; they live as long as the stream. 0 loads in the process itself.
@@ -92,16 +105,20 @@ class StreamDataModule(pl.LightningDataModule):
         root: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("epochs_per_experience", epochs_per_experience),
-            ("stop_after", 1 if stop_after is None else stop_after),
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("epochs_per_experience", epochs_per_experience, 1),
+            ("stop_after", 1 if stop_after is None else stop_after, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
         ):
-            if value < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {value}")
-        if num_workers < 0:
-            raise ArgumentError(f"num_workers must be at least 0, got {num_workers}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if scenario is not None and not isinstance(scenario, Scenario):
+            raise ArgumentError(
+                f"scenario must be a Scenario such as ClassIncremental(experiences=5), got {scenario!r}"
+            )
         if not 0.0 <= val_fraction < 1.0:
             raise ArgumentError(f"val_fraction must lie in [0, 1), got {val_fraction}")
         if evaluate not in ("seen", "all"):
@@ -127,13 +144,14 @@ class StreamDataModule(pl.LightningDataModule):
         self.root = root
 
         self.experiences: list[Experience] = []
+        self._classes: list[int] = []
         self._splits: list[Split] = []
         self._validation: list[Rows] = []  # rows of the training part, where `val_fraction` cuts them off
         self._parts: tuple[Part, Part] | None = None
         self._workers: dict[str, Workers] = {}
         self._warmup_epochs = 0
-        self._position: dict[str, int] | None = None  # of a loaded checkpoint
-        self._reached: int | None = None  # last epoch of an earlier fit
+        self._position: dict[str, Any] | None = None  # of a loaded checkpoint, for the fit that resumes from it
+        self._reached: int | None = None  # how far learning came: index of an experience
 
     # ---- the stream
 
@@ -144,14 +162,15 @@ class StreamDataModule(pl.LightningDataModule):
             self._cut(*self._parts)
         if self.trainer is not None:
             self._warmup_epochs = getattr(self.trainer.strategy, "warmup_epochs", 0)
-        self._workers = self._make_workers(*self._parts)
+        self._workers = {}  # the preprocessing may be another module's
         if stage == "fit" and self.trainer is not None:
             self._fit_trainer(self.trainer)
 
     def teardown(self, stage: str) -> None:
         """Notes how far a fit came and lets the worker processes go."""
         if stage == "fit" and self.trainer is not None:
-            self._reached = self.trainer.current_epoch
+            self._reached = self._index_at(self.trainer.current_epoch)
+            self._position = None
         self._workers = {}
 
     def _cut(self, train: Part, test: Part) -> None:
@@ -159,7 +178,10 @@ class StreamDataModule(pl.LightningDataModule):
         splits = self.scenario.split(
             Labels(train.targets, train.domains, names), Labels(test.targets, test.domains, names)
         )
+        self._classes = list(dict.fromkeys(label for split in splits for label in split.classes))
         self._splits = splits[: self.stop_after]
+        if not self._classes:
+            raise DataError("the training part has no labelled row; a stream needs class ids of 0 or more")
         if self.val_fraction:
             self._cut_validation(train)
         self.experiences = [
@@ -194,9 +216,11 @@ class StreamDataModule(pl.LightningDataModule):
         self._splits = kept
 
     def _fit_trainer(self, trainer: pl.Trainer) -> None:
+        self._reached = None
         reload_loaders_every_epoch(trainer)
         if is_fast_dev_run(trainer):
             return
+        self._check_trainer(trainer)
         needed, given = self.epochs, trainer.max_epochs
         if given is None or given == -1 or given > needed:
             cap_max_epochs(trainer, needed)
@@ -207,6 +231,24 @@ class StreamDataModule(pl.LightningDataModule):
                 f"max_epochs={given} ends before the stream does: it has {len(self.experiences)} experiences and needs "
                 f"max_epochs={needed}; leave max_epochs out, or set StreamDataModule(stop_after=…) for a shorter stream"
             )
+
+    def _check_trainer(self, trainer: pl.Trainer) -> None:
+        if len(self.experiences) > 1 and any(isinstance(callback, EarlyStopping) for callback in callbacks_of(trainer)):
+            raise ConfigurationError(
+                "EarlyStopping would end the whole stream, not the experience, and what it monitors gets worse whenever "
+                "something new arrives; leave it out and set epochs_per_experience"
+            )
+        interval = trainer.val_check_interval
+        if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+            return  # a share of an epoch, or batches counted over epochs
+        for experience, split in zip(self.experiences, self._splits, strict=True):
+            batches = len(self._shared(split.train, self.batch_size, f"experience {experience.name!r}"))
+            longest = longest_validation_interval(trainer, batches)
+            if interval > longest:
+                raise ConfigurationError(
+                    f"val_check_interval={interval} is longer than experience {experience.name!r}, which has {longest} "
+                    f"training batches; use at most {longest}, or a share of an epoch such as 0.5"
+                )
 
     @property
     def epochs(self) -> int:
@@ -234,9 +276,8 @@ class StreamDataModule(pl.LightningDataModule):
 
     @property
     def classes(self) -> list[int]:
-        """Ids of all classes of the stream, in the order in which they arrive; the user's ids."""
-        order = [label for experience in self.experiences for label in experience.classes]
-        return list(dict.fromkeys(order))
+        """Ids of all classes of the whole stream, in the order in which they arrive; the user's ids."""
+        return list(self._classes)
 
     @property
     def num_classes(self) -> int:
@@ -270,7 +311,7 @@ class StreamDataModule(pl.LightningDataModule):
         split = self._splits[experience.index]
         order = epoch_order(split.train, seed=self.seed, epoch=epoch, shuffle=self.shuffle and not split.ordered)
         batches = self._shared(order, self.batch_size, f"experience {experience.name!r}")
-        return TrainLoader(self._workers["train"], batches, epoch, self._start_of)
+        return TrainLoader(self._workers_of("train"), batches, epoch, self._start_of)
 
     def val_dataloader(self) -> EvaluationLoader:
         """One loader over the experiences that are to be evaluated now."""
@@ -290,6 +331,9 @@ class StreamDataModule(pl.LightningDataModule):
         Args:
             upto: Index of the last experience.
             part: ``"validate"``: what validation uses; ``"test"``: the source's test part.
+
+        Raises:
+            DataError: If the source has no test samples for any experience, and none were cut off for validation.
         """
         last = len(self.experiences) - 1 if self.evaluate == "all" else min(upto, len(self.experiences) - 1)
         held_out = part == "validate" and self.val_fraction > 0
@@ -298,7 +342,12 @@ class StreamDataModule(pl.LightningDataModule):
             rows = self._validation[index] if held_out else self._splits[index].test
             if len(rows):
                 batches[index] = self._shared(rows, self.eval_batch_size, f"the evaluation of experience {index}")
-        return EvaluationLoader(self._workers["validation" if held_out else "test"], batches)
+        if not held_out and not any(len(split.test) for split in self._splits):
+            raise DataError(
+                f"the source {self.source.name!r} has no test samples to evaluate on; give it a test part, or set "
+                "val_fraction above 0 to validate on a share of the training part"
+            )
+        return EvaluationLoader(self._workers_of("validation" if held_out else "test"), batches)
 
     @property
     def evaluated_on(self) -> str:
@@ -308,10 +357,11 @@ class StreamDataModule(pl.LightningDataModule):
     def _upto(self) -> int:
         trainer = self.trainer
         if trainer is not None and trainer.state.fn == "fit":
-            epoch: int | None = trainer.current_epoch
-        else:
-            epoch = self._reached if self._position is None else self._position["epoch"]
-        experience = None if epoch is None else self.experience_at(epoch)
+            return self._index_at(trainer.current_epoch)
+        return len(self.experiences) - 1 if self._reached is None else self._reached
+
+    def _index_at(self, epoch: int) -> int:
+        experience = self.experience_at(epoch)
         return len(self.experiences) - 1 if experience is None else experience.index
 
     def _shared(self, rows: Rows, batch_size: int, what: str) -> list[Rows]:
@@ -322,19 +372,28 @@ class StreamDataModule(pl.LightningDataModule):
         except DataError as error:
             raise DataError(f"{what}: {error}") from error
 
-    def _make_workers(self, train: Part, test: Part) -> dict[str, Workers]:
-        preprocess = self._preprocess()
-        train_targets, test_targets = self._batch_targets(train), self._batch_targets(test)
-        train_tasks = self._tasks(len(train), [split.train for split in self._splits])
-        validation_tasks = self._tasks(len(train), self._validation)
-        test_tasks = self._tasks(len(test), [split.test for split in self._splits])
-        fetchers = {
-            "train": Fetcher(train, train_targets, preprocess, self.train_transform, train_tasks, self.seed),
-            "test": Fetcher(test, test_targets, preprocess, None, test_tasks),
-        }
-        if self.val_fraction:
-            fetchers["validation"] = Fetcher(train, train_targets, preprocess, None, validation_tasks)
-        return {name: Workers(fetcher, self.num_workers) for name, fetcher in fetchers.items()}
+    def _workers_of(self, name: Literal["train", "validation", "test"]) -> Workers:
+        if self._parts is None:
+            raise ConfigurationError("the stream is not set up yet; call setup('fit') before asking for its loaders")
+        if name not in self._workers:
+            self._workers[name] = Workers(self._fetcher(name, *self._parts), self.num_workers)
+        return self._workers[name]
+
+    def _fetcher(self, name: str, train: Part, test: Part) -> Fetcher:
+        part = test if name == "test" else train
+        rows = {
+            "train": [split.train for split in self._splits],
+            "validation": self._validation,
+            "test": [split.test for split in self._splits],
+        }[name]
+        return Fetcher(
+            part,
+            self._batch_targets(part),
+            self._preprocess(),
+            self.train_transform if name == "train" else None,
+            self._tasks(len(part), rows),
+            self.seed,
+        )
 
     def _tasks(self, length: int, rows: list[Rows]) -> Rows | None:
         if not self.gives_task_id:
@@ -355,11 +414,11 @@ class StreamDataModule(pl.LightningDataModule):
         size = int(config["input_size"][-1])
         return Preprocessing(
             size=size,
-            resize=max(size, round(size / config.get("crop_pct", 1.0))),
+            resize=max(size, math.floor(size / config.get("crop_pct", 1.0))),
             interpolation=config.get("interpolation", "bicubic"),
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
-            channels=3 if config["input_size"][0] == 3 else 1,
+            channels=int(config["input_size"][0]),
         )
 
     def _holds_images(self) -> bool:
@@ -372,44 +431,70 @@ class StreamDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Epoch and learned batches, with what they depend on."""
         trainer = self.trainer
-        assert trainer is not None
+        assert trainer is not None  # Lightning asks while it saves a checkpoint
         return {
             "format": FORMAT,
             "epoch": trainer.current_epoch,
             "batches": processed_batches(trainer),
-            "batch_size": self.batch_size,
-            "world_size": trainer.world_size,
-            "experiences": [list(experience.classes) for experience in self.experiences],
+            "experience": self._index_at(trainer.current_epoch),
+            "experiences": [[experience.name, list(experience.classes)] for experience in self.experiences],
+            "order": self._order_settings(self._index_at(trainer.current_epoch)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a position.
+        """Takes up a position; an evaluation only learns from it how far learning came.
 
         Raises:
-            StateError: For a newer format, or a stream that was cut otherwise.
+            StateError: For another format; and, for a fit, if the stream was cut otherwise.
         """
         if state_dict.get("format") != FORMAT:
             raise StateError(
                 f"the saved stream position has format {state_dict.get('format')!r}, this clkit reads format {FORMAT}"
             )
-        now = [list(experience.classes) for experience in self.experiences]
+        now = [[experience.name, list(experience.classes)] for experience in self.experiences]
         saved = state_dict["experiences"]
-        if now[: len(saved)] != saved[: len(now)]:
+        same = now[: len(saved)] == saved[: len(now)]
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            self._reached = min(state_dict["experience"], len(now) - 1) if same else None
+            return
+        if not same:
             raise StateError(
-                f"the checkpoint comes from another stream: its experiences have the classes {saved}, this one's "
-                f"{now}; use the source, scenario and seed that it was trained with"
+                f"the checkpoint comes from another stream: its experiences have the names and classes {saved}, this "
+                f"one's {now}; use the source, scenario and seed that it was trained with"
             )
+        self._check_schedule(state_dict)
         self._position = dict(state_dict)
+        checkpoint = loaded_checkpoint(self.trainer)
+        if checkpoint is not None:  # a run without callbacks of clkit resumes exactly, too
+            make_loops_whole(self.trainer, checkpoint)
+
+    def _check_schedule(self, saved: dict[str, Any]) -> None:
+        experience = self.experience_at(saved["epoch"])
+        if experience is not None and experience.index != saved["experience"]:
+            raise StateError(
+                f"in the checkpoint epoch {saved['epoch']} belongs to experience {saved['experience']}, here to "
+                f"experience {experience.index}; use the epochs_per_experience and warmup_epochs it was trained with"
+            )
+
+    def _order_settings(self, index: int) -> dict[str, Any]:
+        """What the batches of an experience depend on."""
+        return {
+            "batch_size": self.batch_size,
+            "world_size": 1 if self.trainer is None else self.trainer.world_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "train_samples": self.experiences[index].train_samples,
+        }
 
     def _start_of(self, epoch: int) -> int:
         position = self._position
         if position is None or position["epoch"] != epoch or position["batches"] == 0:
             return 0
-        world_size = 1 if self.trainer is None else self.trainer.world_size
-        for name, now in (("batch_size", self.batch_size), ("world_size", world_size)):
-            if position[name] != now:
+        for name, now in self._order_settings(position["experience"]).items():
+            before = position["order"][name]
+            if before != now:
                 raise StateError(
-                    f"the checkpoint was saved inside an experience with {name}={position[name]}, this run has "
-                    f"{name}={now}; use the same, or resume from a checkpoint at the end of an experience"
+                    f"the checkpoint was saved inside an experience with {name}={before}, this run has {name}={now}; "
+                    "use the same, or resume from a checkpoint at the end of an experience"
                 )
-        return position["batches"]
+        return int(position["batches"])

@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["draw_figures"]
 
+MOST_COLUMNS = 3
+
 
 def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Path]:
     """Draws the accuracy matrix of each predictor and the accuracy over time of all.
@@ -24,9 +26,14 @@ def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list
     from clkit.metrics.figures import plot_accuracy_matrix, plot_accuracy_over_time
 
     shown = {name: summary for name, summary in results.items() if summary["accuracy_matrix"]}
-    figure = Figure(figsize=(4.6 * len(shown), 4.4), layout="constrained")
-    for axes, (name, summary) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+    columns = min(len(shown), MOST_COLUMNS)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.6 * columns, 4.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (name, summary) in zip(panels, shown.items(), strict=False):
         plot_accuracy_matrix(_numbers(summary["accuracy_matrix"]), ax=axes, title=name)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
     matrix = folder / "accuracy_matrix.png"
     figure.savefig(matrix, dpi=150)
     curves = {name: [_number(value) for value in summary["accuracy_seen"]] for name, summary in shown.items()}
