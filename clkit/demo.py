@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from rich.console import Console
 
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
@@ -115,10 +114,6 @@ def _run(
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=str(folder),
     )
-    model = TimmClassifier(
-        "resnet10t",
-        model_kwargs={"in_chans": 1},
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
-    )
+    model = TimmClassifier("resnet10t", model_kwargs={"in_chans": 1})
     trainer.fit(model, datamodule=_stream(scenario, epochs))
     return evaluation
