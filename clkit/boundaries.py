@@ -126,8 +126,14 @@ class Boundaries:
             self._end(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """With plain loaders a fit that stopped at an epoch's end (early stopping, say) was one experience."""
-        if self.running and _schedule(trainer) is None and is_last_batch(trainer):
+        """The end that nothing noticed: a strategy alone hears of no epoch's end, and has no next batch here.
+
+        With plain loaders a fit that stopped at an epoch's end (early stopping, say) was one experience.
+        """
+        if not self.running or not is_last_batch(trainer):
+            return
+        schedule = _schedule(trainer)
+        if schedule is None or schedule.is_last_epoch(trainer.current_epoch - 1):  # the epoch counts as done by now
             self._end(trainer, module)
 
     # ---- state: plain types, kept by every follower

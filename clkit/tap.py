@@ -493,7 +493,9 @@ def _linear_heads(module: nn.Module, path: str) -> Iterator[str]:
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):  # of nn.MultiheadAttention, which never calls it
         return
-    grafted = isinstance(module, nn.Sequential) and len(module) > 1 and _is_clkit(module[0])
+    grafted = isinstance(module, nn.Sequential) and (
+        hasattr(module, "clkit_graft") or (len(module) > 1 and _is_clkit(module[0]))
+    )
     if isinstance(module, nn.Linear) or grafted or (_is_clkit(module) and type(module).__name__.endswith("Head")):
         yield path
         return

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 
-import clkit.data
-import clkit.models  # noqa: F401
-
-# short names in YAML are looked up among the classes that are imported
 from clkit._lightning import callbacks_of
 from clkit.callbacks import StreamEvaluation
 from clkit.errors import ClkitError, ConfigurationError
-from clkit.strategies.registry import STRATEGIES
+from clkit.registry import STRATEGIES
 
-__all__ = ["StreamCLI", "run"]
+__all__ = ["StreamCLI", "run", "summary"]
+
+# Short names in YAML are looked up among the classes that are imported; these are offered where a name is misspelt.
+_NAMESPACES = [
+    import_module(name)
+    for name in (
+        "clkit.callbacks",
+        "clkit.data",
+        "clkit.models",
+        "clkit.strategies",
+        "lightning.pytorch.callbacks",
+        "lightning.pytorch.loggers",
+        "lightning.pytorch.strategies",
+    )
+]
 
 
 class _Parser(LightningArgumentParser):
     """Says in one line what is wrong before jsonargparse says it in forty."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.stderr.write(f"clkit: {summary(message, self)}\n\n")
-        super().error(message, ex)
+        if not self.exit_on_error:  # a parser inside another: the outer one speaks
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        known = [action.dest for action in parser._actions]
+        sys.stderr.write(f"clkit: {summary(message, known)}\n\n{message}\n\nall settings: {command} --help\n")
         raise SystemExit(2)
 
 
@@ -37,7 +56,7 @@ class _SaveConfig(SaveConfigCallback):
     """Saves the resolved configuration with the results, and hands it to ``results.json``."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not trainer.loggers and trainer.default_root_dir == _here():
+        if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():
             raise ConfigurationError(
                 "trainer.logger is false and trainer.default_root_dir is not set, so results would land in the current "
                 "folder; set trainer.default_root_dir to the folder of this run"
@@ -46,11 +65,21 @@ class _SaveConfig(SaveConfigCallback):
         for callback in callbacks_of(trainer):
             if isinstance(callback, StreamEvaluation):
                 callback.config = config
-        super().setup(trainer, pl_module, stage)
+        saved = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
+        if stage == "fit" or not saved.exists():  # an evaluation in the folder of a fit leaves the fit's settings alone
+            super().setup(trainer, pl_module, stage)
 
 
 class StreamCLI(LightningCLI):
-    """LightningCLI with clkit's model, data and strategies as defaults; any other of the user's can be named."""
+    """LightningCLI with clkit's model, data and strategies as defaults; any other of the user's can be named.
+
+    Args:
+        arguments: The command and its options; those of the process by default.
+        run: Whether to run the command, or only to build what it needs (``arguments`` then has no command).
+
+    Raises:
+        ClkitError: If clkit refuses a setting.
+    """
 
     def __init__(self, arguments: Sequence[str] | None = None, run: bool = True) -> None:
         super().__init__(
@@ -67,8 +96,8 @@ class StreamCLI(LightningCLI):
 
     def init_parser(self, **options: Any) -> LightningArgumentParser:
         """A parser that says first what is wrong."""
-        parser = _Parser(**options)
-        parser.add_argument("--config", action="config", help="path of a YAML file with settings")
+        parser = _Parser(**{"prog": "clkit", **options})
+        parser.add_argument("-c", "--config", action="config", help="path of a YAML file with settings")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -78,6 +107,18 @@ class StreamCLI(LightningCLI):
                 "model": {"class_path": "clkit.models.TimmClassifier"},
                 "data": {"class_path": "clkit.data.StreamDataModule"},
             }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Names that Lightning would refuse with a traceback are refused here in one line."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        ours = f"clkit's own are {', '.join(STRATEGIES)}"
+        _check_name(
+            "trainer.strategy", config.trainer.strategy, ["auto", *StrategyRegistry.available_strategies()], ours
+        )
+        accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+        _check_name(
+            "trainer.accelerator", config.trainer.accelerator, accelerators, f"there are {', '.join(accelerators)}"
         )
 
 
@@ -93,36 +134,104 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         StreamCLI(arguments)
     except ClkitError as error:
-        sys.stderr.write(f"clkit: {error}\n")
-        return 1
-    return 0
+        refused = error
+    except ValueError as error:  # jsonargparse wraps what a constructor raises
+        cause = _refusal(error)
+        if cause is None:
+            raise
+        refused = cause
+    else:
+        return 0
+    sys.stderr.write(f"clkit: {refused}\n")
+    return 1
 
 
-def summary(message: str, parser: LightningArgumentParser | None = None) -> str:
-    """One line for a person out of jsonargparse's message: the key or value that is wrong, and what is near it."""
-    strategy = re.search(r"strategy[^\n]*?'([\w-]+)'", message)
-    unknown = re.search(r"(?:Key|Option|key|Unrecognized arguments:) ['\"]?(--)?([\w.\[\]-]+)['\"]?", message)
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    text = lines[-1] if len(lines) > 1 else message
-    if unknown is not None and ("not expected" in message or "not accept" in message or "Unrecognized" in message):
-        key = unknown.group(2)
-        near = get_close_matches(key.rsplit(".", 1)[-1], _known_keys(parser, message), n=1)
-        text = f"unknown setting {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    elif strategy is not None:
-        near = get_close_matches(strategy.group(1), STRATEGIES, n=1)
-        text = f"strategy {strategy.group(1)!r}: clkit has {', '.join(STRATEGIES)}" + (
-            f"; did you mean {near[0]!r}?" if near else ""
-        )
-    return text
+def _refusal(error: BaseException | None) -> ClkitError | None:
+    while error is not None and not isinstance(error, ClkitError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
-def _known_keys(parser: LightningArgumentParser | None, message: str) -> list[str]:
-    listed = re.findall(r"[a-z_][a-z0-9_]+", message)
-    actions = [] if parser is None else [action.dest.rsplit(".", 1)[-1] for action in parser._actions]
-    return [*actions, *listed]
+def _check_name(key: str, value: Any, known: Sequence[str], otherwise: str) -> None:
+    if isinstance(value, str) and value not in known:
+        raise ConfigurationError(f"{key}: there is no {value!r}{_near(value, known) or f'; {otherwise}'}")
 
 
-def _here() -> str:
-    from pathlib import Path
+# What jsonargparse reports for one wrong setting is a tree of all the types that it tried. In it, "Parser key" lines
+# lead to the place and one leaf says what is wrong there.
+_PLACE = re.compile(r'Parser key "([^"]+)":')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)':")
+_OPTION = re.compile(r"Option '([^']+)' is not accepted")
+_NO_OPTION = re.compile(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_IMPORT = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
+_VALUE = re.compile(r"Given value: (.*)")
+_TYPES = re.compile(r"Expected an? (?!dot import)(.+?)(?:\. Got value: (.*))?$")
 
-    return str(Path.cwd())
+
+def summary(message: str, known: Iterable[str] = ()) -> str:
+    """One line for a person out of jsonargparse's message: the setting or value that is wrong, and what is near it.
+
+    Args:
+        message: What jsonargparse reports.
+        known: The parser's settings, dotted.
+
+    Example:
+        >>> summary("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["trainer.max_epochs"])
+        "there is no setting 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"
+    """
+    if "Problems parsing config" in message:
+        return " ".join(message.split())
+    if found := _NO_OPTION.search(message):
+        name = found.group(1) or found.group(2)
+        known = list(known)
+        top = ", ".join(key for key in known if "." not in key and key not in ("help", "print_config"))
+        return f"there is no setting {name!r}{_near(name, known) or f'; at the top there are {top}'}"
+    lines = message.splitlines()
+    for pattern, tell in ((_OPTION, _tell_option), (_NO_IMPORT, _tell_import), (_NO_CLASS, _tell_class)):
+        for number, line in enumerate(lines):
+            if found := pattern.search(line):
+                return f"{_place(lines[:number])}{tell(found.group(1), lines[:number])}"
+    for number, line in enumerate(lines):
+        if _TYPES.search(line):
+            return f"{_place(lines[:number])}{_tell_type(lines[number:])}"
+    return " ".join(_PLACE.sub(r"\1:", message).split())
+
+
+def _place(lines: Sequence[str]) -> str:
+    keys = [found.group(1) for line in lines if (found := _PLACE.search(line))]
+    return f"{'.'.join(keys)}: " if keys else ""
+
+
+def _tell_option(name: str, lines: Sequence[str]) -> str:
+    path = next(found.group(1) for line in reversed(lines) if (found := _CLASS.search(line)))
+    module, _, attribute = path.rpartition(".")
+    accepted = inspect.signature(getattr(import_module(module), attribute)).parameters
+    return f"{attribute} has no setting {name!r}{_near(name, accepted) or '; it has ' + ', '.join(accepted)}"
+
+
+def _tell_import(problem: str, lines: Sequence[str]) -> str:
+    return problem
+
+
+def _tell_class(name: str, lines: Sequence[str]) -> str:
+    classes = [exported for namespace in _NAMESPACES for exported in namespace.__all__]
+    return f"there is no class {name!r}{_near(name, classes) or '; give its dotted path, package.module.Class'}"
+
+
+def _tell_type(lines: Sequence[str]) -> str:
+    value, types = None, []
+    for line in lines:
+        if found := _TYPES.search(line):
+            types.append(re.sub(r"<class '([^']+)'>|typing\.", r"\1", found.group(1)).replace("NoneType", "None"))
+            value = found.group(2)
+        elif value is None and (found := _VALUE.search(line)):
+            value = found.group(1)
+        if value is not None:
+            break
+    return f"{value!r} does not fit, expected {' or '.join(types)}"
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -9,7 +9,7 @@ from clkit.callbacks.nmc import NMC
 from clkit.callbacks.progress import StreamProgressBar
 
 # whoever has a callback may also write Trainer(strategy="gradient_free")
-from clkit.strategies.registry import register_strategies
+from clkit.registry import register_strategies
 
 __all__ = [
     "AEFOCL",

@@ -88,6 +88,10 @@ class StreamCallback(pl.Callback):
         """Passes the moment on."""
         Boundaries.of(trainer).on_train_end(trainer, pl_module)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go of the module: Lightning calls no ``teardown`` of callbacks when a run fails."""
+        self.teardown(trainer, pl_module, str(trainer.state.fn))
+
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:

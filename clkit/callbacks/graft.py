@@ -41,12 +41,10 @@ class Graft:
         if not self.applied:
             self._find(module, layer)
         slot = _get(module, self._path)
-        reference = next(slot.parameters())
-        outputs = _outputs(self._original or slot)
-        if _same_form(self._original or slot, head):
-            self._overwrite(slot, head, outputs)
+        if self._original is None and _same_form(slot, head):
+            self._overwrite(slot, head)
         else:
-            self._replace(module, slot, head, outputs, reference)
+            self._replace(module, slot, head)
         self.applied = True
 
     def undo(self, module: nn.Module) -> None:
@@ -56,11 +54,9 @@ class Graft:
         if self._original is not None:
             _set(module, self._path, self._original)
         else:
-            with torch.no_grad():
-                for name, parameter in _get(module, self._path).named_parameters():
-                    parameter.copy_(self._tensors[name])
+            self._give_back(_get(module, self._path))
         self.applied = False
-        self._original, self._tensors = None, {}
+        self._original = None
 
     def restore_keys(self, state_dict: dict[str, Any]) -> None:
         """Puts the user's own keys back into a state dict that was taken with a replaced classifier."""
@@ -94,22 +90,34 @@ class Graft:
             )
         self._path = path
 
-    def _overwrite(self, slot: nn.Module, head: Any, outputs: int) -> None:
+    def _overwrite(self, slot: nn.Module, head: Any) -> None:
         if not self._tensors:
             self._tensors = {name: parameter.detach().clone() for name, parameter in slot.named_parameters()}
-        weight, bias = readout_tensors(head, outputs, self._tensors["weight"].dtype)
+            slot.clkit_graft = self.owner  # type: ignore[assignment]  # a mark that others can see
+        weight, bias = readout_tensors(head, _outputs(slot), self._tensors["weight"].dtype)
         with torch.no_grad():
             for name, value in (("weight", weight), ("bias", bias)):
                 getattr(slot, name).copy_(value)
 
-    def _replace(self, module: nn.Module, slot: nn.Module, head: Any, outputs: int, reference: Tensor) -> None:
+    def _replace(self, module: nn.Module, slot: nn.Module, head: Any) -> None:
         if self._original is None:
+            self._give_back(slot)  # an overwritten classifier that the head has outgrown
             self._original = slot
-        graft = readout_module(head, max(outputs, int(head.classes.max()) + 1), reference.dtype)
+        reference = next(slot.parameters())
+        graft = readout_module(head, max(_outputs(self._original), int(head.classes.max()) + 1), reference.dtype)
         graft.to(reference.device).requires_grad_(False)
         graft.train(slot.training)
-        graft.clkit_graft = self.owner  # type: ignore[assignment]  # a mark that others can see
+        graft.clkit_graft = self.owner  # type: ignore[assignment]
         _set(module, self._path, graft)
+
+    def _give_back(self, slot: nn.Module) -> None:
+        if not self._tensors:
+            return
+        with torch.no_grad():
+            for name, parameter in slot.named_parameters():
+                parameter.copy_(self._tensors[name])
+        self._tensors = {}
+        del slot.clkit_graft
 
 
 def _same_form(classifier: nn.Module, head: Any) -> bool:

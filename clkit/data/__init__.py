@@ -29,6 +29,7 @@ from clkit.data.sources import (
     resolve_source,
 )
 from clkit.data.stream import StreamDataModule
+from clkit.registry import register_strategies
 
 __all__ = [
     "PUBLISHED_ORDERS",
@@ -56,3 +57,5 @@ __all__ = [
     "published_order",
     "resolve_source",
 ]
+
+register_strategies()  # whoever has this package may write Trainer(strategy="gradient_free")

@@ -235,8 +235,8 @@ class StreamDataModule(pl.LightningDataModule):
     def _check_trainer(self, trainer: pl.Trainer) -> None:
         if len(self.experiences) > 1 and any(isinstance(callback, EarlyStopping) for callback in callbacks_of(trainer)):
             raise ConfigurationError(
-                "EarlyStopping would end the whole stream, not the experience, and what it monitors gets worse whenever "
-                "something new arrives; leave it out and set epochs_per_experience"
+                "EarlyStopping would end the whole stream, not the experience, and what it monitors gets worse "
+                "whenever something new arrives; leave it out and set epochs_per_experience"
             )
         interval = trainer.val_check_interval
         if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:

@@ -12,6 +12,7 @@ from clkit.methods.head import Head
 
 __all__ = ["L2Normalize", "readout_module", "readout_tensors"]
 
+_NEVER = -1e30  # score of a class never seen; a sum of many such losses is still finite in float32
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
@@ -50,7 +51,7 @@ def readout_tensors(head: Head, outputs: int, dtype: torch.dtype) -> tuple[Tenso
         >>> head = NearestMeanHead(2, metric="euclidean")
         >>> head.update(torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
         >>> weight, bias = readout_tensors(head, 2, torch.float32)
-        >>> weight[1].tolist(), bool(bias[0] < -1e30)
+        >>> weight[1].tolist(), bool(bias[0] < -1e29)
         ([2.0, 0.0], True)
     """
     classes = head.classes
@@ -60,7 +61,7 @@ def readout_tensors(head: Head, outputs: int, dtype: torch.dtype) -> tuple[Tenso
         raise ArgumentError(f"outputs={outputs} is too small for class id {int(classes[-1])}")
     weight, bias = head.linear_readout()
     full_weight = weight.new_zeros((outputs, weight.shape[1]))
-    full_bias = bias.new_full((outputs,), torch.finfo(dtype).min / 4)
+    full_bias = bias.new_full((outputs,), max(_NEVER, torch.finfo(dtype).min / 4))
     full_weight[classes.to(weight.device)], full_bias[classes.to(bias.device)] = weight, bias
     return full_weight.to(dtype), full_bias.to(dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from clkit._lightning import datamodule_of
 from clkit.batch import BatchReader, read_batch, read_inputs
-from clkit.errors import ArgumentError, ConfigurationError
+from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.models.identity import IdentityBackbone
 
 __all__ = ["TimmClassifier"]
@@ -35,8 +36,11 @@ class TimmClassifier(pl.LightningModule):
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
 
     Raises:
-        ArgumentError: If timm has no such model, or the file of weights is not there.
-        ConfigurationError: If ``num_classes`` contradicts the data module (in ``setup``).
+        ArgumentError: If timm has no such model or weights of that tag, it refuses ``model_kwargs``, or the file of
+            weights is not there.
+        ConfigurationError: If published weights cannot be fetched; or ``num_classes`` contradicts the data module (in
+            ``setup``).
+        StateError: If the file of weights does not fit the model.
 
     Example:
         >>> import torch
@@ -68,16 +72,28 @@ class TimmClassifier(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.label_smoothing = label_smoothing
         self.batch_reader = batch_reader
-        self.network = _build(backbone, pretrained, checkpoint_path, dict(model_kwargs or {}), num_classes)
+        self.model_kwargs = dict(model_kwargs or {})
+        self.network = _build(backbone, pretrained, checkpoint_path, dict(self.model_kwargs), num_classes)
 
     @property
     def data_config(self) -> dict[str, Any] | None:
-        """The backbone's own preprocessing, as timm resolves it; ``None`` for the identity backbone."""
+        """The backbone's own preprocessing, as timm resolves it; ``None`` for the identity backbone.
+
+        Number of channels and size follow ``model_kwargs``; other than three channels get the average mean and std.
+        """
         if isinstance(self.network, IdentityBackbone):
             return None
         from timm.data.config import resolve_model_data_config
 
-        return dict(resolve_model_data_config(self.network))  # type: ignore[no-untyped-call]
+        config = dict(resolve_model_data_config(self.network))  # type: ignore[no-untyped-call]
+        channels, height, width = config["input_size"]
+        size = self.model_kwargs.get("img_size", (height, width))
+        height, width = (size, size) if isinstance(size, int) else size
+        wanted = self.model_kwargs.get("in_chans", channels)
+        if wanted != channels:  # timm's values are those of the published three-channel weights
+            for name in ("mean", "std"):
+                config[name] = (sum(config[name]) / len(config[name]),) * wanted
+        return {**config, "input_size": (wanted, height, width)}
 
     def setup(self, stage: str) -> None:
         """Gives the network as many outputs as the stream has classes, where no number was given."""
@@ -110,15 +126,15 @@ class TimmClassifier(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Runs the forward; accuracies are the callbacks' business."""
         self(read_inputs(batch, self.batch_reader)[0])
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Runs the forward; accuracies are the callbacks' business."""
         self(read_inputs(batch, self.batch_reader)[0])
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Logits (B, num_classes)."""
         output: Tensor = self(read_inputs(batch, self.batch_reader)[0])
         return output
@@ -143,14 +159,37 @@ def _build(
         return IdentityBackbone(num_classes or 0, **options)
     import timm
 
-    if not timm.is_model(backbone.split(".")[0]) and not backbone.startswith(("hf-hub:", "local-dir:")):
-        from difflib import get_close_matches
-
+    architecture, _, tag = backbone.partition(".")
+    if not timm.is_model(architecture) and not backbone.startswith(("hf-hub:", "local-dir:")):
         near = get_close_matches(backbone, timm.list_models(), n=3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise ArgumentError(f"backbone={backbone!r} is neither 'identity' nor a model of timm {timm.__version__}{hint}")
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if tag and timm.is_model(architecture) and tag not in tags:
+        raise ArgumentError(f"backbone={backbone!r}: timm has no weights {tag!r} of {architecture}, but {tags}")
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise ArgumentError(f"checkpoint_path={checkpoint_path!r} is not a file; give the path of the weights")
     if num_classes is not None:
         options["num_classes"] = num_classes
-    return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=checkpoint_path or "", **options)
+    try:
+        return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=checkpoint_path or "", **options)
+    except TypeError as error:
+        raise ArgumentError(f"timm refuses the model_kwargs {options} for {backbone!r}: {error}") from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise ConfigurationError(
+            f"the pretrained weights of {backbone!r} could not be fetched ({_first_line(error)}); connect once so that "
+            "they are cached, or give a local file of weights as checkpoint_path with pretrained=false"
+        ) from error
+    except RuntimeError as error:
+        if checkpoint_path is None:
+            raise
+        raise StateError(
+            f"checkpoint_path={checkpoint_path!r} does not fit {backbone!r} with {options}: {_first_line(error)}; set "
+            "num_classes and model_kwargs to those the file was saved with"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".:")
