@@ -23,6 +23,8 @@ from clkit.observer import BatchObserver, evaluating, forward
 
 __all__ = ["StreamEvaluation"]
 
+Results = dict[str, dict[str, Any]]
+
 
 class StreamEvaluation(StreamCallback):
     """Fills the accuracy matrix of every predictor and shows it: table, files, figures, logs.
@@ -87,7 +89,7 @@ class StreamEvaluation(StreamCallback):
     # ---- what the user reads afterwards
 
     @property
-    def results(self) -> dict[str, dict[str, Any]]:
+    def results(self) -> Results:
         """Metrics of every predictor as in ``results.json``; accuracies in [0, 1], ``None`` where not evaluated."""
         from clkit.metrics.functional import summarize
 
@@ -148,8 +150,9 @@ class StreamEvaluation(StreamCallback):
         self._flush(trainer, pl_module)
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
         if self._rows:
-            self._write(trainer)
-            self._draw(trainer)
+            results = self.results
+            self._write(trainer, results)
+            self._draw(trainer, results)
             folder = self._folder(trainer)
             if self.table and self.files and trainer.is_global_zero and not is_fast_dev_run(trainer):
                 _show(trainer, f"results: {folder}")
@@ -348,20 +351,21 @@ class StreamEvaluation(StreamCallback):
             labelled = recorded.targets >= 0
             row = Row.of(recorded.experiences[labelled], recorded.targets[labelled], predicted[labelled])
             rows = self._rows.setdefault(name, {})
+            if rows:  # confusions are kept of the last stage only: those of all would grow with the stream's square
+                last = rows[max(rows)]
+                last.pairs = diagonal(last.pairs)
             rows[stage] = row
-            for earlier in rows:  # the confusions of every past stage would grow with the square of the stream
-                if earlier < stage:
-                    rows[earlier].pairs = diagonal(rows[earlier].pairs)
         if stage == 0:
             return
-        self._log(trainer, module, log_with_module)
+        results = self.results
+        self._log(trainer, module, results, log_with_module)
         if self.table:
-            self._print_table(trainer, stage)
-        self._write(trainer)
+            self._print_table(trainer, results, stage)
+        self._write(trainer, results)
 
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, with_module: bool) -> None:
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, results: Results, with_module: bool) -> None:
         values = {}
-        for name, summary in self.results.items():
+        for name, summary in results.items():
             for metric in METRICS:
                 value = summary[metric]
                 if isinstance(value, list):
@@ -376,14 +380,14 @@ class StreamEvaluation(StreamCallback):
 
     # ---- showing and writing
 
-    def _print_table(self, trainer: pl.Trainer, stage: int) -> None:
+    def _print_table(self, trainer: pl.Trainer, results: Results, stage: int) -> None:
         if not trainer.is_global_zero:
             return
         from clkit.report.tables import stage_table
 
         experience = Boundaries.of(trainer).current
         title = f"after experience {stage}" + ("" if experience is None else f": {experience.name}")
-        _show(trainer, stage_table(self.results, title=title))
+        _show(trainer, stage_table(results, title=title))
 
     def _show_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule, what: str) -> None:
         recorded = self._recorder.gathered()
@@ -412,16 +416,16 @@ class StreamEvaluation(StreamCallback):
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so never behind a rank check
 
-    def _write(self, trainer: pl.Trainer) -> None:
+    def _write(self, trainer: pl.Trainer, results: Results) -> None:
         folder = self._folder(trainer)
         if not (self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
             return
         from clkit.report.results import write_results
 
         folder.mkdir(parents=True, exist_ok=True)
-        write_results(folder, self._document(trainer), self._class_tables(), _class_names(trainer))
+        write_results(folder, self._document(trainer, results), self._class_tables(), _class_names(trainer))
 
-    def _document(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def _document(self, trainer: pl.Trainer, results: Results) -> dict[str, Any]:
         import clkit
 
         datamodule = datamodule_of(trainer)
@@ -444,7 +448,7 @@ class StreamEvaluation(StreamCallback):
                     for experience in experiences
                 ],
             },
-            "predictors": self.results,
+            "predictors": results,
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             "peak_memory_bytes": _peak_memory(),
         }
@@ -458,13 +462,13 @@ class StreamEvaluation(StreamCallback):
             tables[name] = (correct, total, last.pairs)
         return tables
 
-    def _draw(self, trainer: pl.Trainer) -> None:
+    def _draw(self, trainer: pl.Trainer, results: Results) -> None:
         folder = self._folder(trainer)
         if not (self.figures and self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
             return
         from clkit.report.figures import draw_figures
 
-        draw_figures(folder, self.results)
+        draw_figures(folder, results)
 
     # ---- state
 
