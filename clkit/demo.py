@@ -78,7 +78,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     console.print()
     console.print(
         comparison_table(
-            curves, "handwritten digits, classes 0-3, then 4-5, 6-7, 8-9: accuracy on all classes seen", NOTES
+            curves, "handwritten digits, four stages: classes 0-3, 4-5, 6-7, 8-9; all classes seen so far", NOTES
         )
     )
     console.print(

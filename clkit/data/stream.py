@@ -438,6 +438,7 @@ class StreamDataModule(pl.LightningDataModule):
             "batches": processed_batches(trainer),
             "experience": self._index_at(trainer.current_epoch),
             "experiences": [[experience.name, list(experience.classes)] for experience in self.experiences],
+            "schedule": self._schedule_settings(),
             "order": self._order_settings(self._index_at(trainer.current_epoch)),
         }
 
@@ -462,19 +463,20 @@ class StreamDataModule(pl.LightningDataModule):
                 f"the checkpoint comes from another stream: its experiences have the names and classes {saved}, this "
                 f"one's {now}; use the source, scenario and seed that it was trained with"
             )
-        self._check_schedule(state_dict)
+        for name, value in self._schedule_settings().items():
+            if state_dict["schedule"][name] != value:
+                raise StateError(
+                    f"the checkpoint was saved with {name}={state_dict['schedule'][name]}, this run has {name}={value}, "
+                    "so its epochs would belong to other experiences; use the same"
+                )
         self._position = dict(state_dict)
         checkpoint = loaded_checkpoint(self.trainer)
         if checkpoint is not None:  # a run without callbacks of clkit resumes exactly, too
             make_loops_whole(self.trainer, checkpoint)
 
-    def _check_schedule(self, saved: dict[str, Any]) -> None:
-        experience = self.experience_at(saved["epoch"])
-        if experience is not None and experience.index != saved["experience"]:
-            raise StateError(
-                f"in the checkpoint epoch {saved['epoch']} belongs to experience {saved['experience']}, here to "
-                f"experience {experience.index}; use the epochs_per_experience and warmup_epochs it was trained with"
-            )
+    def _schedule_settings(self) -> dict[str, int]:
+        """What says which epoch belongs to which experience."""
+        return {"epochs_per_experience": self.epochs_per_experience, "warmup_epochs": self._warmup_epochs}
 
     def _order_settings(self, index: int) -> dict[str, Any]:
         """What the batches of an experience depend on."""

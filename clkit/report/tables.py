@@ -9,12 +9,14 @@ from rich.table import Table
 
 __all__ = ["comparison_table", "evaluation_table", "stage_table"]
 
-CAPTION = "accuracy in %; average: over the stages so far; forgets: points lost since the best stage"
 MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
 
 
 def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """Accuracies after the last stage: one row a predictor, in per cent.
+
+    ``average`` is the mean over the stages so far (average incremental accuracy), ``forgets`` the points that the
+    experiences lost since their best stage (forgetting).
 
     Args:
         results: Metrics of each predictor, as in ``results.json``.
@@ -25,7 +27,7 @@ def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         >>> stage_table({"nmc": summarize([[9]], [[10]])}, "after experience 1").row_count
         1
     """
-    table = _table(title, CAPTION)
+    table = _table(title)
     rows = {name: summary["accuracy_matrix"][-1] for name, summary in results.items() if summary["accuracy_matrix"]}
     width = max((len([value for value in row if value is not None]) for row in rows.values()), default=0)
     shown = range(width) if width <= MOST_COLUMNS else range(0)
@@ -56,7 +58,7 @@ def evaluation_table(
         seen: For each predictor the accuracy on all of them.
         title: What stands above.
     """
-    table = _table(title, "accuracy in %")
+    table = _table(title)
     columns = sorted({j for row in accuracies.values() for j in row})
     shown = columns if len(columns) <= MOST_COLUMNS else []
     for j in shown:
@@ -75,7 +77,7 @@ def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes
         title: What stands above.
         notes: What a row is, shown beside its name.
     """
-    table = _table(title, "accuracy in %")
+    table = _table(title)
     table.add_column("backbone", no_wrap=True)
     for i in range(max(len(curve) for curve in curves.values())):
         table.add_column(f"stage {i + 1}", justify="right", no_wrap=True)
@@ -84,8 +86,8 @@ def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes
     return table
 
 
-def _table(title: str, caption: str) -> Table:
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+def _table(title: str) -> Table:
+    table = Table(title=f"{title} (accuracy, %)", title_justify="left")
     table.add_column("predictor", no_wrap=True)
     return table
 
