@@ -27,12 +27,12 @@ def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         >>> stage_table({"nmc": summarize([[9]], [[10]])}, "after experience 1").row_count
         1
     """
-    table = _table(title)
+    table = _table(f"{title} (accuracy on experience 1, 2, …; %)")
     rows = {name: summary["accuracy_matrix"][-1] for name, summary in results.items() if summary["accuracy_matrix"]}
     width = max((len([value for value in row if value is not None]) for row in rows.values()), default=0)
     shown = range(width) if width <= MOST_COLUMNS else range(0)
     for j in shown:
-        table.add_column(f"exp {j + 1}", justify="right")
+        table.add_column(f"{j + 1}", justify="right", no_wrap=True)
     table.add_column("all seen", justify="right", style="bold", no_wrap=True)
     table.add_column("average", justify="right", no_wrap=True)
     table.add_column("forgets", justify="right", no_wrap=True)
@@ -58,11 +58,11 @@ def evaluation_table(
         seen: For each predictor the accuracy on all of them.
         title: What stands above.
     """
-    table = _table(title)
+    table = _table(f"{title} (accuracy on experience 1, 2, …; %)")
     columns = sorted({j for row in accuracies.values() for j in row})
     shown = columns if len(columns) <= MOST_COLUMNS else []
     for j in shown:
-        table.add_column(f"exp {j + 1}", justify="right")
+        table.add_column(f"{j + 1}", justify="right", no_wrap=True)
     table.add_column("all", justify="right", style="bold")
     for name, row in accuracies.items():
         table.add_row(name, *[_percent(row.get(j)) for j in shown], _percent(seen[name]))
@@ -77,7 +77,7 @@ def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes
         title: What stands above.
         notes: What a row is, shown beside its name.
     """
-    table = _table(title)
+    table = _table(f"{title} (accuracy, %)")
     table.add_column("backbone", no_wrap=True)
     for i in range(max(len(curve) for curve in curves.values())):
         table.add_column(f"stage {i + 1}", justify="right", no_wrap=True)
@@ -87,7 +87,7 @@ def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes
 
 
 def _table(title: str) -> Table:
-    table = Table(title=f"{title} (accuracy, %)", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("predictor", no_wrap=True)
     return table
 
