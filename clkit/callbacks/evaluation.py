@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from clkit.callbacks._recording import ModulePredictor, Recorded, Recorder, Row,
 from clkit.callbacks.base import Predictor, StreamCallback, evaluation_key
 from clkit.errors import ArgumentError
 from clkit.experience import Experience
+from clkit.kept_features import KeptFeatures
 from clkit.observer import BatchObserver, evaluating, forward
 
 __all__ = ["StreamEvaluation"]
@@ -44,6 +46,8 @@ class StreamEvaluation(StreamCallback):
         table: Whether to print a table at each boundary.
         files: Whether to write result files.
         figures: Whether to draw figures at the end of a fit; needs matplotlib.
+        keep_features: Most MiB of evaluation features that are kept while the network inside the module stays as it is,
+            so that T experiences cost T passes through it and not T(T+1)/2; the bits are the same. 0 keeps none.
         layer: Where features are read; the same as for the heads.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
 
@@ -65,12 +69,15 @@ class StreamEvaluation(StreamCallback):
         table: bool = True,
         files: bool = True,
         figures: bool = True,
+        keep_features: int = 1024,
         layer: str = "auto",
         batch_reader: BatchReader | None = None,
     ) -> None:
         super().__init__()
         if module not in ("auto", True, False):
             raise ArgumentError(f"module must be 'auto', True or False, got {module!r}")
+        if keep_features < 0:
+            raise ArgumentError(f"keep_features must be a number of MiB of at least 0, got {keep_features}")
         self.module = module
         self.table = table
         self.files = files
@@ -82,6 +89,7 @@ class StreamEvaluation(StreamCallback):
         self._pending: Experience | None = None
         self._seconds = {"fit": 0.0, "evaluate": 0.0}
         self._observer: BatchObserver | None = None
+        self._kept = KeptFeatures(keep_features * 2**20)
         self._recorder = Recorder()
         self._clock = 0.0
         self._fit_clock = 0.0
@@ -126,6 +134,8 @@ class StreamEvaluation(StreamCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes every hook off the user's network again."""
+        self._kept.end()
+        self._kept.clear()
         if self._observer is not None:
             self._observer.detach(trainer)
             self._observer = None
@@ -163,12 +173,14 @@ class StreamEvaluation(StreamCallback):
         """Begins recording; the end of an experience is noticed first."""
         super().on_validation_start(trainer, pl_module)
         self._begin(trainer)
+        self._begin_keeping(pl_module)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Opens the observation of the batch."""
         self._open(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._kept.before_batch(_batch_key(trainer.val_dataloaders, batch_idx))
 
     def on_validation_batch_end(
         self,
@@ -180,6 +192,7 @@ class StreamEvaluation(StreamCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Records what each predictor says."""
+        self._kept.after_batch()
         self._record(trainer, trainer.val_dataloaders, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,6 +209,7 @@ class StreamEvaluation(StreamCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock."""
+        self._kept.end()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
 
     # ---- test and predict
@@ -257,7 +271,15 @@ class StreamEvaluation(StreamCallback):
             _write_predictions(path, recorded, _class_names(trainer))
             _show(trainer, f"predictions: {path}")
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The network is the user's own again, whatever happened in a step."""
+        self._kept.end()
+
     # ---- recording one evaluation
+
+    def _begin_keeping(self, module: pl.LightningModule) -> None:
+        assert self._observer is not None
+        self._kept.begin(module, self._observer.tap)
 
     def _begin(self, trainer: pl.Trainer) -> None:
         assert self._observer is not None
@@ -327,6 +349,7 @@ class StreamEvaluation(StreamCallback):
 
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
         self._begin(trainer)
+        self._begin_keeping(module)
         loader = datamodule_of(trainer).evaluation_loader(max(stage - 1, 0))
         assert self._observer is not None
         with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
@@ -335,8 +358,11 @@ class StreamEvaluation(StreamCallback):
                 batch = trainer.strategy.batch_to_device(converted)
                 key = ("own", stage, batch_idx)
                 self._observer.open(trainer, module, batch, key, reader=self.batch_reader)
+                self._kept.before_batch(_batch_key(loader, batch_idx))
                 forward(module, self._observer.tap.network, self._observer.inputs)
+                self._kept.after_batch()
                 self._record(trainer, loader, batch_idx, 0)
+        self._kept.end()
         self._observer.forget()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
         self._fill(trainer, module, stage, complete=True, log_with_module=False)
@@ -505,6 +531,15 @@ METRICS = (
 
 def _loader(loaders: Any, index: int) -> Any:
     return loaders[index] if isinstance(loaders, list | tuple) else loaders
+
+
+def _batch_key(loaders: Any, batch_idx: int) -> Hashable:
+    """What tells an evaluation batch by its samples, or ``None`` where the loader is not a stream's."""
+    loader = _loader(loaders, 0)
+    if not hasattr(loader, "experience_of"):
+        return None
+    experience, rows = loader.batches[batch_idx]
+    return (experience, len(rows), int(rows[0]), int(rows[-1]))
 
 
 def _class_names(trainer: pl.Trainer) -> dict[int, str]:

@@ -1,0 +1,154 @@
+"""Evaluation features kept while the network stays as it is.
+
+Evaluating after each of T experiences runs the network on T(T+1)/2 shares of the test data. With a frozen network the
+features of a share never change, so they are kept, and in later evaluations the network's ``forward`` answers with
+``classifier(kept features)`` for the length of one step. The user's own ``validation_step`` and metrics see the same
+bits. This is one of two places where clkit overrides something of the user's, for a stated moment and undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from clkit.tap import FeatureTap, Handle, Tapped
+
+__all__ = ["KeptFeatures"]
+
+
+class KeptFeatures:
+    """Keeps the features of evaluation batches and lets the network answer with them.
+
+    Args:
+        limit: Most bytes that are kept; batches beyond are computed each time.
+
+    Attributes:
+        served: Batches that were answered from what was kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.served = 0
+        self._features: dict[Hashable, Tensor] = {}
+        self._bytes = 0
+        self._made_by: tuple[tuple[int, int], ...] = ()
+        self._usable = True  # until the network is seen to do more with its features than its classifier says
+        self._told = False
+        self._tap: FeatureTap | None = None
+        self._handle: Handle | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._heard: Tapped | None = None
+        self._overridden: nn.Module | None = None
+        self._key: Hashable = None
+
+    # ---- one evaluation
+
+    def begin(self, module: pl.LightningModule, tap: FeatureTap) -> None:
+        """Before the first batch: forgets everything if the network is not the one that made it."""
+        self._tap = tap if self.limit and _can_answer(module, tap) else None
+        if self._tap is None:
+            return
+        made_by = _fingerprint(self._tap)
+        if made_by != self._made_by:
+            self.clear()
+            self._made_by = made_by
+        self._handle = tap.listen(self._hear)
+        self._hook = tap.network.register_forward_hook(self._see)
+
+    def end(self) -> None:
+        """After the last batch, or where something went wrong: the network is the user's own again."""
+        self.after_batch()
+        if self._handle is not None:
+            self._handle.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._tap = self._handle = self._hook = None
+
+    # ---- one batch
+
+    def before_batch(self, key: Hashable) -> None:
+        """Has the network answer with what was kept for this batch, if anything was."""
+        self._key, self._heard = key, None
+        if self._tap is None or key is None or key not in self._features:
+            return
+        classifier, kept, network = self._tap.classifier, self._features[key], self._tap.network
+        network.forward = lambda *_, **__: kept if classifier is None else classifier(kept)
+        self._overridden = network
+
+    def after_batch(self) -> None:
+        """Gives the network its own forward back, and keeps what a real one gave."""
+        if self._overridden is not None:
+            del self._overridden.forward  # the class's own shows through again
+            self._overridden = None
+            self.served += 1
+        elif self._usable and self._heard is not None and self._key is not None and self._key not in self._features:
+            self._keep(self._heard.features)
+        self._key = self._heard = None
+
+    def clear(self) -> None:
+        """Lets go of everything."""
+        self._features.clear()
+        self._bytes, self._usable, self._made_by = 0, True, ()
+
+    # ----
+
+    def _hear(self, tapped: Tapped) -> None:
+        if self._heard is None:
+            self._heard = tapped
+
+    def _see(self, network: nn.Module, args: Any, output: Any) -> None:
+        # in the forward itself, where autocast is as it will be when the kept features answer
+        if self._usable and not self._features and self._overridden is None and self._heard is not None:
+            assert self._tap is not None
+            self._usable = _answers(self._tap.classifier, self._heard.features, output)
+
+    def _keep(self, features: Tensor) -> None:
+        features = features.detach().clone()
+        size = features.numel() * features.element_size()
+        if self._bytes + size > self.limit:
+            if not self._told:
+                self._told = True
+                rank_zero_info(
+                    f"clkit: {self._bytes / 2**20:.0f} MiB of evaluation features are kept, which is the limit; the "
+                    "rest is computed at each evaluation (StreamEvaluation(keep_features=MiB) sets it)"
+                )
+            return
+        self._features[self._key] = features
+        self._bytes += size
+
+
+def _can_answer(module: pl.LightningModule, tap: FeatureTap) -> bool:
+    """Only a network inside the user's module, with weights, called as it is."""
+    network = tap.network
+    return (
+        network is not module
+        and not hasattr(network, "_orig_mod")  # compiled: its graph would be compiled anew
+        and "forward" not in vars(network)
+        and any(True for _ in network.parameters())
+        and not any(tensor.is_inference() for tensor in _tensors(network))  # these do not tell when they are written to
+    )
+
+
+def _fingerprint(tap: FeatureTap) -> tuple[tuple[int, int], ...]:
+    """Changes when a parameter or buffer outside the classifier is replaced or written to."""
+    own = set()
+    if tap.classifier is not None:
+        own = {id(tensor) for tensor in [*tap.classifier.parameters(), *tap.classifier.buffers()]}
+    return tuple((id(tensor), tensor._version) for tensor in _tensors(tap.network) if id(tensor) not in own)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _answers(classifier: nn.Module | None, features: Tensor, output: Any) -> bool:
+    """Whether classifier(features) is the network's output, bit for bit."""
+    if not isinstance(output, Tensor):
+        return False
+    answer = features if classifier is None else classifier(features)
+    return answer.shape == output.shape and answer.dtype == output.dtype and bool(torch.equal(answer, output))
