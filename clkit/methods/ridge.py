@@ -51,9 +51,9 @@ class AnalyticHead(Head):
         in_features: d, width of the features.
         gamma: Ridge strength, above 0; its scale is that of the squared features.
         expansion_dim: D, width of a fixed random lift; ``None`` for none.
-        activation: Of the lift.
-        projection_init: Of the lift, see :class:`FeatureMap`.
-        balance: See above.
+        activation: ``"relu"``, ``"tanh"`` or ``"sigmoid"``, of the lift.
+        projection_init: ``"uniform"`` or ``"normal"``, of the lift; see :class:`FeatureMap`.
+        balance: ``"none"``, ``"pfg"``, ``"expected"`` or ``"reweight"``, see above.
         solver: ``"gram"`` or ``"recursive"``.
         noise: Factor of the standard deviation of pseudo-features, at least 0.
         pfg_seed: Seed of the pseudo-features.

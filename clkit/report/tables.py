@@ -15,7 +15,7 @@ MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
 def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """Accuracies after the last stage: one row a predictor, in per cent.
 
-    ``average`` is the mean over the stages so far (average incremental accuracy), ``forgets`` the points that the
+    ``mean`` is that over the stages so far (average incremental accuracy), ``forgets`` the points that the
     experiences lost since their best stage (forgetting).
 
     Args:
@@ -27,14 +27,14 @@ def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         >>> stage_table({"nmc": summarize([[9]], [[10]])}, "after experience 1").row_count
         1
     """
-    table = _table(f"{title} (accuracy on experience 1, 2, …; %)")
+    table = _table(f"{title} (accuracy, %)")
     rows = {name: summary["accuracy_matrix"][-1] for name, summary in results.items() if summary["accuracy_matrix"]}
     width = max((len([value for value in row if value is not None]) for row in rows.values()), default=0)
     shown = range(width) if width <= MOST_COLUMNS else range(0)
     for j in shown:
-        table.add_column(f"{j + 1}", justify="right", no_wrap=True)
+        table.add_column(f"exp {j + 1}", justify="right", no_wrap=True)
     table.add_column("all seen", justify="right", style="bold", no_wrap=True)
-    table.add_column("average", justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
     table.add_column("forgets", justify="right", no_wrap=True)
     for name, row in rows.items():
         summary = results[name]
@@ -58,11 +58,11 @@ def evaluation_table(
         seen: For each predictor the accuracy on all of them.
         title: What stands above.
     """
-    table = _table(f"{title} (accuracy on experience 1, 2, …; %)")
+    table = _table(f"{title} (accuracy, %)")
     columns = sorted({j for row in accuracies.values() for j in row})
     shown = columns if len(columns) <= MOST_COLUMNS else []
     for j in shown:
-        table.add_column(f"{j + 1}", justify="right", no_wrap=True)
+        table.add_column(f"exp {j + 1}", justify="right", no_wrap=True)
     table.add_column("all", justify="right", style="bold")
     for name, row in accuracies.items():
         table.add_row(name, *[_percent(row.get(j)) for j in shown], _percent(seen[name]))
