@@ -25,6 +25,8 @@ __all__ = [
     "make_loops_whole",
     "processed_batches",
     "reload_loaders_every_epoch",
+    "started_epochs",
+    "stream_position",
     "trained_batches",
 ]
 
@@ -74,6 +76,25 @@ def processed_batches(trainer: pl.Trainer) -> int:
     Batches *handed out* are not the same: an exception inside a step would lose one.
     """
     return int(_seen(trainer, "fit_loop.epoch_loop.batch_progress.current.processed"))
+
+
+def started_epochs(trainer: pl.Trainer) -> int:
+    """How many training epochs were begun."""
+    return int(_seen(trainer, "fit_loop.epoch_progress.current.ready"))
+
+
+def stream_position(trainer: pl.Trainer) -> tuple[int, int]:
+    """The training epoch in which a resume goes on, and how many of its batches are done.
+
+    After an epoch's end Lightning keeps its count of batches until the next begins, and it counts an epoch that
+    ``max_steps`` cut as done.
+    """
+    started, batches = started_epochs(trainer), _seen(trainer, "fit_loop.epoch_loop.batch_progress.current")
+    if trainer.current_epoch < started:
+        return trainer.current_epoch, processed_batches(trainer)
+    if batches.ready == 0 or is_last_batch(trainer):
+        return started, 0
+    return started - 1, processed_batches(trainer)
 
 
 def trained_batches(trainer: pl.Trainer) -> int:

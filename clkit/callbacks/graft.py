@@ -23,14 +23,15 @@ class Graft:
 
     Args:
         owner: Who grafts, for messages.
+        own_tensors: What the classifier held before it was overwritten, for a run that goes on from a checkpoint.
     """
 
-    def __init__(self, owner: str) -> None:
+    def __init__(self, owner: str, own_tensors: dict[str, Tensor] | None = None) -> None:
         self.owner = owner
         self.applied = False
         self._path = ""
         self._original: nn.Module | None = None  # the replaced classifier
-        self._tensors: dict[str, Tensor] = {}  # what an overwritten classifier held
+        self._tensors: dict[str, Tensor] = dict(own_tensors or {})  # what an overwritten classifier held
 
     def apply(self, module: nn.Module, layer: str, head: Any) -> None:
         """Grafts, or refreshes a graft with what the head has learned since.
@@ -57,6 +58,11 @@ class Graft:
             self._give_back(_get(module, self._path))
         self.applied = False
         self._original = None
+
+    @property
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The user's tensors that are overwritten; nothing where the classifier is replaced."""
+        return dict(self._tensors)
 
     def restore_keys(self, state_dict: dict[str, Any]) -> None:
         """Puts the user's own keys back into a state dict that was taken with a replaced classifier."""
@@ -93,7 +99,7 @@ class Graft:
     def _overwrite(self, slot: nn.Module, head: Any) -> None:
         if not self._tensors:
             self._tensors = {name: parameter.detach().clone() for name, parameter in slot.named_parameters()}
-            slot.clkit_graft = self.owner  # type: ignore[assignment]  # a mark that others can see
+        slot.clkit_graft = self.owner  # type: ignore[assignment]  # a mark that others can see
         weight, bias = readout_tensors(head, _outputs(slot), self._tensors["weight"].dtype)
         with torch.no_grad():
             for name, value in (("weight", weight), ("bias", bias)):
@@ -117,7 +123,7 @@ class Graft:
             for name, parameter in slot.named_parameters():
                 parameter.copy_(self._tensors[name])
         self._tensors = {}
-        del slot.clkit_graft
+        vars(slot).pop("clkit_graft", None)
 
 
 def _same_form(classifier: nn.Module, head: Any) -> bool:

@@ -354,18 +354,19 @@ class HeadCallback(StreamCallback):
     def stream_state(self) -> dict[str, Any]:
         """Head, width and tap point; summed over processes first, so that the file is the same for any number."""
         if self._head is None:
-            return {"head": None, "in_features": None, "tap": None, "grafted": False}
+            return {"head": None, "in_features": None, "tap": None, "grafted": False, "own_classifier": {}}
         self._head.synchronize()
         return {
             "head": dict(self._head.state_dict()),
             "in_features": self._head.in_features,
             "tap": self._tap_point,
             "grafted": self._graft is not None,
+            "own_classifier": {} if self._graft is None else self._graft.own_tensors,
         }
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Builds a head of the saved width and fills it."""
-        self._graft = Graft(self.state_key) if state["grafted"] else None
+        self._graft = Graft(self.state_key, state["own_classifier"]) if state["grafted"] else None
         self._tap_point = state["tap"]
         if state["head"] is None:
             self._head = None

@@ -128,43 +128,52 @@ class Fetcher(Dataset[tuple[Any, ...]]):
 
 
 class Workers:
-    """Worker processes that live as long as the stream: each loader only sends them its keys."""
+    """Worker processes that live until they are closed: each loader only sends them its keys.
+
+    Args:
+        fetcher: What fetches a batch.
+        num_workers: Number of processes; 0 fetches in this one.
+    """
 
     def __init__(self, fetcher: Fetcher, num_workers: int) -> None:
         self.fetcher = fetcher
         self.num_workers = num_workers
-        self._keys: list[tuple[int, Rows]] = []
+        self._keys = _Keys()
         self._loader: DataLoader[Any] | None = None
-        if num_workers > 0:
-            self._loader = DataLoader(
-                fetcher,
-                batch_size=None,
-                sampler=_Keys(self),
-                num_workers=num_workers,
-                persistent_workers=True,
-                generator=torch.Generator(),  # otherwise each iterator draws from the global generator
-            )
 
     def batches(self, keys: list[tuple[int, Rows]]) -> Iterator[tuple[Any, ...]]:
         """Batches for these keys, in order."""
-        if self._loader is None:
+        if self.num_workers == 0:
             yield from (self.fetcher[key] for key in keys)
-        else:
-            self._keys = keys
-            yield from self._loader
+            return
+        if self._loader is None:
+            self._loader = DataLoader(
+                self.fetcher,
+                batch_size=None,
+                sampler=self._keys,
+                num_workers=self.num_workers,
+                persistent_workers=True,
+                generator=torch.Generator(),  # otherwise each iterator draws from the global generator
+            )
+        self._keys.asked = keys
+        yield from self._loader
+
+    def close(self) -> None:
+        """Ends the processes; they start anew if batches are asked for again."""
+        self._loader = None
 
 
 class _Keys:
     """The sampler of the persistent loader: whatever is asked for now."""
 
-    def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Rows]] = []
 
     def __iter__(self) -> Iterator[tuple[int, Rows]]:
-        return iter(self._workers._keys)
+        return iter(self.asked)
 
     def __len__(self) -> int:
-        return len(self._workers._keys)
+        return len(self.asked)
 
 
 class TrainLoader:

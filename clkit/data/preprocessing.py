@@ -23,8 +23,8 @@ class Preprocessing:
 
     The short side is resized to ``resize`` (in float32 on the scale of the stored image, with antialiasing, then
     clamped to the image's range), the centre is cropped to ``size``, uint8 becomes [0, 1], the mean is taken off and
-    the standard deviation divided out. Sizes and positions are rounded as torchvision's ``Resize`` and ``CenterCrop``
-    do, which timm's own evaluation uses.
+    the standard deviation divided out. The long side is rounded down, as torchvision's ``Resize`` does, and so is the
+    position of the crop.
 
     Args:
         size: Side of the square that comes out, pixels; ``None`` keeps the stored size.
@@ -46,10 +46,10 @@ class Preprocessing:
 
     Example:
         >>> import torch
-        >>> images = torch.full((1, 1, 4, 6), 255, dtype=torch.uint8)
+        >>> images = torch.zeros((1, 1, 4, 6), dtype=torch.uint8)
         >>> Preprocessing(size=2, mean=0.5, std=0.5)(images)
-        tensor([[[[1., 1.],
-                  [1., 1.]]]])
+        tensor([[[[-1., -1.],
+                  [-1., -1.]]]])
     """
 
     size: int | None = None
@@ -107,7 +107,7 @@ class Preprocessing:
     def _crop(self, images: Tensor) -> Tensor:
         if self.size is None:
             return images
-        top, left = (round((side - self.size) / 2) for side in images.shape[-2:])  # torchvision's centre
+        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
         return images[..., top : top + self.size, left : left + self.size]
 
     def _normalise(self, images: Tensor) -> Tensor:

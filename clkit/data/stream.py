@@ -22,8 +22,9 @@ from clkit._lightning import (
     loaded_checkpoint,
     longest_validation_interval,
     make_loops_whole,
-    processed_batches,
     reload_loaders_every_epoch,
+    started_epochs,
+    stream_position,
 )
 from clkit.data.loader import EvaluationLoader, Fetcher, TrainLoader, Workers, cut_batches, epoch_order
 from clkit.data.preprocessing import Preprocessing
@@ -73,7 +74,12 @@ class StreamDataModule(pl.LightningDataModule):
 
     Raises:
         ArgumentError: An argument is out of its range.
-        DataError: The data is not there, or cannot be cut as asked (in ``setup``).
+        DataError: The data is not there, or cannot be cut as asked (in ``setup``); there is nothing to evaluate on.
+        ConfigurationError: In ``setup``, for a trainer whose ``max_epochs`` ends before the stream does, whose integer
+            ``val_check_interval`` is longer than an experience, or that has an ``EarlyStopping``, which would end the
+            stream and not the experience.
+        StateError: A fit is to go on from a checkpoint of another stream, or inside an experience with settings that
+            change the order of its samples.
 
     Example:
         >>> from clkit.data import ClassIncremental, StreamDataModule
@@ -82,7 +88,7 @@ class StreamDataModule(pl.LightningDataModule):
         >>> [experience.classes for experience in stream.experiences]
         [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
         >>> stream.num_classes, stream.experiences[0].train_samples
-        (10, 181)
+        (10, 183)
     """
 
     def __init__(
@@ -162,16 +168,16 @@ class StreamDataModule(pl.LightningDataModule):
             self._cut(*self._parts)
         if self.trainer is not None:
             self._warmup_epochs = getattr(self.trainer.strategy, "warmup_epochs", 0)
-        self._workers = {}  # the preprocessing may be another module's
+        self._close_workers()  # the preprocessing may be another module's
         if stage == "fit" and self.trainer is not None:
             self._fit_trainer(self.trainer)
 
     def teardown(self, stage: str) -> None:
         """Notes how far a fit came and lets the worker processes go."""
         if stage == "fit" and self.trainer is not None:
-            self._reached = self._index_at(self.trainer.current_epoch)
+            self._reached = self._reached_by(self.trainer)
             self._position = None
-        self._workers = {}
+        self._close_workers()
 
     def _cut(self, train: Part, test: Part) -> None:
         names = self.source.domain_names
@@ -337,6 +343,7 @@ class StreamDataModule(pl.LightningDataModule):
         """
         last = len(self.experiences) - 1 if self.evaluate == "all" else min(upto, len(self.experiences) - 1)
         held_out = part == "validate" and self.val_fraction > 0
+        workers = self._workers_of("validation" if held_out else "test")
         batches: dict[int, list[Rows]] = {}
         for index in range(last + 1):
             rows = self._validation[index] if held_out else self._splits[index].test
@@ -347,7 +354,7 @@ class StreamDataModule(pl.LightningDataModule):
                 f"the source {self.source.name!r} has no test samples to evaluate on; give it a test part, or set "
                 "val_fraction above 0 to validate on a share of the training part"
             )
-        return EvaluationLoader(self._workers_of("validation" if held_out else "test"), batches)
+        return EvaluationLoader(workers, batches)
 
     @property
     def evaluated_on(self) -> str:
@@ -359,6 +366,9 @@ class StreamDataModule(pl.LightningDataModule):
         if trainer is not None and trainer.state.fn == "fit":
             return self._index_at(trainer.current_epoch)
         return len(self.experiences) - 1 if self._reached is None else self._reached
+
+    def _reached_by(self, trainer: pl.Trainer) -> int:
+        return self._index_at(max(started_epochs(trainer) - 1, 0))
 
     def _index_at(self, epoch: int) -> int:
         experience = self.experience_at(epoch)
@@ -378,6 +388,11 @@ class StreamDataModule(pl.LightningDataModule):
         if name not in self._workers:
             self._workers[name] = Workers(self._fetcher(name, *self._parts), self.num_workers)
         return self._workers[name]
+
+    def _close_workers(self) -> None:
+        for workers in self._workers.values():
+            workers.close()
+        self._workers = {}
 
     def _fetcher(self, name: str, train: Part, test: Part) -> Fetcher:
         part = test if name == "test" else train
@@ -432,14 +447,15 @@ class StreamDataModule(pl.LightningDataModule):
         """Epoch and learned batches, with what they depend on."""
         trainer = self.trainer
         assert trainer is not None  # Lightning asks while it saves a checkpoint
+        epoch, batches = stream_position(trainer)
         return {
             "format": FORMAT,
-            "epoch": trainer.current_epoch,
-            "batches": processed_batches(trainer),
-            "experience": self._index_at(trainer.current_epoch),
+            "epoch": epoch,
+            "batches": batches,
+            "reached": self._reached_by(trainer),
             "experiences": [[experience.name, list(experience.classes)] for experience in self.experiences],
             "schedule": self._schedule_settings(),
-            "order": self._order_settings(self._index_at(trainer.current_epoch)),
+            "order": self._order_settings(self._index_at(epoch)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -456,7 +472,7 @@ class StreamDataModule(pl.LightningDataModule):
         saved = state_dict["experiences"]
         same = now[: len(saved)] == saved[: len(now)]
         if self.trainer is None or self.trainer.state.fn != "fit":
-            self._reached = min(state_dict["experience"], len(now) - 1) if same else None
+            self._reached = min(state_dict["reached"], len(now) - 1) if same else None
             return
         if not same:
             raise StateError(
@@ -464,10 +480,11 @@ class StreamDataModule(pl.LightningDataModule):
                 f"one's {now}; use the source, scenario and seed that it was trained with"
             )
         for name, value in self._schedule_settings().items():
-            if state_dict["schedule"][name] != value:
+            before = state_dict["schedule"][name]
+            if before != value:
                 raise StateError(
-                    f"the checkpoint was saved with {name}={state_dict['schedule'][name]}, this run has {name}={value}, "
-                    "so its epochs would belong to other experiences; use the same"
+                    f"the checkpoint was saved with {name}={before}, this run has {name}={value}: "
+                    "its epochs would belong to other experiences; use the same"
                 )
         self._position = dict(state_dict)
         checkpoint = loaded_checkpoint(self.trainer)
@@ -492,7 +509,7 @@ class StreamDataModule(pl.LightningDataModule):
         position = self._position
         if position is None or position["epoch"] != epoch or position["batches"] == 0:
             return 0
-        for name, now in self._order_settings(position["experience"]).items():
+        for name, now in self._order_settings(self._index_at(epoch)).items():
             before = position["order"][name]
             if before != now:
                 raise StateError(

@@ -183,7 +183,7 @@ class _NoUpdate(Optimizer):
     """An optimizer of nothing: Lightning counts batches by the steps of an optimizer."""
 
     def __init__(self) -> None:
-        super().__init__([torch.zeros(1)], {})
+        super().__init__([torch.zeros(1)], {"lr": 0.0})  # monitors of the learning rate look for one
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return None if closure is None else closure()

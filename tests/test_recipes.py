@@ -1,0 +1,207 @@
+"""Recipes: every file is built by the command line itself, and those of the papers run on small trees of their form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import clkit.recipes
+from clkit.cli import main
+from clkit.data import Preprocessing, StreamDataModule, published_order
+from clkit.recipes import read_recipe, recipe_folder, recipe_lines, recipe_names
+from clkit.trainer_cli import StreamCLI
+
+PAPERS = ["paper/core50", "paper/nmc_cifar100", "paper/soda10m", "paper/split_cifar100"]
+SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
+
+
+def built(name: str, *overrides: str) -> StreamCLI:
+    """What the command line builds from a recipe before anything runs."""
+    return StreamCLI(["--config", str(recipe_folder() / f"{name}.yaml"), *overrides], run=False)
+
+
+# ---- listing
+
+
+def test_there_are_recipes_of_the_methods_and_of_the_papers() -> None:
+    assert {"aef_ocl", "nmc", *PAPERS} <= set(recipe_names())
+    assert recipe_names().index("nmc") < recipe_names().index("paper/core50")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_starts_with_a_line_that_says_what_it_does(name: str) -> None:
+    first = read_recipe(name).splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) <= 120
+    assert f"{name} " in "\n".join(recipe_lines())
+    assert first[2:] in "\n".join(recipe_lines())
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipes_say_what_is_reported_and_where_the_data_lie(name: str) -> None:
+    text = read_recipe(name)
+    assert "arXiv" in text
+    assert " %" in text
+    assert "CLKIT_DATA" in text
+
+
+def test_an_unknown_recipe_is_named_with_its_neighbour() -> None:
+    with pytest.raises(KeyError, match="no recipe 'nmcc', did you mean 'nmc'"):
+        read_recipe("nmcc")
+    with pytest.raises(KeyError, match=r"no recipe 'zzz'; there are: aef_ocl, "):
+        read_recipe("zzz")
+
+
+def test_the_folder_of_an_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clkit" / "configs").mkdir(parents=True)
+    (tmp_path / "clkit" / "configs" / "mine.yaml").write_text("# my own\n")
+    monkeypatch.setattr(clkit.recipes, "__file__", str(tmp_path / "clkit" / "recipes.py"))
+    assert recipe_names() == ["mine"]
+    assert recipe_lines() == ["mine  my own"]
+
+
+# ---- building
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_built(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = built(name, *(SMALL if name in PAPERS else []))
+    assert isinstance(cli.datamodule, StreamDataModule)
+    assert isinstance(cli.model, pl.LightningModule)
+    kinds = {type(callback).__name__ for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
+    assert {"StreamEvaluation", "StreamProgressBar"} <= kinds
+    assert cli.trainer.max_epochs == -1  # as long as the stream
+    assert cli.trainer.log_dir is not None
+    assert cli.trainer.log_dir.startswith("runs/")
+
+
+def test_the_settings_of_the_nearest_mean_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load(read_recipe("paper/nmc_cifar100"))
+    assert settings["model"]["init_args"]["backbone"] == "vit_base_patch16_224.augreg_in21k"
+    assert settings["model"]["init_args"]["pretrained"] is True
+    data = built("paper/nmc_cifar100", *SMALL).datamodule
+    assert data.source.name == "CIFAR100"
+    assert published_order(data.scenario.class_order)[:4] == (87, 0, 52, 58)
+    assert data.scenario.experiences == 10
+    assert data.preprocessing == Preprocessing(size=224, interpolation="bilinear")
+
+
+# ---- running on small trees of the form that the comments describe
+
+
+def photo(path: Path, shade: int, noise: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.clip(noise.normal(shade, 20, (12, 15, 3)), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def run(recipe: str, tmp_path: Path, data: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Fits a recipe with a tiny backbone and these other settings of the data; gives results.json."""
+    settings = yaml.safe_load(read_recipe(recipe))
+    settings["model"]["init_args"].update(
+        backbone="test_vit", pretrained=False, model_kwargs={"img_size": 32, "pos_embed": "none"}
+    )
+    settings["data"]["init_args"].update(data, root=str(tmp_path / "data"), num_workers=0)
+    settings["trainer"].update(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    settings["trainer"]["logger"][0]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    settings["trainer"]["callbacks"] = [
+        callback for callback in settings["trainer"]["callbacks"] if callback["class_path"] != "StreamProgressBar"
+    ]
+    for callback in settings["trainer"]["callbacks"]:
+        callback.setdefault("init_args", {}).update(changes.get(callback["class_path"], {}))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", str(tmp_path / "mine.yaml")]) == 0
+    (results,) = (tmp_path / "runs").rglob("results.json")
+    assert (results.parent / "config.yaml").is_file()
+    document: dict[str, Any] = json.loads(results.read_text())
+    return document
+
+
+def test_core50_runs_on_its_layout(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    train, test = ["s1", "s2", "s4", "s5", "s6", "s8", "s9", "s11"], ["s3", "s7", "s10"]
+    for part, sessions in (("train", train), ("test", test)):
+        for session in sessions:
+            for thing in range(1, 51):
+                file = tmp_path / "data" / "core50" / part / session / f"o{thing}" / f"C_{thing:02}_000.png"
+                photo(file, 5 * thing, noise)
+    small = {"class_path": "Preprocessing", "init_args": {"resize": 36, "size": 32, "interpolation": "bilinear"}}
+    results = run("paper/core50", tmp_path, {"preprocessing": small})
+    stages = results["stream"]["experiences"]
+    assert [stage["name"] for stage in stages] == train
+    assert all(len(stage["classes"]) == 50 and stage["train_samples"] == 50 for stage in stages)
+    assert [stage["eval_samples"] for stage in stages] == [150] + [0] * 7
+    nmc = results["predictors"]["nmc"]
+    assert np.shape(nmc["accuracy_matrix"]) == (8, 1)  # one fixed test set, measured after each session
+    assert len(nmc["accuracy_seen"]) == 8
+    assert nmc["average_incremental_accuracy"] == pytest.approx(np.mean(nmc["accuracy_seen"]))
+    assert set(results["predictors"]) == {"nmc"}
+
+
+def test_soda10m_runs_on_its_layout(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    periods = yaml.safe_load(read_recipe("paper/soda10m"))["data"]["init_args"]["scenario"]["init_args"]["domain_order"]
+    assert periods == sorted(periods)
+    assert len(periods) == 6
+    counts = {1: 2, 2: 2, 3: 20, 4: 4, 5: 1, 6: 1}  # cars are most; at night nobody walks
+    for period in periods:
+        for label, count in counts.items():
+            if period.endswith("night") and label in (1, 2):
+                continue
+            for number in range(count):
+                file = tmp_path / "data" / "soda10m" / "train" / period / str(label) / f"{number:06}.jpg"
+                photo(file, 40 * label, noise)
+    for label in counts:
+        for number in range(3):
+            photo(tmp_path / "data" / "soda10m" / "test" / "all" / str(label) / f"{number}.jpg", 40 * label, noise)
+    results = run("paper/soda10m", tmp_path, {}, AEFOCL={"expansion_dim": 64})
+    stages = results["stream"]["experiences"]
+    assert [stage["name"] for stage in stages] == periods
+    assert stages[0]["classes"] == [1, 2, 3, 4, 5, 6]
+    assert stages[1]["classes"] == [3, 4, 5, 6]
+    assert [stage["train_samples"] for stage in stages] == [30, 26, 30, 26, 30, 26]
+    assert [stage["eval_samples"] for stage in stages] == [18, 0, 0, 0, 0, 0]
+    aef_ocl = results["predictors"]["aef_ocl"]
+    assert len(aef_ocl["accuracy_seen"]) == 6
+    assert 1 / 6 < aef_ocl["amca"] <= 1
+    assert results["config"]["data"]["init_args"]["batch_size"] == 10
+
+
+@pytest.mark.parametrize("recipe", ["paper/nmc_cifar100", "paper/split_cifar100"])
+def test_cifar100_runs_on_images_of_its_form(recipe: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    labels = np.repeat(np.arange(100), 2)
+    images = np.clip(noise.normal(2.5 * labels[:, None, None, None], 9, (200, 32, 32, 3)), 0, 255).astype(np.uint8)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "cifar.npz", x_train=images, y_train=labels, x_test=images[::2], y_test=labels[::2])
+    data = {"source": "npz:cifar"}
+    if recipe == "paper/nmc_cifar100":
+        data["preprocessing"] = {"class_path": "Preprocessing", "init_args": {"size": 32, "interpolation": "bilinear"}}
+    results = run(recipe, tmp_path, data, AEFOCL={"expansion_dim": 64})
+    stages = results["stream"]["experiences"]
+    assert stages[0]["classes"] == sorted(published_order("cifar100_icarl")[:10])
+    for predictor in results["predictors"].values():
+        matrix = predictor["accuracy_matrix"]
+        assert np.shape(matrix) == (10, 10)
+        assert [sum(entry is not None for entry in row) for row in matrix] == list(range(1, 11))
+    expected = {"nmc"} if recipe == "paper/nmc_cifar100" else {"nmc", "aef_ocl", "lda"}
+    assert set(results["predictors"]) == expected
+
+
+def test_data_that_are_not_there_are_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = str(recipe_folder() / "paper" / "core50.yaml")
+    assert main(["fit", "--config", recipe, *SMALL, "--data.root", str(tmp_path), "--trainer.accelerator", "cpu"]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clkit: ")]
+    assert error == [f"clkit: folder:core50: nothing is at {tmp_path / 'core50'}"]
