@@ -15,7 +15,8 @@ MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
 def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """Accuracies after the last stage: one row a predictor, in per cent.
 
-    ``mean`` is that over the stages so far (average incremental accuracy), ``forgets`` the points that the
+    ``seen`` is the accuracy on all of them, ``mean`` its mean over the stages so far (average incremental accuracy),
+    ``forgets`` the points that the
     experiences lost since their best stage (forgetting).
 
     Args:
@@ -33,7 +34,7 @@ def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     shown = range(width) if width <= MOST_COLUMNS else range(0)
     for j in shown:
         table.add_column(f"exp {j + 1}", justify="right", no_wrap=True)
-    table.add_column("all seen", justify="right", style="bold", no_wrap=True)
+    table.add_column("seen", justify="right", style="bold", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column("forgets", justify="right", no_wrap=True)
     for name, row in rows.items():
