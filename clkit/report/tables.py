@@ -16,8 +16,7 @@ def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """Accuracies after the last stage: one row a predictor, in per cent.
 
     ``seen`` is the accuracy on all of them, ``mean`` its mean over the stages so far (average incremental accuracy),
-    ``forgets`` the points that the
-    experiences lost since their best stage (forgetting).
+    ``forgets`` the points that the experiences lost since their best stage (forgetting).
 
     Args:
         results: Metrics of each predictor, as in ``results.json``.
