@@ -57,7 +57,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     curves["fine-tuning"] = evaluation.results["module"]["accuracy_seen"]
 
     console.print(
-        "2/3  gradient-free: the first stage trains the network, then heads learn in one pass", highlight=False
+        "2/3  gradient-free: the first stage trains the network, then only heads learn", highlight=False
     )
     heads = [NMC(), AEFOCL(balance="none", name="ridge"), AEFOCL(), LDA()]
     evaluation = _run(root / "gradient_free", STREAM, 1, GradientFreeStrategy(warmup_epochs=EPOCHS), heads)
@@ -78,7 +78,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     console.print()
     console.print(
         comparison_table(
-            curves, "handwritten digits, four stages: classes 0-3, 4-5, 6-7, 8-9; all classes seen so far", NOTES
+            curves, "all classes seen so far; stages bring digits 0-3, 4-5, 6-7, 8-9", NOTES
         )
     )
     console.print(
