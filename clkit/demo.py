@@ -56,9 +56,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     evaluation = _run(root / "fine_tuning", STREAM, EPOCHS, "auto", [])
     curves["fine-tuning"] = evaluation.results["module"]["accuracy_seen"]
 
-    console.print(
-        "2/3  gradient-free: the first stage trains the network, then only heads learn", highlight=False
-    )
+    console.print("2/3  gradient-free: the first stage trains the network, then only heads learn", highlight=False)
     heads = [NMC(), AEFOCL(balance="none", name="ridge"), AEFOCL(), LDA()]
     evaluation = _run(root / "gradient_free", STREAM, 1, GradientFreeStrategy(warmup_epochs=EPOCHS), heads)
     for row, name in (("nearest mean", "nmc"), ("ridge", "ridge"), ("AEF-OCL", "aef_ocl"), ("LDA", "lda")):
@@ -76,11 +74,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     root.mkdir(parents=True, exist_ok=True)
     (root / "comparison.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
     console.print()
-    console.print(
-        comparison_table(
-            curves, "all classes seen so far; stages bring digits 0-3, 4-5, 6-7, 8-9", NOTES
-        )
-    )
+    console.print(comparison_table(curves, "all classes seen so far; stages bring digits 0-3, 4-5, 6-7, 8-9", NOTES))
     console.print(
         f"{time.perf_counter() - start:.0f} s; results, tables and figures of each run: {root}",
         highlight=False,
