@@ -77,7 +77,7 @@ class KeptFeatures:
         if self._tap is None or key is None or key not in self._features:
             return
         classifier, kept, network = self._tap.classifier, self._features[key], self._tap.network
-        network.forward = lambda *_, **__: kept if classifier is None else classifier(kept)
+        network.forward = lambda *_, **__: _classified(classifier, kept)
         self._overridden = network
 
     def after_batch(self) -> None:
@@ -127,6 +127,7 @@ def _can_answer(module: pl.LightningModule, tap: FeatureTap) -> bool:
     network = tap.network
     return (
         network is not module
+        and not isinstance(tap.classifier, nn.ModuleList)  # several classifiers side by side
         and not hasattr(network, "_orig_mod")  # compiled: its graph would be compiled anew
         and "forward" not in vars(network)
         and any(True for _ in network.parameters())
@@ -146,9 +147,19 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def _classified(classifier: nn.Module | None, features: Tensor) -> Tensor:
+    """What the network makes of its features (B, D), which the tap flattens where the classifier is a convolution."""
+    if classifier is None:
+        return features
+    if isinstance(classifier, nn.Conv2d):
+        return torch.flatten(classifier(features[:, :, None, None]), 1)
+    logits: Tensor = classifier(features)
+    return logits
+
+
 def _answers(classifier: nn.Module | None, features: Tensor, output: Any) -> bool:
     """Whether classifier(features) is the network's output, bit for bit."""
     if not isinstance(output, Tensor):
         return False
-    answer = features if classifier is None else classifier(features)
+    answer = _classified(classifier, features)
     return answer.shape == output.shape and answer.dtype == output.dtype and bool(torch.equal(answer, output))

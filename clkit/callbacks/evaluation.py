@@ -271,10 +271,6 @@ class StreamEvaluation(StreamCallback):
             _write_predictions(path, recorded, _class_names(trainer))
             _show(trainer, f"predictions: {path}")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The network is the user's own again, whatever happened in a step."""
-        self._kept.end()
-
     # ---- recording one evaluation
 
     def _begin_keeping(self, module: pl.LightningModule) -> None:

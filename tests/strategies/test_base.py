@@ -1,0 +1,158 @@
+"""The base strategy on one device is Lightning's simplest one, bit for bit; on several it is DDP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clkit.data import ClassIncremental, StreamDataModule
+from clkit.strategies import LearningStrategy
+
+Make = Callable[..., Any]
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 10))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.net(inputs)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
+    ids=["plain", "accumulation", "clipping", "bf16"],
+)
+def test_one_device_equals_lightnings_own_strategy(make_trainer: Make, options: dict[str, Any]) -> None:
+    outcomes = []
+    for strategy in ("auto", LearningStrategy()):
+        torch.manual_seed(0)
+        module = Module()
+        trainer = make_trainer(strategy=strategy, **options)
+        trainer.fit(module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=3)))
+        metrics = dict(trainer.callback_metrics)
+        trainer.validate(module, datamodule=trainer.datamodule, verbose=False)
+        state = trainer.optimizers[0].state_dict()["state"]
+        outcomes.append((module.state_dict(), state, {**metrics, **trainer.callback_metrics}, torch.get_rng_state()))
+    (one, optimizer, metrics, rng), (two, other_optimizer, other_metrics, other_rng) = outcomes
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(optimizer[i]["exp_avg"], other_optimizer[i]["exp_avg"]) for i in optimizer)
+    assert metrics == other_metrics
+    assert torch.equal(rng, other_rng)
+
+
+def test_one_device_needs_no_process_group_and_no_wrapper(make_trainer: Make) -> None:
+    class Look(pl.Callback):
+        seen: tuple[bool, bool, bool]
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            strategy = trainer.strategy
+            self.seen = (
+                torch.distributed.is_initialized(),
+                strategy.launcher is None,
+                strategy.model is pl_module,
+            )
+
+    look = Look()
+    module = Module()
+    trainer = make_trainer(strategy=LearningStrategy(), callbacks=[look])
+    trainer.fit(module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=2)))
+    assert look.seen == (False, True, True)
+    # validating on a trainer that never fitted
+    make_trainer(strategy=LearningStrategy()).validate(
+        module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=2)), verbose=False
+    )
+
+
+PROGRAM = """
+import json, sys
+import lightning.pytorch as pl, torch
+from torch.utils.data import TensorDataset
+from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
+from clkit.data import ClassIncremental, Custom, StreamDataModule
+from clkit.models import TimmClassifier
+from clkit.strategies import GradientFreeStrategy
+
+def main():
+    devices, warmup, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x = torch.randn(41, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0] * 11 + [1] * 10 + [2] * 9 + [3] * 11)
+    data = TensorDataset(x + y[:, None], y)
+    heads = [AEFOCL(balance="none"), NMC()]
+    evaluation = StreamEvaluation(table=False, figures=False)
+    trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy=GradientFreeStrategy(warmup_epochs=warmup),
+        callbacks=[*heads, evaluation], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder)
+    model = TimmClassifier("identity", num_classes=4, model_kwargs={"in_features": 6})
+    trainer.fit(model, datamodule=StreamDataModule(Custom(data, data), ClassIncremental(experiences=2), batch_size=4))
+    trainer.save_checkpoint(folder + "/end.ckpt")
+    if trainer.is_global_zero:
+        torch.save({"counts": [h.head.counts.tolist() for h in heads], "sums": heads[0].head.statistics.sums,
+                    "gram": heads[0].head.statistics.gram, "steps": trainer.global_step,
+                    "totals": {n: evaluation.class_counts(n) for n in ("aef_ocl", "nmc")},
+                    "accuracy": {n: v["accuracy_matrix"] for n, v in evaluation.results.items() if n != "module"}},
+                   folder + "/out.pt")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run_processes(folder: Path, devices: int, warmup: int) -> dict[str, Any]:
+    folder.mkdir()
+    script = folder / "program.py"
+    script.write_text(PROGRAM)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(script), str(devices), str(warmup), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = torch.load(folder / "out.pt", weights_only=True)
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_two_processes_learn_every_sample_once(tmp_path: Path, warmup: int) -> None:
+    two = run_processes(tmp_path / "two", 2, warmup)
+    assert two["counts"] == [[11, 10, 9, 11]] * 2
+    for counts in two["totals"].values():
+        assert [total for _, total in counts.values()] == [11, 10, 9, 11]
+    if warmup == 0:
+        one = run_processes(tmp_path / "one", 1, warmup)
+        assert torch.allclose(two["sums"], one["sums"], rtol=1e-12, atol=1e-12)
+        assert torch.allclose(two["gram"], one["gram"], rtol=1e-12, atol=1e-12)
+        assert two["accuracy"] == one["accuracy"]
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["stream"]["experiences"][0]["train_samples"] == 21
