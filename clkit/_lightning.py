@@ -20,6 +20,7 @@ __all__ = [
     "datamodule_of",
     "is_fast_dev_run",
     "is_last_batch",
+    "keep_samplers",
     "loaded_checkpoint",
     "longest_validation_interval",
     "make_loops_whole",
@@ -123,6 +124,15 @@ def longest_validation_interval(trainer: pl.Trainer, batches: int) -> int:
     """The largest integer ``val_check_interval`` that Lightning takes for an epoch of so many batches."""
     limit = _seen(trainer, "limit_train_batches")
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def keep_samplers(trainer: pl.Trainer) -> None:
+    """Has Lightning leave the samplers of the user's loaders alone.
+
+    It replaces them for every DDP strategy, by one that shuffles, even where that runs a single process.
+    """
+    _seen(trainer, "_accelerator_connector.use_distributed_sampler")
+    trainer._accelerator_connector.use_distributed_sampler = False
 
 
 def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ __all__ = ["load_head", "read_checkpoint"]
 
 HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnalyticHead, LDAHead, NearestMeanHead)}
 
+# what torch.load raises for damaged bytes, found by flipping them
+DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AssertionError, TypeError)
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Loads a checkpoint file without executing anything in it.
@@ -31,10 +34,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ArgumentError(f"path={str(path)!r} is not a file; give the path of a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise StateError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
-        ) from error
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise StateError(f"{path} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise StateError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint

@@ -131,9 +131,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 where clkit refused a setting (the message is on standard error).
     """
+    sys.path.insert(0, str(Path.cwd()))  # classes of the user's own, as with `python script.py`
     try:
         StreamCLI(arguments)
     except ClkitError as error:
+        refused: Exception = error
+    except FileNotFoundError as error:
+        if not str(error).startswith("Checkpoint"):
+            raise
         refused = error
     except ValueError as error:  # jsonargparse wraps what a constructor raises
         cause = _refusal(error)

@@ -380,7 +380,7 @@ def test_a_wrong_setting_in_the_file_is_named_first(
         (["--model.backbon", "x"], "model: TimmClassifier has no setting 'backbon', did you mean 'backbone'?"),
         (["--trainer.logger", "CSVLoger"], "trainer.logger: there is no class 'CSVLoger', did you mean 'CSVLogger'?"),
         (["--data.evaluate", "sen"], "data.evaluate: 'sen' does not fit, expected Literal['seen', 'all']"),
-        (["--model", "Net"], "model: there is no class 'Net'; give its dotted path, package.module.Class"),
+        (["--model", "Nett"], "model: there is no class 'Nett'; give its dotted path, package.module.Class"),
     ],
 )
 def test_a_wrong_option_is_named_first(

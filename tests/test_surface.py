@@ -27,6 +27,7 @@ PUBLIC = {
         "StreamCallback",
         "StreamEvaluation",
         "StreamProgressBar",
+        "ungraft",
     },
     "clkit.strategies": {"GradientFreeStrategy", "LearningStrategy"},
     "clkit.models": {"IdentityBackbone", "TimmClassifier"},

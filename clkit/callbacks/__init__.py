@@ -3,6 +3,7 @@
 from clkit.callbacks.aef_ocl import AEFOCL
 from clkit.callbacks.base import Predictor, StreamCallback
 from clkit.callbacks.evaluation import StreamEvaluation
+from clkit.callbacks.graft import ungraft
 from clkit.callbacks.head import HeadCallback
 from clkit.callbacks.lda import LDA
 from clkit.callbacks.nmc import NMC
@@ -20,6 +21,7 @@ __all__ = [
     "StreamCallback",
     "StreamEvaluation",
     "StreamProgressBar",
+    "ungraft",
 ]
 
 register_strategies()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clkit._lightning import datamodule_of
-from clkit.callbacks.base import Predictor, scores_of
+from clkit.callbacks.base import MODULE, Predictor, scores_of
 from clkit.observer import BatchObserver
 
 __all__ = ["Allowed", "ModulePredictor", "Recorded", "Recorder", "Row", "allowed_for", "diagonal", "share", "tables"]
@@ -68,7 +68,7 @@ class Row:
 class ModulePredictor:
     """The user's module as a predictor: its own logits, whatever features are asked about."""
 
-    name = "module"
+    name = MODULE
 
     def __init__(self, observer: BatchObserver) -> None:
         self._observer = observer
@@ -117,6 +117,8 @@ class Recorder:
         self.samples[experience] = self.samples.get(experience, 0) + size
         self._count += size
         for predictor in predictors:
+            if scores_of(observer, predictor).shape[1] == 0:  # nothing learned: not evaluated, rather than all wrong
+                continue
             best, score = allowed.decide(observer, predictor, features)
             self._predicted.setdefault(predictor.name, []).append(allowed.original(best))
             self._scores.setdefault(predictor.name, []).append(score)

@@ -9,12 +9,23 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit._lightning import make_loops_whole, trained_batches
+from clkit._lightning import callbacks_of, make_loops_whole, trained_batches
 from clkit.boundaries import Boundaries, BoundaryPhase
-from clkit.errors import StateError
+from clkit.errors import ConfigurationError, StateError
 from clkit.observer import BatchObserver
 
-__all__ = ["Predictor", "StreamCallback", "evaluation_key", "reduction_device", "scores_of"]
+__all__ = [
+    "MODULE",
+    "Predictor",
+    "StreamCallback",
+    "check_names",
+    "evaluation_key",
+    "reduction_device",
+    "scores_of",
+]
+
+MODULE = "module"
+"""The name under which the user's own classifier is evaluated."""
 
 FORMAT = 1
 
@@ -162,6 +173,18 @@ class StreamCallback(pl.Callback):
                 f"{self.state_key} had learned {saved['observed']} of {trained} batches when the checkpoint was saved: "
                 "a callback before it in the list saved in `on_train_batch_end`; move that callback behind it"
             )
+
+
+def check_names(trainer: pl.Trainer) -> None:
+    """Predictors are told apart by name in logs, files and results.
+
+    Raises:
+        ConfigurationError: If two callbacks of a trainer have one name.
+    """
+    names = [callback.name for callback in callbacks_of(trainer) if isinstance(callback, Predictor)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"two callbacks have the name {name!r}; give one another: name='…'")
 
 
 def evaluation_key(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:

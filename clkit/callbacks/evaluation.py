@@ -17,7 +17,7 @@ from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries, BoundaryPhase
 from clkit.callbacks._recording import ModulePredictor, Recorded, Recorder, Row, allowed_for, diagonal, share, tables
-from clkit.callbacks.base import Predictor, StreamCallback, evaluation_key
+from clkit.callbacks.base import MODULE, Predictor, StreamCallback, evaluation_key
 from clkit.errors import ArgumentError
 from clkit.experience import Experience
 from clkit.kept_features import KeptFeatures
@@ -324,8 +324,11 @@ class StreamEvaluation(StreamCallback):
         if self.module != "auto":
             return bool(self.module)
         trained = getattr(trainer.strategy, "trains_module", True)
-        grafted = any(getattr(callback, "grafted", False) for callback in callbacks_of(trainer))
-        return bool(trained or grafted)
+        if trained:
+            return True
+        # grafted only at a fit's end it would be a row with one entry, the same as that of the head
+        fitting = trainer.state.fn == "fit" and bool(self._rows) and MODULE not in self._rows
+        return not fitting and any(getattr(callback, "grafted", False) for callback in callbacks_of(trainer))
 
     # ---- rows
 
@@ -339,7 +342,7 @@ class StreamEvaluation(StreamCallback):
     def _flush(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._pending is None:
             return
-        if hasattr(datamodule_of(trainer), "evaluation_loader"):
+        if trainer.limit_val_batches != 0 and hasattr(datamodule_of(trainer), "evaluation_loader"):
             self._own_pass(trainer, module, stage=self._pending.index + 1)
         self._pending = None  # with plain loaders the rows come from the user's own validations
 
@@ -421,7 +424,10 @@ class StreamEvaluation(StreamCallback):
         current = Boundaries.of(trainer).current
         if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
             for name, row in rows.items():  # plain loaders: this is how a row of R is measured
-                known = self._rows.setdefault(name, {}).setdefault(current.index + 1, Row())
+                stages = self._rows.setdefault(name, {})
+                known = stages.setdefault(current.index + 1, Row())
+                if known.total.keys() & row.total.keys():  # measured again: the last measurement counts
+                    known = stages[current.index + 1] = Row()
                 known.correct.update(row.correct)
                 known.total.update(row.total)
                 known.pairs.update(row.pairs)

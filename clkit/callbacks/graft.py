@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError
 from clkit.methods.readout import readout_module, readout_tensors
 from clkit.tap import FeatureTap
 
-__all__ = ["Graft"]
+__all__ = ["Graft", "ungraft"]
 
 
 class Graft:
@@ -32,6 +33,15 @@ class Graft:
         self._path = ""
         self._original: nn.Module | None = None  # the replaced classifier
         self._tensors: dict[str, Tensor] = dict(own_tensors or {})  # what an overwritten classifier held
+
+    def check(self, module: nn.Module, layer: str) -> None:
+        """Looks whether the classifier can be replaced, before anything is learned.
+
+        Raises:
+            ConfigurationError: If there is no single classifier, or it belongs to another graft.
+        """
+        if not self.applied:
+            self._find(module, layer)
 
     def apply(self, module: nn.Module, layer: str, head: Any) -> None:
         """Grafts, or refreshes a graft with what the head has learned since.
@@ -84,10 +94,11 @@ class Graft:
                 f"{self.owner} cannot be grafted: features are read at {point!r}, where the network has no single "
                 "classifier to replace; give the network one (num_classes=…), or predict with the callback's head"
             )
-        if getattr(classifier, "clkit_graft", None) is not None:
+        other = getattr(classifier, "clkit_graft", None)
+        if isinstance(other, Graft):
             raise ConfigurationError(
-                f"{self.owner} cannot be grafted: {path!r} already holds the graft of {classifier.clkit_graft}; "
-                "ungraft that first"
+                f"{self.owner} cannot be grafted: {path!r} already holds the graft of {other.owner}; call "
+                "clkit.callbacks.ungraft(module) first"
             )
         if not isinstance(classifier, nn.Linear | nn.Conv2d):
             raise ConfigurationError(
@@ -99,7 +110,7 @@ class Graft:
     def _overwrite(self, slot: nn.Module, head: Any) -> None:
         if not self._tensors:
             self._tensors = {name: parameter.detach().clone() for name, parameter in slot.named_parameters()}
-        slot.clkit_graft = self.owner  # type: ignore[assignment]  # a mark that others can see
+        slot.clkit_graft = self  # type: ignore[assignment]  # a mark that others can see
         weight, bias = readout_tensors(head, _outputs(slot), self._tensors["weight"].dtype)
         with torch.no_grad():
             for name, value in (("weight", weight), ("bias", bias)):
@@ -107,13 +118,17 @@ class Graft:
 
     def _replace(self, module: nn.Module, slot: nn.Module, head: Any) -> None:
         if self._original is None:
+            rank_zero_info(
+                f"{self.owner}: the classifier at {self._path!r} is replaced by layers of the head's own until "
+                "ungraft; checkpoints keep the classifier's own keys"
+            )
             self._give_back(slot)  # an overwritten classifier that the head has outgrown
             self._original = slot
         reference = next(slot.parameters())
         graft = readout_module(head, max(_outputs(self._original), int(head.classes.max()) + 1), reference.dtype)
         graft.to(reference.device).requires_grad_(False)
         graft.train(slot.training)
-        graft.clkit_graft = self.owner  # type: ignore[assignment]
+        graft.clkit_graft = self  # type: ignore[assignment]
         _set(module, self._path, graft)
 
     def _give_back(self, slot: nn.Module) -> None:
@@ -124,6 +139,21 @@ class Graft:
                 parameter.copy_(self._tensors[name])
         self._tensors = {}
         vars(slot).pop("clkit_graft", None)
+
+
+def ungraft(module: nn.Module) -> None:
+    """Gives a module its own classifiers back, whichever callback grafted into it.
+
+    Args:
+        module: The user's module; nothing happens where nothing was grafted.
+
+    Example:
+        >>> ungraft(nn.Linear(2, 2))
+    """
+    for part in list(module.modules()):
+        graft = getattr(part, "clkit_graft", None)
+        if isinstance(graft, Graft):
+            graft.undo(module)
 
 
 def _same_form(classifier: nn.Module, head: Any) -> bool:

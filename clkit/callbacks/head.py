@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from clkit._lightning import callbacks_of, is_fast_dev_run
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
-from clkit.callbacks.base import StreamCallback, evaluation_key, reduction_device, scores_of
+from clkit.callbacks.base import MODULE, StreamCallback, check_names, evaluation_key, reduction_device, scores_of
 from clkit.callbacks.graft import Graft
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.experience import Experience
@@ -57,6 +59,13 @@ class HeadCallback(StreamCallback):
         reset_each_task: bool = False,
     ) -> None:
         super().__init__()
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == MODULE:
+            raise ArgumentError(
+                f"name must be letters, digits, '_', '-' and '.', since it names logs and files, and not {MODULE!r}, "
+                f"which is the module's own classifier; got {name!r}"
+            )
+        if not isinstance(layer, str):
+            raise ArgumentError(f"layer must be 'auto', 'output' or the dotted path of a layer, got {layer!r}")
         if forward not in ("auto", "shared", "eval"):
             raise ArgumentError(f"forward must be 'auto', 'shared' or 'eval', got {forward!r}")
         if graft not in ("never", "experience_end", "fit_end"):
@@ -76,6 +85,7 @@ class HeadCallback(StreamCallback):
         self._counted = 0
         self._device: torch.device | None = None
         self._first_epoch: int | None = None  # in which the running experience was first learned
+        self._learned_in_fit = False
         self._said: set[str] = set()
 
     @abstractmethod
@@ -115,6 +125,9 @@ class HeadCallback(StreamCallback):
                 f"{self.state_key} cannot read features under {type(trainer.strategy).__name__}, which splits the "
                 'network over processes; use strategy="ddp", "gradient_free" or a single device'
             )
+        check_names(trainer)
+        if stage == "fit" and self.graft_when == "fit_end":  # before the optimizer collects parameters
+            self.ungraft(pl_module)
         self._observer = BatchObserver.attach(trainer, pl_module, self.layer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -125,8 +138,18 @@ class HeadCallback(StreamCallback):
         self._evaluated_head = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks for the classifier again and puts a restored graft back."""
+        """Looks for the classifier again, puts a restored graft back, and checks what could fail at the end."""
         self._arrive(pl_module)
+        self._learned_in_fit = False
+        if self.graft_when != "never":
+            self._look_for_rivals(trainer)
+            (self._graft or Graft(self.state_key)).check(pl_module, self.layer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training goes on with the user's own classifier, where the head shall take over only at its end."""
+        super().on_train_start(trainer, pl_module)
+        if self.graft_when == "fit_end":
+            self.ungraft(pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -147,11 +170,16 @@ class HeadCallback(StreamCallback):
             targets = self._observer.targets
             assert targets is not None
             self._ensure_head(features).update(features, targets)
+            self._learned_in_fit = True
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Forgets the last experience where the user asked for that."""
         self._first_epoch = None
+        if experience.index == 0 and self._head is not None and self._head.classes.numel():
+            self._say(
+                "it has learned before and adds this stream to that; use a new callback, or head.reset(), to start anew"
+            )
         if self.reset_each_task and self._head is not None and experience.index > 0:
             self._head.reset()
         elif experience.index > 0 and self._backbone_trains():
@@ -165,7 +193,8 @@ class HeadCallback(StreamCallback):
         if self._head is None:
             return
         self._head.synchronize()
-        if self.graft_when == "experience_end":
+        last = trainer.max_epochs == trainer.current_epoch + 1  # before the last evaluation and checkpoint
+        if self.graft_when == "experience_end" or (self.graft_when == "fit_end" and last):
             self.graft(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,6 +205,14 @@ class HeadCallback(StreamCallback):
         self._head.synchronize()
         if self.graft_when != "never" and (self.graft_when == "fit_end" or self._graft is not None):
             self.graft(pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A fit that taught nothing is most often a mistake in its settings."""
+        if not self._learned_in_fit and not is_fast_dev_run(trainer):
+            self._say(
+                "this fit learned no batch; max_epochs may be reached already (a second fit of one trainer needs "
+                "more), or hold the warm-up alone"
+            )
 
     def _learns(self, trainer: pl.Trainer) -> bool:
         current = Boundaries.of(trainer).current
@@ -223,6 +260,18 @@ class HeadCallback(StreamCallback):
             self._device = features.device
         return self._head
 
+    def _look_for_rivals(self, trainer: pl.Trainer) -> None:
+        for other in callbacks_of(trainer):
+            if isinstance(other, HeadCallback) and other is not self and other.graft_when != "never":
+                raise ConfigurationError(
+                    f"{self.state_key} and {other.state_key} would both replace the module's classifier; set "
+                    'graft="never" for one of them'
+                )
+
+    def _look_for_knowledge(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn != "fit" and (self._head is None or not self._head.classes.numel()):
+            self._say("it has learned nothing, so it is left out; pass ckpt_path, the checkpoint of a fit")
+
     def _arrive(self, module: pl.LightningModule) -> None:
         if self._graft is not None and not self._graft.applied and self._head is not None:
             self.graft(module)
@@ -234,6 +283,7 @@ class HeadCallback(StreamCallback):
 
     def _evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._arrive(module)
+        self._look_for_knowledge(trainer)
         self._correct = self._counted = 0
         self._evaluated_head = self._head
         if trainer.world_size > 1 and self._head is not None:
@@ -325,6 +375,7 @@ class HeadCallback(StreamCallback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts a restored graft back, so that the user's ``predict_step`` uses the head."""
         self._arrive(pl_module)
+        self._look_for_knowledge(trainer)
 
     # ---- graft
 

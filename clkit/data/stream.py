@@ -129,7 +129,7 @@ class StreamDataModule(pl.LightningDataModule):
             raise ArgumentError(f"val_fraction must lie in [0, 1), got {val_fraction}")
         if evaluate not in ("seen", "all"):
             raise ArgumentError(f"evaluate must be 'seen' or 'all', got {evaluate!r}")
-        if isinstance(preprocessing, str) and preprocessing not in ("auto", "unit"):
+        if preprocessing not in ("auto", "unit") and not callable(preprocessing):
             raise ArgumentError(
                 f"preprocessing must be 'auto', 'unit', a Preprocessing or a function, got {preprocessing!r}"
             )
@@ -423,7 +423,14 @@ class StreamDataModule(pl.LightningDataModule):
             return self.preprocessing
         config: dict[str, Any] | None = None
         if self.preprocessing == "auto" and self.trainer is not None and self._holds_images():
-            config = getattr(self.trainer.lightning_module, "data_config", None)
+            module = self.trainer.lightning_module
+            config = getattr(module, "data_config", None)
+            if config is None and any(hasattr(part, "pretrained_cfg") for part in module.modules()):
+                rank_zero_info(
+                    "clkit: images come at their stored size, in [0, 1]; a pretrained timm network expects its own. "
+                    "Give the module a property `data_config` (timm.data.resolve_model_data_config(network)), or set "
+                    "`preprocessing`"
+                )
         if not config:
             return Preprocessing()
         size = int(config["input_size"][-1])

@@ -49,10 +49,10 @@ def readout_tensors(head: Head, outputs: int, dtype: torch.dtype) -> tuple[Tenso
     Example:
         >>> from clkit.methods import NearestMeanHead
         >>> head = NearestMeanHead(2, metric="euclidean")
-        >>> head.update(torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
-        >>> weight, bias = readout_tensors(head, 2, torch.float32)
-        >>> weight[1].tolist(), bool(bias[0] < -1e29)
-        ([2.0, 0.0], True)
+        >>> head.update(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([1, 2]))
+        >>> weight, bias = readout_tensors(head, 3, torch.float32)
+        >>> weight[1:].tolist(), bool(bias[0] < -1e29)  # 2 (mean of the class - mean of the means)
+        ([[2.0, -2.0], [-2.0, 2.0]], True)
     """
     classes = head.classes
     if not classes.numel():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from clkit._lightning import keep_samplers
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
-from clkit.errors import ConfigurationError
+from clkit.errors import ArgumentError, ConfigurationError
 
 __all__ = ["LearningStrategy"]
 
@@ -27,6 +31,7 @@ class LearningStrategy(DDPStrategy):
         ddp_options: Keyword arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
 
     Raises:
+        ArgumentError: For an argument that neither the strategy nor DDP has.
         ConfigurationError: For ``find_unused_parameters=True``, which fails with several processes.
 
     Attributes:
@@ -45,6 +50,12 @@ class LearningStrategy(DDPStrategy):
                 "find_unused_parameters=True cannot be combined with a clkit strategy: parts of a step run outside the "
                 "wrapped module; leave it out"
             )
+        known = [*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters]
+        for name in ddp_options:
+            if name not in known:
+                near = get_close_matches(name, [*signature(type(self)).parameters, *known], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ArgumentError(f"{type(self).__name__} has no argument {name!r}{hint}")
         super().__init__(**ddp_options)
         self.batch_reader = batch_reader
 
@@ -54,12 +65,6 @@ class LearningStrategy(DDPStrategy):
     def single_device(self) -> bool:
         """Whether the run has one process in all."""
         return self.num_nodes * self.num_processes <= 1
-
-    # Lightning gives its own samplers to loaders of distributed strategies, which would reorder a single process
-    @property
-    def is_distributed(self) -> bool:
-        """Whether the run has several processes."""
-        return not self.single_device
 
     def _configure_launcher(self) -> None:
         if not self.single_device:
@@ -78,6 +83,7 @@ class LearningStrategy(DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Prepares the module; on one device as the simplest of Lightning's strategies does."""
         if self.single_device:
+            keep_samplers(trainer)
             Strategy.setup(self, trainer)
         else:
             super().setup(trainer)

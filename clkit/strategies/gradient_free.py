@@ -193,6 +193,8 @@ def _module_loss(output: Any, targets: Tensor) -> Tensor | None:
     """Cross-entropy of the module's own output over the labels that it has a column for."""
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(targets) or output.shape[1] < 2:
         return None
+    if targets.ndim != 1 or targets.is_floating_point():  # the heads say what is wrong with these
+        return None
     known = (targets >= 0) & (targets < output.shape[1])
     summed = cross_entropy(output.float(), torch.where(known, targets.long(), -100), ignore_index=-100, reduction="sum")
     return summed / known.sum().clamp(min=1)

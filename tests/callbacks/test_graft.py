@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, ungraft
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ConfigurationError
 from clkit.models import TimmClassifier
@@ -223,15 +224,26 @@ def test_the_users_classifier_comes_back_after_a_resume(make_trainer: Make, lit_
         assert torch.equal(module.state_dict()[name], value), name
 
 
+def test_two_callbacks_that_would_graft_are_refused_before_any_training(make_trainer: Make, lit_small: Make) -> None:
+    one, two = NMC("euclidean", name="one", graft="fit_end"), NMC(name="two", graft="experience_end")
+    trainer = make_trainer(strategy="gradient_free", callbacks=[one, two])
+    with pytest.raises(ConfigurationError, match=r"NMC\(one\) and NMC\(two\) would both replace .* graft=\"never\""):
+        trainer.fit(lit_small(), datamodule=stream())
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("names", [("euclidean", "euclidean"), ("janson", "janson"), ("euclidean", "janson")])
-def test_two_grafts_on_one_classifier_are_refused(
+def test_a_second_graft_on_one_classifier_is_refused(
     make_trainer: Make, lit_small: Make, kind: str, names: tuple[str, str]
 ) -> None:
-    one, two = (NMC(metric, name=f"{metric}{i}", graft="fit_end") for i, metric in enumerate(names))  # type: ignore[arg-type]
-    trainer = make_trainer(strategy="gradient_free", callbacks=[one, two])
-    with pytest.raises(ConfigurationError, match=rf"NMC\({two.name}\) cannot be grafted.*NMC\({one.name}\)"):
-        trainer.fit(network(kind, lit_small), datamodule=stream())
+    one, two = (NMC(metric, name=f"{metric}{i}") for i, metric in enumerate(names))  # type: ignore[arg-type]
+    module = network(kind, lit_small)
+    make_trainer(strategy="gradient_free", callbacks=[one, two]).fit(module, datamodule=stream())
+    one.graft(module)
+    held = predictions(module)
+    with pytest.raises(ConfigurationError, match=rf"NMC\({two.name}\) cannot be grafted.*NMC\({one.name}\).*ungraft"):
+        two.graft(module)
+    assert torch.equal(predictions(module), held)
 
 
 def test_a_slot_is_free_again_after_an_ungraft(make_trainer: Make, lit_small: Make) -> None:
@@ -339,3 +351,41 @@ def test_starting_anew_each_task_keeps_a_graft_valid(make_trainer: Make, lit_sma
     assert agreement(module, callback) >= 0.998
     callback.ungraft(module)
     assert all(torch.equal(module.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("head", ["euclidean", "janson"])
+def test_ungraft_needs_no_callback_and_works_on_a_copy(
+    make_trainer: Make, lit_small: Make, kind: str, head: str
+) -> None:
+    module = network(kind, lit_small)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    callback = HEADS[head](graft="fit_end")
+    make_trainer(strategy="gradient_free", callbacks=[callback]).fit(module, datamodule=stream())
+    grafted = predictions(module)
+    copied = copy.deepcopy(module)
+    assert torch.equal(predictions(copied), grafted)
+    for own in (copied, module):
+        ungraft(own)
+        after = own.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        if own is copied:
+            assert torch.equal(predictions(module), grafted)
+    assert not callback.grafted
+
+
+@pytest.mark.parametrize("head", ["euclidean", "janson"])
+def test_a_second_fit_trains_the_users_own_classifier(make_trainer: Make, lit_small: Make, head: str) -> None:
+    """A head that takes over at the end of a fit steps back while the next one trains."""
+    torch.manual_seed(0)
+    outcomes = []
+    for graft in ("never", "fit_end"):
+        module = lit_small()
+        callback = HEADS[head](graft=graft)
+        for _ in range(2):
+            trainer = make_trainer(callbacks=[callback])
+            trainer.fit(module, datamodule=stream())
+        callback.ungraft(module)
+        outcomes.append(module.state_dict())
+    assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])

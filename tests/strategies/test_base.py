@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.strategies import LearningStrategy
@@ -63,6 +64,34 @@ def test_one_device_equals_lightnings_own_strategy(make_trainer: Make, options: 
     assert all(torch.equal(optimizer[i]["exp_avg"], other_optimizer[i]["exp_avg"]) for i in optimizer)
     assert metrics == other_metrics
     assert torch.equal(rng, other_rng)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_users_own_loaders_keep_their_order(make_trainer: Make, shuffle: bool) -> None:
+    """Lightning gives every loader of a DDP strategy a sampler of its own, which shuffles."""
+    data = TensorDataset(torch.rand(90, 64), torch.arange(90) % 10)
+    orders = []
+    for strategy in ("auto", LearningStrategy(), "gradient_free"):
+        seen: list[int] = []
+
+        class Look(pl.Callback):
+            def __init__(self, seen: list[int]) -> None:
+                self.seen = seen
+
+            def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+                self.seen += [int(index) for index in batch[1]]
+
+        torch.manual_seed(0)
+        module = Module()
+        trainer = make_trainer(strategy=strategy, callbacks=[Look(seen)], max_epochs=2)
+        torch.manual_seed(1)
+        trainer.fit(module, DataLoader(data, 20, shuffle=shuffle), DataLoader(data, 20))
+        orders.append(seen)
+    assert orders[0] == orders[1]
+    if shuffle:
+        assert len(orders[2]) == 180
+    else:
+        assert orders[2] == orders[0] == 2 * [i % 10 for i in range(90)]
 
 
 def test_one_device_needs_no_process_group_and_no_wrapper(make_trainer: Make) -> None:

@@ -1,0 +1,430 @@
+"""What a run has learned: in the checkpoint, whole, readable without executing anything, and bit for bit the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import clkit
+from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.checkpoints import read_checkpoint
+from clkit.data import ClassIncremental, StreamDataModule
+from clkit.errors import ArgumentError, StateError
+from clkit.methods import NearestMeanHead
+from clkit.models import TimmClassifier
+
+Make = Callable[..., Any]
+
+# 4, 4 and 2 classes: 12, 12 and 6 batches, because equal experiences would hide lost ones
+STEPS = 30
+LAST_OF = (12, 24, 30)
+
+
+def stream(**options: Any) -> StreamDataModule:
+    scenario = ClassIncremental(first_experience_classes=4, classes_per_experience=4)
+    return StreamDataModule("digits:flat", scenario, **options)
+
+
+def learners() -> list[Any]:
+    return [
+        AEFOCL(),
+        AEFOCL(0.1, 70, balance="none", name="lift"),
+        AEFOCL(balance="none", solver="recursive", name="recursive"),
+        AEFOCL(balance="reweight", name="reweight"),
+        NMC(),
+        LDA(),
+    ]
+
+
+class Net(pl.LightningModule):
+    """Trains, with dropout, so that the global random state matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.net(inputs)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state under its path."""
+    if isinstance(value, dict):
+        return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{path}/{name}").items()}
+    if isinstance(value, list | tuple):
+        return {key: leaf for i, part in enumerate(value) for key, leaf in flatten(part, f"{path}/{i}").items()}
+    return {path: value}
+
+
+def differences(one: Any, two: Any) -> list[str]:
+    a, b = flatten(one), flatten(two)
+    found = sorted(a.keys() ^ b.keys())
+    for key in a.keys() & b.keys():
+        same = torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key]
+        if not same:
+            found.append(key)
+    return found
+
+
+def learned(callbacks: list[Any]) -> dict[str, Any]:
+    states: dict[str, Any] = {}
+    for callback in callbacks:
+        state = callback.state_dict()
+        state.pop("seconds", None)
+        states[callback.state_key] = state
+    return states
+
+
+class Run:
+    """A run of all heads; ``save`` keeps a checkpoint of every step."""
+
+    def __init__(
+        self, make_trainer: Make, strategy: str, *, save: Path | None = None, resume: Path | None = None, **options: Any
+    ) -> None:
+        torch.manual_seed(0)
+        self.module: Any = Net() if strategy == "auto" else TimmClassifier("identity")
+        self.heads = learners()
+        self.evaluation = StreamEvaluation(table=False, files=False)
+        callbacks: list[Any] = [*self.heads, self.evaluation]
+        if save is not None:
+            callbacks.append(
+                ModelCheckpoint(str(save), filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=False)
+            )
+        trainer = make_trainer(strategy=strategy, callbacks=callbacks, enable_checkpointing=save is not None, **options)
+        if resume is not None:
+            torch.manual_seed(99)  # whoever resumes has drawn other numbers
+        trainer.fit(self.module, datamodule=stream(), ckpt_path=None if resume is None else str(resume))
+        self.trainer = trainer
+
+
+@pytest.fixture(scope="module", params=["gradient_free", "auto"])
+def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """An uninterrupted run that saved after every step."""
+    folder = tmp_path_factory.mktemp("straight")
+    return request.param, folder, Run(_trainer(folder), request.param, save=folder)
+
+
+def _trainer(folder: Path) -> Make:
+    def make(**options: Any) -> pl.Trainer:
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return pl.Trainer(accelerator="cpu", devices=1, max_epochs=-1, default_root_dir=str(folder), **quiet, **options)
+
+    return make
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("step", [1, 7, 12, 13, 24, 29, 30])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    make_trainer: Make, straight: tuple[str, Path, Any], step: int
+) -> None:
+    strategy, folder, whole = straight
+    run = Run(make_trainer, strategy, resume=folder / f"step={step}.ckpt")
+    assert differences(learned(run.heads), learned(whole.heads)) == []
+    assert run.evaluation.results == whole.evaluation.results
+    assert differences(learned([run.evaluation]), learned([whole.evaluation])) == []
+    assert differences(run.module.state_dict(), whole.module.state_dict()) == []
+    assert run.trainer.global_step == STEPS
+
+
+def test_a_run_cut_by_max_steps_goes_on_where_it_stopped(make_trainer: Make, straight: tuple[str, Path, Any]) -> None:
+    strategy, _, whole = straight
+    first = Run(make_trainer, strategy, max_steps=17)
+    path = Path(first.trainer.default_root_dir) / "cut.ckpt"
+    first.trainer.save_checkpoint(path)
+    run = Run(make_trainer, strategy, resume=path)
+    assert differences(learned(run.heads), learned(whole.heads)) == []
+    assert run.evaluation.results == whole.evaluation.results
+
+
+def test_a_validation_checkpoint_resumes_with_whole_rows(make_trainer: Make, straight: tuple[str, Path, Any]) -> None:
+    """Saved between two batches of the validation that measures a row."""
+    strategy, _, whole = straight
+    path = Path(whole.trainer.default_root_dir) / "inside.ckpt"
+
+    class Save(pl.Callback):
+        def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if not trainer.sanity_checking and trainer.current_epoch == 1 and args[3] == 0:
+                trainer.save_checkpoint(path)
+
+    torch.manual_seed(0)
+    module = Net() if strategy == "auto" else TimmClassifier("identity")
+    parts = [*learners(), StreamEvaluation(table=False, files=False), Save()]
+    make_trainer(strategy=strategy, callbacks=parts).fit(module, datamodule=stream())
+    run = Run(make_trainer, strategy, resume=path)
+    assert differences(learned(run.heads), learned(whole.heads)) == []
+    assert run.evaluation.results == whole.evaluation.results
+
+
+# ---- the file
+
+
+def test_the_file_holds_tensors_and_plain_values_only(straight: tuple[str, Path, Any]) -> None:
+    _, folder, whole = straight
+    for step in (1, 13, 30):
+        checkpoint = torch.load(folder / f"step={step}.ckpt", weights_only=True)
+        keys = {callback.state_key for callback in [*whole.heads, whole.evaluation]}
+        assert keys <= checkpoint["callbacks"].keys()
+        kinds = {type(leaf) for key in keys for leaf in flatten(checkpoint["callbacks"][key]).values()}
+        assert kinds <= {Tensor, int, float, str, bool, type(None)}
+        assert checkpoint["state_dict"].keys() == whole.module.state_dict().keys()
+
+
+def test_sums_are_float64_and_counts_are_exact(straight: tuple[str, Path, Any]) -> None:
+    _, folder, _ = straight
+    state = torch.load(folder / "step=12.ckpt", weights_only=True)["callbacks"]["NMC(nmc)"]["head"]
+    floats = [value for value in state.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    assert floats
+    assert all(value.dtype == torch.float64 for value in floats)
+    targets = load_digits(return_X_y=True)[1][::2]
+    assert sorted(clkit.load_head(folder / "step=12.ckpt", "nmc").counts.tolist()) == sorted(
+        int((targets == c).sum()) for c in range(4)
+    )
+
+
+# ---- evaluation changes nothing
+
+
+@pytest.mark.parametrize("strategy", ["gradient_free", "auto"])
+def test_evaluating_at_every_opportunity_changes_no_bit(make_trainer: Make, strategy: str) -> None:
+    outcomes = []
+    for options in ({"limit_val_batches": 0}, {"val_check_interval": 1, "num_sanity_val_steps": -1}):
+        torch.manual_seed(0)
+        module: Any = Net() if strategy == "auto" else TimmClassifier("identity")
+        heads = learners()
+        trainer = make_trainer(strategy=strategy, callbacks=heads, **options)
+        trainer.fit(module, datamodule=stream())
+        outcomes.append((learned(heads), module.state_dict()))
+    assert differences(outcomes[0][0], outcomes[1][0]) == []
+    assert differences(outcomes[0][1], outcomes[1][1]) == []
+
+
+def test_validate_test_and_predict_change_no_bit(make_trainer: Make) -> None:
+    heads = learners()
+    module = TimmClassifier("identity")
+    trainer = make_trainer(strategy="gradient_free", callbacks=[*heads, StreamEvaluation(table=False)])
+    trainer.fit(module, datamodule=stream())
+    before = learned(heads)
+    for _ in range(2):
+        trainer.validate(module, datamodule=stream(), verbose=False)
+        trainer.test(module, datamodule=stream(), verbose=False)
+        trainer.predict(module, datamodule=stream())
+    assert differences(learned(heads), before) == []
+    # and learning goes on afterwards, although all of that ran in inference mode
+    heads[4].head.update(torch.ones(2, 64), torch.tensor([0, 1]))
+
+
+# ---- without a trainer
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_load_head_predicts_as_the_callback_did(straight: tuple[str, Path, Any], position: int) -> None:
+    strategy, folder, whole = straight
+    callback = whole.heads[position]
+    head = clkit.load_head(folder / "step=30.ckpt", callback.name)
+    width = 16 if strategy == "auto" else 64
+    features = torch.rand(200, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert type(head) is type(callback.head)
+    assert torch.equal(head.predict(features), callback.head.predict(features))
+    assert torch.equal(head(features), callback.head(features))
+
+
+def test_load_head_names_what_there_is(straight: tuple[str, Path, Any], tmp_path: Path) -> None:
+    _, folder, _ = straight
+    with pytest.raises(ArgumentError, match=r"no head named 'ncm'; it has \['aef_ocl', 'lda', 'lift', 'nmc'"):
+        clkit.load_head(folder / "step=30.ckpt", "ncm")
+    with pytest.raises(ArgumentError, match=r"path='nowhere.ckpt' is not a file"):
+        clkit.load_head("nowhere.ckpt", "nmc")
+
+
+def test_a_damaged_file_is_named(straight: tuple[str, Path, Any], tmp_path: Path) -> None:
+    whole = (straight[1] / "step=30.ckpt").read_bytes()
+    path = tmp_path / "half.ckpt"
+    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(StateError, match=r"half.ckpt cannot be read"):
+            read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_flipped_bytes_never_give_another_error(tmp_path: Path) -> None:
+    head = NearestMeanHead(3)
+    head.update(torch.rand(4, 3), torch.tensor([0, 1, 2, 2]))
+    path = tmp_path / "flipped.ckpt"
+    torch.save({"callbacks": {"NMC(nmc)": {"head": dict(head.state_dict())}}}, path)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        flipped = bytearray(whole)
+        for _ in range(draw.choice([1, 3, 20])):
+            flipped[draw.randrange(len(whole))] = draw.randrange(256)
+        path.write_bytes(flipped)
+        try:
+            read_checkpoint(path)
+        except StateError:
+            refused += 1
+    assert refused > 100
+
+
+class Payload:
+    """Would run code if it were unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit",))
+
+
+def test_a_file_that_would_execute_something_is_refused(tmp_path: Path) -> None:
+    torch.save({"callbacks": Payload()}, tmp_path / "evil.ckpt")
+    with pytest.raises(StateError, match=r"evil.ckpt cannot be read"):
+        clkit.load_head(tmp_path / "evil.ckpt", "nmc")
+
+
+# ---- what does not fit is refused by name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one nearest-mean callback, in the middle of the second experience."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer = _trainer(folder)(strategy="gradient_free", callbacks=[NMC()], max_steps=17, enable_checkpointing=False)
+    trainer.fit(TimmClassifier("identity"), datamodule=stream())
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return folder / "run.ckpt"
+
+
+def rewritten(saved: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    checkpoint = torch.load(saved, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    return str(tmp_path / "changed.ckpt")
+
+
+def resume(make_trainer: Make, path: Any, callback: Any, **options: Any) -> None:
+    trainer = make_trainer(strategy="gradient_free", callbacks=[callback])
+    trainer.fit(TimmClassifier("identity"), datamodule=stream(**options), ckpt_path=str(path))
+
+
+def test_a_renamed_callback_is_an_error(make_trainer: Make, saved: Path) -> None:
+    with pytest.raises(StateError, match=r"no state for NMC\(other\), but for NMC\(nmc\).*`name`"):
+        resume(make_trainer, saved, NMC(name="other"))
+
+
+def test_a_new_callback_is_a_warning(make_trainer: Make, saved: Path) -> None:
+    callback = LDA()
+    with pytest.warns(UserWarning, match=r"no state for LDA\(lda\): it starts with nothing learned"):
+        resume(make_trainer, saved, callback)
+    assert 0 < int(callback.head.counts.sum()) < 899
+
+
+def test_another_option_is_an_error(make_trainer: Make, saved: Path) -> None:
+    with pytest.raises(StateError, match=r"metric='janson', this head metric='icarl'"):
+        resume(make_trainer, saved, NMC("icarl"))
+
+
+def test_another_width_is_an_error_and_nothing_is_learned(make_trainer: Make, saved: Path) -> None:
+    callback = NMC()
+    trainer = make_trainer(strategy="gradient_free", callbacks=[callback])
+    wider = stream(preprocessing=lambda images: torch.cat([images, images], dim=1))
+    module = TimmClassifier("identity")
+    with pytest.raises(StateError, match=r"NMC\(nmc\) has learned features of width 64 .*width 128"):
+        trainer.fit(module, datamodule=wider, ckpt_path=str(saved))
+    assert differences(dict(callback.head.state_dict()), dict(clkit.load_head(saved, "nmc").state_dict())) == []
+
+
+def test_another_tap_point_is_an_error(make_trainer: Make, saved: Path) -> None:
+    trainer = make_trainer(strategy="gradient_free", callbacks=[NMC()])
+    module = TimmClassifier("identity", num_classes=10, model_kwargs={"in_features": 64})
+    path = rewritten(saved, saved.parent, lambda ck: ck["state_dict"].update(module.state_dict()))
+    with pytest.raises(StateError, match=r"read at 'output'.*at 'fc:in'"):
+        trainer.fit(module, datamodule=stream(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("part", ["callback", "head", "data"])
+def test_a_newer_format_is_an_error(make_trainer: Make, saved: Path, tmp_path: Path, part: str) -> None:
+    def change(checkpoint: dict[str, Any]) -> None:
+        entry = checkpoint["callbacks"]["NMC(nmc)"]
+        if part == "callback":
+            entry["format"] = 2
+        elif part == "head":
+            entry["head"]["_extra_state"]["format"] = 2
+        else:
+            checkpoint["StreamDataModule"]["format"] = 2
+
+    with pytest.raises(StateError, match=r"format.*2"):
+        resume(make_trainer, rewritten(saved, tmp_path, change), NMC())
+
+
+@pytest.mark.parametrize("part", ["sums", "counts", "ids"])
+def test_a_damaged_state_is_an_error(make_trainer: Make, saved: Path, tmp_path: Path, part: str) -> None:
+    def change(checkpoint: dict[str, Any]) -> None:
+        head = checkpoint["callbacks"]["NMC(nmc)"]["head"]
+        keys = [key for key in head if isinstance(head[key], Tensor) and head[key].ndim]
+        if part == "sums":
+            key = next(key for key in keys if head[key].is_floating_point())
+            head[key] = head[key][:, :10]
+        else:
+            key = [key for key in keys if not head[key].is_floating_point()][0 if part == "counts" else -1]
+            head[key] = head[key][:1]
+
+    with pytest.raises(StateError):
+        resume(make_trainer, rewritten(saved, tmp_path, change), NMC())
+
+
+def test_another_batch_size_inside_an_experience_is_an_error(make_trainer: Make, saved: Path) -> None:
+    with pytest.raises(StateError, match=r"batch_size=32, this run has batch_size=20"):
+        resume(make_trainer, saved, NMC(), batch_size=20)
+
+
+def test_another_stream_is_an_error(make_trainer: Make, saved: Path) -> None:
+    trainer = make_trainer(strategy="gradient_free", callbacks=[NMC()])
+    other = StreamDataModule("digits:flat", ClassIncremental(experiences=5))
+    with pytest.raises(StateError, match=r"another stream"):
+        trainer.fit(TimmClassifier("identity"), datamodule=other, ckpt_path=str(saved))
+
+
+def test_a_batch_lost_by_a_callback_that_saves_too_early_is_an_error(make_trainer: Make, tmp_path: Path) -> None:
+    class Early(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    make_trainer(strategy="gradient_free", callbacks=[Early(), NMC()]).fit(
+        TimmClassifier("identity"), datamodule=stream()
+    )
+    with pytest.raises(StateError, match=r"NMC\(nmc\) had learned 4 of 5 batches"):
+        resume(make_trainer, tmp_path / "early.ckpt", NMC())
+
+
+def test_two_callbacks_of_one_name_are_refused(make_trainer: Make) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=r"more than one .*`NMC`"):
+        make_trainer(strategy="gradient_free", callbacks=[NMC(), NMC("icarl")]).fit(
+            TimmClassifier("identity"), datamodule=stream()
+        )
+
+
+def test_a_resumed_run_warns_of_callbacks_that_are_missing(make_trainer: Make, saved: Path) -> None:
+    with pytest.warns(UserWarning, match=r"NMC\(nmc\)"):
+        make_trainer(strategy="gradient_free").fit(
+            TimmClassifier("identity"), datamodule=stream(), ckpt_path=str(saved)
+        )
