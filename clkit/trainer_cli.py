@@ -61,7 +61,7 @@ class _SaveConfig(SaveConfigCallback):
                 "trainer.logger is false and trainer.default_root_dir is not set, so results would land in the current "
                 "folder; set trainer.default_root_dir to the folder of this run"
             )
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         for callback in callbacks_of(trainer):
             if isinstance(callback, StreamEvaluation):
                 callback.config = config
