@@ -139,7 +139,7 @@ def large_batch(console: Console) -> bool:
     exact = np.linalg.solve(triangular, orthogonal.T @ wanted)
     right = True
     for solver, tolerance in LARGE_BATCH.items():
-        head = AnalyticHead(256, gamma=1e-3, solver=solver)  # type: ignore[arg-type]
+        head = AnalyticHead(256, gamma=1e-3, solver=solver)
         head.update(features, targets)
         error = float(np.abs(head.weight.numpy() - exact).max() / np.abs(exact).max())
         console.print(f"first large batch, {solver}: relative error of W {error:.1e} (at most {tolerance:.0e})")

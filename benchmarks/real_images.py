@@ -34,7 +34,7 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from torch.nn.functional import interpolate
 
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
@@ -381,7 +381,7 @@ def published_table() -> Table:
         title="from the papers: OTHER SETTINGS, for orientation only", title_justify="left", title_style="bold"
     )
     for name, justify in (("in per cent", "left"), ("setting", "left"), ("average", "right"), ("final", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's own Literal
+        table.add_column(name, justify=justify)
     table.add_column("arXiv")
     for row in PUBLISHED:
         table.add_row(*row)

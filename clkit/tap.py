@@ -555,7 +555,7 @@ def _classifier_place(network: nn.Module) -> _Place:
 
 def _classifier_of(network: nn.Module) -> Any:
     core = _unwrapped(network)
-    get_classifier: Callable[[], Any] = core.get_classifier  # type: ignore[assignment]
+    get_classifier: Callable[[], Any] = core.get_classifier  # type: ignore[assignment]  # modules are duck-typed
     try:
         return get_classifier()
     except AttributeError as error:

@@ -90,4 +90,4 @@ def test_anything_else_is_named(batch: Any, message: str) -> None:
 
 def test_a_reader_that_gives_no_tensor_is_named() -> None:
     with pytest.raises(BatchError, match=r"targets of a batch must be a tensor, got int"):
-        read_batch((X, Y), lambda batch: (batch[0], 3))  # type: ignore[arg-type,return-value]
+        read_batch((X, Y), lambda batch: (batch[0], 3))

@@ -91,7 +91,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
 class WithoutValidation(TimmClassifier):
     """A user who validates elsewhere: Lightning then has no validation hooks at all."""
 
-    validation_step = pl.LightningModule.validation_step  # type: ignore[assignment]
+    validation_step = pl.LightningModule.validation_step
 
 
 def module(kind: type[TimmClassifier] = TimmClassifier) -> TimmClassifier:

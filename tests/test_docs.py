@@ -62,7 +62,7 @@ def quiet_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pl.Trainer, "__init__", quiet)
 
 
-def run_page(page: Path) -> None:
+def check_page(page: Path) -> None:
     """Runs the blocks of a page in order, in one namespace."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in read_blocks(page.read_text(encoding="utf-8")):
@@ -85,14 +85,14 @@ def test_blocks_of_a_page_run_and_print_what_the_page_says(
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning")  # advice on loaders that no page is about
-        run_page(page)
+        check_page(page)
 
 
 def test_a_wrong_output_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nprint(1 + 1)\n```\n\n```text output\n3\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md, line 2"):
-        run_page(page)
+        check_page(page)
 
 
 def test_no_run_blocks_are_left_out() -> None:

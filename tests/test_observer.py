@@ -89,7 +89,7 @@ def test_of_several_forwards_in_a_batch_the_first_counts(make_trainer: Make, lit
     """LBFGS runs the step many times; each row is still learned once, from the network as it was."""
     kind = type(lit_small())
 
-    class Closure(kind):  # type: ignore[valid-type,misc]
+    class Closure(kind):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
 
@@ -132,7 +132,7 @@ def test_a_strategy_with_more_rows_says_which_are_the_streams(make_trainer: Make
     def batches() -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(0)
         data = [(torch.randn(8, 64, generator=generator), torch.arange(8) % 3) for _ in range(3)]
-        return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(data, batch_size=None)
 
     head = NMC("euclidean", layer="net.hidden")
     make_trainer(strategy=Told(), callbacks=[head], max_epochs=1).fit(lit_small(), batches())

@@ -76,7 +76,7 @@ def test_every_recipe_is_built(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     cli = built(name, *(SMALL if name in PAPERS else []))
     assert isinstance(cli.datamodule, StreamDataModule)
     assert isinstance(cli.model, pl.LightningModule)
-    kinds = {type(callback).__name__ for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
+    kinds = {type(callback).__name__ for callback in cli.trainer.callbacks}
     assert {"StreamEvaluation", "StreamProgressBar"} <= kinds
     assert cli.trainer.max_epochs == -1  # as long as the stream
     assert cli.trainer.log_dir is not None

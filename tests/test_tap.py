@@ -751,11 +751,11 @@ def test_compiled_networks_are_heard_without_a_graph_break(
     options: dict[str, Any] = {"backend": backend, "fullgraph": True}
     module: nn.Module = resnet
     if how == "network":
-        module = torch.compile(resnet, **options)  # type: ignore[assignment]
+        module = torch.compile(resnet, **options)
     elif how == "wrapper":
-        module = torch.compile(nn.Sequential(resnet), **options)  # type: ignore[assignment]
+        module = torch.compile(nn.Sequential(resnet), **options)
     elif how == "part":
-        module = nn.Sequential(torch.compile(resnet, **options))  # type: ignore[arg-type]
+        module = nn.Sequential(torch.compile(resnet, **options))
     else:
         resnet.compile(**options)
     heard: list[Tapped] = []
@@ -779,7 +779,7 @@ def test_several_classifiers_are_heard_compiled(dynamo: Any, options: dict[str, 
     with FeatureTap(network) as tap:
         expected = tap.extract(images)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
-    with FeatureTap(compiled) as tap:  # type: ignore[arg-type]
+    with FeatureTap(compiled) as tap:
         assert tap.network is compiled
         torch.testing.assert_close(tap.extract(images), expected, rtol=0, atol=0)
 
@@ -805,7 +805,7 @@ def test_a_listener_that_stores_does_not_compile_anew_each_step(dynamo: Any, ima
     network = timm.create_model("test_resnet")
     compiled = torch.compile(network, backend="eager")
     store = Store()
-    with FeatureTap(compiled) as tap:  # type: ignore[arg-type]
+    with FeatureTap(compiled) as tap:
         tap.listen(store.hear)
         for _ in range(6):
             store.features = None

@@ -128,7 +128,7 @@ class Graft:
         graft = readout_module(head, max(_outputs(self._original), int(head.classes.max()) + 1), reference.dtype)
         graft.to(reference.device).requires_grad_(False)
         graft.train(slot.training)
-        graft.clkit_graft = self  # type: ignore[assignment]
+        graft.clkit_graft = self  # type: ignore[assignment]  # the same mark
         _set(module, self._path, graft)
 
     def _give_back(self, slot: nn.Module) -> None:
@@ -168,7 +168,7 @@ def _same_form(classifier: nn.Module, head: Any) -> bool:
 
 
 def _outputs(classifier: nn.Module) -> int:
-    return int(classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels)  # type: ignore[arg-type]
+    return int(classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels)  # type: ignore[arg-type]  # Conv2d
 
 
 def _get(module: nn.Module, path: str) -> nn.Module:

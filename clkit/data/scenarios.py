@@ -495,7 +495,7 @@ class LongTailed(Scenario):
             )
 
     @property
-    def gives_task_id(self) -> bool:  # type: ignore[override]
+    def gives_task_id(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
         """As the inner scenario has it."""
         return self.inner.gives_task_id
 

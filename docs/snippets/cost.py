@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -38,14 +39,16 @@ for width in (512, 768, 2048):
         head = make(width)
         head.update(features, targets)
         batch = features[:BATCH], targets[:BATCH]
-        update = median_ms(lambda: head.update(*batch), 5)  # noqa: B023 - used at once
+        update = median_ms(partial(head.update, *batch), 5)
 
-        def solve():
-            head.update(features[:1], targets[:1])  # noqa: B023 - so that there is something to solve
-            head.refresh()  # noqa: B023
+        def solve(head=head, features=features, targets=targets):
+            head.update(
+                features[:1], targets[:1]
+            )  # so that there is something to solve
+            head.refresh()
 
         solved = median_ms(solve, 3)
-        predict = median_ms(lambda: head.predict(batch[0]), 5)  # noqa: B023
+        predict = median_ms(partial(head.predict, batch[0]), 5)
         tensors = [
             value
             for value in head.state_dict().values()

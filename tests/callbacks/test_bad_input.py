@@ -36,7 +36,7 @@ def good(seed: int = 0) -> Batch:
 
 def loader(batches: list[Any]) -> DataLoader[Any]:
     """Hands these batches out as they are."""
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=None)
 
 
 def nan(batch: Batch) -> Any:
@@ -194,18 +194,18 @@ def test_unusual_batches_are_read_by_the_users_own_reader(make_trainer: Make) ->
         (lambda: AEFOCL(gamma=0.0), r"gamma must be a finite number above 0, got 0.0"),
         (lambda: AEFOCL(gamma=-1.0), r"gamma .*got -1.0"),
         (lambda: AEFOCL(gamma=float("nan")), r"gamma .*got nan"),
-        (lambda: AEFOCL(balance="smote"), r"balance must be one of .*'pfg'.*got 'smote'"),  # type: ignore[arg-type]
-        (lambda: AEFOCL(solver="magic"), r"solver must be one of .*got 'magic'"),  # type: ignore[arg-type]
+        (lambda: AEFOCL(balance="smote"), r"balance must be one of .*'pfg'.*got 'smote'"),
+        (lambda: AEFOCL(solver="magic"), r"solver must be one of .*got 'magic'"),
         (lambda: AEFOCL(expansion_dim=0), r"expansion_dim must be an integer of at least 1, got 0"),
-        (lambda: AEFOCL(10.0, 5.5), r"expansion_dim .*got 5.5"),  # type: ignore[arg-type]
+        (lambda: AEFOCL(10.0, 5.5), r"expansion_dim .*got 5.5"),
         (lambda: AEFOCL(noise=-0.1), r"noise .*got -0.1"),
-        (lambda: AEFOCL(activation="gelu"), r"activation .*got 'gelu'"),  # type: ignore[arg-type]
+        (lambda: AEFOCL(activation="gelu"), r"activation .*got 'gelu'"),
         (lambda: AEFOCL(balance="expected", expansion_dim=10), r"expected.*expansion_dim"),
         (lambda: AEFOCL(max_classes=0), r"max_classes .*got 0"),
-        (lambda: NMC("manhattan"), r"metric must be one of 'janson', 'euclidean', 'icarl', 'cosine', got 'manhattan'"),  # type: ignore[arg-type]
+        (lambda: NMC("manhattan"), r"metric must be one of 'janson', 'euclidean', 'icarl', 'cosine', got 'manhattan'"),
         (lambda: LDA(shrinkage=1.5), r"shrinkage .*1.5"),
-        (lambda: NMC(forward="train"), r"forward must be 'auto', 'shared' or 'eval', got 'train'"),  # type: ignore[arg-type]
-        (lambda: NMC(graft="always"), r"graft must be 'never', 'experience_end' or 'fit_end', got 'always'"),  # type: ignore[arg-type]
+        (lambda: NMC(forward="train"), r"forward must be 'auto', 'shared' or 'eval', got 'train'"),
+        (lambda: NMC(graft="always"), r"graft must be 'never', 'experience_end' or 'fit_end', got 'always'"),
     ],
 )
 def test_a_wrong_argument_is_an_error_before_any_training(make: Callable[[], Any], message: str) -> None:

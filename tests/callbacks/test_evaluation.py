@@ -430,7 +430,7 @@ def test_module_is_a_predictor_only_where_something_trains_it(make_trainer: Make
         ("gradient_free", True, True),
         ("auto", False, False),
     ):
-        evaluation = StreamEvaluation(module=choice, table=False, files=False)  # type: ignore[arg-type]
+        evaluation = StreamEvaluation(module=choice, table=False, files=False)
         module = TimmClassifier("identity", num_classes=10, model_kwargs={"in_features": 64})
         make_trainer(strategy=strategy, callbacks=[evaluation, NMC()]).fit(module, datamodule=stream(stop_after=1))
         assert ("module" in evaluation.results) is wanted
@@ -460,7 +460,7 @@ def test_an_unknown_predictor_is_named(run: Any) -> None:
 
 def test_a_wrong_choice_is_named() -> None:
     with pytest.raises(ArgumentError, match=r"module must be 'auto', True or False, got 'yes'"):
-        StreamEvaluation(module="yes")  # type: ignore[arg-type]
+        StreamEvaluation(module="yes")
 
 
 def test_measuring_a_stage_twice_with_plain_loaders_counts_the_last_time(make_trainer: Make) -> None:

@@ -177,7 +177,7 @@ def test_a_graft_at_the_end_serves_validation_and_prediction(
 
 
 def stream_batches(trainer: pl.Trainer) -> Any:
-    return trainer.datamodule.test_dataloader().batches  # type: ignore[attr-defined]
+    return trainer.datamodule.test_dataloader().batches
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -236,7 +236,7 @@ def test_two_callbacks_that_would_graft_are_refused_before_any_training(make_tra
 def test_a_second_graft_on_one_classifier_is_refused(
     make_trainer: Make, lit_small: Make, kind: str, names: tuple[str, str]
 ) -> None:
-    one, two = (NMC(metric, name=f"{metric}{i}") for i, metric in enumerate(names))  # type: ignore[arg-type]
+    one, two = (NMC(metric, name=f"{metric}{i}") for i, metric in enumerate(names))
     module = network(kind, lit_small)
     make_trainer(strategy="gradient_free", callbacks=[one, two]).fit(module, datamodule=stream())
     one.graft(module)

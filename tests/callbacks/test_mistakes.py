@@ -34,7 +34,7 @@ def test_a_name_that_cannot_name_a_file_is_refused(name: str) -> None:
 
 def test_a_layer_that_is_no_path_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"layer must be .* got 3"):
-        NMC(layer=3)  # type: ignore[arg-type]
+        NMC(layer=3)
 
 
 def test_two_predictors_of_one_name_are_refused(make_trainer: Make) -> None:

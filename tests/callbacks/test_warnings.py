@@ -60,7 +60,7 @@ def test_a_head_that_goes_on_with_another_stream_says_so(make_trainer: Make) -> 
     head = NMC()
     for wanted in ([], [AGAIN]):
         trainer = make_trainer(strategy="gradient_free", callbacks=[head])
-        assert said(lambda t=trainer: t.fit(TimmClassifier("identity"), datamodule=stream())) == wanted  # type: ignore[misc]
+        assert said(lambda t=trainer: t.fit(TimmClassifier("identity"), datamodule=stream())) == wanted
     assert int(head.head.counts.sum()) == 2 * 899
 
 

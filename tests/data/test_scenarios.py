@@ -37,7 +37,7 @@ def labels(draw: st.DrawFn, unlabelled: bool = True) -> tuple[Labels, Labels]:
     train = draw(st.permutations(classes + draw(st.lists(any_row, max_size=60))))
     test = draw(st.lists(any_row, max_size=40))
     domains = st.integers(0, 4)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         Labels(
             np.array(rows, dtype=np.int64),
             np.array(draw(st.lists(domains, min_size=len(rows), max_size=len(rows))), dtype=np.int64),
@@ -302,7 +302,7 @@ def test_domain_order_by_id_by_name_and_by_seed() -> None:
     train = Labels(np.zeros(6, dtype=np.int64), np.array([3, 1, 1, 8, 3, 8]), {1: "photo", 3: "art", 8: "sketch"})
 
     def names(**arguments: object) -> list[str]:
-        return [s.name for s in DomainIncremental(**arguments).split(train, train)]  # type: ignore[arg-type]
+        return [s.name for s in DomainIncremental(**arguments).split(train, train)]
 
     assert names() == ["photo", "art", "sketch"]
     assert names(domain_order=[8, 1, 3]) == ["sketch", "photo", "art"]
@@ -421,7 +421,7 @@ def test_blurry_test_rows_follow_most_training_rows() -> None:
 )
 def test_blurry_refuses(arguments: dict[str, float], match: str) -> None:
     with pytest.raises(ArgumentError, match=match):
-        Blurry(**arguments)  # type: ignore[arg-type]
+        Blurry(**arguments)
 
 
 def test_blurry_refuses_an_experience_that_loses_everything() -> None:
@@ -479,7 +479,7 @@ def test_long_tailed_keeps_single_rows_and_refuses_wrong_arguments() -> None:
         with pytest.raises(ArgumentError, match="factor="):
             LongTailed(Joint(), factor=factor)
     with pytest.raises(ArgumentError, match="inner='joint'"):
-        LongTailed("joint", factor=0.5)  # type: ignore[arg-type]
+        LongTailed("joint", factor=0.5)
 
 
 # The rest ------------------------------------------------------------------------------------------------------------
@@ -521,4 +521,4 @@ def test_scenarios_pickle_and_have_names(scenario: Scenario, name: str, task_id:
     assert again == scenario
     assert (again.name, again.gives_task_id) == (name, task_id)
     if not isinstance(scenario, LongTailed):
-        assert type(scenario)(**asdict(scenario)) == scenario  # type: ignore[call-overload]
+        assert type(scenario)(**asdict(scenario)) == scenario

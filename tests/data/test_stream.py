@@ -193,7 +193,7 @@ def test_workers_change_nothing(make_trainer: Trainers) -> None:
     seen = []
     for num_workers in (0, 2):
         model = Watcher()
-        model.training_step = lambda batch, index, kept=(got := []), own=model: (  # type: ignore[method-assign,assignment,misc]
+        model.training_step = lambda batch, index, kept=(got := []), own=model: (
             kept.append(batch[0]) or own.weight.sum()
         )
         make_trainer().fit(model, datamodule=stream(train_transform=noisy, num_workers=num_workers))
@@ -219,9 +219,7 @@ def test_ranks_share_the_same_samples_and_pixels() -> None:
     def batches(rank: int, world_size: int) -> list[torch.Tensor]:
         data = stream(train_transform=noisy)
         data.setup("fit")
-        data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            global_rank=rank, world_size=world_size, current_epoch=1, lightning_module=None
-        )
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=1, lightning_module=None)
         return [inputs for inputs, _ in data.train_dataloader()]
 
     alone = torch.cat(batches(0, 1))
@@ -267,7 +265,7 @@ def test_a_warm_up_lengthens_the_first_experience(make_trainer: Trainers) -> Non
         epochs: list[tuple[int, str, int]]
 
         def on_train_epoch_start(self) -> None:
-            here = self.trainer.datamodule.experience_at(self.current_epoch)  # type: ignore[attr-defined]
+            here = self.trainer.datamodule.experience_at(self.current_epoch)
             self.epochs.append((here.index, here.phase, len(self.trainer.train_dataloader)))
 
     model = OneMore("identity", model_kwargs={"in_features": 64})
@@ -403,8 +401,8 @@ def test_the_modules_own_preprocessing_is_taken(make_trainer: Trainers) -> None:
 def test_a_given_preprocessing_is_kept(preprocessing: Any, make_trainer: Trainers) -> None:
     model = Watcher()
     seen: list[torch.Tensor] = []
-    model.data_config = {"input_size": (3, 32, 32)}  # type: ignore[assignment]
-    model.validation_step = lambda batch: seen.append(batch[0])  # type: ignore[method-assign,assignment,return-value]
+    model.data_config = {"input_size": (3, 32, 32)}
+    model.validation_step = lambda batch: seen.append(batch[0])
     data = StreamDataModule("digits", Joint(), preprocessing=preprocessing)
     make_trainer(limit_val_batches=1).validate(model, datamodule=data, verbose=False)
     digits = torch.from_numpy(load_digits().images[1::2][: len(seen[0])]).float()[:, None] / 16
@@ -622,7 +620,7 @@ def test_early_stopping_is_refused_on_a_stream_and_allowed_on_one_experience(mak
 def test_too_many_processes_for_an_experience_are_named() -> None:
     data = stream()
     data.setup("fit")
-    data.trainer = SimpleNamespace(global_rank=0, world_size=10, current_epoch=0, lightning_module=None)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(global_rank=0, world_size=10, current_epoch=0, lightning_module=None)
     with pytest.raises(DataError, match="experience 'classes 0-1': 9 rows cannot be shared by 10 processes"):
         data.train_dataloader()
 

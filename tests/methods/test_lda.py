@@ -21,7 +21,7 @@ def sample(per_class: list[int], width: int = 6, seed: int = 0) -> tuple[Tensor,
 
 
 def learned(features: Tensor, targets: Tensor, **options: float) -> LDAHead:
-    head = LDAHead(features.shape[1], **options)  # type: ignore[arg-type]
+    head = LDAHead(features.shape[1], **options)
     for start in range(0, len(features), 11):
         head.update(features[start : start + 11], targets[start : start + 11])
     return head

@@ -42,7 +42,7 @@ def sample(rows: int = 80, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_scores_follow_the_definition(metric: str) -> None:
     features, targets = sample()
     test, _ = sample(30, 1)
-    head = NearestMeanHead(7, metric=metric)  # type: ignore[arg-type]
+    head = NearestMeanHead(7, metric=metric)
     head.update(features, targets)
     expected = by_hand(metric, features.numpy(), targets.numpy(), test.numpy())
     np.testing.assert_allclose(head.scores_seen(test).numpy(), expected, rtol=1e-11, atol=1e-13)
@@ -72,7 +72,7 @@ def test_icarl_ranks_by_distance_as_by_cosine() -> None:
 def test_length_matters_to_euclidean_only(metric: str) -> None:
     features, targets = sample()
     test, _ = sample(100, 1)
-    head = NearestMeanHead(7, metric=metric)  # type: ignore[arg-type]
+    head = NearestMeanHead(7, metric=metric)
     head.update(features, targets)
     same = torch.equal(head.predict(test * 4), head.predict(test))
     assert same == (metric != "euclidean")
@@ -81,7 +81,7 @@ def test_length_matters_to_euclidean_only(metric: str) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_second_pass_changes_nothing(metric: str) -> None:
     features, targets = sample()
-    head = NearestMeanHead(7, metric=metric)  # type: ignore[arg-type]
+    head = NearestMeanHead(7, metric=metric)
     head.update(features, targets)
     means = head.means
     head.update(features, targets)
@@ -120,7 +120,7 @@ def test_a_zero_vector_counts_and_is_warned_about_once() -> None:
 
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(ArgumentError, match="janson"):
-        NearestMeanHead(2, metric="manhattan")  # type: ignore[arg-type]
+        NearestMeanHead(2, metric="manhattan")
 
 
 GOLDEN = {
@@ -134,7 +134,7 @@ GOLDEN = {
 @pytest.mark.parametrize("metric", METRICS)
 def test_digits_two_classes_a_stage(metric: str, digits: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     train, train_targets, test, test_targets = digits
-    head = NearestMeanHead(64, metric=metric)  # type: ignore[arg-type]
+    head = NearestMeanHead(64, metric=metric)
     accuracies = []
     for stage in range(5):
         now, seen = train_targets // 2 == stage, test_targets < 2 * stage + 2
@@ -148,7 +148,7 @@ def test_digits_two_classes_a_stage(metric: str, digits: tuple[Tensor, Tensor, T
 @pytest.mark.parametrize(("metric", "accuracy"), [("euclidean", 80.2), ("janson", 81.8)])
 def test_long_tailed_digits(metric: str, accuracy: float, long_tailed: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     train, train_targets, test, test_targets = long_tailed
-    head = NearestMeanHead(64, metric=metric)  # type: ignore[arg-type]
+    head = NearestMeanHead(64, metric=metric)
     head.update(train, train_targets)
     right = head.predict(test) == test_targets
     assert 100 * np.mean([right[test_targets == c].double().mean() for c in range(10)]) == pytest.approx(

@@ -14,7 +14,7 @@ DEVIATION = torch.tensor([0.1, 1.0, 2.0, 0.0, 3.0, 1.0, 1.0], dtype=torch.float6
 
 
 def drawn(count: int, **options: float) -> Tensor:
-    return torch.cat(list(pseudo_features(MEAN, DEVIATION, count, class_id=3, **options)))  # type: ignore[arg-type]
+    return torch.cat(list(pseudo_features(MEAN, DEVIATION, count, class_id=3, **options)))
 
 
 def test_rows_follow_the_definition() -> None:

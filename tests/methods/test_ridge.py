@@ -81,7 +81,7 @@ def test_order_does_not_matter(order: str) -> None:
 def test_fewer_samples_than_features() -> None:
     features, targets = sample(20, 50)
     for solver in ("gram", "recursive"):
-        head = learn(AnalyticHead(50, gamma=0.1, solver=solver), features, targets, 6)  # type: ignore[arg-type]
+        head = learn(AnalyticHead(50, gamma=0.1, solver=solver), features, targets, 6)
         assert error(head.weight, stacked_qr(features.numpy(), targets, 0.1)) <= 1e-10
 
 
@@ -120,7 +120,7 @@ def test_constant_column_is_regularised_like_the_others() -> None:
     features, targets = sample()
     design = np.hstack([features.numpy(), np.ones((70, 1))])
     for solver in ("gram", "recursive"):
-        head = learn(AnalyticHead(8, bias=True, solver=solver), features, targets, 9)  # type: ignore[arg-type]
+        head = learn(AnalyticHead(8, bias=True, solver=solver), features, targets, 9)
         expected = joint(design, targets, 1.0)
         assert error(head.weight, expected) <= 1e-10
         np.testing.assert_allclose(head.scores_seen(features), (design @ expected)[:, [0, 2, 5]], atol=1e-10)
@@ -247,7 +247,7 @@ def test_pfg_equals_ridge_on_real_and_pseudo_rows(solver: Any, batch: int, lift:
 def test_a_balanced_stream_needs_no_pseudo_features() -> None:
     features, _ = sample(60)
     targets = torch.arange(60) % 3
-    plain, *balanced = (AnalyticHead(8, balance=balance) for balance in ("none", "pfg", "expected", "reweight"))  # type: ignore[arg-type]
+    plain, *balanced = (AnalyticHead(8, balance=balance) for balance in ("none", "pfg", "expected", "reweight"))
     learn(plain, features, targets)
     for head in balanced:
         learn(head, features, targets)

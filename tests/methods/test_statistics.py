@@ -458,11 +458,11 @@ def test_sums_are_no_buffers() -> None:
 def test_device_moves_are_followed() -> None:
     statistics = filled(*sample())
     moved: list[torch.device] = []
-    statistics._move = moved.append  # type: ignore[method-assign]
+    statistics._move = moved.append
     for device in ("meta", "mps"):  # no values or no float64 there: stay
-        statistics._apply(lambda t, device=device: _Elsewhere(device))  # type: ignore[arg-type, return-value, misc]
+        statistics._apply(lambda t, device=device: _Elsewhere(device))
     assert moved == []
-    statistics._apply(lambda t: _Elsewhere("cuda:1"))  # type: ignore[arg-type, return-value]
+    statistics._apply(lambda t: _Elsewhere("cuda:1"))
     assert moved == [torch.device("cuda:1")]
 
 

@@ -283,7 +283,7 @@ def test_stage_chooses_the_row() -> None:
     assert plain(metric.compute()) == [[0.0], [1.0]]
     for value in (-1, 1.0, True, None):
         with pytest.raises(ArgumentError, match="stage is"):
-            metric.stage = value  # type: ignore[assignment]
+            metric.stage = value
     assert metric.stage == 1
 
 
@@ -541,7 +541,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
     folder: Path = tmp_path_factory.mktemp("gloo")
-    mp.spawn(work, args=(str(folder),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    mp.spawn(work, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

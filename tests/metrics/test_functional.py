@@ -54,7 +54,7 @@ def naive_seen(correct: Table, total: Table) -> list[float | None]:
 def naive_mean(values: list[float | None]) -> float | None:
     if not values or any(value is None for value in values):
         return None
-    return sum(values) / len(values)  # type: ignore[arg-type]
+    return sum(values) / len(values)
 
 
 def naive_forgetting(correct: Table, total: Table) -> float | None:

@@ -21,7 +21,7 @@ Trainers = Callable[..., pl.Trainer]
 
 def attached(model: TimmClassifier, **data: object) -> TimmClassifier:
     """The model as it stands in ``setup``, with a data module that has these attributes."""
-    model._trainer = SimpleNamespace(datamodule=SimpleNamespace(**data)) if data else SimpleNamespace()  # type: ignore[assignment]
+    model._trainer = SimpleNamespace(datamodule=SimpleNamespace(**data)) if data else SimpleNamespace()
     model.setup("fit")
     return model
 
@@ -184,7 +184,7 @@ def test_the_data_configuration_follows_size_and_channels() -> None:
 def test_the_loss_is_the_mean_over_labelled_rows() -> None:
     torch.manual_seed(0)
     model = TimmClassifier("identity", num_classes=4, model_kwargs={"in_features": 6}, label_smoothing=0.2)
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    model.log = lambda *args, **kwargs: None
     features, targets = torch.randn(5, 6), torch.tensor([0, 3, -1, 2, -1], dtype=torch.int32)
     logits = model(features).double()
     likelihood = logits - logits.exp().sum(1, keepdim=True).log()
