@@ -10,10 +10,10 @@ STAMP := $(VENV)/.setup-stamp
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format docs wheel clean
+.PHONY: help setup demo test test-slow test-gpu check format docs wheel package nightly benchmarks clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv and install clkit with everything it is developed with
 
@@ -49,7 +49,23 @@ docs: setup ## build the documentation; runs the tutorials, warnings are errors
 	@echo "==> docs/_build/html/index.html"
 
 wheel: setup ## build the wheel into dist/
+	rm -f dist/*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
+package: wheel ## install the built wheel alone in an empty environment and run the README's examples there
+	rm -rf build/package
+	$(PYTHON) -m venv build/package
+	build/package/bin/pip install --quiet dist/*.whl -c constraints.txt
+	build/package/bin/python .ci/readme_examples.py README.md
+
+nightly: test test-slow check docs package benchmarks ## everything that needs no data and no GPU; an hour or so
+
+benchmarks: setup ## the benchmarks that need no data
+	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/startup.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analytic.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trainer.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_stream.py
+
 clean: ## remove what was built, and .venv
-	rm -rf $(VENV) dist docs/_build docs/tutorials docs/api/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build docs/_build docs/tutorials docs/api/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis

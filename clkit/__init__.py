@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clkit.checkpoints import load_head as load_head
     from clkit.experience import Experience as Experience
+    from clkit.exporting import export as export
+    from clkit.forgetting import forget_samples as forget_samples
+    from clkit.merging import merge_checkpoints as merge_checkpoints
     from clkit.tap import FeatureTap as FeatureTap
 
 __version__ = "0.1.0.dev0"
@@ -19,11 +22,22 @@ __version__ = "0.1.0.dev0"
 _PLACES = {
     "Experience": "clkit.experience",
     "FeatureTap": "clkit.tap",
+    "export": "clkit.exporting",
+    "forget_samples": "clkit.forgetting",
     "load_head": "clkit.checkpoints",
+    "merge_checkpoints": "clkit.merging",
 }
-_SUBPACKAGES = ("callbacks", "data", "methods", "metrics", "models", "report", "strategies")
+_SUBPACKAGES = ("callbacks", "data", "methods", "metrics", "models", "report", "strategies", "testing")
 
-__all__ = ["Experience", "FeatureTap", "__version__", "load_head"]
+__all__ = [
+    "Experience",
+    "FeatureTap",
+    "__version__",
+    "export",
+    "forget_samples",
+    "load_head",
+    "merge_checkpoints",
+]
 
 
 def __getattr__(name: str) -> Any:

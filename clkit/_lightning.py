@@ -12,9 +12,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from clkit.errors import ConfigurationError, StateError
+from clkit.errors import ConfigurationError
+from clkit.saved import saved_entry
 
 __all__ = [
+    "accumulates",
     "callbacks_of",
     "cap_max_epochs",
     "datamodule_of",
@@ -30,6 +32,8 @@ __all__ = [
     "stream_position",
     "trained_batches",
 ]
+
+_LOOPS = "the checkpoint's loops, which are not those of a Lightning release that clkit knows"
 
 
 def _seen(owner: object, path: str) -> Any:
@@ -79,6 +83,12 @@ def processed_batches(trainer: pl.Trainer) -> int:
     return int(_seen(trainer, "fit_loop.epoch_loop.batch_progress.current.processed"))
 
 
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Whether the gradients of the batch just done wait for further batches before the optimizer steps."""
+    batches = _seen(trainer, "fit_loop.epoch_loop.batch_progress.current.ready")
+    return bool(batches % trainer.accumulate_grad_batches) and not is_last_batch(trainer)
+
+
 def started_epochs(trainer: pl.Trainer) -> int:
     """How many training epochs were begun."""
     return int(_seen(trainer, "fit_loop.epoch_progress.current.ready"))
@@ -92,7 +102,10 @@ def stream_position(trainer: pl.Trainer) -> tuple[int, int]:
     """
     started, batches = started_epochs(trainer), _seen(trainer, "fit_loop.epoch_loop.batch_progress.current")
     if trainer.current_epoch < started:
-        return trainer.current_epoch, processed_batches(trainer)
+        begun = (
+            _seen(trainer, "fit_loop.epoch_progress.current.started") == started
+        )  # else the count is the last epoch's
+        return trainer.current_epoch, processed_batches(trainer) if begun else 0
     if batches.ready == 0 or is_last_batch(trainer):
         return started, 0
     return started - 1, processed_batches(trainer)
@@ -153,18 +166,16 @@ def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     loops = checkpoint.get("loops")
     if not loops:  # a weights-only file has no loops
         return
-    try:
-        fit = loops["fit_loop"]
-        batch = fit["epoch_loop.batch_progress"]
-        validation = fit["epoch_loop.val_loop.batch_progress"]["current"]
-        epochs = [fit["epoch_progress"]["current"], fit["epoch_progress"]["total"]]
-        inner = fit["epoch_loop.state_dict"]
-        current, total = batch["current"], batch["total"]
-        loader_states = fit["state_dict"]
-    except (KeyError, TypeError) as error:
-        raise StateError(
-            f"the checkpoint's loop state has no {error}; it was not written by a Lightning release that clkit knows"
-        ) from error
+    fit = saved_entry(loops, "fit_loop", dict, _LOOPS)
+    batch = saved_entry(fit, "epoch_loop.batch_progress", dict, _LOOPS)
+    validation = _saved_progress(saved_entry(fit, "epoch_loop.val_loop.batch_progress", dict, _LOOPS), "current")
+    both = saved_entry(fit, "epoch_progress", dict, _LOOPS)
+    epochs = [_saved_progress(both, "current"), _saved_progress(both, "total")]
+    inner = saved_entry(fit, "epoch_loop.state_dict", dict, _LOOPS)
+    current, total = _saved_progress(batch, "current"), _saved_progress(batch, "total")
+    loader_states = saved_entry(fit, "state_dict", dict, _LOOPS)
+    saved_entry(batch, "is_last_batch", bool, _LOOPS)
+    saved_entry(inner, "_batches_that_stepped", int, _LOOPS)
     epoch = epochs[0]
     if validation["processed"] < validation["ready"]:  # saved inside a validation: run the whole validation again
         validation["completed"] = validation["processed"] = 0
@@ -175,6 +186,7 @@ def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         for progress in epochs:
             progress["processed"] = progress["completed"] = progress["ready"] - 1
         return
+    begins = epoch["started"] < epoch["ready"]  # in `on_train_epoch_start`: the batches are those of the epoch before
     on_last_batch = (
         batch["is_last_batch"] and epoch["processed"] < epoch["ready"] and current["completed"] < current["processed"]
     )
@@ -183,9 +195,18 @@ def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     if on_last_batch:
         inner["_batches_that_stepped"] += 1
         total["completed"] = total["processed"]
-    if on_last_batch or epoch["processed"] == epoch["ready"]:  # the epoch is over: say so
+    over = on_last_batch or epoch["processed"] == epoch["ready"]
+    if over:  # say so
         for progress in epochs:
             progress["started"] = progress["processed"] = progress["completed"] = progress["ready"]
+    if over or begins:
         batch["is_last_batch"] = False
         current.update(dict.fromkeys(current, 0))
         loader_states.pop("combined_loader", None)
+
+
+def _saved_progress(state: dict[str, Any], name: str) -> dict[str, int]:
+    progress: dict[str, int] = saved_entry(state, name, dict, _LOOPS)
+    for count in {"ready", "started", "processed", "completed", *progress}:
+        saved_entry(progress, count, int, _LOOPS)
+    return progress

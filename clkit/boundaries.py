@@ -12,23 +12,32 @@ Where no data module gives a schedule (plain loaders), one ``fit`` is one experi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-import torch
+from torch import Tensor
 
 from clkit._lightning import callbacks_of, datamodule_of, is_last_batch
+from clkit.accumulation import restore_gradients, saved_gradients
+from clkit.errors import StateError
 from clkit.experience import Experience
-from clkit.random_state import capture_random_state, restore_random_state
+from clkit.processes import gathered
+from clkit.random_state import capture_random_state, check_random_state, restore_random_state
+from clkit.saved import saved_entry, saved_list
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule"]
+
+_OWNER = "the position in the stream"
 
 
 class BoundaryPhase(IntEnum):
     """When a part hears of a boundary, relative to the others: small numbers first.
+
+    Of an experience's start, parts in ``EVALUATE`` hear before all others: what they still have to measure belongs to
+    the experience before.
 
     A part says so by an attribute ``boundary_phase``; without it, it hears in ``LEARN``.
     """
@@ -65,6 +74,8 @@ class Boundaries:
         self.current: Experience | None = None
         self.running = False
         self._random: list[dict[str, Any]] | None = None  # of a loaded checkpoint, one a process
+        self._gradients: list[dict[str, Tensor]] = []  # the same
+        self._epoch: int | None = None  # the last in which a batch's start was looked at
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> Boundaries:
@@ -90,10 +101,13 @@ class Boundaries:
     # ---- the moments, in the order in which Lightning has them
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A resumed run takes up its random state, and the end of an experience whose hooks were lost."""
+        """A resumed run takes up random state and gradients, and the end of an experience whose hooks were lost."""
         if self._random is not None and len(self._random) == trainer.world_size:
             restore_random_state(self._random[trainer.global_rank])
-        self._random = None
+        if len(self._gradients) == trainer.world_size:
+            restore_gradients(module, self._gradients[trainer.global_rank])
+        self._random = self._epoch = None
+        self._gradients = []
         schedule = _schedule(trainer)
         if not self.running or schedule is None or self.current is None:
             return
@@ -103,6 +117,9 @@ class Boundaries:
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The start is announced here, since a resume may skip ``on_train_epoch_start``."""
+        if self.running and self._epoch == trainer.current_epoch:  # nothing changes within an epoch
+            return
+        self._epoch = trainer.current_epoch
         now = self.upcoming(trainer)
         if self.running and self.current is not None:
             if now.index == self.current.index:
@@ -141,14 +158,52 @@ class Boundaries:
     def state_dict(self) -> dict[str, Any]:
         """The experience's fields, whether it runs, and the random state of each process; a call on all processes."""
         current = None if self.current is None else {**asdict(self.current), "classes": list(self.current.classes)}
-        return {"experience": current, "running": self.running, "random": _of_all_processes(capture_random_state())}
+        random = gathered(capture_random_state(), "their random states")
+        return {"experience": current, "running": self.running, "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where :meth:`state_dict` left off; every follower of a trainer holds the same."""
-        saved = state["experience"]
-        self.current = None if saved is None else Experience(**{**saved, "classes": tuple(saved["classes"])})
-        self.running = bool(state["running"])
-        self._random = list(state["random"])
+        """Takes up where :meth:`state_dict` left off; every follower of a trainer holds the same.
+
+        Raises:
+            StateError: If it is none; nothing is changed then.
+        """
+        current, running = self.saved_experience(state), saved_entry(state, "running", bool, _OWNER)
+        if running and current is None:
+            raise StateError(f"{_OWNER}: the saved state says that an experience runs, and names none")
+        states = saved_list(state, "random", dict, _OWNER)
+        for each in states:
+            check_random_state(each)
+        self.current, self.running, self._random = current, running, states
+
+    def load_gradients(self, checkpoint: dict[str, Any]) -> None:
+        """Takes gradients that wait for further batches from a whole checkpoint; they are not a callback's own.
+
+        Raises:
+            StateError: If they are damaged.
+        """
+        self._gradients = saved_gradients(checkpoint)
+
+    @staticmethod
+    def saved_experience(state: Any) -> Experience | None:
+        """The experience of a saved position.
+
+        Raises:
+            StateError: If the position is none.
+        """
+        saved = saved_entry(state, "experience", dict | None, _OWNER)
+        if saved is None:
+            return None
+        phase = saved_entry(saved, "phase", str, _OWNER)
+        if phase not in ("warmup", "learn") or saved.keys() != {field.name for field in fields(Experience)}:
+            raise StateError(f"{_OWNER}: the saved state has an experience {saved!r}, which this clkit does not know")
+        return Experience(
+            index=saved_entry(saved, "index", int, _OWNER),
+            name=saved_entry(saved, "name", str, _OWNER),
+            phase="warmup" if phase == "warmup" else "learn",
+            classes=tuple(saved_list(saved, "classes", int, _OWNER)),
+            train_samples=saved_entry(saved, "train_samples", int | None, _OWNER),
+            eval_samples=saved_entry(saved, "eval_samples", int | None, _OWNER),
+        )
 
     # ----
 
@@ -166,27 +221,26 @@ class Boundaries:
         _announce(trainer, module, "on_experience_end", self.current)
 
 
-def _of_all_processes(value: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:
     # `datamodule_of(trainer)` exists only once something was attached
     datamodule = datamodule_of(trainer)
-    return datamodule if isinstance(datamodule, StreamSchedule) else None
+    # the protocol's form, asked directly: `isinstance` with a protocol costs as much as a small step
+    follows = hasattr(datamodule, "experience_at") and hasattr(datamodule, "is_last_epoch")
+    return datamodule if follows else None
 
 
 def _announce(trainer: pl.Trainer, module: pl.LightningModule, what: str, experience: Experience) -> None:
-    for part in _parts(trainer):
+    for part in _parts(trainer, what):
         hear = getattr(part, what, None)
         if hear is not None:
             hear(trainer, module, experience)
 
 
-def _parts(trainer: pl.Trainer) -> Iterator[Any]:
+def _parts(trainer: pl.Trainer, what: str) -> Iterator[Any]:
+    def order(part: Any) -> tuple[bool, int]:
+        phase = int(getattr(part, "boundary_phase", BoundaryPhase.LEARN))
+        # what measures is first at a start: the experience before may not be measured yet, and others change or forget
+        return what == "on_experience_start" and phase < BoundaryPhase.EVALUATE, phase
+
     parts: list[Any] = [trainer.strategy, *callbacks_of(trainer)]
-    return iter(sorted(parts, key=lambda part: int(getattr(part, "boundary_phase", BoundaryPhase.LEARN))))
+    return iter(sorted(parts, key=order))

@@ -2,56 +2,142 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import re
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clkit.errors import ArgumentError, StateError
+from clkit.files import whole_file
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
-from clkit.methods.head import Head
+from clkit.methods._saved import check_saved, check_saved_ids
+from clkit.methods.head import FORMAT, Head
+from clkit.methods.linear_readout import LinearReadout
+from clkit.saved import check_format, saved_entry
 
-__all__ = ["load_head", "read_checkpoint"]
+__all__ = [
+    "EXPORTED",
+    "MERGED",
+    "build_head",
+    "head_entries",
+    "load_head",
+    "name_of",
+    "read_checkpoint",
+    "write_checkpoint",
+]
 
 HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnalyticHead, LDAHead, NearestMeanHead)}
 
-# what torch.load raises for damaged bytes, found by flipping them
-DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AssertionError, TypeError)
+EXPORTED = "clkit_export"
+"""Marks an exported file; the value is its format."""
+
+MERGED = "clkit_merged"
+"""Marks a checkpoint made of several, which no fit can go on from; the value lists their names."""
+
+# what torch.load and zipfile raise for damaged bytes, found by flipping them
+DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    TypeError,
+)
+_FOLDER = 0x10  # of a zip entry's external attributes
+_REFUSED = re.compile(r"Unsupported global: GLOBAL (\S+)|Trying to call reduce for unrecognized function (.+)")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """Loads a checkpoint file without executing anything in it.
+
+    The checksums of the file are compared first: torch alone would take flipped bytes in a tensor for its values.
 
     Args:
         path: A file that Lightning wrote.
+        map_location: Where tensors go, as :func:`torch.load` takes it.
+        weights_only: ``False`` trusts the file, whose objects may then execute anything.
 
     Raises:
         ArgumentError: If there is no such file.
         StateError: If it is damaged, or holds objects other than tensors and plain values.
     """
     if not Path(path).is_file():
-        raise ArgumentError(f"path={str(path)!r} is not a file; give the path of a checkpoint")
+        what = "a folder" if Path(path).is_dir() else "not a file"
+        raise ArgumentError(f"path={str(path)!r} is {what}; give the path of a checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if weights_only or zipfile.is_zipfile(path):  # trusted files may be of torch's oldest form, which has no sums
+            _compare_checksums(path)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
     except DAMAGED as error:
+        if refused := _REFUSED.search(str(error)):
+            name = (refused.group(1) or refused.group(2)).strip()
+            raise StateError(
+                f"{path} holds more than tensors and plain values: reading it would call {name}; nothing in it was "
+                "executed. Take files from somebody you trust, and save plain values only"
+            ) from error
         reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise StateError(f"{path} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
+        raise StateError(
+            f"{path} cannot be read as a checkpoint: it is damaged or of another kind ({reason}); take an earlier one"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise StateError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Saves a dictionary as Lightning does, whole or not at all.
+
+    Args:
+        checkpoint: Tensors and plain values.
+        path: The file; replaced where it exists.
+
+    Raises:
+        WriteError: If it cannot be written; the file of that name from before is unchanged.
+    """
+    buffer = io.BytesIO()  # torch itself, writing to a full disk, says "unexpected pos 704 vs 598"
+    torch.save(checkpoint, buffer)
+    with whole_file(path) as draft:
+        draft.write_bytes(buffer.getbuffer())
+
+
+def _compare_checksums(path: str | Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        folders = [entry.filename for entry in entries if entry.external_attr & _FOLDER]
+        if folders:  # torch reads no bytes for them, and takes what happens to be in memory
+            raise ValueError(f"{folders[0]} is marked as a folder")
+        if not any(entry.CRC for entry in entries):  # saved after `set_crc32_options(False)`
+            return
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def load_head(path: str | Path, name: str) -> Any:
     """The head that a callback had learned when a checkpoint was saved, ready to predict on features.
 
     Args:
-        path: The checkpoint file.
+        path: The checkpoint file, or a ``.pt`` file that :func:`clkit.export` wrote.
         name: The callback's ``name``: ``"aef_ocl"``, ``"nmc"``, ``"lda"``, or what it was given.
 
     Returns:
         The head: an :class:`~clkit.methods.AnalyticHead`, :class:`~clkit.methods.NearestMeanHead` or
-        :class:`~clkit.methods.LDAHead`.
+        :class:`~clkit.methods.LDAHead`; of an exported file, which holds no sums, a linear layer with ``forward`` and
+        ``predict`` alone.
 
     Raises:
         ArgumentError: If there is no such file, or no head of that name in it; the message lists those there are.
@@ -67,20 +153,74 @@ def load_head(path: str | Path, name: str) -> Any:
         ...     load_head(f"{folder}/run.ckpt", "nmc").predict(torch.tensor([[0.2, 3.0]]))
         tensor([9])
     """
-    entries = read_checkpoint(path).get("callbacks", {})
-    states = {
-        str(key).partition("(")[2].removesuffix(")"): entry["head"]
+    checkpoint = read_checkpoint(path)
+    if EXPORTED in checkpoint:
+        return _exported_head(checkpoint, path, name)
+    named = {name_of(key): entry["head"] for key, entry in head_entries(checkpoint).items()}
+    if name not in named:
+        raise ArgumentError(f"{path} has no head named {name!r}; it has {sorted(named) or 'none'}")
+    return build_head(named[name], f"{path}: the head {name!r}")
+
+
+def head_entries(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the callbacks with a learned head have saved, by their key in the checkpoint."""
+    entries = checkpoint.get("callbacks", {})
+    if not isinstance(entries, dict):
+        raise StateError(f"'callbacks' of the checkpoint is a {type(entries).__name__}, not a dictionary")
+    return {
+        str(key): entry
         for key, entry in entries.items()
-        if isinstance(entry, dict) and entry.get("head") is not None
+        if isinstance(entry, dict) and isinstance(entry.get("head"), dict)
     }
-    if name not in states:
-        raise ArgumentError(f"{path} has no head named {name!r}; it has {sorted(states) or 'none'}")
-    state = states[name]
-    options = dict(state["_extra_state"])
-    kind = options.pop("head")
-    options.pop("format")  # checked by the head when it loads
+
+
+def name_of(key: str) -> str:
+    """The ``name`` of the callback that saved under a key.
+
+    Example:
+        >>> name_of("NMC(first)")
+        'first'
+    """
+    return key.partition("(")[2].removesuffix(")")
+
+
+def build_head(state: dict[str, Any], what: str) -> Head:
+    """A head out of its saved state.
+
+    Args:
+        state: What a head's ``state_dict`` gave.
+        what: Begins the message of an error.
+
+    Raises:
+        StateError: If it is of a kind or a format that this clkit does not know, or damaged.
+    """
+    options = dict(saved_entry(state, "_extra_state", dict, what))
+    check_format(options, FORMAT, what)
+    kind = saved_entry(options, "head", str, what)
     if kind not in HEADS:
-        raise StateError(f"{path}: the head {name!r} is a {kind!r}, this clkit knows {sorted(HEADS)}")
-    head = HEADS[kind](**options)
+        raise StateError(f"{what} is a {kind!r}, this clkit knows {sorted(HEADS)}")
+    arguments = {name: value for name, value in options.items() if name not in ("format", "head")}
+    try:
+        head = HEADS[kind](**arguments)
+    except (ArgumentError, TypeError, RuntimeError, MemoryError, OverflowError) as error:  # of absurd size
+        reason = str(error).splitlines()[0]
+        raise StateError(f"{what}: no {kind} can be made with the saved options {arguments}: {reason}") from error
     head.load_state_dict(state)
     return head
+
+
+def _exported_head(exported: dict[str, Any], path: str | Path, name: str) -> LinearReadout:
+    check_format({"format": exported[EXPORTED]}, 1, str(path))
+    saved = saved_entry(exported, "head", dict, str(path))
+    if saved_entry(saved, "name", str, str(path)) != name:
+        raise ArgumentError(f"{path} has no head named {name!r}; it has {[saved['name']]}")
+    ids = check_saved_ids(f"{path}: classes", saved.get("classes"))
+    weight = saved_entry(saved, "weight", torch.Tensor, str(path))
+    shape = (ids.size, weight.shape[1] if weight.ndim == 2 else -1)
+    if not ids.size:
+        raise StateError(f"{path}: the head has no classes; the file is damaged")
+    return LinearReadout(
+        torch.from_numpy(ids),
+        check_saved(f"{path}: weight", weight, shape, weight.dtype),
+        check_saved(f"{path}: bias", saved.get("bias"), (ids.size,), weight.dtype),
+    )

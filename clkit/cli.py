@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from clkit import __version__
 from clkit.recipes import read_recipe, recipe_lines
@@ -20,6 +21,18 @@ TRAINER_COMMANDS = {
     "validate": "evaluate a checkpoint on the validation samples",
     "test": "evaluate a checkpoint on the test samples",
     "predict": "write predictions.csv for the test samples",
+}
+
+FILE_COMMANDS = {
+    "merge": "add up what the heads of several checkpoints have learned",
+    "forget": "take samples out of what the heads of a checkpoint have learned",
+    "export": "write a network with a learned head as its classifier, for use without clkit",
+}
+
+FILE_NOTES = {
+    "merge": "The result is for evaluation and export; no fit can go on from it.",
+    "forget": "The result equals a run without them, and can be resumed.",
+    "export": "A .pt file is a dictionary that torch and timm read; a .pt2 file is a program of torch.export.",
 }
 
 
@@ -47,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from clkit.demo import run_demo
 
         return run_demo(options.folder)
+    if options.command in FILE_COMMANDS:
+        from clkit.file_commands import run_file_command
+
+        return run_file_command(options)
     parser.print_help()
     return 0
 
@@ -66,7 +83,30 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", help="the recipe to print")
     demo = commands.add_parser("demo", help="see what this is good for: three small runs on handwritten digits")
     demo.add_argument("--folder", default="runs/demo", help="where the results go (default: %(default)s)")
+    _add_file_commands(commands)
     return parser
+
+
+def _add_file_commands(commands: Any) -> None:
+    merge, forget, export = (
+        commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {FILE_NOTES[name]}")
+        for name, text in FILE_COMMANDS.items()
+    )
+    merge.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="two or more checkpoint files")
+    for command in (forget, export):
+        command.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint file")
+    forget.add_argument(
+        "--samples", required=True, metavar="FILE.npz", help="features (N, D) and targets (N,), or ids (N,)"
+    )
+    forget.add_argument("--heads", metavar="A,B", help="names of the heads that shall forget (default: all)")
+    export.add_argument("--head", metavar="NAME", help="which head, where there are several")
+    for command in (forget, export):
+        command.add_argument(
+            "--config", metavar="FILE", help="the run's settings (default: config.yaml in the folder of the run)"
+        )
+    for command, name in ((merge, "MERGED.ckpt"), (forget, "LESS.ckpt"), (export, "MODEL.pt|MODEL.pt2")):
+        command.add_argument("-o", "--output", required=True, metavar=name, help="the file to write")
+        command.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def _recipes(name: str | None) -> int:

@@ -15,10 +15,13 @@ __all__ = [
     "BatchError",
     "ClkitError",
     "ConfigurationError",
+    "ContractError",
     "DataError",
     "NotFittedError",
+    "ProcessLostError",
     "StateError",
     "TapError",
+    "WriteError",
 ]
 
 
@@ -55,3 +58,15 @@ class DataError(ClkitError, RuntimeError):
 
 class ConfigurationError(ClkitError, RuntimeError):
     """Two settings of a run exclude each other, or one is missing."""
+
+
+class WriteError(ClkitError, OSError):
+    """A file could not be written: disk full, no permission. The file of that name from before is unchanged."""
+
+
+class ProcessLostError(ClkitError, RuntimeError):
+    """Another process of the run died, or did not answer in time; the last checkpoint is whole."""
+
+
+class ContractError(ClkitError, AssertionError):
+    """A method breaks a rule of the contract in :mod:`clkit.testing`; the message names the rule."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clkit.batch import BatchReader, read_batch, read_inputs
 from clkit.errors import BatchError, TapError
+from clkit.processes import share_buffers
 from clkit.tap import FeatureTap, Tapped
 
 __all__ = ["BatchObserver", "FeaturesFrom"]
@@ -121,13 +122,17 @@ class BatchObserver:
                 )
             self._evaluated = self._extra_pass(trainer, module)
 
+    def source(self, wanted: FeaturesFrom) -> Literal["shared", "eval"]:
+        """Which pass answers: the extra one, where there was one and it is wanted, or that which happens anyway."""
+        return "eval" if wanted != "shared" and self._evaluated is not None else "shared"
+
     def features(self, source: FeaturesFrom = "shared") -> Tensor:
         """Features (B, D) of the open batch, detached, in the dtype of the forward pass.
 
         Raises:
             TapError: If nothing passed the tap, or another number of rows than the batch has.
         """
-        tapped = self._evaluated if source != "shared" and self._evaluated is not None else self._shared
+        tapped = self._evaluated if self.source(source) == "eval" else self._shared
         if tapped is None:
             raise TapError(
                 f"no features passed the tap at {self.tap.point!r} in this batch: the step did not run the tapped "
@@ -176,6 +181,7 @@ class BatchObserver:
         )
 
     def _extra_pass(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tapped:
+        share_buffers(trainer.strategy.model)
         heard: list[Tapped] = []
         listener = self.tap.listen(lambda tapped: heard.append(_detached(tapped)))
         armed, self._armed = self._armed, False  # this pass is not the one that happens anyway

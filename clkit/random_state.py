@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["capture_random_state", "restore_random_state"]
+from clkit.errors import StateError
+
+__all__ = ["capture_random_state", "check_random_state", "restore_random_state"]
 
 
 def capture_random_state() -> dict[str, Any]:
@@ -43,7 +45,34 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(_python_state(state))
+    np.random.set_state(_numpy_state(state))  # noqa: NPY002  as above
+
+
+def check_random_state(state: dict[str, Any]) -> None:
+    """Refuses what :func:`capture_random_state` never gave, by trying it on generators that nobody uses.
+
+    Raises:
+        StateError: If it is none; no generator of the process is touched.
+
+    Example:
+        >>> check_random_state(capture_random_state())
+    """
+    try:
+        torch.Generator().set_state(state["torch"])
+        if not all(isinstance(each, torch.Tensor) and each.dtype == torch.uint8 for each in state["cuda"]):
+            raise TypeError("states of CUDA devices must be tensors of bytes")
+        random.Random().setstate(_python_state(state))
+        np.random.RandomState().set_state(_numpy_state(state))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise StateError(f"the saved random state cannot be taken up ({error}): the file is damaged") from error
+
+
+def _python_state(state: dict[str, Any]) -> tuple[Any, ...]:
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
+    return version, tuple(words.tolist()), gauss
+
+
+def _numpy_state(state: dict[str, Any]) -> tuple[Any, ...]:
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002  as above
+    return name, keys.numpy().astype(np.uint32), position, has_gauss, cached

@@ -142,6 +142,14 @@ class FeatureTap:
         return None if self.classifier is None else _path(self._module, self.classifier)
 
     @property
+    def branches(self) -> tuple[tuple[nn.Module, ...], ...]:
+        """The layers whose input is read: in each branch side by side, and several branches for a distilled pair.
+
+        Nothing where an output is read.
+        """
+        return self._place.branches
+
+    @property
     def width(self) -> int | None:
         """D, from the classifier or the last delivered forward; ``None`` before that where the classifier tells not."""
         return self._place.width if self._relay.width is None else self._relay.width

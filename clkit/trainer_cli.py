@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 import sys
@@ -19,10 +20,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from clkit._lightning import callbacks_of
 from clkit.callbacks import StreamEvaluation
-from clkit.errors import ClkitError, ConfigurationError
+from clkit.checkpoint_io import read_run
+from clkit.errors import ArgumentError, ClkitError, ConfigurationError
 from clkit.registry import STRATEGIES
 
-__all__ = ["StreamCLI", "run", "summary"]
+__all__ = ["StreamCLI", "refusal", "run", "summary"]
 
 # Short names in YAML are looked up among the classes that are imported; these are offered where a name is misspelt.
 _NAMESPACES = [
@@ -41,6 +43,18 @@ _NAMESPACES = [
 
 class _Parser(LightningArgumentParser):
     """Says in one line what is wrong before jsonargparse says it in forty."""
+
+    def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Any:
+        """Reads a file of settings; one that cannot be read is named."""
+        try:
+            settings = yaml.safe_load(Path(str(cfg_path)).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"{cfg_path} is no file of settings: {error}")
+        if not isinstance(settings, dict):
+            self.error(
+                f"{cfg_path} is no file of settings: it holds a {type(settings).__name__}, not names with values"
+            )
+        return super().parse_path(cfg_path, *arguments, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser inside another: the outer one speaks
@@ -109,8 +123,19 @@ class StreamCLI(LightningCLI):
             }
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A checkpoint that cannot be used is refused before anything is made for it."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and path not in ("best", "last", "hpc") and ":" not in str(path):  # those Lightning looks up
+            if not Path(path).is_file():
+                what = "a folder" if Path(path).is_dir() else "not a file"
+                raise ArgumentError(f"ckpt_path={str(path)!r} is {what}; give the path of a checkpoint")
+            read_run(path)
+
     def before_instantiate_classes(self) -> None:
-        """Names that Lightning would refuse with a traceback are refused here in one line."""
+        """What Lightning would refuse with a traceback is refused here in one line, or, if it is plain, done."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         ours = f"clkit's own are {', '.join(STRATEGIES)}"
         _check_name(
@@ -120,6 +145,10 @@ class StreamCLI(LightningCLI):
         _check_name(
             "trainer.accelerator", config.trainer.accelerator, accelerators, f"there are {', '.join(accelerators)}"
         )
+        if config.trainer.enable_progress_bar is False:  # a recipe may name a bar in its list of callbacks
+            callbacks = config.trainer.callbacks
+            listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+            config.trainer.callbacks = [each for each in listed if not each.class_path.endswith("ProgressBar")]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -129,29 +158,55 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: The command and its options; those of the process by default.
 
     Returns:
-        0, or 1 where clkit refused a setting (the message is on standard error).
+        0, or 2 where clkit refused a setting or a file (the message is on standard error).
     """
     sys.path.insert(0, str(Path.cwd()))  # classes of the user's own, as with `python script.py`
     try:
         StreamCLI(arguments)
-    except ClkitError as error:
-        refused: Exception = error
-    except FileNotFoundError as error:
-        if not str(error).startswith("Checkpoint"):
+    except (ValueError, KeyError, RuntimeError, OSError, ClkitError) as error:
+        said = _said_of(error)
+        if said is None:
             raise
-        refused = error
-    except ValueError as error:  # jsonargparse wraps what a constructor raises
-        cause = _refusal(error)
-        if cause is None:
-            raise
-        refused = cause
-    else:
-        return 0
-    sys.stderr.write(f"clkit: {refused}\n")
-    return 1
+        sys.stderr.write(f"clkit: {said}\n")
+        return 2
+    return 0
 
 
-def _refusal(error: BaseException | None) -> ClkitError | None:
+def _said_of(error: Exception) -> str | None:
+    """One line for an error that a setting or a file can cause, ``None`` for one that is the code's own."""
+    cause = refusal(error) if isinstance(error, ClkitError | ValueError) else None  # jsonargparse wraps in ValueError
+    if cause is not None:
+        return str(cause)
+    text = str(error.args[0]) if error.args else ""
+    if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict for"):
+        return _weights_mismatch(text)
+    if isinstance(error, KeyError) and text.startswith("Trying to restore optimizer state"):
+        return (
+            "the checkpoint holds weights only (ModelCheckpoint with save_weights_only=true): no fit can go on from "
+            "it; take one that was saved whole"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'a file'} could not be written: {error.strerror}; make room and resume"
+    return None
+
+
+def _weights_mismatch(message: str) -> str:
+    """What torch says over many lines of weights that do not fit, in one: the first difference and what to do."""
+    problems = [line.strip().rstrip(".") for line in message.splitlines()[1:] if line.strip()]
+    first = re.sub(r"torch\.Size\((\[[^\]]*\])\)", r"\1", problems[0])
+    first = first.replace("copying a param with shape", "shape").replace("the shape in current model is", "and here")
+    names, more = first.partition(": ")[2].split(", "), len(problems) - 1
+    if "key(s)" in first:  # a list of names
+        first, more = f"{first.partition(': ')[0]}: {names[0]}", more + len(names) - 1
+    others = f" (and {more} more)" if more else ""
+    return (
+        f"the checkpoint has the weights of another network: {first}{others}; give the model it was trained with, "
+        "for instance by the config.yaml in the folder of its run"
+    )
+
+
+def refusal(error: BaseException | None) -> ClkitError | None:
+    """The error of clkit that caused another, if there is one: jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, ClkitError):
         error = error.__cause__ or error.__context__
     return error
@@ -185,7 +240,7 @@ def summary(message: str, known: Iterable[str] = ()) -> str:
         >>> summary("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["trainer.max_epochs"])
         "there is no setting 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"
     """
-    if "Problems parsing config" in message:
+    if "is no file of settings" in message:
         return " ".join(message.split())
     if found := _NO_OPTION.search(message):
         name = found.group(1) or found.group(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -22,7 +23,15 @@ from clkit.models import TimmClassifier
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.M | re.S)
-PACKAGES = ("clkit.methods", "clkit.callbacks", "clkit.strategies", "clkit.data", "clkit.metrics", "clkit.models")
+PACKAGES = (
+    "clkit.methods",
+    "clkit.callbacks",
+    "clkit.strategies",
+    "clkit.data",
+    "clkit.metrics",
+    "clkit.models",
+    "clkit.testing",
+)
 MODULES = ("clkit", "clkit.errors", "clkit.boundaries", "clkit.tap")
 
 
@@ -56,6 +65,7 @@ def quiet_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's own bars and tables are not what a page says that a block prints."""
     original = pl.Trainer.__init__
 
+    @functools.wraps(original)  # a command line reads the signature
     def quiet(self: pl.Trainer, **options: Any) -> None:
         original(self, **{"enable_progress_bar": False, "enable_model_summary": False, **options})
 
@@ -80,6 +90,7 @@ def test_blocks_of_a_page_run_and_print_what_the_page_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "docs" / "snippets")  # files that a page shows and then imports
     monkeypatch.delenv("CLKIT_DATA", raising=False)
     quiet_trainers(monkeypatch)
     torch.manual_seed(0)

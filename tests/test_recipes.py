@@ -202,6 +202,6 @@ def test_data_that_are_not_there_are_named_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = str(recipe_folder() / "paper" / "core50.yaml")
-    assert main(["fit", "--config", recipe, *SMALL, "--data.root", str(tmp_path), "--trainer.accelerator", "cpu"]) == 1
+    assert main(["fit", "--config", recipe, *SMALL, "--data.root", str(tmp_path), "--trainer.accelerator", "cpu"]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clkit: ")]
     assert error == [f"clkit: folder:core50: nothing is at {tmp_path / 'core50'}"]

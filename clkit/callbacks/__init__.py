@@ -3,6 +3,7 @@
 from clkit.callbacks.aef_ocl import AEFOCL
 from clkit.callbacks.base import Predictor, StreamCallback
 from clkit.callbacks.evaluation import StreamEvaluation
+from clkit.callbacks.features import FeatureCallback
 from clkit.callbacks.graft import ungraft
 from clkit.callbacks.head import HeadCallback
 from clkit.callbacks.lda import LDA
@@ -16,6 +17,7 @@ __all__ = [
     "AEFOCL",
     "LDA",
     "NMC",
+    "FeatureCallback",
     "HeadCallback",
     "Predictor",
     "StreamCallback",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,55 +14,114 @@ from torch import Tensor
 
 from clkit._lightning import datamodule_of
 from clkit.callbacks.base import MODULE, Predictor, scores_of
+from clkit.errors import StateError
 from clkit.observer import BatchObserver
+from clkit.processes import gathered
+from clkit.saved import saved_entry
 
-__all__ = ["Allowed", "ModulePredictor", "Recorded", "Recorder", "Row", "allowed_for", "diagonal", "share", "tables"]
+__all__ = ["Allowed", "ModulePredictor", "Recorded", "Recorder", "Row", "allowed_for", "packed", "tables", "unpacked"]
 
 Ids = npt.NDArray[np.int64]
 
 
 @dataclass
 class Row:
-    """What one predictor got right on one evaluation: counts by experience and by class, and the confusions."""
+    """What one predictor got right on one evaluation.
 
-    correct: dict[int, int] = field(default_factory=dict)
-    total: dict[int, int] = field(default_factory=dict)
-    pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # (class, predicted class) -> samples
+    Attributes:
+        experiences: (n, 3) experience, correct, samples; sorted.
+        pairs: (m, 3) class, predicted class (-1 for none, or for any other), samples; sorted.
+    """
+
+    experiences: Ids = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
+    pairs: Ids = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
 
     @classmethod
     def of(cls, experiences: Ids, targets: Ids, predicted: Ids) -> Row:
-        row = cls()
-        for experience in np.unique(experiences):
-            own = experiences == experience
-            row.total[int(experience)] = int(own.sum())
-            row.correct[int(experience)] = int((targets[own] == predicted[own]).sum())
-        pairs, counts = np.unique(np.stack([targets, predicted]), axis=1, return_counts=True)
-        row.pairs = {(int(t), int(p)): int(n) for (t, p), n in zip(pairs.T, counts, strict=True)}
-        return row
+        one = np.ones_like(targets)
+        return cls(
+            _summed(experiences[:, None], np.stack([(targets == predicted).astype(np.int64), one], axis=1)),
+            _summed(np.stack([targets, predicted], axis=1), one[:, None]),
+        )
 
-    def by_class(self) -> tuple[dict[int, int], dict[int, int]]:
-        correct: dict[int, int] = {}
-        total: dict[int, int] = {}
-        for (target, predicted), count in self.pairs.items():
-            total[target] = total.get(target, 0) + count
-            correct[target] = correct.get(target, 0) + count * (target == predicted)
-        return correct, total
+    @cached_property
+    def classes(self) -> Ids:
+        """(k, 3) class, correct, samples; sorted."""
+        target, predicted, count = self.pairs.T
+        return _summed(target[:, None], np.stack([count * (target == predicted), count], axis=1))
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        rows = [[j, self.correct[j], n] for j, n in sorted(self.total.items())]
-        pairs = [[t, p, n] for (t, p), n in sorted(self.pairs.items())]
-        return {
-            "experiences": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
-            "pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 3),
-        }
+    @property
+    def accuracy(self) -> float | None:
+        """Share of all samples that are right."""
+        _, correct, total = self.experiences.sum(axis=0).tolist()
+        return correct / total if total else None
 
-    @classmethod
-    def from_tensors(cls, state: Mapping[str, Tensor]) -> Row:
-        row = cls()
-        for j, correct, total in state["experiences"].tolist():
-            row.correct[j], row.total[j] = correct, total
-        row.pairs = {(t, p): n for t, p, n in state["pairs"].tolist()}
-        return row
+    def joined(self, other: Row) -> Row:
+        """The counts of both; of an experience that both measured, those of ``other`` alone."""
+        if np.isin(self.experiences[:, 0], other.experiences[:, 0]).any():
+            return other
+        experiences, pairs = (
+            np.concatenate(both) for both in ((self.experiences, other.experiences), (self.pairs, other.pairs))
+        )
+        return Row(_summed(experiences[:, :1], experiences[:, 1:]), _summed(pairs[:, :2], pairs[:, 2:]))
+
+    def without_confusions(self) -> Row:
+        """Hits and misses of each class, but not with what it was confused (-1)."""
+        target, predicted, count = self.pairs.T
+        merged = np.where(predicted == target, target, -1)
+        return Row(self.experiences, _summed(np.stack([target, merged], axis=1), count[:, None]))
+
+
+def packed(rows: dict[int, Row]) -> dict[str, Tensor]:
+    """Rows by stage as two tables (n, 4) with the stage in front: thousands of small tensors would be slow to save."""
+    return {name: torch.from_numpy(_stacked(rows, name)) for name in ("experiences", "pairs")}
+
+
+def _stacked(rows: dict[int, Row], name: str) -> Ids:
+    """(n, 4): the tables of all stages, the stage in front."""
+    stages = sorted(rows)
+    parts = [getattr(rows[stage], name) for stage in stages]
+    stage = np.repeat(np.asarray(stages, dtype=np.int64), [len(part) for part in parts])
+    return np.column_stack([stage, *_joined_tables(parts).T])
+
+
+def _joined_tables(parts: list[Ids]) -> Ids:
+    return np.concatenate(parts) if parts else np.empty((0, 3), dtype=np.int64)
+
+
+def unpacked(state: Any, owner: str) -> dict[int, Row]:
+    """What :func:`packed` gave.
+
+    Raises:
+        StateError: If it is no such thing.
+    """
+    experiences, pairs = (_saved_table(state, name, owner) for name in ("experiences", "pairs"))
+    stage, j, correct, total = experiences.T
+    if ((stage < 0) | (j < 0) | (correct < 0) | (correct > total)).any():
+        raise StateError(f"{owner}: the counts of its rows cannot be right; the file is damaged")
+    _, target, predicted, count = pairs.T
+    if ((target < 0) | (predicted < -1) | (count < 0)).any() or np.setdiff1d(pairs[:, 0], stage).size:
+        raise StateError(f"{owner}: the counts of its classes cannot be right; the file is damaged")
+    return {
+        int(stage): Row(experiences[experiences[:, 0] == stage, 1:], pairs[pairs[:, 0] == stage, 1:])
+        for stage in np.unique(stage)
+    }
+
+
+def _summed(keys: Ids, values: Ids) -> Ids:
+    """(u, k + v): the sorted distinct rows of ``keys`` (n, k), each with the sum of its rows of ``values`` (n, v)."""
+    distinct, at = np.unique(keys, axis=0, return_inverse=True)
+    sums = np.zeros((len(distinct), values.shape[1]), dtype=np.int64)
+    np.add.at(sums, at.reshape(-1), values)
+    return np.concatenate([distinct, sums], axis=1)
+
+
+def _saved_table(state: Any, name: str, owner: str) -> Ids:
+    table = saved_entry(state, name, Tensor, owner)
+    if table.layout is not torch.strided or table.dtype != torch.int64 or table.ndim != 2 or table.shape[1] != 4:
+        raise StateError(f"{owner}: {name!r} must be an int64 tensor (n, 4); the file is damaged")
+    rows: Ids = table.cpu().numpy().copy()
+    return rows
 
 
 class ModulePredictor:
@@ -132,10 +191,9 @@ class Recorder:
             {name: _joined(parts) for name, parts in self._predicted.items()},
             {name: np.concatenate(parts) for name, parts in self._scores.items()},
         )
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        shares = gathered(own, "what they evaluated")
+        if len(shares) == 1:
             return Recorded(*own)
-        shares: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, own)
         names = list(shares[0][3])
         return Recorded(
             _joined([share[0] for share in shares]),
@@ -199,44 +257,33 @@ class Tables:
 
 
 def tables(rows: dict[int, Row]) -> Tables:
-    stages = [stage for stage in sorted(rows) if stage > 0]
-    columns = sorted({j for row in rows.values() for j in row.total})
+    learned = {stage: row for stage, row in rows.items() if stage > 0}
+    height = max(learned, default=0)
+    columns = np.unique(_stacked(rows, "experiences")[:, 1])
     # one fixed test set (a stream whose test domains are never trained) is a single column; otherwise column = index
-    width = 1 if len(columns) == 1 else max(columns, default=-1) + 1
-    height = max(stages, default=0)
-    classes = sorted({target for row in rows.values() for target, _ in row.pairs})
-    position = {label: k for k, label in enumerate(classes)}
-    tables = [torch.zeros(height, width, dtype=torch.int64) for _ in range(2)]
-    class_tables = [torch.zeros(height, len(classes), dtype=torch.int64) for _ in range(2)]
-    for stage in stages:
-        row = rows[stage]
-        for j, n in row.total.items():
-            column = 0 if width == 1 else j
-            tables[0][stage - 1, column], tables[1][stage - 1, column] = row.correct[j], n
-        for values, table in zip(row.by_class(), class_tables, strict=True):
-            for label, n in values.items():
-                table[stage - 1, position[label]] = n
+    width = 1 if len(columns) == 1 else int(columns.max(initial=-1)) + 1
+    classes = np.unique(_stacked(rows, "classes")[:, 1])
+    correct, total = (np.zeros((height, width), dtype=np.int64) for _ in range(2))
+    stage, experience, hits, samples = _stacked(learned, "experiences").T
+    at = stage - 1, 0 * experience if width == 1 else experience
+    correct[at], total[at] = hits, samples
+    class_correct, class_total = (np.zeros((height, len(classes)), dtype=np.int64) for _ in range(2))
+    stage, label, hits, samples = _stacked(learned, "classes").T
+    at = stage - 1, np.searchsorted(classes, label)
+    class_correct[at], class_total[at] = hits, samples
     baseline = None
     if 0 in rows and width > 1:
-        baseline = torch.tensor(
-            [rows[0].correct.get(j, 0) / rows[0].total[j] if j in rows[0].total else torch.nan for j in range(width)],
-            dtype=torch.float64,
-        )
-    return Tables(tables[0], tables[1], class_tables[0], class_tables[1], baseline)
-
-
-def diagonal(pairs: dict[tuple[int, int], int]) -> dict[tuple[int, int], int]:
-    """Keeps hits and misses of each class and forgets with what it was confused (-1)."""
-    kept: dict[tuple[int, int], int] = {}
-    for (target, predicted), count in pairs.items():
-        key = (target, target if predicted == target else -1)
-        kept[key] = kept.get(key, 0) + count
-    return kept
+        baseline = torch.full((width,), torch.nan, dtype=torch.float64)
+        experience, hits, samples = torch.from_numpy(rows[0].experiences).T
+        baseline[experience] = hits.double() / samples.double()
+    return Tables(
+        torch.from_numpy(correct),
+        torch.from_numpy(total),
+        torch.from_numpy(class_correct),
+        torch.from_numpy(class_total),
+        baseline,
+    )
 
 
 def _joined(parts: list[Ids]) -> Ids:
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-def share(correct: dict[int, int], total: dict[int, int]) -> float | None:
-    return sum(correct.values()) / sum(total.values()) if total else None

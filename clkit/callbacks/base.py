@@ -10,9 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit._lightning import callbacks_of, make_loops_whole, trained_batches
+from clkit.accumulation import keep_gradients
 from clkit.boundaries import Boundaries, BoundaryPhase
+from clkit.checkpoint_io import protect_checkpoints
 from clkit.errors import ConfigurationError, StateError
 from clkit.observer import BatchObserver
+from clkit.processes import share_buffers
+from clkit.saved import check_format, saved_entry
 
 __all__ = [
     "MODULE",
@@ -54,6 +58,7 @@ class StreamCallback(pl.Callback):
 
     def __init__(self) -> None:
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
+        self._trained = False  # whether this fit came to `on_train_start`
         self._observed = 0  # training batches that passed `on_train_batch_end`, as the trainer counts them
 
     @property
@@ -65,6 +70,8 @@ class StreamCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Brings the position that an earlier fit left, where each experience is a fit of its own."""
+        protect_checkpoints(trainer.strategy)
+        self._trained = False
         boundaries = Boundaries.of(trainer)
         if boundaries.current is None:
             boundaries.current, boundaries.running = self._boundaries.current, self._boundaries.running
@@ -72,6 +79,7 @@ class StreamCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Passes the moment on."""
+        self._trained = True
         self._observed = trained_batches(trainer)
         Boundaries.of(trainer).on_train_start(trainer, pl_module)
 
@@ -88,7 +96,8 @@ class StreamCallback(pl.Callback):
         self._observed += 1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Passes the moment on."""
+        """Passes the moment on, once all processes have the same network to evaluate."""
+        share_buffers(trainer.strategy.model)
         Boundaries.of(trainer).on_validation_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,6 +107,19 @@ class StreamCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Passes the moment on."""
         Boundaries.of(trainer).on_train_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Does what the end of training owes where Lightning skips training.
+
+        It does so when a run was killed between its last step and its end, and goes on from that step's checkpoint.
+        """
+        if self._trained:
+            return
+        device = pl_module.device  # the strategy has let go of the module
+        pl_module.to(trainer.strategy.root_device)
+        self.on_train_start(trainer, pl_module)
+        self.on_train_end(trainer, pl_module)
+        pl_module.to(device)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go of the module: Lightning calls no ``teardown`` of callbacks when a run fails."""
@@ -110,7 +132,11 @@ class StreamCallback(pl.Callback):
         return {}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`stream_state` gave."""
+        """Takes back what :meth:`stream_state` gave; the position in the stream is restored afterwards.
+
+        Raises:
+            StateError: If it does not fit; nothing may be changed then.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The callback's whole state, loadable with ``weights_only=True``."""
@@ -127,15 +153,19 @@ class StreamCallback(pl.Callback):
         Raises:
             StateError: If it was written by a newer format, or does not fit this callback.
         """
-        found = state_dict.get("format")
-        if found != FORMAT:
-            raise StateError(
-                f"{self.state_key}: the saved state has format {found!r}, this clkit reads format {FORMAT}; "
-                "use the clkit release that wrote it"
-            )
-        self._boundaries.load_state_dict(state_dict["position"])
-        self._observed = state_dict["observed"]
+        check_format(state_dict, FORMAT, self.state_key)
+        observed = saved_entry(state_dict, "observed", int, self.state_key)
+        position = Boundaries()  # tried on one that nobody follows, so that a bad state changes nothing
+        position.load_state_dict(state_dict.get("position", {}))
         self.load_stream_state(state_dict)
+        self._boundaries.load_state_dict(state_dict["position"])
+        self._observed = observed
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds gradients that wait for further batches (``accumulate_grad_batches``), which Lightning would lose."""
+        keep_gradients(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -143,12 +173,22 @@ class StreamCallback(pl.Callback):
         """Makes the saved progress whole and checks that nothing of this callback is missing.
 
         Raises:
-            StateError: If the checkpoint was saved before this callback had learned its last batch, or holds a state
-                of this class under other names only.
+            StateError: If the checkpoint was saved before this callback had learned its last batch, holds a state of
+                this class under other names only, or was merged of several and a fit is to go on from it.
         """
+        self._refuse_merged(trainer, checkpoint)
         self._check_entry(checkpoint)
-        self._check_lost_batch(checkpoint)
         make_loops_whole(trainer, checkpoint)
+        self._check_lost_batch(checkpoint)
+        self._boundaries.load_gradients(checkpoint)
+
+    def _refuse_merged(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        files = checkpoint.get("clkit_merged")
+        if files and trainer.state.fn == "fit":
+            raise StateError(
+                f"no fit can go on from this checkpoint: it was merged from {', '.join(files)}, whose runs were at "
+                "different places; validate, test, predict and export work with it. Resume one of its parts instead"
+            )
 
     def _check_entry(self, checkpoint: dict[str, Any]) -> None:
         entries = checkpoint.get("callbacks", {})
@@ -168,9 +208,10 @@ class StreamCallback(pl.Callback):
         if saved is None or not loops:
             return
         trained = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
-        if saved["observed"] < trained:
+        observed = saved_entry(saved, "observed", int, self.state_key)
+        if observed < trained:
             raise StateError(
-                f"{self.state_key} had learned {saved['observed']} of {trained} batches when the checkpoint was saved: "
+                f"{self.state_key} had learned {observed} of {trained} batches when the checkpoint was saved: "
                 "a callback before it in the list saved in `on_train_batch_end`; move that callback behind it"
             )
 

@@ -6,22 +6,30 @@ import csv
 import os
 import time
 from collections.abc import Hashable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries, BoundaryPhase
-from clkit.callbacks._recording import ModulePredictor, Recorded, Recorder, Row, allowed_for, diagonal, share, tables
+from clkit.callbacks._recording import ModulePredictor, Recorded, Recorder, Row, allowed_for, packed, tables, unpacked
 from clkit.callbacks.base import MODULE, Predictor, StreamCallback, evaluation_key
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
+from clkit.files import whole_file
 from clkit.kept_features import KeptFeatures
 from clkit.observer import BatchObserver, evaluating, forward
+from clkit.processes import share_buffers
+from clkit.saved import saved_entry
+
+if TYPE_CHECKING:
+    from clkit.report.results import ClassTable
 
 __all__ = ["StreamEvaluation"]
 
@@ -45,14 +53,16 @@ class StreamEvaluation(StreamCallback):
             train it and no head was grafted into it.
         table: Whether to print a table at each boundary.
         files: Whether to write result files.
-        figures: Whether to draw figures at the end of a fit; needs matplotlib.
+        figures: Whether to draw figures at the end of a fit, which needs matplotlib (``pip install "clkit[report]"``);
+            ``"auto"`` draws them where it is installed, and says so where it is not.
         keep_features: Most MiB of evaluation features that are kept while the network inside the module stays as it is,
             so that T experiences cost T passes through it and not T(T+1)/2; the bits are the same. 0 keeps none.
         layer: Where features are read; the same as for the heads.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
 
     Raises:
-        ArgumentError: If ``module`` is none of its choices.
+        ArgumentError: If ``module`` or ``figures`` is none of its choices.
+        ConfigurationError: When a fit begins, for ``figures=True`` without matplotlib.
 
     Example:
         >>> from clkit.callbacks import StreamEvaluation
@@ -68,7 +78,7 @@ class StreamEvaluation(StreamCallback):
         module: Literal["auto"] | bool = "auto",
         table: bool = True,
         files: bool = True,
-        figures: bool = True,
+        figures: Literal["auto"] | bool = "auto",
         keep_features: int = 1024,
         layer: str = "auto",
         batch_reader: BatchReader | None = None,
@@ -76,6 +86,8 @@ class StreamEvaluation(StreamCallback):
         super().__init__()
         if module not in ("auto", True, False):
             raise ArgumentError(f"module must be 'auto', True or False, got {module!r}")
+        if figures not in ("auto", True, False):
+            raise ArgumentError(f"figures must be 'auto', True or False, got {figures!r}")
         if keep_features < 0:
             raise ArgumentError(f"keep_features must be a number of MiB of at least 0, got {keep_features}")
         self.module = module
@@ -93,6 +105,7 @@ class StreamEvaluation(StreamCallback):
         self._recorder = Recorder()
         self._clock = 0.0
         self._fit_clock = 0.0
+        self._written = (0.0, 0.0)  # when files were last written, and how long that took
 
     # ---- what the user reads afterwards
 
@@ -122,14 +135,18 @@ class StreamEvaluation(StreamCallback):
         if not self._rows.get(predictor):
             raise ArgumentError(f"predictor={predictor!r} was not evaluated; there are {sorted(self._rows)}")
         rows = self._rows[predictor]
-        correct, total = rows[max(rows)].by_class()
-        return {label: (correct[label], total[label]) for label in sorted(total)}
+        return {label: (correct, total) for label, correct, total in rows[max(rows)].classes.tolist()}
 
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Taps the user's network, before it may be compiled or wrapped."""
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.figures and self.files and find_spec("matplotlib") is None:
+            missing = 'figures need matplotlib, which is not installed: pip install "clkit[report]"'
+            if self.figures != "auto":
+                raise ConfigurationError(f"{missing}, or set figures=False")
+            rank_zero_info(f"clkit: {missing}")
         self._observer = BatchObserver.attach(trainer, pl_module, self.layer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -160,10 +177,9 @@ class StreamEvaluation(StreamCallback):
         self._flush(trainer, pl_module)
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
         if self._rows:
-            results = self.results
-            self._write(trainer, results)
+            results, folder = self.results, self._folder(trainer)
+            self._write(trainer, results, folder)
             self._draw(trainer, results)
-            folder = self._folder(trainer)
             if self.table and self.files and trainer.is_global_zero and not is_fast_dev_run(trainer):
                 _show(trainer, f"results: {folder}")
 
@@ -347,6 +363,7 @@ class StreamEvaluation(StreamCallback):
         self._pending = None  # with plain loaders the rows come from the user's own validations
 
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
+        share_buffers(trainer.strategy.model)
         self._begin(trainer)
         self._begin_keeping(module)
         loader = datamodule_of(trainer).evaluation_loader(max(stage - 1, 0))
@@ -377,8 +394,7 @@ class StreamEvaluation(StreamCallback):
             row = Row.of(recorded.experiences[labelled], recorded.targets[labelled], predicted[labelled])
             rows = self._rows.setdefault(name, {})
             if rows:  # confusions are kept of the last stage only: those of all would grow with the stream's square
-                last = rows[max(rows)]
-                last.pairs = diagonal(last.pairs)
+                rows[max(rows)] = rows[max(rows)].without_confusions()
             rows[stage] = row
         if stage == 0:
             return
@@ -386,7 +402,10 @@ class StreamEvaluation(StreamCallback):
         self._log(trainer, module, results, log_with_module)
         if self.table:
             self._print_table(trainer, results, stage)
-        self._write(trainer, results)
+        folder = self._folder(trainer)  # before a decision that each process takes by its own clock
+        last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
+        if time.perf_counter() - last >= 10 * cost:
+            self._write(trainer, results, folder)
 
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule, results: Results, with_module: bool) -> None:
         values = {}
@@ -425,33 +444,30 @@ class StreamEvaluation(StreamCallback):
         if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
             for name, row in rows.items():  # plain loaders: this is how a row of R is measured
                 stages = self._rows.setdefault(name, {})
-                known = stages.setdefault(current.index + 1, Row())
-                if known.total.keys() & row.total.keys():  # measured again: the last measurement counts
-                    known = stages[current.index + 1] = Row()
-                known.correct.update(row.correct)
-                known.total.update(row.total)
-                known.pairs.update(row.pairs)
-        seen = {name: share(row.correct, row.total) for name, row in rows.items()}
+                # measured again, the last measurement counts
+                stages[current.index + 1] = stages.get(current.index + 1, Row()).joined(row)
+        seen = {name: row.accuracy for name, row in rows.items()}
         module.log_dict({f"{name}/accuracy_seen": value for name, value in seen.items() if value is not None})
         if not trainer.is_global_zero:
             return
         from clkit.report.tables import evaluation_table
 
-        accuracies = {name: {j: row.correct[j] / n for j, n in row.total.items()} for name, row in rows.items()}
+        accuracies = {name: {j: hits / n for j, hits, n in row.experiences.tolist()} for name, row in rows.items()}
         if self.table:
             _show(trainer, evaluation_table(accuracies, seen, title=what))
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so never behind a rank check
 
-    def _write(self, trainer: pl.Trainer, results: Results) -> None:
-        folder = self._folder(trainer)
+    def _write(self, trainer: pl.Trainer, results: Results, folder: Path) -> None:
         if not (self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
             return
         from clkit.report.results import write_results
 
+        start = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         write_results(folder, self._document(trainer, results), self._class_tables(), _class_names(trainer))
+        self._written = (time.perf_counter(), time.perf_counter() - start)
 
     def _document(self, trainer: pl.Trainer, results: Results) -> dict[str, Any]:
         import clkit
@@ -481,18 +497,16 @@ class StreamEvaluation(StreamCallback):
             "peak_memory_bytes": _peak_memory(),
         }
 
-    def _class_tables(self) -> dict[str, tuple[dict[int, int], dict[int, int], dict[tuple[int, int], int]]]:
-        """Correct and total by class and the confusions, after the last stage of each predictor."""
-        tables = {}
-        for name, rows in self._rows.items():
-            last = rows[max(rows)]
-            correct, total = last.by_class()
-            tables[name] = (correct, total, last.pairs)
-        return tables
+    def _class_tables(self) -> dict[str, ClassTable]:
+        """Counts by class and the confusions, after the last stage of each predictor."""
+        last = {name: rows[max(rows)] for name, rows in self._rows.items()}
+        return {name: (row.classes.tolist(), row.pairs.tolist()) for name, row in last.items()}
 
     def _draw(self, trainer: pl.Trainer, results: Results) -> None:
         folder = self._folder(trainer)
         if not (self.figures and self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
+            return
+        if find_spec("matplotlib") is None:
             return
         from clkit.report.figures import draw_figures
 
@@ -503,21 +517,20 @@ class StreamEvaluation(StreamCallback):
     def stream_state(self) -> dict[str, Any]:
         """Rows and clocks: integer tensors and plain types."""
         return {
-            "rows": {
-                name: {str(stage): row.to_tensors() for stage, row in rows.items()} for name, rows in self._rows.items()
-            },
+            "rows": {name: packed(rows) for name, rows in self._rows.items()},
             "pending": self._pending is not None,
             "seconds": dict(self._seconds),
         }
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Takes rows and clocks back."""
-        self._rows = {
-            name: {int(stage): Row.from_tensors(row) for stage, row in rows.items()}
-            for name, rows in state["rows"].items()
-        }
-        self._seconds = dict(state["seconds"])
-        self._pending = self._boundaries.current if state["pending"] else None
+        saved = saved_entry(state, "rows", dict, self.state_key)
+        rows = {name: unpacked(table, f"{self.state_key}, rows of {name!r}") for name, table in saved.items()}
+        clocks = saved_entry(state, "seconds", dict, self.state_key)
+        seconds = {name: float(saved_entry(clocks, name, int | float, self.state_key)) for name in self._seconds}
+        pending = saved_entry(state, "pending", bool, self.state_key)
+        self._pending = Boundaries.saved_experience(state.get("position")) if pending else None
+        self._rows, self._seconds = rows, seconds
 
 
 METRICS = (
@@ -559,9 +572,8 @@ def _show(trainer: pl.Trainer, what: Any) -> None:
 
 
 def _write_predictions(path: Path, recorded: Recorded, names: dict[int, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     order = np.argsort(recorded.rows, kind="stable")
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         header = ["row", "target", "target_name"]
         for name in recorded.predicted:

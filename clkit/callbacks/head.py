@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit._lightning import callbacks_of, is_fast_dev_run
+from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
 from clkit.callbacks.base import MODULE, StreamCallback, check_names, evaluation_key, reduction_device, scores_of
@@ -22,8 +22,12 @@ from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, Stat
 from clkit.experience import Experience
 from clkit.methods.head import Head
 from clkit.observer import BatchObserver, FeaturesFrom
+from clkit.processes import together
+from clkit.saved import saved_entry
 
 __all__ = ["GraftWhen", "HeadCallback"]
+
+_WIDEST = 2**31  # features that nobody has, where a damaged file names more than a number of torch can hold
 
 GraftWhen = Literal["never", "experience_end", "fit_end"]
 
@@ -143,7 +147,10 @@ class HeadCallback(StreamCallback):
         self._learned_in_fit = False
         if self.graft_when != "never":
             self._look_for_rivals(trainer)
-            (self._graft or Graft(self.state_key)).check(pl_module, self.layer)
+            graft = self._graft or Graft(self.state_key)
+            graft.check(pl_module, self.layer, self.make_head)
+            if self.graft_when == "experience_end" and self._trains_beside(trainer):
+                graft.check_training(pl_module, trainer.strategy.model, self.make_head(1))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training goes on with the user's own classifier, where the head shall take over only at its end."""
@@ -169,7 +176,10 @@ class HeadCallback(StreamCallback):
             features = self._observer.features(self.forward)
             targets = self._observer.targets
             assert targets is not None
-            self._ensure_head(features).update(features, targets)
+            head = self._ensure_head(features)
+            # what is wrong with a batch is asked once for all heads
+            key = ("checked", self._observer.source(self.forward), head.statistics.device)
+            head.learn(self._observer.remember(key, lambda: head.checked(features, targets)))
             self._learned_in_fit = True
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -208,6 +218,7 @@ class HeadCallback(StreamCallback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A fit that taught nothing is most often a mistake in its settings."""
+        super().on_fit_end(trainer, pl_module)
         if not self._learned_in_fit and not is_fast_dev_run(trainer):
             self._say(
                 "this fit learned no batch; max_epochs may be reached already (a second fit of one trainer needs "
@@ -226,6 +237,12 @@ class HeadCallback(StreamCallback):
                 "a second epoch over an experience counts each sample again, as if the ridge strength were smaller; "
                 "one epoch an experience is enough"
             )
+
+    def _trains_beside(self, trainer: pl.Trainer) -> bool:
+        """Whether gradients go on after a boundary."""
+        strategy = trainer.strategy
+        trains = getattr(strategy, "trains_module", True) and not getattr(strategy, "warmup_epochs", 0)
+        return trains and len(getattr(datamodule_of(trainer), "experiences", ())) > 1
 
     def _backbone_trains(self) -> bool:
         assert self._observer is not None
@@ -274,7 +291,7 @@ class HeadCallback(StreamCallback):
 
     def _arrive(self, module: pl.LightningModule) -> None:
         if self._graft is not None and not self._graft.applied and self._head is not None:
-            self.graft(module)
+            self._graft.restore(module, self.layer, self._head)
         assert self._observer is not None
         self._observer.refresh()
         self._observer.forget()
@@ -304,7 +321,8 @@ class HeadCallback(StreamCallback):
 
     def _evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         counts = torch.tensor([self._correct, self._counted], dtype=torch.float64, device=reduction_device(trainer))
-        correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        with together("their accuracies"):
+            correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         if counted and self._head is not None:
             module.log(f"{self.name}/accuracy", correct / counted, rank_zero_only=False)
 
@@ -404,31 +422,68 @@ class HeadCallback(StreamCallback):
 
     def stream_state(self) -> dict[str, Any]:
         """Head, width and tap point; summed over processes first, so that the file is the same for any number."""
+        graft: dict[str, Any] = {
+            "grafted": self._graft is not None,
+            "own_classifier": {} if self._graft is None else self._graft.own_tensors,
+            "grafted_layer": {} if self._graft is None else self._graft.layer_tensors,
+        }
         if self._head is None:
-            return {"head": None, "in_features": None, "tap": None, "grafted": False, "own_classifier": {}}
+            return {"head": None, "in_features": None, "tap": None, **graft}
         self._head.synchronize()
         return {
             "head": dict(self._head.state_dict()),
             "in_features": self._head.in_features,
             "tap": self._tap_point,
-            "grafted": self._graft is not None,
-            "own_classifier": {} if self._graft is None else self._graft.own_tensors,
+            **graft,
         }
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Builds a head of the saved width and fills it."""
-        self._graft = Graft(self.state_key, state["own_classifier"]) if state["grafted"] else None
-        self._tap_point = state["tap"]
-        if state["head"] is None:
-            self._head = None
-            return
-        head = self.make_head(state["in_features"])
-        head.load_state_dict(state["head"])
-        self._head, self._device = head, None
+        grafted = saved_entry(state, "grafted", bool, self.state_key)
+        own = self._saved_tensors(state, "own_classifier")
+        layer = self._saved_tensors(state, "grafted_layer")
+        if layer and (layer.keys() != {"weight", "bias"} or layer["weight"].ndim != 2 or layer["bias"].ndim != 1):
+            raise StateError(f"{self.state_key}: 'grafted_layer' in the saved state is no linear layer: it is damaged")
+        tap = saved_entry(state, "tap", str | None, self.state_key)
+        saved = saved_entry(state, "head", dict | None, self.state_key)
+        head = None
+        if saved is not None:
+            head = self._made_for(saved_entry(state, "in_features", int, self.state_key))
+            try:
+                head.load_state_dict(saved)
+            except StateError as error:
+                raise StateError(f"{self.state_key}: {error}") from error
+        self._graft = Graft(self.state_key, own, layer) if grafted else None
+        self._tap_point, self._head, self._device = tap, head, None
+
+    def _saved_tensors(self, state: dict[str, Any], name: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = saved_entry(state, name, dict, self.state_key)
+        for each in tensors:
+            saved_entry(tensors, each, Tensor, f"{self.state_key}: {name}")
+        return tensors
+
+    def _made_for(self, saved_width: int) -> Head:
+        try:
+            return self.make_head(min(saved_width, _WIDEST))
+        except (ArgumentError, RuntimeError, MemoryError) as error:  # torch says by RuntimeError that memory is short
+            reason = str(error).splitlines()[0]
+            raise StateError(
+                f"{self.state_key}: no head can be made for the saved in_features={saved_width}: {reason}"
+            ) from error
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The module has the checkpoint's weights by now, so a graft from before lets go of it."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._graft is not None:
+            self._graft.release(pl_module)
+            self._graft = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """A grafted module is saved under the user's own keys."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._graft is not None:
             self._graft.restore_keys(checkpoint["state_dict"])

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from clkit.data.sources import Part
 from clkit.errors import DataError
 
-__all__ = ["EvaluationLoader", "Fetcher", "TrainLoader", "cut_batches", "epoch_order"]
+__all__ = ["EvaluationLoader", "Fetcher", "ReplayLoader", "TrainLoader", "cut_batches", "epoch_order"]
 
 Rows = npt.NDArray[np.int64]
 
@@ -207,6 +207,25 @@ class TrainLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to take up."""
+
+
+class ReplayLoader:
+    """Given training batches, once.
+
+    Args:
+        workers: What fetches.
+        batches: Epoch and rows of each.
+    """
+
+    def __init__(self, workers: Workers, batches: list[tuple[int, Rows]]) -> None:
+        self._workers = workers
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        yield from self._workers.batches(self.batches)
 
 
 class EvaluationLoader:

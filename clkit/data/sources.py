@@ -23,6 +23,8 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -56,6 +58,7 @@ RowRange = list[int | None]
 Inputs = torch.Tensor | list[torch.Tensor]
 
 DATA_VARIABLE = "CLKIT_DATA"
+LARGEST = int(np.iinfo(np.int64).max)
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -461,6 +464,12 @@ class NpzFeatures(_NpzSource):
         features = arrays.read(f)
         if features.dtype.kind != "f" or features.ndim < 2:
             raise arrays.error(f"{f} is {features.dtype} of shape {features.shape}; expected floating point (N, D)")
+        bad = _not_float32(features)
+        if bad:
+            raise arrays.error(
+                f"{f} has values that are not finite (or beyond float32) in {len(bad)} of {len(features)} rows, the "
+                f"first is row {bad[0]}; compute these features again, or leave the rows out"
+            )
         return _FloatPart(features, *arrays.labels(suffix, len(features), f))
 
 
@@ -756,6 +765,8 @@ class _Arrays:
         array = self.read(name)
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise self.error(f"{name} is {array.dtype} of shape {array.shape}; expected integers of shape (N,)")
+        if array.size and int(array.max()) > LARGEST:
+            raise self.error(f"{name} holds {array.max()}, which is too large for a 64-bit integer with a sign")
         return array.astype(np.int64)
 
     def labels(self, suffix: str, rows: int, of: str) -> tuple[Int64, Int64 | None]:
@@ -782,6 +793,23 @@ def _open_npz(path: Path) -> Any:
     return archive
 
 
+# what numpy and zipfile raise for damaged bytes, found by flipping them; a wrong length can ask for any memory
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    tokenize.TokenError,
+    EOFError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turn what numpy raises on a file that it cannot read into one named error."""
@@ -789,7 +817,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (ArgumentError, DataError):
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         objects = "Object arrays" in str(error)
         remedy = (
             "it holds Python objects, which are never unpickled; save plain number and string arrays"
@@ -903,6 +931,16 @@ def _test_count(group: Int64, fraction: float) -> int:
     return min(int(len(group) * fraction + 0.5), len(group) - 1)
 
 
+def _not_float32(rows: npt.NDArray[Any], size: int = 4096) -> list[int]:
+    """Numbers of the rows (N, ...) that have a value which is no finite float32."""
+    bad: list[int] = []
+    for start in range(0, len(rows), size):  # in parts: a mask of all would double the memory
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(rows[start : start + size].astype(np.float32, copy=False))
+        bad += (start + np.flatnonzero(~finite.reshape(len(finite), -1).all(axis=1))).tolist()
+    return bad
+
+
 def _shift(images: npt.NDArray[np.float32], down: int, right: int) -> npt.NDArray[np.float32]:
     """Move (N, 8, 8) images by up to one pixel and fill what comes in with 0."""
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
@@ -922,12 +960,14 @@ def _stack(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
 
 
 def _read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    # found by flipping bytes; an image of absurd size is refused by Pillow before it asks for the memory
+    damaged = (OSError, EOFError, IndexError, MemoryError, OverflowError, SyntaxError, TypeError, ValueError)
     try:
         with Image.open(file) as image:
             return _pixels(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+    except (*damaged, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise DataError(f"{described} cannot be decoded: {error}") from error
 
 

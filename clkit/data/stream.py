@@ -26,16 +26,18 @@ from clkit._lightning import (
     started_epochs,
     stream_position,
 )
-from clkit.data.loader import EvaluationLoader, Fetcher, TrainLoader, Workers, cut_batches, epoch_order
+from clkit.data.loader import EvaluationLoader, Fetcher, ReplayLoader, TrainLoader, Workers, cut_batches, epoch_order
 from clkit.data.preprocessing import Preprocessing
 from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
 from clkit.data.sources import Part, Source, data_root, resolve_source
 from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
 from clkit.experience import Experience
+from clkit.saved import check_format, saved_entry, saved_list
 
 __all__ = ["StreamDataModule"]
 
 FORMAT = 1
+_OWNER = "the saved stream position"
 
 Rows = npt.NDArray[np.int64]
 
@@ -67,7 +69,8 @@ class StreamDataModule(pl.LightningDataModule):
             the source's.
         stop_after: Only the first so many experiences; ``num_classes`` stays that of the whole stream, so a checkpoint
             may go on without it.
-        shuffle: Whether the samples of an experience are shuffled (by seed and epoch).
+        shuffle: Whether the samples of an experience are shuffled (by seed and epoch); not with the trainer's
+            ``overfit_batches``, which wants the same batches in every epoch.
         seed: Seed of order, augmentation and validation draw.
         num_workers: Loader processes; they live as long as the stream. 0 loads in the process itself.
         root: The data folder in which names are looked up; the environment variable ``CLKIT_DATA`` by default.
@@ -314,10 +317,18 @@ class StreamDataModule(pl.LightningDataModule):
         """The batches of the trainer's current epoch. Without side effects: a resume asks for a stale epoch first."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         experience = self.experience_at(epoch) or self.experiences[-1]
-        split = self._splits[experience.index]
-        order = epoch_order(split.train, seed=self.seed, epoch=epoch, shuffle=self.shuffle and not split.ordered)
-        batches = self._shared(order, self.batch_size, f"experience {experience.name!r}")
+        batches = self._shared(self._order(experience.index, epoch), self.batch_size, f"experience {experience.name!r}")
         return TrainLoader(self._workers_of("train"), batches, epoch, self._start_of)
+
+    def _order(self, index: int, epoch: int) -> Rows:
+        """The rows of an experience as they arrive in an epoch."""
+        split = self._splits[index]
+        return epoch_order(split.train, seed=self.seed, epoch=epoch, shuffle=self._shuffles and not split.ordered)
+
+    @property
+    def _shuffles(self) -> bool:
+        # overfitting means the same few batches in every epoch, for which Lightning turns shuffling off as well
+        return self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
 
     def val_dataloader(self) -> EvaluationLoader:
         """One loader over the experiences that are to be evaluated now."""
@@ -394,6 +405,78 @@ class StreamDataModule(pl.LightningDataModule):
             workers.close()
         self._workers = {}
 
+    # ---- what was learned once more
+
+    def training_rows(self, index: int) -> Rows:
+        """Row numbers (n,) of an experience's training samples in the source's training part, sorted."""
+        rows: Rows = np.sort(self._splits[index].train)
+        return rows
+
+    def learned_batches(
+        self, position: dict[str, Any], rows: Rows, *, last_experience: bool = False
+    ) -> list[tuple[int, Rows]]:
+        """The batches with some rows that a run had learned when its checkpoint was saved.
+
+        Args:
+            position: What :meth:`state_dict` gave.
+            rows: Row numbers in the source's training part.
+            last_experience: Only batches of the experience in which learning was last.
+
+        Returns:
+            Epoch and rows of each batch, whole, in the order in which it was learned.
+
+        Raises:
+            DataError: If the training part has no such row.
+            StateError: If the position is one of another stream.
+        """
+        self._check_position(position)
+        order, schedule = position["order"], position["schedule"]
+        assert self._parts is not None
+        if rows.min() < 0 or rows.max() >= len(self._parts[0]):
+            raise DataError(
+                f"there is no sample {int(rows.max() if rows.min() >= 0 else rows.min())}: the training part of "
+                f"{self.source.name!r} has the rows 0 to {len(self._parts[0]) - 1}"
+            )
+        warmup, length = schedule["warmup_epochs"], schedule["epochs_per_experience"]
+        last = position["epoch"] if position["batches"] else position["epoch"] - 1
+        first = warmup + (last - warmup) // length * length if last_experience else warmup
+        learned = []
+        for epoch in range(max(first, warmup), last + 1):
+            arriving = self._order((epoch - warmup) // length, epoch)
+            for rank in range(order["world_size"]):
+                batches = cut_batches(arriving, order["batch_size"], rank=rank, world_size=order["world_size"])
+                done = position["batches"] if epoch == position["epoch"] else len(batches)
+                learned += [(epoch, batch) for batch in batches[:done] if np.isin(batch, rows).any()]
+        return learned
+
+    def _check_position(self, position: dict[str, Any]) -> None:
+        """Refuses the position of another stream, whose batches would be others."""
+        kinds = {"order": dict, "schedule": dict, "experiences": list, "epoch": int, "batches": int}
+        for name, kind in kinds.items():
+            saved_entry(position, name, kind, _OWNER)
+        order, schedule = position["order"], position["schedule"]
+        for part, names in ((order, ("seed", "batch_size", "world_size")), (schedule, self._schedule_settings())):
+            for name in names:
+                saved_entry(part, name, int, _OWNER)
+        reached = (position["epoch"] - schedule["warmup_epochs"]) // schedule["epochs_per_experience"]
+        now = [[experience.name, list(experience.classes)] for experience in self.experiences]
+        saved = position["experiences"]
+        if now[: len(saved)] != saved[: len(now)] or reached > len(now) - (position["batches"] > 0):
+            raise StateError(
+                f"the checkpoint comes from another stream: it had come to experience {reached + 1} of {saved}; here "
+                f"are {now}"
+            )
+        for name in ("seed", "shuffle"):
+            if order.get(name) != getattr(self, name):
+                raise StateError(
+                    f"the checkpoint comes from another stream, of {name}={order.get(name)}; here it is "
+                    f"{getattr(self, name)}"
+                )
+
+    def replayed(self, batches: list[tuple[int, Rows]]) -> ReplayLoader:
+        """A loader of training batches given by epoch and rows, augmented as they were."""
+        return ReplayLoader(self._workers_of("train"), batches)
+
     def _fetcher(self, name: str, train: Part, test: Part) -> Fetcher:
         part = test if name == "test" else train
         rows = {
@@ -404,7 +487,7 @@ class StreamDataModule(pl.LightningDataModule):
         return Fetcher(
             part,
             self._batch_targets(part),
-            self._preprocess(),
+            self.input_preprocessing(),
             self.train_transform if name == "train" else None,
             self._tasks(len(part), rows),
             self.seed,
@@ -418,7 +501,8 @@ class StreamDataModule(pl.LightningDataModule):
             tasks[own] = index
         return tasks
 
-    def _preprocess(self) -> Callable[[Any], Tensor]:
+    def input_preprocessing(self) -> Callable[[Any], Tensor]:
+        """What turns stored inputs into those of the network, with ``"auto"`` settled; after ``setup``."""
         if not isinstance(self.preprocessing, str):
             return self.preprocessing
         config: dict[str, Any] | None = None
@@ -471,15 +555,17 @@ class StreamDataModule(pl.LightningDataModule):
         Raises:
             StateError: For another format; and, for a fit, if the stream was cut otherwise.
         """
-        if state_dict.get("format") != FORMAT:
-            raise StateError(
-                f"the saved stream position has format {state_dict.get('format')!r}, this clkit reads format {FORMAT}"
-            )
+        check_format(state_dict, FORMAT, _OWNER)
         now = [[experience.name, list(experience.classes)] for experience in self.experiences]
-        saved = state_dict["experiences"]
+        saved = saved_list(state_dict, "experiences", list, _OWNER)
+        for each in saved:
+            name, classes = each if len(each) == 2 else (None, None)
+            saved_entry({"name": name}, "name", str, _OWNER)
+            saved_list({"classes": classes}, "classes", int, _OWNER)
         same = now[: len(saved)] == saved[: len(now)]
         if self.trainer is None or self.trainer.state.fn != "fit":
-            self._reached = min(state_dict["reached"], len(now) - 1) if same else None
+            reached = saved_entry(state_dict, "reached", int, _OWNER)
+            self._reached = min(max(reached, 0), len(now) - 1) if same else None
             return
         if not same:
             raise StateError(
@@ -487,12 +573,16 @@ class StreamDataModule(pl.LightningDataModule):
                 f"one's {now}; use the source, scenario and seed that it was trained with"
             )
         for name, value in self._schedule_settings().items():
-            before = state_dict["schedule"][name]
+            before = saved_entry(saved_entry(state_dict, "schedule", dict, _OWNER), name, int, _OWNER)
             if before != value:
                 raise StateError(
                     f"the checkpoint was saved with {name}={before}, this run has {name}={value}: "
                     "its epochs would belong to other experiences; use the same"
                 )
+        for name, kind in (("epoch", int), ("batches", int), ("order", dict)):
+            saved_entry(state_dict, name, kind, _OWNER)
+        if state_dict["epoch"] < 0 or state_dict["batches"] < 0:
+            raise StateError(f"{_OWNER} is epoch {state_dict['epoch']}, batch {state_dict['batches']}: it is damaged")
         self._position = dict(state_dict)
         checkpoint = loaded_checkpoint(self.trainer)
         if checkpoint is not None:  # a run without callbacks of clkit resumes exactly, too
@@ -508,7 +598,7 @@ class StreamDataModule(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "world_size": 1 if self.trainer is None else self.trainer.world_size,
             "seed": self.seed,
-            "shuffle": self.shuffle,
+            "shuffle": self._shuffles,
             "train_samples": self.experiences[index].train_samples,
         }
 
@@ -517,7 +607,7 @@ class StreamDataModule(pl.LightningDataModule):
         if position is None or position["epoch"] != epoch or position["batches"] == 0:
             return 0
         for name, now in self._order_settings(self._index_at(epoch)).items():
-            before = position["order"][name]
+            before = saved_entry(position["order"], name, int | bool | None, _OWNER)
             if before != now:
                 raise StateError(
                     f"the checkpoint was saved inside an experience with {name}={before}, this run has {name}={now}; "

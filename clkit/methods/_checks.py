@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError
 
 __all__ = ["Batch", "check_batch", "check_choice", "check_count", "check_features", "check_number"]
+
+_Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 MAGNITUDE_LIMIT = 1e100  # larger values overflow float64 when they are squared and summed
 UNLABELLED = -1
@@ -26,7 +29,8 @@ class Batch:
         ids: (u,) sorted distinct class ids, on the host.
         first: (u,) index of the first row of each id.
         inverse: (n,) position in ``ids`` of each row's class.
-        counts: (u,) rows of each id.
+        counts: (u,) rows of each id, int64.
+        weights: (u, 1) the same in float64.
         finite: Whether all features are finite, a 0-d bool tensor on the device; ``None`` where that is already known.
     """
 
@@ -35,6 +39,7 @@ class Batch:
     first: Tensor
     inverse: Tensor
     counts: Tensor
+    weights: Tensor
     finite: Tensor | None
 
     def masked(self, rows: Tensor) -> Tensor:
@@ -100,22 +105,36 @@ def check_batch(
         BatchError: If anything is wrong, naming the rows.
     """
     rows = check_features(features, width, device).detach()
-    labels = _check_targets(targets, features.shape[0], below, limit_name)
+    labels = _labels(targets, features.shape[0])
+    ids, first, inverse, counts = _grouped(labels)
+    _check_ids(ids, labels, below, limit_name)
     finite = None
     if _values_are_at_hand(device):
         check_finite(rows)
     elif rows.numel():
         finite = (rows.abs() < MAGNITUDE_LIMIT).all()
-    labelled = labels != UNLABELLED
-    if not labelled.all():
+    if ids.size and ids[0] == UNLABELLED:
+        labelled = labels != UNLABELLED
         rows = rows[torch.from_numpy(labelled).to(device)]
-        labels = labels[labelled]
-    ids, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+        ids, first, inverse, counts = _grouped(labels[labelled])
 
-    def on_device(values: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+    def on_device(values: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
         return torch.from_numpy(values).to(device)
 
-    return Batch(rows, ids, on_device(first), on_device(inverse.reshape(-1)), on_device(counts), finite)
+    weights = counts.astype(np.float64)[:, None]
+    return Batch(rows, ids, on_device(first), on_device(inverse), on_device(counts), on_device(weights), finite)
+
+
+def _grouped(labels: _Ids) -> tuple[_Ids, _Ids, _Ids, _Ids]:
+    """``numpy.unique`` with index, inverse and counts, at half its cost: this is done for every batch."""
+    order = labels.argsort(kind="stable")
+    ordered = labels[order]
+    new = np.ones(labels.size, dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    starts = new.nonzero()[0]
+    inverse = np.empty_like(order)
+    inverse[order] = new.cumsum() - 1
+    return ordered[starts], order[starts], inverse, np.bincount(inverse, minlength=starts.size)
 
 
 def _values_are_at_hand(device: torch.device) -> bool:
@@ -123,9 +142,7 @@ def _values_are_at_hand(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _check_targets(
-    targets: Tensor, rows: int, below: int, limit_name: str
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _labels(targets: Tensor, rows: int) -> _Ids:
     if not isinstance(targets, Tensor):
         raise BatchError(f"targets must be a tensor of {rows} class ids, got {type(targets).__name__}")
     if targets.dtype == torch.bool or targets.dtype.is_floating_point or targets.dtype.is_complex:
@@ -134,19 +151,22 @@ def _check_targets(
         )
     if targets.shape != (rows,):
         raise BatchError(f"targets must have shape ({rows},), one per row of features, got {tuple(targets.shape)}")
-    labels = targets.detach().cpu().to(torch.int64).numpy()
-    if rows and labels.min() < UNLABELLED:
+    labels: _Ids = targets.detach().to("cpu", torch.int64).numpy()
+    return labels
+
+
+def _check_ids(ids: _Ids, labels: _Ids, below: int, limit_name: str) -> None:
+    if ids.size and ids[0] < UNLABELLED:
         row = int(labels.argmin())
         raise BatchError(
             f"targets must be class ids from 0, or -1 for an unlabelled row, got {labels[row]} in row {row}"
         )
-    if rows and labels.max() >= below:
+    if ids.size and ids[-1] >= below:
         row = int(labels.argmax())
         raise BatchError(
             f"target {labels[row]} in row {row} is not below {limit_name}={below}; "
             f"raise {limit_name} or relabel the classes to smaller ids"
         )
-    return labels
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:

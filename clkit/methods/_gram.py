@@ -8,16 +8,19 @@ from torch import Tensor
 
 __all__ = ["add_gram_", "mirrored"]
 
-_BLOCK = 2048  # columns of one product where no symmetric rank-k routine is at hand
+# columns of one product where no symmetric rank-k routine is used
+_CPU_BLOCK = 128
+_DEVICE_BLOCK = 2048
 
 
 def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
     """Add ``weight · rowsᵀ rows`` to the lower triangle of ``lower``, in place.
 
-    Half the work of a general product. On a CPU in float64 it is one call of BLAS ``dsyrk``, which works on the
-    tensor's own memory: the transposed view of a row-major matrix is the column-major matrix that BLAS wants, and its
-    upper triangle is the lower one here. Elsewhere the triangle is covered by blocks. The other triangle is left as it
-    is or filled with values without meaning; :func:`mirrored` gives the whole matrix.
+    Half the work of a general product. On a CPU where torch runs one thread it is one call of BLAS ``dsyrk``, which
+    works on the tensor's own memory: the transposed view of a row-major matrix is the column-major matrix that BLAS
+    wants, and its upper triangle is the lower one here. Elsewhere the triangle is covered by blocks, by torch itself:
+    the threads of scipy's BLAS and the waiting ones of torch would take turns on the same cores, milliseconds each.
+    The other triangle is left as it is or filled with values without meaning; :func:`mirrored` gives the whole matrix.
 
     Args:
         lower: (D, D), contiguous; changed.
@@ -34,11 +37,13 @@ def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
     """
     if rows.shape[0] == 0:
         return lower
-    if lower.device.type == "cpu" and lower.dtype == torch.float64 and lower.is_contiguous():
+    on_cpu = lower.device.type == "cpu"
+    if on_cpu and torch.get_num_threads() == 1 and lower.dtype == torch.float64 and lower.is_contiguous():
         dsyrk(weight, rows.contiguous().numpy().T, beta=1.0, c=lower.numpy().T, overwrite_c=1)
         return lower
-    for start in range(0, lower.shape[0], _BLOCK):
-        stop = start + _BLOCK
+    size = _CPU_BLOCK if on_cpu else _DEVICE_BLOCK
+    for start in range(0, lower.shape[0], size):
+        stop = start + size
         block = lower[start:stop, :stop]
         if lower.dtype == rows.dtype:
             block.addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=weight)

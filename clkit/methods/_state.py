@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
@@ -48,9 +48,13 @@ class PlainState(nn.Module):
         return self
 
 
-@contextmanager
-def exact() -> Iterator[None]:
+def exact() -> AbstractContextManager[None]:
     """Run a block so that its tensors can be kept: no graph, no inference tensors (which refuse later updates)."""
+    return _outside_inference() if torch.is_inference_mode_enabled() else torch.no_grad()
+
+
+@contextmanager
+def _outside_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clkit.errors import StateError
 from clkit.methods._checks import check_choice, check_count
+from clkit.methods._saved import check_keys, check_saved
 from clkit.methods._state import PlainState, exact
 
 __all__ = ["FeatureMap"]
@@ -124,17 +125,11 @@ class FeatureMap(PlainState):
         Raises:
             StateError: If it is missing, surplus or of another size.
         """
+        check_keys(state_dict, prefix, ["projection"])
         key = prefix + "projection"
         saved = state_dict.get(key)
         if self.projection is None:
             if saved is not None:
                 raise StateError(f"the saved state has {key}, this feature map is the identity")
             return None
-        shape = tuple(self.projection.shape)
-        if not isinstance(saved, Tensor) or tuple(saved.shape) != shape or saved.dtype != torch.float64:
-            seen = f"{tuple(saved.shape)} {saved.dtype}" if isinstance(saved, Tensor) else repr(saved)
-            raise StateError(f"{key} must be a float64 tensor of shape {shape}, the saved state has {seen}")
-        if not bool(saved.isfinite().all()):
-            raise StateError(f"{key} has values that are not finite: the file is damaged")
-        projection: Tensor = saved
-        return projection
+        return check_saved(key, saved, tuple(self.projection.shape), torch.float64)

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
+from clkit.methods._saved import check_keys
 from clkit.methods._state import exact
 from clkit.methods.feature_map import FeatureMap
 from clkit.methods.statistics import FeatureStatistics, raise_for_batch
 
-__all__ = ["Head", "Readout", "first_equal"]
+__all__ = ["FORMAT", "Head", "Readout", "first_equal"]
 
-_FORMAT = 1
+FORMAT = 1
 _LAYOUT_OPTIONS = ("num_classes", "max_classes")  # may differ between a saved state and the object that loads it
 
 
@@ -98,9 +99,36 @@ class Head(nn.Module):
                 not finite, the batch is left out and the next call that reads values raises this.
             ConfigurationError: If the statistics are shared: update those.
         """
-        self._refuse_if_shared("update")
+        self.learn(self.checked(features, targets))
+
+    def checked(self, features: Tensor, targets: Tensor) -> Batch:
+        """A batch for :meth:`learn`, checked once for all heads of one width and device; changes nothing.
+
+        Args:
+            features: (B, in_features) of any floating dtype.
+            targets: (B,) class ids of any integer dtype.
+
+        Raises:
+            BatchError: As for :meth:`update`.
+        """
+        limit, name = self._class_limit()
         with exact():
-            batch = self._check_batch(features, targets)
+            return check_batch(
+                features, targets, self.in_features, below=limit, limit_name=name, device=self.statistics.device
+            )
+
+    def learn(self, batch: Batch) -> None:
+        """Learn a batch that :meth:`checked` of this head, or of another of the same width and device, has given.
+
+        Raises:
+            BatchError: If it has a class id that this head does not allow; nothing is changed then.
+            ConfigurationError: If the statistics are shared: update those.
+        """
+        self._refuse_if_shared("update")
+        limit, name = self._class_limit()
+        if batch.ids.size and batch.ids[-1] >= limit:
+            raise BatchError(f"target {batch.ids[-1]} is not below {name}={limit}; raise {name} or relabel the classes")
+        with exact():
             self._learn(batch)
 
     def merge(self, other: Head) -> None:
@@ -135,8 +163,8 @@ class Head(nn.Module):
         """
         self._refuse_if_shared("subtract")
         self._check_sums()
+        batch = self.checked(features, targets)
         with exact():
-            batch = self._check_batch(features, targets)
             for statistics in self._all_statistics():
                 statistics._refuse_subtraction(batch)
             for statistics, rows in self._rows(batch):
@@ -282,13 +310,11 @@ class Head(nn.Module):
             check_finite(rows)
         return rows
 
-    def _check_batch(self, features: Tensor, targets: Tensor) -> Batch:
-        below, name = self.max_classes, "max_classes"
-        if self.num_classes is not None and self.num_classes < below:
-            below, name = self.num_classes, "num_classes"
-        return check_batch(
-            features, targets, self.in_features, below=below, limit_name=name, device=self.statistics.device
-        )
+    def _class_limit(self) -> tuple[int, str]:
+        """First class id that is too large, and the argument that says so."""
+        if self.num_classes is not None and self.num_classes < self.max_classes:
+            return self.num_classes, "num_classes"
+        return self.max_classes, "max_classes"
 
     def _refuse_if_shared(self, verb: str) -> None:
         if self._shares:
@@ -297,7 +323,7 @@ class Head(nn.Module):
             )
 
     def _refuse_classes(self, classes: Tensor, error: type[ArgumentError] | type[StateError]) -> None:
-        limit = self.max_classes if self.num_classes is None else min(self.num_classes, self.max_classes)
+        limit, _ = self._class_limit()
         if classes.numel() and int(classes[-1]) >= limit:
             raise error(f"class {int(classes[-1])} does not fit: ids must be below num_classes / max_classes = {limit}")
 
@@ -322,7 +348,7 @@ class Head(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Format and options, as plain values."""
-        return {"format": _FORMAT, "head": type(self).__name__, **self.options}
+        return {"format": FORMAT, "head": type(self).__name__, **self.options}
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing to set: what is saved was compared before the sums were read."""
@@ -333,22 +359,29 @@ class Head(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Look at the whole state first, so that a state that does not fit changes nothing."""
+        check_keys(state_dict, prefix, ["_extra_state"], [name for name, _ in self.named_children()])
         saved = state_dict.get(prefix + "_extra_state")
         if not isinstance(saved, Mapping):
             raise StateError(f"{prefix}_extra_state is missing: this is no saved state of a {type(self).__name__}")
+        odd = [name for name, value in saved.items() if not isinstance(value, str | int | float | None)]
+        if odd:
+            raise StateError(f"{prefix}_extra_state has {odd}, which are no plain values: the file is damaged")
         own = self.get_extra_state()
         for name, mine, theirs in _differences(own, saved):
-            raise StateError(
-                f"the saved state has {name}={theirs!r}, this head {name}={mine!r}; "
-                f"build the head with the saved options or reset and learn again"
-            )
+            advice = "build the head with the saved options or reset and learn again"
+            if name == "format":
+                advice = "use the clkit release that wrote it"
+            raise StateError(f"the saved state has {name}={theirs!r}, this head {name}={mine!r}; {advice}")
+        self._check_saved_parts(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_saved_parts(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         for name, child in self.named_children():
             if isinstance(child, FeatureStatistics):
                 part = child._parse(state_dict, f"{prefix}{name}.")
                 self._refuse_classes(torch.from_numpy(part.ids.copy()), StateError)
             elif isinstance(child, FeatureMap):
                 child._parse(state_dict, f"{prefix}{name}.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

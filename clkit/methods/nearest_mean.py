@@ -6,7 +6,7 @@ import warnings
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.linalg import vector_norm
 
 from clkit.methods._checks import Batch, check_choice
 from clkit.methods.feature_map import FeatureMap
@@ -84,26 +84,26 @@ class NearestMeanHead(Head):
     def means(self) -> Tensor:
         """(k, D) float64, the means that features are compared with, in the order of :attr:`classes`."""
         means = self.statistics.means
-        return normalize(means, dim=1, eps=_EPSILON) if self.metric in ("icarl", "cosine") else means
+        return unit_rows(means) if self.metric in ("icarl", "cosine") else means
 
     def _design(self, features: Tensor) -> Tensor:
-        return normalize(features, dim=1, eps=_EPSILON) if self.normalizes else features
+        return unit_rows(features) if self.normalizes else features
 
     def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
-        if self.normalizes and not self._warned and batch.features.device.type == "cpu":
-            self._warn_of_zeros(batch.features)
-        rows = batch.features if self.metric == "cosine" else self._design(batch.features)
-        return [(self.statistics, rows)]
+        if not self.normalizes:
+            return [(self.statistics, batch.features)]
+        lengths = vector_norm(batch.features, dim=1, keepdim=True)
+        if not self._warned and lengths.device.type == "cpu" and not bool(lengths.all()):
+            self._warn_of_zeros(int((lengths == 0).sum()))
+        return [(self.statistics, batch.features if self.metric == "cosine" else _scaled(batch.features, lengths))]
 
-    def _warn_of_zeros(self, features: Tensor) -> None:
-        zeros = int((features == 0).all(dim=1).sum())
-        if zeros:
-            self._warned = True
-            warnings.warn(
-                f"{zeros} feature vectors of a batch are zero and have no direction: they stay zero and count as "
-                f"samples of their class (said once)",
-                stacklevel=5,
-            )
+    def _warn_of_zeros(self, zeros: int) -> None:
+        self._warned = True
+        warnings.warn(
+            f"{zeros} feature vectors of a batch are zero and have no direction: they stay zero and count as "
+            f"samples of their class (said once)",
+            stacklevel=6,
+        )
 
     def _readout_of_sums(self) -> Readout:
         means = self.means
@@ -113,6 +113,15 @@ class NearestMeanHead(Head):
 
     def _finished(self, scores: Tensor, centred: Tensor) -> Tensor:
         return scores if self.metric == "cosine" else negative_distances(scores, centred)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows scaled to length 1; a row shorter than 1e-12 is divided by that, so that zero stays zero."""
+    return _scaled(rows, vector_norm(rows, dim=1, keepdim=True))
+
+
+def _scaled(rows: Tensor, lengths: Tensor) -> Tensor:
+    return rows / lengths.clamp(min=_EPSILON)
 
 
 def nearest_mean_readout(classes: Tensor, means: Tensor) -> Readout:

@@ -10,9 +10,9 @@ from clkit.errors import ArgumentError
 from clkit.methods.feature_map import FeatureMap
 from clkit.methods.head import Head
 
-__all__ = ["L2Normalize", "readout_module", "readout_tensors"]
+__all__ = ["NEVER", "L2Normalize", "is_linear", "layer_values", "linear_of", "readout_module", "readout_tensors"]
 
-_NEVER = -1e30  # score of a class never seen; a sum of many such losses is still finite in float32
+NEVER = -1e30  # score of a class never seen; a sum of many such losses is still finite in float32
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
@@ -61,9 +61,45 @@ def readout_tensors(head: Head, outputs: int, dtype: torch.dtype) -> tuple[Tenso
         raise ArgumentError(f"outputs={outputs} is too small for class id {int(classes[-1])}")
     weight, bias = head.linear_readout()
     full_weight = weight.new_zeros((outputs, weight.shape[1]))
-    full_bias = bias.new_full((outputs,), max(_NEVER, torch.finfo(dtype).min / 4))
+    full_bias = bias.new_full((outputs,), max(NEVER, torch.finfo(dtype).min / 4))
     full_weight[classes.to(weight.device)], full_bias[classes.to(bias.device)] = weight, bias
     return full_weight.to(dtype), full_bias.to(dtype)
+
+
+def layer_values(head: Head, own: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """What the tensors of a classifier become when a head is copied into it.
+
+    Args:
+        head: A learned head.
+        own: The classifier's tensors by name: ``weight`` and ``bias``, or ``0.weight``, ``0.bias``, ``1.weight``, …
+            of linear layers that read the features side by side, the mean of which is the output.
+
+    Returns:
+        Tensors of the same names and shapes, or ``None`` where the head is no linear layer of that form.
+
+    Example:
+        >>> from clkit.methods import NearestMeanHead
+        >>> head = NearestMeanHead(2, metric="euclidean")
+        >>> head.update(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1]))
+        >>> layer_values(head, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})["weight"].tolist()
+        [[2.0, -2.0], [-2.0, 2.0]]
+    """
+    weights = [name for name in own if name.rpartition(".")[2] == "weight"]
+    if len(own) != 2 * len(weights) or not is_linear(head) or not head.classes.numel():
+        return None
+    outputs, dtype = len(own[weights[0]]), own[weights[0]].dtype
+    if int(head.classes.max()) >= outputs or any(own[name].ndim != 2 for name in weights):
+        return None
+    weight, bias = readout_tensors(head, outputs, torch.float64)
+    # a mean of n layers is the whole when each has n times its part of the weights, and all of the bias
+    parts = torch.split(len(weights) * weight, [own[name].shape[1] for name in weights], dim=1)
+    values = {name: part.to(dtype) for name, part in zip(weights, parts, strict=True)}
+    return {name: values.get(name, bias.clamp(min=torch.finfo(dtype).min / 4).to(dtype)) for name in own}
+
+
+def is_linear(head: Head) -> bool:
+    """Whether a head is one linear layer of the features themselves, neither lifted nor of unit length."""
+    return not head.normalizes and head.feature_map.is_identity
 
 
 def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequential:
@@ -89,22 +125,31 @@ def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequentia
         tensor([1])
     """
     weight, bias = readout_tensors(head, outputs, dtype)
-    linear = nn.Linear(weight.shape[1], outputs, dtype=dtype)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        linear.bias.copy_(bias)
     layers: list[nn.Module] = [nn.Flatten(1)]
     if head.normalizes:
         layers.append(L2Normalize())
     elif not head.feature_map.is_identity:
         layers += _lift_layers(head.feature_map, dtype)
-    return nn.Sequential(*layers, linear)
+    return nn.Sequential(*layers, linear_of(weight, bias))
+
+
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer that holds these values, made without a draw from the global generator, which is the user's.
+
+    Example:
+        >>> linear_of(torch.eye(2), torch.ones(2))(torch.tensor([[1.0, 2.0]])).tolist()
+        [[2.0, 3.0]]
+    """
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=bias is not None, dtype=weight.dtype, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
 
 
 def _lift_layers(feature_map: FeatureMap, dtype: torch.dtype) -> list[nn.Module]:
     projection = feature_map.projection
     assert projection is not None
-    linear = nn.Linear(feature_map.in_features, feature_map.out_features, bias=False, dtype=dtype)
-    with torch.no_grad():
-        linear.weight.copy_(projection)
-    return [linear, _ACTIVATIONS[feature_map.activation]()]
+    return [linear_of(projection.to(dtype)), _ACTIVATIONS[feature_map.activation]()]

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_choice, check_count, check_number
 from clkit.methods._gram import add_gram_
+from clkit.methods._saved import check_keys, check_saved, check_saved_ids
 from clkit.methods._state import PlainState, exact, world_size
 from clkit.methods.feature_map import Activation, FeatureMap, ProjectionInit
 from clkit.methods.head import Head, Readout, first_equal
@@ -354,10 +355,17 @@ class AnalyticHead(Head):
 
     # State ------------------------------------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _check_saved_parts(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        super()._check_saved_parts(state_dict, prefix)
+        pairs = []
         if self.recursion is not None:
             self.recursion._parse(state_dict, f"{prefix}recursion.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            pairs.append(("statistics.classes", "recursion.classes"))
+        if self.raw_statistics is not None:
+            pairs += [(f"statistics.{name}", f"raw_statistics.{name}") for name in ("classes", "counts")]
+        for one, other in pairs:
+            if not torch.equal(state_dict[prefix + one], state_dict[prefix + other]):
+                raise StateError(f"{prefix}{other} is not that of {prefix}{one}: the file is damaged")
 
 
 class RecursiveRidge(PlainState):
@@ -407,20 +415,27 @@ class RecursiveRidge(PlainState):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         ids, inverse, weight = self._parse(state_dict, prefix)
         with exact():
-            self.ids = ids.numpy().copy()
+            self.ids = ids
             self.inverse, self.weight = inverse.to(self._device, copy=True), weight.to(self._device, copy=True)
 
-    def _parse(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-        missing = [prefix + name for name in ("classes", "inverse", "weight") if prefix + name not in state_dict]
-        if missing:
-            raise StateError(f"the saved state lacks {missing}")
-        ids, inverse, weight = (state_dict[prefix + name] for name in ("classes", "inverse", "weight"))
-        wanted = ((self.width, self.width), (self.width, ids.numel()))
-        if (tuple(inverse.shape), tuple(weight.shape)) != wanted:
-            raise StateError(f"{prefix}inverse and weight have shapes {inverse.shape}, {weight.shape}, here {wanted}")
-        if not bool(inverse.isfinite().all() & weight.isfinite().all()):
-            raise StateError(f"{prefix}inverse or weight has values that are not finite: the file is damaged")
-        return ids.cpu(), inverse.detach(), weight.detach()
+    def _parse(
+        self, state_dict: Mapping[str, Any], prefix: str
+    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Tensor, Tensor]:
+        """Ids, inverse and weight, checked without touching this object.
+
+        Raises:
+            StateError: If they do not fit this object, or make no sense.
+        """
+        check_keys(state_dict, prefix, ["classes", "inverse", "weight"])
+        ids = check_saved_ids(prefix + "classes", state_dict.get(prefix + "classes"))
+        shapes = {"inverse": (self.width, self.width), "weight": (self.width, ids.size)}
+        inverse, weight = (
+            check_saved(prefix + name, state_dict.get(prefix + name), shape, torch.float64)
+            for name, shape in shapes.items()
+        )
+        if not bool((inverse.diagonal() > 0).all()):
+            raise StateError(f"{prefix}inverse has a diagonal that is not positive: the file is damaged")
+        return ids, inverse, weight
 
 
 def absorbed(inverse: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

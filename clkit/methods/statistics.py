@@ -13,12 +13,15 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.methods._checks import Batch, check_batch, check_count
 from clkit.methods._gram import add_gram_, mirrored
+from clkit.methods._saved import check_keys, check_saved, check_saved_ids
 from clkit.methods._state import PlainState, exact, world_size
+from clkit.processes import together
 
 __all__ = ["FeatureStatistics"]
 
 _FORMAT = 1
 _CENTRE_LIMIT = 1e30  # centres are kept in float32, which ends at 3e38
+_COUNT_LIMIT = 2**53  # larger numbers of samples are not whole in float64
 _Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
@@ -100,8 +103,7 @@ class FeatureStatistics(PlainState):
             for name, wanted in {"sums": sums, "gram": gram, "squares": squares, "class_grams": class_grams}.items()
             if wanted
         )
-        self.version = 0  # goes up with every change: lets a read-out know whether its solution is still current
-        self._batches = 0
+        self._steps = _Steps()
         self._bad: Tensor | None = None  # number of the first batch that was not finite, 0 for none
         self._shared = self._new_part()
         self._own: _Part | None = None
@@ -148,8 +150,8 @@ class FeatureStatistics(PlainState):
                     f"the other object has seen class {addition.ids[-1]}, not below max_classes={self.max_classes}"
                 )
             self.check()
-            self._learning_part().merge(addition.to(self._device))
-            self.version += 1
+            self._learning_part().merge(addition.to(self._device, copy=other is self))
+            self._steps.version += 1
 
     def subtract(self, features: Tensor, targets: Tensor) -> None:
         """Take samples out again, exactly: the sums become those of a stream that never held them.
@@ -173,8 +175,8 @@ class FeatureStatistics(PlainState):
     def reset(self) -> None:
         """Forget everything."""
         self._shared, self._own, self._both, self._bad = self._new_part(), None, None, None
-        self._batches = 0
-        self.version += 1
+        self._steps.batches = 0
+        self._steps.version += 1
 
     def synchronize(self, group: Any = None) -> None:
         """Exchange what each rank has learned since the last time, so that all ranks hold the same bits.
@@ -187,17 +189,19 @@ class FeatureStatistics(PlainState):
 
         Raises:
             BatchError: On all ranks, if any rank was given features that are not finite.
+            ProcessLostError: If another process died meanwhile.
         """
         if world_size(group) == 1:
             self.check()
             return
         with exact():
             own = self._own if self._own is not None else self._new_part()
-            total = _exchange(own, self._take_bad(), group, _communication_device(group, self._device))
+            with together("what they learned"):
+                total = _exchange(own, self._take_bad(), group, _communication_device(group, self._device))
             if total is not None:
                 self._shared.merge(total.to(self._device))
                 self._own = self._both = None
-                self.version += 1
+                self._steps.version += 1
 
     # Reading ----------------------------------------------------------------------------------------------------
 
@@ -277,6 +281,11 @@ class FeatureStatistics(PlainState):
         """Sizes, for ``print(statistics)``."""
         return f"width={self.width}, parts={self.parts}, classes={self._shared.ids.size}"
 
+    @property
+    def version(self) -> int:
+        """Goes up with every change: tells a read-out whether its solution is still current."""
+        return self._steps.version
+
     # Used by the heads ------------------------------------------------------------------------------------------
 
     def _check(self, features: Tensor, targets: Tensor) -> Batch:
@@ -286,14 +295,14 @@ class FeatureStatistics(PlainState):
 
     def _add(self, rows: Tensor, batch: Batch) -> None:
         """Add rows (n, width) that were computed from a checked batch."""
-        self._batches += 1
+        self._steps.batches += 1
         if batch.ids.size == 0:
             return
         if batch.finite is not None:
             bad = torch.zeros((), dtype=torch.int64, device=self._device) if self._bad is None else self._bad
-            self._bad = torch.where(batch.finite | (bad > 0), bad, self._batches)
+            self._bad = torch.where(batch.finite | (bad > 0), bad, self._steps.batches)
         self._learning_part().add(rows, batch)
-        self.version += 1
+        self._steps.version += 1
 
     def _refuse_subtraction(self, batch: Batch) -> None:
         if batch.finite is not None and not bool(batch.finite):
@@ -312,7 +321,7 @@ class FeatureStatistics(PlainState):
     def _remove(self, rows: Tensor, batch: Batch) -> None:
         if batch.ids.size:
             self._shared.remove(rows, batch)
-            self.version += 1
+            self._steps.version += 1
 
     def _take_bad(self) -> int:
         """Number of the first batch that was masked since the last call, else 0; drops the rows it has opened."""
@@ -339,9 +348,9 @@ class FeatureStatistics(PlainState):
         return self._both[1]
 
     def _learning_part(self) -> _Part:
-        self._both = None
         if world_size() == 1 and self._own is None:
             return self._shared
+        self._both = None
         if self._own is None:
             self._own = self._new_part()
         return self._own
@@ -357,7 +366,7 @@ class FeatureStatistics(PlainState):
         self._own = None if self._own is None else self._own.to(device)
         self._both = None
         self._bad = None if self._bad is None else self._bad.to(device)
-        self.version += 1
+        self._steps.version += 1
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         part = self._read()
@@ -385,7 +394,7 @@ class FeatureStatistics(PlainState):
         part = self._parse(state_dict, prefix)
         with exact():
             self._shared, self._own, self._both, self._bad = part.to(self._device, copy=True), None, None, None
-        self.version += 1
+        self._steps.version += 1
 
     def _parse(self, state_dict: Mapping[str, Any], prefix: str) -> _Part:
         """The saved part, checked to fit this object and to make sense, without touching this object.
@@ -393,46 +402,46 @@ class FeatureStatistics(PlainState):
         Raises:
             StateError: If it does not, naming what differs.
         """
-        found = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         expected = ["format", "width", "classes", *self._shared.tables]
         expected += ["gram"] if "gram" in self.parts else []
-        missing = [prefix + name for name in expected if name not in found]
-        surplus = [prefix + name for name in found if name not in expected]
-        if missing or surplus:
-            raise StateError(
-                f"the saved state does not fit statistics with {self.parts}: missing {missing}, unexpected {surplus}"
-            )
-        for name, value in found.items():
-            if not isinstance(value, Tensor):
-                raise StateError(f"{prefix + name} must be a tensor, got {type(value).__name__}")
+        check_keys(state_dict, prefix, expected)
+        missing = [prefix + name for name in expected if prefix + name not in state_dict]
+        if missing:
+            raise StateError(f"the saved state does not fit statistics with {self.parts}: it has no {missing}")
+        found = {name: state_dict[prefix + name] for name in expected}
         for name, own in (("format", _FORMAT), ("width", self.width)):
-            if found[name].numel() != 1 or int(found[name]) != own:
-                raise StateError(f"{prefix + name} is {found[name].tolist()} in the saved state, {own} here")
-        ids = found["classes"].cpu()
-        if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids.diff() <= 0).any()) or bool((ids < 0).any()):
-            raise StateError(f"{prefix}classes must be sorted, distinct int64 ids from 0, got {ids}")
-        if ids.numel() and int(ids[-1]) >= self.max_classes:
-            raise StateError(f"{prefix}classes has id {int(ids[-1])}, not below max_classes={self.max_classes}")
+            saved = int(check_saved(prefix + name, found[name], (), torch.int64))
+            if saved != own:
+                raise StateError(f"{prefix + name} is {saved} in the saved state, {own} here")
+        ids = check_saved_ids(prefix + "classes", found["classes"])
+        if ids.size and ids[-1] >= self.max_classes:
+            raise StateError(f"{prefix}classes has id {ids[-1]}, not below max_classes={self.max_classes}")
         part = _Part(self.width, self.parts, self.dtype, torch.device("cpu"))
-        part.ids = ids.numpy().copy()
-        wanted = {name: (ids.numel(), *table.shape[1:]) for name, table in part.tables.items()}
-        dtypes = {name: table.dtype for name, table in part.tables.items()}
+        part.ids = ids
+        part.tables = {
+            name: check_saved(prefix + name, found[name], (ids.size, *table.shape[1:]), table.dtype)
+            for name, table in part.tables.items()
+        }
         if part.gram is not None:
-            wanted["gram"], dtypes["gram"] = tuple(part.gram.shape), part.gram.dtype
-        for name, shape in wanted.items():
-            value = found[name]
-            if tuple(value.shape) != shape or value.dtype != dtypes[name]:
-                raise StateError(
-                    f"{prefix + name} has shape {tuple(value.shape)} and {value.dtype}, "
-                    f"here {shape} and {dtypes[name]} are needed"
-                )
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise StateError(f"{prefix + name} has values that are not finite: the file is damaged")
-        if bool((found["counts"] <= 0).any()):
-            raise StateError(f"{prefix}counts must be positive, got {found['counts']}")
-        part.tables = {name: found[name].detach() for name in part.tables}
-        part.gram = None if part.gram is None else found["gram"].detach()
+            part.gram = check_saved(prefix + "gram", found["gram"], tuple(part.gram.shape), part.gram.dtype)
+            if not torch.equal(part.gram, part.gram.mT):
+                raise StateError(f"{prefix}gram is not symmetric: the file is damaged")
+        counts = part.tables["counts"]
+        if bool(((counts <= 0) | (counts > _COUNT_LIMIT)).any()):
+            raise StateError(f"{prefix}counts must be positive, and at most {_COUNT_LIMIT}, got {counts}")
+        if "squares" in part.tables and bool((part.tables["squares"] < 0).any()):
+            raise StateError(f"{prefix}squares has negative values: the file is damaged")
         return part
+
+
+class _Steps:
+    """What is counted with every batch, outside the module, where setting an attribute costs as much as a product."""
+
+    __slots__ = ("batches", "version")
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.version = 0
 
 
 class _Part:
@@ -462,24 +471,28 @@ class _Part:
 
     def add(self, rows: Tensor, batch: Batch) -> None:
         at = self._include(batch.ids)
-        before, added = self.tables["counts"][at], batch.masked(batch.counts)
         rows = batch.masked(rows)
-        if "sums" in self.tables:
-            relative = rows
-            if "squares" in self.tables:
-                centres = self._open_centres(at, before == 0, rows[batch.first])
-                relative = batch.masked(rows - centres[batch.inverse])
-            total = _sum_by_class(relative, batch)
-            if "squares" in self.tables:
-                means = total / added.clamp(min=1)[:, None]
-                spread = _sum_by_class(batch.masked((relative - means[batch.inverse]).square()), batch)
-                self._merge_squares(at, before, added, means, spread)
-            self._put("sums", at, self._get("sums", at) + total)
-        self.tables["counts"].index_copy_(0, at, before + added)
+        if "squares" in self.tables:
+            self._add_centred(at, rows, batch)
+        elif "sums" in self.tables:
+            self._increase("sums", at, rows, batch)
+        self.tables["counts"].index_add_(0, at, batch.masked(batch.counts))
         if self.gram is not None:
             add_gram_(self.gram, rows)
         for position, lower in self._grams_of(at):
             add_gram_(lower, rows[batch.inverse == position])
+
+    def _add_centred(self, at: Tensor, rows: Tensor, batch: Batch) -> None:
+        """Sums and squares in coordinates centred at the first row of each class; counts are still those before."""
+        before, added = self.tables["counts"].index_select(0, at), batch.masked(batch.weights)
+        if batch.finite is not None or not bool(before.all()):
+            self._open_centres(at, before == 0, rows[batch.first])
+        relative = batch.masked(rows - self._get("centres", at).index_select(0, batch.inverse))
+        total = _sum_by_class(relative, batch)
+        means = total / batch.weights
+        spread = _sum_by_class(batch.masked((relative - means.index_select(0, batch.inverse)).square_()), batch)
+        self._merge_squares(at, before.to(torch.float64)[:, None], added, means, spread)
+        self._increase("sums", at, total)
 
     def remove(self, rows: Tensor, batch: Batch) -> None:
         """Take rows out; the caller has made sure that they are there."""
@@ -515,15 +528,16 @@ class _Part:
         if "sums" in self.tables:
             total = other.tables["sums"].to(torch.float64)
             if "squares" in self.tables:
-                theirs = other.tables["centres"].to(torch.float64)
-                centres = self._open_centres(at, before == 0, theirs)
-                total = total + (theirs - centres) * added[:, None]
+                origins = other.tables["centres"].to(torch.float64)
+                centres = self._open_centres(at, before == 0, origins)
+                total = total + (origins - centres) * added[:, None]
                 means = total / added[:, None]
-                self._merge_squares(at, before, added, means, other.tables["squares"].to(torch.float64))
-            self._put("sums", at, self._get("sums", at) + total)
+                ours, theirs = before.to(torch.float64)[:, None], added.to(torch.float64)[:, None]
+                self._merge_squares(at, ours, theirs, means, other.tables["squares"].to(torch.float64))
+            self._increase("sums", at, total)
         if "class_grams" in self.tables:
-            self._put("class_grams", at, self._get("class_grams", at) + other.tables["class_grams"])
-        self.tables["counts"].index_copy_(0, at, before + added)
+            self._increase("class_grams", at, other.tables["class_grams"])
+        self.tables["counts"].index_add_(0, at, added)
         if self.gram is not None and other.gram is not None:
             self.gram.add_(other.gram)
 
@@ -537,6 +551,9 @@ class _Part:
     def _include(self, ids: _Ids) -> Tensor:
         """Rows of ``ids``, after opening a row of zeros for each new one."""
         device = self.tables["counts"].device
+        at = np.searchsorted(self.ids, ids)
+        if np.array_equal(self.ids[at[at < self.ids.size]], ids):  # none is new: the usual case by far
+            return torch.from_numpy(at).to(device)
         union = np.union1d(self.ids, ids)
         if union.size != self.ids.size:
             old = torch.from_numpy(np.searchsorted(union, self.ids)).to(device)
@@ -555,12 +572,26 @@ class _Part:
 
     def _merge_squares(self, at: Tensor, before: Tensor, added: Tensor, means: Tensor, spread: Tensor) -> None:
         """Chan's rule; ``sums`` and ``counts`` are still those from before."""
-        delta = means - self._get("sums", at) / before.clamp(min=1)[:, None]
-        weight = before.to(torch.float64) * added / (before + added).clamp(min=1)
-        self._put("squares", at, self._get("squares", at) + spread + delta.square() * weight[:, None])
+        delta = means - self._get("sums", at) / before.clamp(min=1)
+        weight = before * added / (before + added).clamp_(min=1)
+        self._increase("squares", at, torch.addcmul(spread, delta.square_(), weight))
 
     def _get(self, name: str, at: Tensor) -> Tensor:
-        return self.tables[name][at].to(torch.float64)
+        rows = self.tables[name].index_select(0, at)
+        return rows if rows.dtype == torch.float64 else rows.to(torch.float64)
+
+    def _increase(self, name: str, at: Tensor, values: Tensor, batch: Batch | None = None) -> None:
+        """Add a row to each class ``at``; with ``batch``, the sum of its rows of each class."""
+        table = self.tables[name]
+        if table.dtype != torch.float64:  # added in float64, rounded once
+            values = values.to(torch.float64) if batch is None else _sum_by_class(values, batch)
+            self._put(name, at, self._get(name, at) + values)
+        elif batch is None:
+            table.index_add_(0, at, values)
+        elif table.device.type == "cpu":
+            table.index_add_(0, at.index_select(0, batch.inverse), values)
+        else:
+            table.index_add_(0, at, _sum_by_class(values, batch))
 
     def _put(self, name: str, at: Tensor, values: Tensor) -> None:
         self.tables[name].index_copy_(0, at, values.to(self.tables[name].dtype))

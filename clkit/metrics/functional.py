@@ -390,8 +390,8 @@ def summarize(
         missing = "class_correct" if class_correct is None else "class_total"
         raise ArgumentError(f"{missing} is missing: give class_correct and class_total together, or neither")
     return {
-        "accuracy_matrix": [[_json(value) for value in row] for row in matrix.tolist()],
-        "accuracy_seen": [_json(value) for value in seen.tolist()],
+        "accuracy_matrix": _plain(matrix),
+        "accuracy_seen": _plain(seen),
         "average_incremental_accuracy": _json(average_incremental_accuracy(seen)),
         "final_accuracy": _json(final_accuracy(seen)),
         "average_accuracy": _json(average_accuracy(matrix)),
@@ -400,6 +400,14 @@ def summarize(
         "forward_transfer": _json(forward_transfer(matrix, baseline)),
         "amca": None if bool(seen.isnan().any()) else _json(mean_class),
     }
+
+
+def _plain(values: Tensor) -> list[Any]:
+    """Nested lists with ``None`` for ``NaN``; no loop, because the matrix of a long stream has millions of entries."""
+    entries = values.numpy().astype(object)
+    entries[values.isnan().numpy()] = None
+    plain: list[Any] = entries.tolist()
+    return plain
 
 
 def _json(value: float) -> float | None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clkit.files import whole_file
+
 __all__ = ["draw_figures"]
 
 MOST_COLUMNS = 3
@@ -35,12 +37,17 @@ def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
     matrix = folder / "accuracy_matrix.png"
-    figure.savefig(matrix, dpi=150)
+    _save(figure, matrix)
     curves = {name: [_number(value) for value in summary["accuracy_seen"]] for name, summary in shown.items()}
     over_time, _ = plot_accuracy_over_time(curves)
     path = folder / "accuracy_over_time.png"
-    over_time.savefig(path, dpi=150)
+    _save(over_time, path)
     return [matrix, path]
+
+
+def _save(figure: Any, path: Path) -> None:
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=150, format="png")
 
 
 def _numbers(rows: list[list[float | None]]) -> list[list[float]]:

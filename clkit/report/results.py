@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_results"]
+from clkit.files import whole_file
 
-ClassTable = tuple[dict[int, int], dict[int, int], dict[tuple[int, int], int]]
+__all__ = ["ClassTable", "write_results"]
+
+ClassTable = tuple[list[list[int]], list[list[int]]]  # [class, correct, samples] and [class, predicted, samples]
 
 
 def write_results(
@@ -21,35 +24,37 @@ def write_results(
     Args:
         folder: Where to.
         document: What ``results.json`` holds.
-        classes: For each predictor, after its last stage: correct by class, total by class, and samples by
-            (class, predicted class).
+        classes: For each predictor, after its last stage: class, correct and samples of each class; class, predicted
+            class and samples of each pair.
         names: Class names by id; may be empty.
     """
-    # written beside and moved over, so that a run killed meanwhile leaves the last whole file
-    draft = folder / "results.json.part"
-    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(folder / "results.json")
+    with whole_file(folder / "results.json") as draft:
+        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _write_accuracy(folder / "accuracy.csv", document["predictors"])
-    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    with _table(folder / "per_class.csv") as writer:
         writer.writerow(["predictor", "class", "name", "samples", "correct", "accuracy"])
-        for predictor, (correct, total, _) in classes.items():
-            for label, n in sorted(total.items()):
-                hits = correct.get(label, 0)
+        for predictor, (counts, _) in classes.items():
+            for label, hits, n in counts:
                 writer.writerow([predictor, label, names.get(label, ""), n, hits, f"{hits / n:.6f}"])
-    for predictor, (_, total, pairs) in classes.items():
-        columns = sorted({predicted for _, predicted in pairs} | set(total))
-        with (folder / f"confusion_{predictor}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+    for predictor, (counts, listed) in classes.items():
+        labels = [label for label, _, _ in counts]
+        pairs = {(label, predicted): n for label, predicted, n in listed}
+        columns = sorted({predicted for _, predicted in pairs} | set(labels))
+        with _table(folder / f"confusion_{predictor}.csv") as writer:
             writer.writerow(["class \\ predicted", *columns])
-            for label in sorted(total):
+            for label in labels:
                 writer.writerow([label, *[pairs.get((label, column), 0) for column in columns]])
+
+
+@contextmanager
+def _table(path: Path) -> Iterator[Any]:
+    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        yield csv.writer(file)
 
 
 def _write_accuracy(path: Path, predictors: Mapping[str, Mapping[str, Any]]) -> None:
     width = max((len(row) for summary in predictors.values() for row in summary["accuracy_matrix"]), default=0)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    with _table(path) as writer:
         writer.writerow(["predictor", "stage", "accuracy_seen", *[f"experience_{j + 1}" for j in range(width)]])
         for predictor, summary in predictors.items():
             rows = zip(summary["accuracy_matrix"], summary["accuracy_seen"], strict=True)

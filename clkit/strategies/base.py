@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from clkit._lightning import keep_samplers
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
+from clkit.checkpoint_io import protect_checkpoints
 from clkit.errors import ArgumentError, ConfigurationError
+from clkit.processes import together
 
 __all__ = ["LearningStrategy"]
 
@@ -70,6 +72,11 @@ class LearningStrategy(DDPStrategy):
         if not self.single_device:
             super()._configure_launcher()
 
+    def connect(self, model: pl.LightningModule) -> None:
+        """Takes the user's module; checkpoints are written and read whole from now on."""
+        super().connect(model)
+        protect_checkpoints(self)
+
     def setup_distributed(self) -> None:
         """Starts the process group; on one device only the ranks are set."""
         if self.single_device:
@@ -87,6 +94,35 @@ class LearningStrategy(DDPStrategy):
             Strategy.setup(self, trainer)
         else:
             super().setup(trainer)
+
+    # ---- several devices: a process that is lost is said in words, not in those of the backend
+
+    def barrier(self, *args: Any, **options: Any) -> None:
+        """Waits for all processes.
+
+        Raises:
+            ProcessLostError: If one of them died.
+        """
+        with together("that they are there"):
+            super().barrier(*args, **options)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Gives all processes what one of them has.
+
+        Raises:
+            ProcessLostError: If one of them died.
+        """
+        with together("what one of them has"):
+            return super().broadcast(obj, src)
+
+    def reduce(self, *args: Any, **options: Any) -> Any:
+        """Sums or averages over all processes.
+
+        Raises:
+            ProcessLostError: If one of them died.
+        """
+        with together("a value"):
+            return super().reduce(*args, **options)
 
     # ---- following the stream: a strategy is one of the parts that notice boundaries
 

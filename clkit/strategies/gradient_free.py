@@ -12,10 +12,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from clkit._lightning import is_last_batch
 from clkit.batch import read_batch
 from clkit.boundaries import Boundaries
 from clkit.errors import ArgumentError
 from clkit.experience import Experience
+from clkit.processes import together
 from clkit.strategies.base import LearningStrategy
 from clkit.tap import FeatureTap
 
@@ -68,6 +70,7 @@ class GradientFreeStrategy(LearningStrategy):
         self._thawed_parameters: list[nn.Parameter] = []
         self._automatic: bool | None = None
         self._network: nn.Module | None = None
+        self._loss: Tensor | None = None  # of the running epoch: sum and number of labels
 
     # ---- before the loops run
 
@@ -138,7 +141,7 @@ class GradientFreeStrategy(LearningStrategy):
         if module is not None and self._automatic is not None:
             module.automatic_optimization = self._automatic
         self._thawed_parameters, self._thawed, self._automatic = [], [], None
-        self._learning, self._network = False, None
+        self._learning, self._network, self._loss = False, None, None
         super().teardown()
 
     # ---- one batch
@@ -154,11 +157,20 @@ class GradientFreeStrategy(LearningStrategy):
         inputs, targets = read_batch(batch, self.batch_reader)
         with torch.no_grad(), self.precision_plugin.train_step_context():
             output = self._network(inputs)
-        loss = _module_loss(output, targets)
-        if loss is not None:
-            module.log("gradient_free/loss", loss, on_step=False, on_epoch=True, batch_size=len(targets))
+        self._log_loss(module, output, targets)
         # with several processes Lightning refuses a step that returns nothing
         return targets.new_zeros((), dtype=torch.float32)
+
+    def _log_loss(self, module: pl.LightningModule, output: Any, targets: Tensor) -> None:
+        """Logs the mean over the epoch's labels with its last batch: a log a batch costs more than the batch."""
+        loss = _module_loss(output, targets)
+        if loss is not None:
+            self._loss = loss if self._loss is None else self._loss + loss
+        last = is_last_batch(self._trainer) or self._trainer.global_step + 1 == self._trainer.max_steps
+        if last and self._loss is not None:
+            summed, known = self._loss
+            module.log("gradient_free/loss", summed / known.clamp(min=1), on_step=False, on_epoch=True, batch_size=1)
+            self._loss = None
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Nothing to do once the network is frozen."""
@@ -190,16 +202,18 @@ class _NoUpdate(Optimizer):
 
 
 def _module_loss(output: Any, targets: Tensor) -> Tensor | None:
-    """Cross-entropy of the module's own output over the labels that it has a column for."""
+    """Summed cross-entropy of the module's own output over the labels that it has a column for, and their number."""
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(targets) or output.shape[1] < 2:
         return None
     if targets.ndim != 1 or targets.is_floating_point():  # the heads say what is wrong with these
         return None
     known = (targets >= 0) & (targets < output.shape[1])
-    summed = cross_entropy(output.float(), torch.where(known, targets.long(), -100), ignore_index=-100, reduction="sum")
-    return summed / known.sum().clamp(min=1)
+    labels = torch.where(known, targets, -100).long()
+    summed = cross_entropy(output.float(), labels, ignore_index=-100, reduction="sum")
+    return torch.stack([summed, known.sum()])
 
 
 def _broadcast_states(module: nn.Module) -> None:
-    for tensor in [*module.parameters(), *module.buffers()]:
-        torch.distributed.broadcast(tensor.data, src=0)
+    with together("the network's weights"):
+        for tensor in [*module.parameters(), *module.buffers()]:
+            torch.distributed.broadcast(tensor.data, src=0)

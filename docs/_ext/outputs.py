@@ -43,7 +43,7 @@ COMMANDS: dict[str, tuple[list[str], int, bool]] = {
     "cli_no_recipe": ([*CLKIT, "recipes", "nmd"], 2, True),
     "cli_no_data": (
         [*CLKIT, "fit", "--config", "nmc.yaml", "--data.source", "npz:birds"],
-        1,
+        2,
         True,
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import clkit
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, Joint, StreamDataModule, TaskIncremental
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.models import TimmClassifier
 
 Make = Callable[..., Any]
@@ -499,3 +500,32 @@ def test_no_validation_at_all_means_no_rows_and_no_files(make_trainer: Make, tmp
     assert evaluation.results == {}
     assert int(head.head.counts.sum()) == 899
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clkit.callbacks.evaluation.find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_a_run_without_matplotlib_ends_without_figures_and_says_so(
+    make_trainer: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        trainer = make_trainer(strategy="gradient_free", callbacks=[NMC(), StreamEvaluation(table=False)])
+        trainer.fit(TimmClassifier("identity"), datamodule=StreamDataModule("digits:flat", ClassIncremental(5)))
+    assert "figures need matplotlib" in caplog.text
+    assert (tmp_path / "results.json").exists()
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_wanted_figures_without_matplotlib_are_an_error_before_any_training(make_trainer: Make) -> None:
+    head = NMC()
+    trainer = make_trainer(strategy="gradient_free", callbacks=[head, StreamEvaluation(figures=True)])
+    with pytest.raises(ConfigurationError, match=r"clkit\[report\]"):
+        trainer.fit(TimmClassifier("identity"), datamodule=StreamDataModule("digits:flat", ClassIncremental(5)))
+    with pytest.raises(NotFittedError):
+        _ = head.head

@@ -144,8 +144,8 @@ def test_no_preprocessing_is_spelt_unit() -> None:
 def test_a_missing_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "configs" / "nmc.yaml"
     arguments = ["validate", "--config", str(recipe), "--ckpt_path", str(tmp_path / "last.ckpt")]
-    assert main(arguments) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("clkit: Checkpoint file not found")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("clkit: ckpt_path=")
 
 
 def test_images_for_a_network_of_ones_own_are_said_to_be_unnormalised(

@@ -38,12 +38,24 @@ def test_blas_product_takes_rows_that_are_not_contiguous() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
 def test_blocks_equal_a_plain_product(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     lower, rows, expected = _case(dtype)
-    monkeypatch.setattr(_gram, "_BLOCK", 10)
+    monkeypatch.setattr(_gram, "_CPU_BLOCK", 10)
     # A transposed view is not contiguous, so that float64 takes the way of the other devices as well.
     lower = lower.T
     add_gram_(lower, rows, 0.75)
     assert lower.dtype == dtype
     np.testing.assert_allclose(mirrored(lower).double().numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 300])
+def test_several_threads_give_the_same_product(width: int) -> None:
+    rows = torch.randn(5, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = np.einsum("bi,bj->ij", rows.numpy(), rows.numpy())
+    torch.set_num_threads(2)  # torch's own product then, in blocks
+    try:
+        lower = add_gram_(torch.zeros(width, width, dtype=torch.float64), rows)
+    finally:
+        torch.set_num_threads(1)
+    np.testing.assert_allclose(mirrored(lower).numpy(), expected, rtol=1e-13, atol=1e-13)
 
 
 def test_no_rows_change_nothing() -> None:

@@ -1,0 +1,255 @@
+"""Several checkpoints made one: what their heads have learned, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clkit.checkpoints import MERGED, build_head, head_entries, read_checkpoint, write_checkpoint
+from clkit.errors import ArgumentError, ConfigurationError, StateError
+from clkit.methods.head import Head
+from clkit.methods.readout import layer_values
+from clkit.outputs import check_output
+
+__all__ = ["Learned", "hand_over", "merge_checkpoints", "save_checkpoint"]
+
+_OF_ONE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # what no merged file can have
+
+
+class Learned(NamedTuple):
+    """What a head in a written checkpoint has learned.
+
+    Attributes:
+        head: The callback's key in the checkpoint, e.g. ``"NMC(nmc)"``.
+        samples: Number of samples.
+        classes: Number of classes.
+    """
+
+    head: str
+    samples: int
+    classes: int
+
+
+def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> list[Learned]:
+    """Writes a checkpoint whose heads have learned what those of all given ones have together.
+
+    For heads that learned on several machines with one frozen network (federated learning, shards of a data set): each
+    head equals the one of a single run over the union of the samples, up to the rounding of float64. A sample that two
+    of the runs have learned counts twice, as it would there.
+
+    The file is for ``validate``, ``test``, ``predict``, :func:`clkit.load_head`, further merging and export. No fit can
+    go on from it: its runs were at different places of their streams. Weights, and whatever else is in the file, are
+    those of the first; accuracies that were measured are left out, since they are not those of the merged heads.
+
+    Args:
+        paths: Two checkpoint files or more.
+        output: The file to write; its folder must exist.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        What each head of the new file has learned.
+
+    Raises:
+        ArgumentError: If there are fewer than two files, one is given twice, or ``output`` exists.
+        StateError: If a file is damaged, holds no heads, or its heads cannot be added: other names, options, width or
+            place of the features, or a network with other weights, whose features mean something else.
+        ConfigurationError: If a head keeps a solution and no sums (``solver="recursive"``).
+        WriteError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from clkit.methods import NearestMeanHead
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name, label in (("a", 0), ("b", 1)):
+        ...         head = NearestMeanHead(2)
+        ...         head.update(torch.eye(2), torch.full((2,), label))
+        ...         entry = {"head": dict(head.state_dict()), "in_features": 2, "tap": "fc:in"}
+        ...         torch.save({"state_dict": {}, "callbacks": {"NMC(nmc)": entry}}, f"{folder}/{name}.ckpt")
+        ...     merge_checkpoints([f"{folder}/a.ckpt", f"{folder}/b.ckpt"], f"{folder}/both.ckpt")
+        [Learned(head='NMC(nmc)', samples=4, classes=2)]
+    """
+    files = [Path(path) for path in paths]
+    if len(files) < 2:
+        raise ArgumentError(f"paths={[str(file) for file in files]}: at least two checkpoints are needed to merge")
+    check_output(output, files, overwrite)
+    merged = read_checkpoint(files[0])
+    _refuse_twice(files)
+    heads = _heads_of(merged, files[0])
+    entries = head_entries(merged)
+    for file in files[1:]:
+        other = read_checkpoint(file)
+        _add(heads, entries, other, files[0], file)
+        _refuse_other_network(merged, other, entries, files[0], file)
+        _widen_position(merged, entries, other)
+    evaluations = {
+        key: _nothing_measured(entry)
+        for key, entry in merged["callbacks"].items()
+        if isinstance(entry, dict) and "rows" in entry
+    }
+    for name in _OF_ONE_RUN:
+        merged.pop(name, None)
+    merged["callbacks"] = evaluations | entries
+    merged[MERGED] = [str(file) for file in files]
+    for key, head in heads.items():
+        hand_over(merged, key, head)
+    return save_checkpoint(merged, output, heads)
+
+
+def save_checkpoint(checkpoint: dict[str, Any], output: str | Path, heads: dict[str, Head]) -> list[Learned]:
+    """Writes a checkpoint as a whole or not at all; gives what its heads have learned."""
+    write_checkpoint(checkpoint, output)
+    return [Learned(key, int(head.counts.sum()), len(head.classes)) for key, head in heads.items()]
+
+
+# ---- what fits together
+
+
+def _refuse_twice(files: list[Path]) -> None:
+    seen: dict[Path, Path] = {}
+    for file in files:
+        if file.resolve() in seen:
+            raise ArgumentError(f"{file} is given twice: its samples would count twice")
+        seen[file.resolve()] = file
+
+
+def _heads_of(checkpoint: dict[str, Any], file: Path) -> dict[str, Head]:
+    heads = {key: build_head(entry["head"], f"{file}: {key}") for key, entry in head_entries(checkpoint).items()}
+    if not heads:
+        raise StateError(
+            f"{file} holds no learned head to merge; it has the callbacks {sorted(checkpoint.get('callbacks', {}))} "
+            "(a file saved with save_weights_only=True has none)"
+        )
+    for key, head in heads.items():
+        if head.options.get("solver") == "recursive":
+            raise ConfigurationError(
+                f'{file}: {key} was learned with solver="recursive", which keeps a solution and no sums, so it cannot '
+                'be merged; learn with solver="gram"'
+            )
+    return heads
+
+
+def _add(
+    heads: dict[str, Head], entries: dict[str, dict[str, Any]], other: dict[str, Any], first: Path, file: Path
+) -> None:
+    """Adds what the heads of another checkpoint have learned."""
+    theirs, their_entries = _heads_of(other, file), head_entries(other)
+    for key in sorted(heads.keys() ^ theirs.keys()):
+        has, lacks = (first, file) if key in heads else (file, first)
+        raise StateError(
+            f"{key} is in {has} but not in {lacks}, which has {sorted(head_entries(other) if lacks is file else heads)}"
+            "; merge runs with the same heads under the same names"
+        )
+    for key, head in heads.items():
+        for name, what in (("in_features", "features of width"), ("tap", "features read at")):
+            mine, their = entries[key].get(name), their_entries[key].get(name)
+            if mine != their:
+                raise StateError(
+                    f"{key} has learned {what} {mine!r} in {first} and {their!r} in {file}; only heads that read the "
+                    "same place of the same network can be merged"
+                )
+        try:
+            head.merge(theirs[key])
+        except ArgumentError as error:
+            raise StateError(f"{key} of {file} cannot be merged into that of {first}: {error}") from error
+
+
+def _refuse_other_network(
+    mine: dict[str, Any], theirs: dict[str, Any], entries: dict[str, dict[str, Any]], first: Path, file: Path
+) -> None:
+    own, other = mine.get("state_dict", {}), theirs.get("state_dict", {})
+    points = [str(entry.get("tap")) for entry in entries.values()]
+    beyond = _beyond_features(own, points) | _beyond_features(other, points)
+    for key in [*own, *(key for key in other if key not in own)]:
+        if key in beyond:
+            continue
+        if key not in own or key not in other:
+            has, lacks = (file, first) if key not in own else (first, file)
+            raise StateError(f"{has} holds another network than {lacks}, which has no {key!r}: its features differ")
+        if not _same(own[key], other[key]):
+            raise StateError(
+                f"the networks of {first} and {file} differ in {key!r}, so their features cannot be compared; merge "
+                "runs that began with the same weights and left them frozen (the classifier alone may differ)"
+            )
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    return bool(mine == theirs)  # what a module's own get_extra_state gave
+
+
+def _beyond_features(state_dict: dict[str, Any], points: list[str]) -> set[str]:
+    """The keys that no head's features depend on: those of the classifier whose input all of them read."""
+    return set.intersection(*(set(classifier_keys(state_dict, point)) for point in points))
+
+
+def classifier_keys(state_dict: dict[str, Any], point: str) -> list[str]:
+    """The keys of the classifier whose input is read at a tap's point.
+
+    A point names layers inside the network, and keys begin at the user's module: of several layers whose path ends
+    that way (``network.fc``, ``network.blocks.0.se.fc``) it is the one that lies least deep. Where two lie equally
+    deep it is not known, and none is named.
+    """
+    names, _, side = point.rpartition(":")
+    keys: list[str] = []
+    for name in names.replace("|", "+").split("+") if side == "in" else ():
+        owners = {key: f".{key}"[:at] for key in state_dict if (at := f".{key}".find(f".{name}.")) >= 0}
+        least = min((owner.count(".") for owner in owners.values()), default=0)
+        near = {owner for owner in owners.values() if owner.count(".") == least}
+        if len(near) == 1:
+            keys += [key for key, owner in owners.items() if owner in near]
+    return keys
+
+
+# ---- what the new file says
+
+
+def _widen_position(merged: dict[str, Any], entries: dict[str, dict[str, Any]], other: dict[str, Any]) -> None:
+    """How far learning came, for an evaluation: the further of the two where both walked one stream."""
+    for key in [key for key, value in merged.items() if isinstance(value, dict) and "reached" in value]:
+        mine, theirs = merged[key], other.get(key)
+        length = 0 if theirs is None else min(len(mine["experiences"]), len(theirs["experiences"]))
+        if theirs is None or mine["experiences"][:length] != theirs["experiences"][:length]:
+            del merged[key]  # of different streams: all of the stream in hand is evaluated
+        elif theirs["reached"] > mine["reached"]:
+            merged[key] = theirs
+    for key, entry in entries.items():
+        there = head_entries(other)[key]
+        if _index(there) > _index(entry):
+            entry["position"] = there["position"]
+        if "observed" in entry:
+            entry["observed"] += there["observed"]
+
+
+def _index(entry: dict[str, Any]) -> int:
+    experience = (entry.get("position") or {}).get("experience")
+    return -1 if experience is None else int(experience["index"])
+
+
+def _nothing_measured(entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "rows": {}, "pending": False, "seconds": {"fit": 0.0, "evaluate": 0.0}}
+
+
+def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:
+    """Puts a changed head into a checkpoint, and where it was grafted into the module, its new read-out."""
+    entry = checkpoint["callbacks"][key]
+    entry["head"] = dict(head.state_dict())
+    if "grafted_layer" in entry:
+        entry["grafted_layer"] = {}  # what stood in the classifier's place: made anew of the head when it is loaded
+    if not head.classes.numel():
+        entry["grafted"] = False
+    own = entry.get("own_classifier") or {}
+    if not own:
+        return
+    values = layer_values(head, own)
+    if values is None:  # it does not fit any more; the callback puts it there by other means when it is loaded
+        values, entry["own_classifier"] = own, {}
+    weights = checkpoint["state_dict"]
+    for weight_key in classifier_keys(weights, str(entry["tap"])):
+        for name, value in values.items():
+            if f".{weight_key}".endswith(f".{name}"):
+                weights[weight_key] = value.to(weights[weight_key].dtype)

@@ -1,0 +1,310 @@
+"""A run as its checkpoint and its ``config.yaml`` describe it, to pass some batches through its network again."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from clkit._lightning import callbacks_of
+from clkit.batch import BatchReader
+from clkit.callbacks import HeadCallback
+from clkit.callbacks.base import evaluation_key
+from clkit.data import StreamDataModule
+from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
+from clkit.observer import BatchObserver
+from clkit.strategies import GradientFreeStrategy
+from clkit.trainer_cli import StreamCLI, refusal
+
+__all__ = ["SavedRun"]
+
+Rows = npt.NDArray[np.int64]
+
+Plan = list[tuple[int, Rows]]  # epoch and rows of each batch
+
+# of the run's trainer, what says where and how numbers are computed, and with what the parts are built
+_ELSEWHERE = {"accelerator": "cpu", "precision": None, "devices": 1, "num_nodes": 1, "plugins": None}
+
+
+class SavedRun:
+    """The module, the data and the head callbacks of a run, built from its settings.
+
+    Args:
+        path: The checkpoint.
+        config: The file of settings.
+    """
+
+    def __init__(self, path: Path, config: Path) -> None:
+        self.path = path
+        self.config = config
+        cli = _built(config)
+        self.module: pl.LightningModule = cli.model
+        self.data: pl.LightningDataModule = cli.datamodule
+        self.strategy = cli.trainer.strategy
+        self.callbacks = {
+            callback.state_key: callback for callback in callbacks_of(cli.trainer) if isinstance(callback, HeadCallback)
+        }
+        trainer = yaml.safe_load(config.read_text(encoding="utf-8")).get("trainer") or {}
+        limit = trainer.get("limit_train_batches")  # an integer 1 is one batch, 1.0 is all of them
+        self.batches_are_limited = (limit is not None and repr(limit) != "1.0") or bool(trainer.get("overfit_batches"))
+        self._computing = {"accelerator": trainer.get("accelerator", "auto"), "precision": trainer.get("precision")}
+
+    @classmethod
+    def of(cls, path: str | Path, config: str | Path | None = None) -> SavedRun:
+        """The run of a checkpoint.
+
+        Args:
+            path: The checkpoint.
+            config: The file of settings; ``config.yaml`` beside the checkpoint or in the folder above by default,
+                where ``clkit fit`` writes it.
+
+        Raises:
+            ArgumentError: If there is no such file.
+            ConfigurationError: If it is no file of settings, or what it names cannot be built.
+        """
+        folder = Path(path).resolve().parent
+        places = [folder / "config.yaml", folder.parent / "config.yaml"] if config is None else [Path(config)]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise ArgumentError(
+                f"the settings of the run are not there: {' and '.join(map(str, places))}; give the config.yaml of the "
+                "run (--config), which clkit fit writes into its folder"
+            )
+        return cls(Path(path), found)
+
+    # ---- what is asked of it
+
+    def learned(self, checkpoint: dict[str, Any], keys: list[str], rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
+        """Features (N, D) and targets (N,) of some training rows, as some heads have learned them.
+
+        A row stands there once for each time that it was learned.
+
+        Args:
+            checkpoint: What the file holds.
+            keys: The callbacks' keys.
+            rows: Row numbers in the training part.
+
+        Raises:
+            ConfigurationError: If the network was not the same all the time, or the data are no stream of clkit.
+            DataError: If a row was not learned, or there is none of that number.
+        """
+        self._refuse_what_changed()
+        missing = [key for key in keys if key not in self.callbacks]
+        if missing:
+            raise ConfigurationError(
+                f"{self.config} has no callback {', '.join(missing)}, but {sorted(self.callbacks)}"
+            )
+        stream = self.data
+        if not isinstance(stream, StreamDataModule):
+            raise ConfigurationError(
+                f"the data of {self.config} are a {type(stream).__name__}, whose samples have no known numbers; give "
+                "features and targets instead of ids"
+            )
+        position = checkpoint.get(type(stream).__qualname__)
+        if position is None:
+            raise StateError(f"{self.path} does not say how far its stream had come; give features and targets")
+        stream.setup("validate")  # learning ends with what a trainer says; this only cuts the stream
+        resets = [key for key in keys if self.callbacks[key].reset_each_task]
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for group, last_experience in (([key for key in keys if key not in resets], False), (resets, True)):
+            if group:
+                plan = stream.learned_batches(position, rows, last_experience=last_experience)
+                _refuse_unlearned(rows, plan, group)
+                collectors = {
+                    key: _Collector(self.callbacks[key], str(checkpoint["callbacks"][key]["tap"]), plan, rows)
+                    for key in group
+                }
+                self._pass(plan, list(collectors.values()), **self._computing)
+                found |= {key: collector.samples() for key, collector in collectors.items()}
+        return found
+
+    def prepare(self, key: str, samples: int = 4) -> Any:
+        """Loads the checkpoint's weights into the module; gives some inputs of the kind that it takes.
+
+        Args:
+            key: The callback whose place of reading and batch reader are meant.
+            samples: At most so many.
+        """
+        callback = self.callbacks[key]
+        plan = None
+        if isinstance(self.data, StreamDataModule):
+            self.data.setup("validate")
+            plan = [(0, self.data.training_rows(0)[:samples])]
+        collector = _Collector(callback, None, plan or [], np.empty(0, dtype=np.int64))
+        self._pass(plan, [collector], accelerator="cpu", precision="32-true")
+        return collector.inputs
+
+    def _pass(self, plan: Plan | None, collectors: list[_Collector], **computing: Any) -> None:
+        """Lets the network see the batches of a plan, or the first one that the data have for a validation."""
+        if not is_overridden("validation_step", self.module):
+            raise ConfigurationError(
+                f"{type(self.module).__name__} has no validation_step, by which its network is run here; give it one "
+                "that takes a batch"
+            )
+        data = self.data
+        if plan is not None:
+            assert isinstance(data, StreamDataModule)
+            replayed = functools.partial(data.replayed, plan)
+            setattr(data, "val_dataloader", replayed)  # noqa: B010  on this object alone, which nobody else has
+        with _quiet():
+            try:
+                trainer = pl.Trainer(
+                    **computing,
+                    devices=1,
+                    callbacks=list(collectors),
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    inference_mode=False,
+                    limit_val_batches=1 if plan is None else 1.0,
+                )
+            except MisconfigurationException as error:
+                raise ConfigurationError(
+                    f"the run was computed with {computing}, which is not here ({error}): other numbers would come out"
+                ) from error
+            trainer.validate(self.module, datamodule=data, ckpt_path=self.path, verbose=False, weights_only=True)
+
+    def _refuse_what_changed(self) -> None:
+        if not isinstance(self.strategy, GradientFreeStrategy):
+            raise ConfigurationError(
+                f"{self.config} trains the network (its strategy is no gradient_free), so the features that were "
+                "learned cannot be computed again; give features and targets instead of ids"
+            )
+        if self.batches_are_limited:
+            raise ConfigurationError(
+                f"{self.config} limits the training batches, so which samples were learned is not known; give features "
+                "and targets instead of ids"
+            )
+
+
+class _Collector(pl.Callback):
+    """Keeps features and targets of some rows of each batch, as a head callback would read them."""
+
+    def __init__(self, callback: HeadCallback, point: str | None, plan: Plan, rows: Rows) -> None:
+        self._layer = callback.layer
+        self._reader: BatchReader | None = callback.batch_reader
+        self._point = point
+        self._plan = plan
+        self._rows = rows
+        self._observer: BatchObserver | None = None
+        self._features: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self.inputs: Any = None
+
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """What was kept: features (N, D) and targets (N,)."""
+        return torch.cat(self._features), torch.cat(self._targets)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._observer = BatchObserver.attach(trainer, pl_module, self._layer)
+        point = self._observer.tap.point
+        if self._point not in (None, point):
+            raise StateError(
+                f"the heads of the checkpoint read features at {self._point!r}, and the network of the settings has "
+                f"them at {point!r}; give the config.yaml that belongs to the checkpoint"
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._observer is not None:
+            self._observer.detach(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._observer is not None
+        self._observer.refresh()
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        assert self._observer is not None
+        self._observer.open(
+            trainer, pl_module, batch, evaluation_key(trainer, batch_idx, dataloader_idx), reader=self._reader
+        )
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._observer is not None
+        targets = self._observer.targets
+        assert targets is not None
+        self.inputs = self._observer.inputs
+        if self._rows.size:
+            asked = torch.from_numpy(np.isin(self._plan[batch_idx][1], self._rows))
+            self._features.append(self._observer.features().cpu()[asked])
+            self._targets.append(targets.cpu()[asked])
+
+
+def _refuse_unlearned(rows: Rows, plan: Plan, keys: list[str]) -> None:
+    learned = np.unique(np.concatenate([batch for _, batch in plan])) if plan else np.empty(0, dtype=np.int64)
+    unlearned = np.setdiff1d(rows, learned)
+    if unlearned.size:
+        shown, more = ", ".join(map(str, unlearned[:10])), len(unlearned) - 10
+        raise DataError(
+            f"the samples {shown}{f' and {more} more' if more > 0 else ''} were not learned by {' and '.join(keys)} "
+            "before this checkpoint was saved; nothing was written"
+        )
+
+
+def _built(config: Path) -> StreamCLI:
+    """Everything that the settings name, on a trainer that is not used."""
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{config} is no file of settings: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigurationError(f"{config} holds no settings of a run")
+    sys.path.insert(0, str(Path.cwd()))  # classes of the user's own, as `clkit fit` finds them
+    wanted = {name: dict(settings.get(name) or {}) for name in ("model", "data", "trainer")}
+    wanted["trainer"] |= {**_ELSEWHERE, "logger": False}
+    arguments = wanted["model"].get("init_args") or {}
+    if str(wanted["model"].get("class_path", "TimmClassifier")).endswith("TimmClassifier"):
+        # weights come from the checkpoint: nothing is to be fetched
+        wanted["model"]["init_args"] = {**arguments, "pretrained": False, "checkpoint_path": None}
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump({"seed_everything": False, **wanted}), encoding="utf-8")
+        try:
+            return StreamCLI(["--config", str(file)], run=False)
+        except ClkitError:
+            raise
+        except ValueError as error:
+            raise refusal(error) or ConfigurationError(f"{config}: {error}") from error
+        except SystemExit as error:  # the parser has said what is wrong
+            raise ConfigurationError(f"the run of {config} cannot be built; what is wrong is said above") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's notes are not what a person wants to read here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

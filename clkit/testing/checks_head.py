@@ -1,0 +1,432 @@
+"""What every head must do, whatever its mathematics."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clkit.errors import ClkitError, NotFittedError
+from clkit.testing import processes
+from clkit.testing._compare import PLAIN, bits, far, leaves, require, same
+from clkit.testing._runs import random_bits
+from clkit.testing.entries import Entry
+
+__all__ = ["CHECKS"]
+
+WIDTH = 6
+IDS = (1, 4, 9)
+
+
+def sample(rows: int = 50, start: int = 0, ids: tuple[int, ...] = IDS) -> tuple[Tensor, Tensor]:
+    """Features (rows, 6) float64 and ids, a function of ``start``."""
+    generator = torch.Generator().manual_seed(start)
+    which = torch.randint(len(ids), (rows,), generator=generator)
+    features = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) + which[:, None].double()
+    return features, torch.tensor(ids)[which]
+
+
+def learned(entry: Entry, rows: int = 50, start: int = 0) -> Any:
+    """A head that has learned one sample of batches."""
+    head = entry.make(WIDTH)
+    features, targets = sample(rows, start)
+    for first in range(0, rows, 25):
+        head.update(features[first : first + 25], targets[first : first + 25])
+    return head
+
+
+def state_of(head: Any) -> dict[str, Any]:
+    """A copy of the saved state."""
+    return dict(copy.deepcopy(head.state_dict()))
+
+
+def scores_have_a_column_for_each_class(entry: Entry, folder: Path) -> None:
+    """Scores are (B, C) with column c for class id c, unseen columns -inf, and predict takes the highest."""
+    head = learned(entry)
+    features, _ = sample(20, start=1)
+    scores = head(features)
+    require(
+        scores.shape == (20, max(IDS) + 1),
+        f"after the classes {IDS} forward gave shape {tuple(scores.shape)} for 20 rows",
+        f"give (20, {max(IDS) + 1}): column = class id",
+    )
+    seen = torch.tensor(IDS)
+    require(
+        head.classes.tolist() == list(IDS) and head.classes.dtype == torch.int64,
+        f"classes is {head.classes!r}",
+        f"give the sorted int64 ids of all classes seen, {list(IDS)}",
+    )
+    unseen = torch.ones(max(IDS) + 1, dtype=torch.bool).index_fill(0, seen, False)
+    require(bool(torch.isneginf(scores[:, unseen]).all()), "columns of unseen classes are not -inf", "fill them so")
+    require(bool(scores[:, seen].isfinite().all()), "scores of seen classes are not finite", "check the arithmetic")
+    predicted = head.predict(features)
+    require(
+        predicted.shape == (20,) and predicted.dtype == torch.int64 and torch.equal(predicted, scores.argmax(1)),
+        f"predict gave {predicted.dtype} {predicted.tolist()}, the highest columns are {scores.argmax(1).tolist()}",
+        "give the (B,) int64 ids of the highest scores",
+    )
+    one_class = entry.make(WIDTH)
+    one_class.update(torch.ones(1, WIDTH), torch.tensor([2]))
+    answers = one_class.predict(features).tolist()
+    require(answers == [2] * 20, f"after one sample of class 2 predict gave {answers}", "the only class seen is 2")
+
+
+def scores_follow_the_dtype_of_features(entry: Entry, folder: Path) -> None:
+    """Features of any floating dtype are upcast; scores come in float64 for float64 features, else in float32."""
+    features, targets = sample()
+    head = learned(entry)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        low = features.to(dtype)
+        scores, expected = head(low), torch.float64 if dtype == torch.float64 else torch.float32
+        require(scores.dtype == expected, f"{dtype} features gave {scores.dtype} scores", f"give {expected}")
+        same(
+            head(low.double()).to(expected),
+            scores,
+            f"{dtype} features gave other scores than the same numbers in float64",
+            "upcast features to float64 before computing",
+        )
+        from_low, from_double = entry.make(WIDTH), entry.make(WIDTH)
+        from_low.update(low, targets)
+        from_double.update(low.double(), targets)
+        same(
+            state_of(from_double),
+            state_of(from_low),
+            f"{dtype} features were learned otherwise than the same numbers in float64",
+            "upcast features to float64 before adding them up",
+        )
+
+
+def an_unlearned_head_says_so(entry: Entry, folder: Path) -> None:
+    """Before anything is learned forward gives (B, 0) or all -inf, and predict raises NotFittedError."""
+    head = entry.make(WIDTH)
+    features, _ = sample(3)
+    scores = head(features)
+    require(
+        scores.ndim == 2 and len(scores) == 3 and bool(torch.isneginf(scores).all()),
+        f"forward gave {scores.tolist()}",
+        "give (B, 0), or all -inf where columns are preallocated",
+    )
+    require(not head.classes.numel(), f"classes is {head.classes.tolist()}", "give an empty int64 tensor")
+    try:
+        answer = head.predict(features)
+    except NotFittedError:
+        return
+    require(False, f"predict answered {answer.tolist()}", "raise clkit.errors.NotFittedError")
+
+
+def state_survives_a_file(entry: Entry, folder: Path) -> None:
+    """The state is tensors and plain values, loads with weights_only=True into a fresh head, and learning goes on."""
+    head = learned(entry)
+    state = head.state_dict()
+    for path, leaf in leaves(state).items():
+        require(
+            isinstance(leaf, PLAIN),
+            f"state_dict() holds a {type(leaf).__module__}.{type(leaf).__qualname__} at {path}",
+            "keep tensors and plain values only, so that a file can be read without executing anything",
+        )
+    features, targets = sample(20, start=3, ids=(0, 4, 12))
+    for other in (entry.make(WIDTH), learned(entry, 30, start=9)):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        same(state_of(head), state_of(other), "a loaded state is not the saved one", "let load_state_dict grow sizes")
+        same(head(features), other(features), "a loaded head gives other scores", "save all that predictions need")
+        other.update(features, targets)
+        continued = learned(entry)
+        continued.update(features, targets)
+        same(
+            [state_of(continued), continued(features)],
+            [state_of(other), other(features)],
+            "a loaded head learned a batch otherwise than one that was never saved",
+            "save all that learning needs",
+        )
+
+
+def a_state_that_does_not_fit_is_refused(entry: Entry, folder: Path) -> None:
+    """A state of another width, or with a part missing, is refused by name and changes nothing."""
+    wide = entry.make(WIDTH + 1)
+    wide.update(torch.ones(2, WIDTH + 1), torch.tensor([0, 1]))
+    whole = learned(entry).state_dict()
+    candidates = {"of another width": wide.state_dict()}
+    for key in whole:
+        candidates[f"without {key!r}"] = {name: value for name, value in whole.items() if name != key}
+    for what, state in candidates.items():
+        head = learned(entry, 30, start=9)
+        before = state_of(head)
+        _refused(partial(head.load_state_dict, state), f"a state {what}", missing_key=True)
+        same(before, state_of(head), f"a refused state ({what}) changed the head", "look at the whole state first")
+
+
+def rows_one_by_one_equal_one_batch(entry: Entry, folder: Path) -> None:
+    """How samples are cut into batches does not matter, within the tolerance; a batch of none changes nothing."""
+    features, targets = sample()
+    whole, single = entry.make(WIDTH), entry.make(WIDTH)
+    whole.update(features, targets)
+    for row in range(len(features)):
+        single.update(features[row : row + 1], targets[row : row + 1])
+    require(
+        not far(whole(features), single(features), entry.tolerance),
+        f"rows one by one gave other scores than one batch, by more than {entry.tolerance:g} of the largest",
+        "check what depends on the size of a batch, or declare the tolerance of the method",
+    )
+    require(single.predict(features[:1]).shape == (1,), "predict fails for one row", "give (1,)")
+    require(single.predict(features[:0]).shape == (0,), "predict fails for no row", "give (0,)")
+    before = state_of(single)
+    single.update(features[:0], targets[:0])
+    same(before, state_of(single), "an empty batch changed the state", "return early")
+
+
+def unlabelled_rows_are_skipped(entry: Entry, folder: Path) -> None:
+    """Rows with target -1 are not learned."""
+    features, targets = sample()
+    hidden = targets.clone()
+    hidden[::2] = -1
+    head, expected = entry.make(WIDTH), entry.make(WIDTH)
+    head.update(features, hidden)
+    expected.update(features[1::2], targets[1::2])
+    same(state_of(expected), state_of(head), "rows with target -1 were learned", "leave them out before adding up")
+    before = state_of(head)
+    head.update(features, torch.full_like(targets, -1))
+    same(before, state_of(head), "a batch of unlabelled rows changed the state", "leave them out before adding up")
+
+
+def hostile_batches_are_refused_whole(entry: Entry, folder: Path) -> None:
+    """A malformed batch raises a ClkitError and leaves the state bitwise as it was; so do malformed features."""
+    good, ids = sample(4, start=2)
+    spoiled = good.clone()
+    spoiled[3, 2] = torch.nan
+    huge = good.clone()
+    huge[3, 0] = torch.inf
+    batches: dict[str, tuple[Any, Any]] = {
+        "NaN in the last row": (spoiled, ids),
+        "an infinite value in the last row": (huge, ids),
+        "features of another width": (torch.ones(4, WIDTH + 1), ids),
+        "one-dimensional features": (torch.ones(WIDTH), ids[:1]),
+        "integer features": (torch.ones(4, WIDTH, dtype=torch.int64), ids),
+        "a negative id": (good, torch.tensor([1, 4, 9, -3])),
+        "an id of 2**40": (good, torch.tensor([1, 4, 9, 2**40])),
+        "fractional ids": (good, ids.double() + 0.5),
+        "too few ids": (good, ids[:3]),
+        "ids of two dimensions": (good, ids[:, None]),
+    }
+    head = learned(entry)
+    before = state_of(head)
+    for what, (features, targets) in batches.items():
+        _refused(partial(head.update, features, targets), f"a batch with {what}")
+        same(before, state_of(head), f"a refused batch ({what}) changed the state", "check all rows before adding")
+    for what in ("NaN in the last row", "features of another width", "one-dimensional features"):
+        for verb in (head, head.predict):
+            _refused(partial(verb, batches[what][0]), f"a prediction for {what}")
+
+
+def merged_heads_equal_the_union(entry: Entry, folder: Path) -> None:
+    """Merging equals having learned both parts; a head that cannot merge refuses by name."""
+    features, targets = sample()
+    first, second = entry.make(WIDTH), entry.make(WIDTH)
+    first.update(features[:20], targets[:20])
+    second.update(features[20:], targets[20:])
+    before, other = state_of(first), state_of(second)
+    if not entry.merges:
+        _absent(first, "merge", lambda: first.merge(second))
+        same(before, state_of(first), "a refused merge changed the state", "refuse before anything is added")
+        return
+    first.merge(second)
+    same(other, state_of(second), "merging changed the head that was merged from", "only read it")
+    require(
+        not far(learned(entry)(features), first(features), max(entry.tolerance, 1e-9)),
+        "two merged halves give other scores than their union",
+        "add all sums up; centred squares need the difference of the means, too",
+    )
+    before, wide = state_of(first), entry.make(WIDTH + 1)
+    _refused(lambda: first.merge(wide), "merging a head of another width")
+    same(before, state_of(first), "a refused merge changed the state", "compare the options first")
+
+
+def subtracting_equals_never_having_seen(entry: Entry, folder: Path) -> None:
+    """Subtracting samples gives the head that never learned them; more than was learned is refused."""
+    extra, extra_targets = sample(10, start=5, ids=(4, 30))
+    head = learned(entry)
+    if not entry.subtracts:
+        before = state_of(head)
+        _absent(head, "subtract", lambda: head.subtract(extra, extra_targets))
+        same(before, state_of(head), "a refused subtract changed the state", "refuse before anything is taken off")
+        return
+    head.update(extra, extra_targets)
+    head.subtract(extra, extra_targets)
+    require(
+        head.classes.tolist() == list(IDS),
+        f"after unlearning all of class 30 classes is {head.classes.tolist()}",
+        "remove a class with its last sample",
+    )
+    features, _ = sample()
+    require(
+        not far(learned(entry)(features), head(features), max(entry.tolerance, 1e-8)),
+        "after subtract the scores differ from those of a head that never learned the samples",
+        "take the same numbers off that update added",
+    )
+    before = state_of(head)
+    _refused(lambda: head.subtract(extra, extra_targets), "subtracting samples that were not learned")
+    same(before, state_of(head), "a refused subtract changed the state", "count before anything is taken off")
+
+
+def reset_forgets_everything(entry: Entry, folder: Path) -> None:
+    """After reset the head is as new."""
+    head = learned(entry)
+    head.reset()
+    same(state_of(entry.make(WIDTH)), state_of(head), "reset left something learned", "clear all sums")
+
+
+def predicting_changes_nothing(entry: Entry, folder: Path) -> None:
+    """Predictions, also in inference mode, change no bit of the state or of what is learned later."""
+    features, targets = sample()
+    asked, quiet = learned(entry), learned(entry)
+    before = state_of(asked)
+    with torch.inference_mode():
+        asked(features)
+        asked.predict(features)
+    same(before, state_of(asked), "predicting changed the state", "compute on copies")
+    for head in (asked, quiet):
+        head.update(features, targets)
+    same(
+        [state_of(quiet), quiet(features)],
+        [state_of(asked), asked(features)],
+        "a head that had predicted learned a batch otherwise",
+        "recompute what is cached whenever something was learned",
+    )
+
+
+def inputs_and_random_state_are_left_alone(entry: Entry, folder: Path) -> None:
+    """Features and targets are not modified, no graph is kept, and no global random number is drawn."""
+    features, targets = sample()
+    features.requires_grad_(True)
+    before, random_before = bits(features), random_bits()
+    head = entry.make(WIDTH)
+    head.update(features, targets)
+    state = head.state_dict()
+    head.predict(features)
+    require(bits(features) == before, "update modified the features", "work on a copy")
+    require(torch.equal(targets, sample()[1]), "update modified the targets", "work on a copy")
+    kept = [path for path, leaf in leaves(state).items() if isinstance(leaf, Tensor) and leaf.requires_grad]
+    require(not kept, f"the state keeps the graph of the features at {kept}", "detach features in update")
+    require(
+        random_bits() == random_before,
+        "the global random state of torch, NumPy or Python moved",
+        "draw from a generator of the head's own, seeded by an argument",
+    )
+
+
+def precision_of_sums_is_kept(entry: Entry, folder: Path) -> None:
+    """Autocast, .half() and .bfloat16() change no bit of what is learned."""
+    features, targets = sample()
+    features = features.float()
+    plain = entry.make(WIDTH)
+    plain.update(features, targets)
+    expected = [state_of(plain), plain(features)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head = entry.make(WIDTH)
+        head.update(features, targets)
+        found = [state_of(head), head(features)]
+    same(expected, found, "learning under autocast gave other bits", "switch autocast off, or compute in float64")
+    for what in ("half", "bfloat16"):
+        head = learned(entry)
+        getattr(head, what)()
+        head.update(features, targets)
+        uncast = learned(entry)
+        uncast.update(features, targets)
+        same(
+            [state_of(uncast), uncast(features)],
+            [state_of(head), head(features)],
+            f".{what}() on the head changed what is learned",
+            "keep sums as plain attributes, not as buffers or parameters",
+        )
+
+
+def a_compiled_head_gives_the_same_bits(entry: Entry, folder: Path) -> None:
+    """torch.compile (backend "eager", which needs no compiler) gives the same scores, before and after learning on."""
+    head = learned(entry)
+    features, targets = sample(20, start=1)
+    torch.compiler.reset()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(head, backend="eager")
+    for _ in range(2):
+        same(head(features), compiled(features), "a compiled head gave other scores", "keep state out of constants")
+        head.update(features, targets)
+    torch.compiler.reset()
+
+
+def two_processes_equal_one(entry: Entry, folder: Path) -> None:
+    """Two processes that exchange what they learned (synchronize) equal one that learned all."""
+    reports = processes.run(entry, folder)
+    if entry.processes == "refused":
+        for report in reports:
+            require(report["refused"] is not None, "several processes were not refused", "raise a ClkitError")
+        return
+    for report in reports:
+        require(report["refused"] is None, f"it refused: {report['refused']}", 'declare processes="refused"')
+    same(reports[0]["state"], reports[1]["state"], "two processes hold different states", "exchange all sums")
+    if entry.processes == "agree":
+        return
+    alone, together = learned(entry), entry.make(WIDTH)
+    together.load_state_dict(reports[0]["state"])
+    features, _ = sample()
+    require(
+        not far(alone(features), together(features), max(entry.tolerance, 1e-9)),
+        "two processes give other scores than one",
+        "exchange each share once",
+    )
+
+
+def learn_in_a_process(entry: Entry, rank: int, world: int) -> dict[str, Any]:
+    """One process's part of :func:`two_processes_equal_one`: its share of the samples, then the exchange."""
+    head = entry.make(WIDTH)
+    features, targets = sample()
+    try:
+        head.update(features[rank::world], targets[rank::world])
+        head.synchronize()
+    except ClkitError as error:
+        return {"refused": str(error)}
+    return {"refused": None, "state": state_of(head)}
+
+
+def _refused(act: Callable[[], Any], what: str, missing_key: bool = False) -> None:
+    try:
+        act()
+    except ClkitError:
+        return
+    except RuntimeError as error:
+        # what nn.Module.load_state_dict raises for a missing key, before it loads anything
+        if missing_key and "Missing key" in str(error):
+            return
+        raise
+    require(False, f"{what} was taken", "raise a ClkitError that says what was seen and what is allowed")
+
+
+def _absent(head: Any, verb: str, act: Callable[[], Any]) -> None:
+    if hasattr(head, verb):
+        _refused(act, f"{verb}, which the entry declares absent,")
+
+
+CHECKS: list[Callable[[Entry, Path], None]] = [
+    scores_have_a_column_for_each_class,
+    scores_follow_the_dtype_of_features,
+    an_unlearned_head_says_so,
+    state_survives_a_file,
+    a_state_that_does_not_fit_is_refused,
+    rows_one_by_one_equal_one_batch,
+    unlabelled_rows_are_skipped,
+    hostile_batches_are_refused_whole,
+    merged_heads_equal_the_union,
+    subtracting_equals_never_having_seen,
+    reset_forgets_everything,
+    predicting_changes_nothing,
+    inputs_and_random_state_are_left_alone,
+    precision_of_sums_is_kept,
+    a_compiled_head_gives_the_same_bits,
+    two_processes_equal_one,
+]

@@ -1,0 +1,147 @@
+"""What the contract must know of a method, and the table of clkit's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, StreamProgressBar
+from clkit.errors import ArgumentError
+from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.strategies import GradientFreeStrategy, LearningStrategy
+
+__all__ = ["Entry", "clkit_entries"]
+
+Kind = Literal["head", "callback", "strategy"]
+Processes = Literal["exact", "agree", "refused"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A method under the contract: how to make it, and the facts about it that no check can find out.
+
+    A fact says what a method promises, never which check it may leave out: what is declared absent is checked to be
+    refused by name.
+
+    Args:
+        name: What the checks call it; letters, digits and ``_ . -``.
+        kind: ``"head"``, ``"callback"`` or ``"strategy"``.
+        make: Makes a new one. A head is made by ``make(in_features)``, the others by ``make()``. Checks in several
+            processes need one that can be pickled: a class, or :func:`functools.partial` of one, that can be imported.
+        yaml: How it is written in a YAML file, ``{"class_path": …, "init_args": …}``; read from ``make`` by default.
+        registered: Of a strategy: its name for ``Trainer(strategy="…")``, if it has one.
+        learns: Whether it learns from training batches. One that only watches (an evaluation, a progress bar) may keep
+            what it sees of others, and need not refuse a bad batch.
+        needs_gradients: Of a callback: whether it cannot run where the network is not trained.
+        changes_training: Of a callback: whether it means to change how the network is trained.
+        processes: What several processes give: ``"exact"``: what one process gives, within ``tolerance``; ``"agree"``:
+            the same on every process; ``"refused"``: an error by name.
+        merges: Of a head: whether it offers ``merge``.
+        subtracts: Of a head: whether it offers ``subtract``.
+        tolerance: Largest relative difference where another order of additions is allowed to show (batches cut
+            otherwise, several processes).
+        volatile: Entries of the saved state that no two runs share, such as clock times.
+
+    Raises:
+        ArgumentError: If a value is not allowed.
+
+    Example:
+        >>> from clkit.callbacks import NMC
+        >>> Entry("nmc", "callback", NMC).configuration
+        {'class_path': 'clkit.callbacks.nmc.NMC'}
+    """
+
+    name: str
+    kind: Kind
+    make: Callable[..., Any]
+    yaml: Mapping[str, Any] | None = None
+    registered: str | None = None
+    learns: bool = True
+    needs_gradients: bool = False
+    changes_training: bool = False
+    processes: Processes = "exact"
+    merges: bool = True
+    subtracts: bool = True
+    tolerance: float = 1e-12
+    volatile: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for argument, value, allowed in (
+            ("kind", self.kind, ("head", "callback", "strategy")),
+            ("processes", self.processes, ("exact", "agree", "refused")),
+        ):
+            if value not in allowed:
+                raise ArgumentError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if not callable(self.make):
+            raise ArgumentError(
+                f"make must be a class or a function that makes the {self.kind}, got {self.make!r}; "
+                "pass the class itself, not an object of it"
+            )
+
+    @property
+    def configuration(self) -> dict[str, Any] | None:
+        """What stands in a YAML file, or ``None`` where ``make`` is no class that could be imported."""
+        if self.yaml is not None:
+            return dict(self.yaml)
+        maker, options = (self.make.func, self.make.keywords) if isinstance(self.make, partial) else (self.make, {})
+        if not isinstance(maker, type) or "<locals>" in maker.__qualname__:
+            return None
+        path = {"class_path": f"{maker.__module__}.{maker.__qualname__}"}
+        return {**path, "init_args": dict(options)} if options else path
+
+
+def clkit_entries() -> list[Entry]:
+    """The table of clkit's own heads, callbacks and strategies; a new method joins by adding its line.
+
+    Example:
+        >>> [entry.name for entry in clkit_entries() if entry.kind == "strategy"]
+        ['LearningStrategy', 'GradientFreeStrategy', 'GradientFreeStrategy-warmup']
+    """
+    head = partial(Entry, kind="head")
+    callback = partial(Entry, kind="callback")
+    return [
+        head("AnalyticHead", make=AnalyticHead),
+        head("AnalyticHead-lift-bias", make=partial(AnalyticHead, expansion_dim=11, bias=True)),
+        head("AnalyticHead-pfg", make=partial(AnalyticHead, balance="pfg"), tolerance=1e-9),
+        head("AnalyticHead-expected", make=partial(AnalyticHead, balance="expected"), tolerance=1e-11),
+        head("AnalyticHead-reweight", make=partial(AnalyticHead, balance="reweight"), tolerance=1e-11),
+        head(
+            "AnalyticHead-recursive",
+            make=partial(AnalyticHead, solver="recursive"),
+            merges=False,
+            subtracts=False,
+            processes="refused",
+            tolerance=1e-9,
+        ),
+        head("NearestMeanHead", make=NearestMeanHead),
+        head("NearestMeanHead-cosine", make=partial(NearestMeanHead, metric="cosine")),
+        head("LDAHead", make=LDAHead, tolerance=1e-11),
+        callback("AEFOCL", make=AEFOCL),
+        callback("AEFOCL-lift", make=partial(AEFOCL, expansion_dim=20, balance="none", name="lift")),
+        callback("AEFOCL-reweight", make=partial(AEFOCL, balance="reweight", name="reweight")),
+        callback(
+            "AEFOCL-recursive",
+            make=partial(AEFOCL, solver="recursive", balance="none", name="recursive"),
+            processes="refused",
+        ),
+        callback("NMC", make=NMC),
+        callback("LDA", make=LDA),
+        callback(
+            "StreamEvaluation",
+            make=partial(StreamEvaluation, table=False, figures=False),
+            learns=False,
+            volatile=("seconds",),
+        ),
+        callback("StreamProgressBar", make=StreamProgressBar, learns=False),
+        Entry("LearningStrategy", "strategy", LearningStrategy, learns=False, processes="agree"),
+        Entry("GradientFreeStrategy", "strategy", GradientFreeStrategy, registered="gradient_free", learns=False),
+        Entry(
+            "GradientFreeStrategy-warmup",
+            "strategy",
+            partial(GradientFreeStrategy, warmup_epochs=1),
+            learns=False,
+            processes="agree",
+        ),
+    ]

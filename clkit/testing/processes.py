@@ -1,0 +1,98 @@
+"""Two processes at once: each learns its share of the samples and writes what it holds then.
+
+They are started here rather than by Lightning, so that both import at the same time. The method travels as a pickled
+:class:`~clkit.testing.Entry`, so it must be one that another process can import.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import unittest
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clkit.errors import ContractError
+from clkit.testing.entries import Entry
+
+__all__ = ["LIMIT", "PROCESSES", "run"]
+
+PROCESSES = 2
+LIMIT = 120.0  # seconds; a process whose partner failed would wait for ever
+
+
+def run(entry: Entry, folder: Path) -> list[dict[str, Any]]:
+    """Has two processes do their part of a check.
+
+    Args:
+        entry: The method.
+        folder: Where they leave their files.
+
+    Returns:
+        What each process reports.
+
+    Raises:
+        unittest.SkipTest: If the entry cannot be sent to another process.
+        ContractError: If a process fails, or they wait for each other.
+    """
+    (folder / "entry.pkl").write_bytes(_pickled(entry))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    started = [_start(folder, rank, port) for rank in range(PROCESSES)]
+    try:
+        _wait(started, folder)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def _pickled(entry: Entry) -> bytes:
+    maker = entry.make.func if isinstance(entry.make, partial) else entry.make
+    if getattr(maker, "__module__", None) == "__main__":
+        raise unittest.SkipTest(f"{maker!r} lives in __main__, which another process cannot import; put it in a module")
+    try:
+        return pickle.dumps(entry)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise unittest.SkipTest(
+            f"make cannot be sent to another process ({error}); use a class of a module, or functools.partial of one"
+        ) from error
+
+
+def _start(folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "clkit.testing._process", str(folder)]
+    with (folder / f"rank{rank}.txt").open("w", encoding="utf-8") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output, text=True)
+
+
+def _wait(started: list[subprocess.Popen[str]], folder: Path) -> None:
+    """Each ends itself after the limit and says then where it stood."""
+    while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+        time.sleep(0.05)
+    for rank, process in enumerate(started):
+        if process.poll():
+            text = (folder / f"rank{rank}.txt").read_text(encoding="utf-8")
+            raise ContractError(
+                f"process {rank} of {PROCESSES} failed, or waited {LIMIT:.0f} s for an exchange that the other never "
+                f"reached; every process must take part in every exchange:\n{text[-3000:]}"
+            )

@@ -1,0 +1,430 @@
+"""Two processes learn what one learns: every sample once, the same bits on both ranks, checkpoints that fit both.
+
+Run as a program, ``test_two_processes.py FOLDER NAME ...``, this file is the driver of the two ranks: it imports once,
+forks them, and each writes what it ended with to ``FOLDER/NAME-RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import clkit
+from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.data import ClassIncremental, Custom, Joint, StreamDataModule
+from clkit.data.loader import cut_batches
+from clkit.errors import ClkitError, StateError
+from clkit.strategies import GradientFreeStrategy
+
+Ranks = Callable[[str], list[dict[str, Any]]]
+
+COUNTS = [5, 4, 4, 4, 3, 5, 4, 4, 3, 5]  # 41 samples of 10 classes, in five experiences of 9, 8, 8, 8 and 8
+STEPS = 11  # of each of two ranks with at most two samples a batch: 3, 2, 2, 2, 2
+TEST = [3] * 10
+
+
+def part(counts: list[int], seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    centres = torch.randn(10, 6, generator=torch.Generator().manual_seed(7))
+    return TensorDataset(centres[targets] + 0.7 * torch.randn(len(targets), 6, generator=generator), targets)
+
+
+def stream(**options: Any) -> StreamDataModule:
+    defaults = {"scenario": ClassIncremental(experiences=5), "batch_size": 2, "eval_batch_size": 4}
+    return StreamDataModule(
+        Custom(part(COUNTS, 0), part(TEST, 1)), preprocessing=torch.as_tensor, **{**defaults, **options}
+    )
+
+
+class Net(pl.LightningModule):
+    """Trains by gradient in float64, so that features of other batch sizes differ in the last digits only."""
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU()) if norm else nn.Identity()
+        self.classify = nn.Linear(8 if norm else 6, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.classify(self.body(inputs))
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def learners(**options: Any) -> list[Any]:
+    return [
+        AEFOCL(balance="none", **options),
+        AEFOCL(name="pfg"),
+        AEFOCL(0.1, 12, balance="reweight", name="lift"),
+        NMC(),
+        LDA(),
+    ]
+
+
+def run(
+    devices: int,
+    folder: Path,
+    strategy: Any = "gradient_free",
+    *,
+    norm: bool = False,
+    data: dict[str, Any] | None = None,
+    heads: Callable[[], list[Any]] = learners,
+    save: str | None = None,
+    resume: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """One fit, and everything that may be asked of it."""
+    torch.manual_seed(0)
+    module, learned = Net(norm), heads()
+    evaluation = StreamEvaluation(table=False, files=False)
+    callbacks: list[Any] = [*learned, evaluation]
+    if save is not None:
+        name = str(folder / save)
+        callbacks.append(ModelCheckpoint(name, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        max_epochs=-1,
+        strategy=GradientFreeStrategy(warmup_epochs=2) if strategy == "warm" else strategy,
+        callbacks=callbacks,
+        precision="64-true",
+        logger=False,
+        enable_checkpointing=save is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        **options,
+    )
+    trainer.fit(module, datamodule=stream(**(data or {})), ckpt_path=None if resume is None else str(resume))
+    before = [callback.head.counts.tolist() for callback in learned]
+    for _ in range(2):  # merging again adds nothing
+        for callback in learned:
+            callback.head.synchronize()
+    (again,) = trainer.validate(module, datamodule=stream(**(data or {})), verbose=False)
+    return {
+        "counts": {callback.name: callback.head.counts.tolist() for callback in learned},
+        "merged once": before == [callback.head.counts.tolist() for callback in learned],
+        "readouts": {callback.name: list(callback.head.linear_readout()) for callback in learned},
+        "states": {callback.name: dict(callback.head.state_dict()) for callback in learned},
+        "results": evaluation.results,
+        "totals": {
+            callback.name: {str(label): list(n) for label, n in evaluation.class_counts(callback.name).items()}
+            for callback in learned
+        },
+        "validated": {key: float(value) for key, value in again.items()},
+        "module": {name: value.clone() for name, value in module.state_dict().items()},
+        "gives gradients back": all(parameter.requires_grad for parameter in module.parameters()),
+        "steps": trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+    }
+
+
+def graft_in_place() -> list[Any]:
+    return [AEFOCL(balance="none", graft="experience_end")]
+
+
+def graft_by_replacing() -> list[Any]:
+    return [NMC(graft="experience_end")]
+
+
+def scenario(name: str, folder: Path) -> dict[str, Any]:
+    """What the ranks do under a name; the folder holds what one process saved before."""
+    by_replacing: dict[str, Any] = {"norm": True, "data": {"batch_size": 4}, "heads": graft_by_replacing}
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        "free": lambda: run(2, folder, val_check_interval=1),
+        "joint": lambda: run(2, folder, data={"scenario": Joint()}),
+        "ddp": lambda: run(2, folder, "ddp", val_check_interval=1, num_sanity_val_steps=-1),
+        "ddp unwatched": lambda: run(2, folder, "ddp", val_check_interval=1.0, num_sanity_val_steps=0),
+        "ddp norm": lambda: run(2, folder, "ddp", norm=True, data={"batch_size": 4}),
+        # a validation would be a forward of DDP, which happens to send buffers from rank 0 to the others
+        "warm": lambda: run(2, folder, "warm", norm=True, data={"batch_size": 4}, check_val_every_n_epoch=1000),
+        "saved": lambda: run(2, folder, save="two"),
+        "resumed inside": lambda: run(2, folder, save="again", resume=folder / "two/step=4.ckpt"),
+        "from one": lambda: run(2, folder, resume=folder / "one/step=5.ckpt"),
+        "one inside": lambda: run(2, folder, resume=folder / "one/step=7.ckpt"),
+        "batch size": lambda: run(2, folder, data={"batch_size": 3}, resume=folder / "two/step=4.ckpt"),
+        "graft in place": lambda: run(2, folder, "ddp", heads=graft_in_place),
+        "graft by replacing": lambda: run(2, folder, "ddp", **by_replacing),
+        "graft and unused parameters": lambda: run(2, folder, "ddp_find_unused_parameters_true", **by_replacing),
+    }
+    try:
+        return runs[name]()
+    except ClkitError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def rank_main(rank: int, folder: Path, names: list[str]) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    for name in names:
+        torch.save(scenario(name, folder), folder / f"{name}-{rank}.pt")
+
+
+def drive(folder: Path, names: list[str]) -> int:
+    """Forks the two ranks, as a cluster's launcher would start them, and ends both when one fails."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", WORLD_SIZE="2")
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                rank_main(rank, folder, names)
+                code = 0
+            except BaseException:  # a forked child must not run on into the parent's code, whatever happened
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    failed = 0
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status and not failed:
+            failed = 1
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return failed
+
+
+# ---- what the ranks ended with, against one process
+
+QUICK = ("free", "warm", "one inside", "graft by replacing")  # one start of the driver, within the ordinary suite
+SLOW = (
+    "joint",
+    "ddp",
+    "ddp unwatched",
+    "ddp norm",
+    "saved",
+    "resumed inside",
+    "from one",
+    "batch size",
+    "graft in place",
+    "graft and unused parameters",
+)
+
+
+def names(*wanted: str) -> Any:
+    """Parametrises a test over scenarios; those outside the quick run are slow."""
+    return pytest.mark.parametrize(
+        "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in wanted]
+    )
+
+
+complete = names("free", "warm", *(name for name in SLOW if name != "batch size"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    """One process over the same stream, which saved after every step."""
+    return run(1, folder, save="one")
+
+
+def driven(folder: Path, scenarios: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(clkit.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder), *scenarios],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in scenarios
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path, one: dict[str, Any]) -> Ranks:
+    """What both ranks ended with in a scenario; scenarios run together when the first of them is asked for."""
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    def of(name: str) -> list[dict[str, Any]]:
+        if name not in found:
+            found.update(driven(folder, QUICK if name in QUICK else SLOW))
+        return found[name]
+
+    return of
+
+
+def features() -> tuple[Tensor, Tensor]:
+    x, y = part(COUNTS, 0).tensors
+    return x.double(), y
+
+
+def assert_same_bits(first: Any, second: Any, path: str = "") -> None:
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key, value in first.items():
+            assert_same_bits(value, second[key], f"{path}/{key}")
+    elif isinstance(first, list):
+        for i, (mine, theirs) in enumerate(zip(first, second, strict=True)):
+            assert_same_bits(mine, theirs, f"{path}/{i}")
+    elif isinstance(first, Tensor):
+        assert torch.equal(first, second), path
+    else:
+        assert first == second, path
+
+
+def assert_close(first: list[Tensor], second: list[Tensor]) -> None:
+    for mine, theirs in zip(first, second, strict=True):
+        assert float((mine - theirs).abs().max()) <= 1e-10 * max(1.0, float(theirs.abs().max()))
+
+
+@complete
+def test_every_sample_is_learned_and_evaluated_once(ranks: Ranks, name: str) -> None:
+    for rank in ranks(name):
+        assert set(map(tuple, rank["counts"].values())) == {tuple(COUNTS)}
+        for counts in rank["totals"].values():
+            assert {int(label): total for label, (_, total) in counts.items()} == dict.fromkeys(range(10), 3)
+        assert rank["merged once"]
+    if name == "free":
+        assert ranks(name)[0]["steps"] == STEPS
+
+
+@complete
+def test_both_ranks_end_with_the_same_bits(ranks: Ranks, name: str) -> None:
+    first, second = ranks(name)
+    assert first["results"] == second["results"]
+    assert first["validated"] == second["validated"]
+    assert_same_bits(first["states"], second["states"])
+    assert_same_bits(first["readouts"], second["readouts"])
+    assert_same_bits(first["module"], second["module"])
+
+
+@names("free", "joint", "ddp", "saved", "resumed inside", "from one", "graft in place")
+def test_the_ridge_weights_are_those_of_numpy_over_all_samples(ranks: Ranks, name: str) -> None:
+    x, y = (tensor.numpy() for tensor in features())
+    wanted = np.linalg.solve(x.T @ x + np.eye(6), x.T @ np.eye(10)[y])
+    weight, _ = ranks(name)[0]["readouts"]["aef_ocl"]
+    assert np.abs(weight.numpy() - wanted.T).max() <= 1e-10
+
+
+@names("free", "ddp", "ddp unwatched", "saved", "resumed inside", "from one")
+def test_every_head_and_every_row_equal_one_process(ranks: Ranks, one: dict[str, Any], name: str) -> None:
+    for rank in ranks(name):
+        for head, readout in one["readouts"].items():
+            assert_close(rank["readouts"][head], readout)
+            assert rank["results"][head] == one["results"][head]
+            assert rank["validated"][f"{head}/accuracy"] == one["validated"][f"{head}/accuracy"]
+
+
+def test_after_a_warm_up_all_heads_learn_from_one_network(ranks: Ranks) -> None:
+    """Batch statistics differ between the ranks when a warm-up ends; sums over two networks would be of neither."""
+    module = Net(norm=True).double()
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(ranks("warm")[0]["module"])
+    module.eval()
+    assert not torch.equal(module.body[1].running_mean, start["body.1.running_mean"])
+    x, y = features()
+    with torch.no_grad():
+        rows = module.body(x)
+    for callback in learners():
+        head = callback.make_head(8)
+        head.update(rows, y)
+        assert_close(ranks("warm")[0]["readouts"][callback.name], list(head.linear_readout()))
+    assert all(rank["gives gradients back"] for rank in ranks("warm"))
+
+
+@pytest.mark.slow
+def test_evaluating_after_every_batch_changes_no_bit(ranks: Ranks) -> None:
+    for watched, unwatched in zip(ranks("ddp"), ranks("ddp unwatched"), strict=True):
+        assert_same_bits(watched["states"], unwatched["states"])
+        assert_same_bits(watched["module"], unwatched["module"])
+
+
+@pytest.mark.slow
+def test_a_resume_inside_an_experience_ends_with_the_same_bits(ranks: Ranks) -> None:
+    for resumed, whole in zip(ranks("resumed inside"), ranks("saved"), strict=True):
+        assert_same_bits(resumed["states"], whole["states"])
+        assert resumed["results"] == whole["results"]
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_two_at_a_boundary_and_not_inside(
+    ranks: Ranks, one: dict[str, Any], folder: Path
+) -> None:
+    assert ranks("saved")
+    alone = run(1, folder, resume=folder / "two/step=3.ckpt")
+    assert alone["counts"] == one["counts"]
+    assert alone["results"] == one["results"]
+    for head, readout in one["readouts"].items():
+        assert_close(alone["readouts"][head], readout)
+    with pytest.raises(StateError, match="inside an experience with world_size=2, this run has world_size=1"):
+        run(1, folder, resume=folder / "two/step=4.ckpt")
+
+
+@names("one inside", "batch size")
+def test_what_the_order_depends_on_is_refused_on_both_ranks(ranks: Ranks, name: str) -> None:
+    setting = {
+        "one inside": "world_size=1, this run has world_size=2",
+        "batch size": "batch_size=2, this run has batch_size=3",
+    }
+    for rank in ranks(name):
+        assert rank["error"].startswith("StateError: ")
+        assert f"inside an experience with {setting[name]}" in rank["error"]
+
+
+def test_a_graft_for_which_ddp_would_wait_is_refused_before_training(ranks: Ranks) -> None:
+    for rank in ranks("graft by replacing"):
+        assert rank["error"].startswith("ConfigurationError: NMC(nmc) with graft='experience_end'")
+        assert "ddp_find_unused_parameters_true" in rank["error"]
+
+
+def test_shares_of_two_ranks_merge_into_one_head() -> None:
+    x, y = features()
+    order = np.random.default_rng(0).permutation(len(y))
+    for callback in learners():
+        alone, *shares = (callback.make_head(6) for _ in range(3))
+        for rank, share in enumerate(shares):
+            for rows in cut_batches(order, 4, rank=rank, world_size=2):
+                share.update(x[rows], y[rows])
+        alone.update(x, y)
+        assert sorted(int(share.counts.sum()) for share in shares) == [20, 21]
+        shares[0].merge(shares[1])
+        assert shares[0].counts.tolist() == COUNTS
+        assert_close(list(shares[0].linear_readout()), list(alone.linear_readout()))
+
+
+if __name__ == "__main__":
+    sys.exit(drive(Path(sys.argv[1]), sys.argv[2:]))
