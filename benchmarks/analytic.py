@@ -220,7 +220,7 @@ def epoch(callbacks: list[pl.Callback], *, strategy: str, frozen: bool) -> float
         module.network.eval()
     clock = Clock()
     data = images(320, 10)
-    datamodule = StreamDataModule(Custom(data, data), ClassIncremental(1), batch_size=32)
+    datamodule = StreamDataModule(Custom(data, data), ClassIncremental(1), batch_size=32, preprocessing="unit")
     trainer(strategy=strategy, callbacks=[*callbacks, clock], limit_val_batches=0).fit(module, datamodule=datamodule)
     return clock.seconds
 
@@ -271,7 +271,7 @@ def evaluation() -> list[Line]:
         torch.manual_seed(0)
         clock = EvaluationClock(table=False, files=False, keep_features=keep)
         data = images(320, 20)
-        datamodule = StreamDataModule(Custom(data, data), ClassIncremental(20), batch_size=16)
+        datamodule = StreamDataModule(Custom(data, data), ClassIncremental(20), batch_size=16, preprocessing="unit")
         trainer(strategy="gradient_free", callbacks=[AEFOCL(), NMC(), LDA(), clock], num_sanity_val_steps=0).fit(
             TimmClassifier("resnet18", num_classes=20), datamodule=datamodule
         )
