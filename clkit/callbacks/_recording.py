@@ -257,18 +257,18 @@ class Tables:
 
 
 def tables(rows: dict[int, Row]) -> Tables:
-    learned = {stage: row for stage, row in rows.items() if stage > 0}
-    height = max(learned, default=0)
-    columns = np.unique(_stacked(rows, "experiences")[:, 1])
+    height = max(rows, default=0)
+    by_experience, by_class = _stacked(rows, "experiences"), _stacked(rows, "classes")
+    columns = np.unique(by_experience[:, 1])
     # one fixed test set (a stream whose test domains are never trained) is a single column; otherwise column = index
     width = 1 if len(columns) == 1 else int(columns.max(initial=-1)) + 1
-    classes = np.unique(_stacked(rows, "classes")[:, 1])
     correct, total = (np.zeros((height, width), dtype=np.int64) for _ in range(2))
-    stage, experience, hits, samples = _stacked(learned, "experiences").T
+    stage, experience, hits, samples = by_experience[by_experience[:, 0] > 0].T
     at = stage - 1, 0 * experience if width == 1 else experience
     correct[at], total[at] = hits, samples
+    classes = np.unique(by_class[:, 1])
     class_correct, class_total = (np.zeros((height, len(classes)), dtype=np.int64) for _ in range(2))
-    stage, label, hits, samples = _stacked(learned, "classes").T
+    stage, label, hits, samples = by_class[by_class[:, 0] > 0].T
     at = stage - 1, np.searchsorted(classes, label)
     class_correct[at], class_total[at] = hits, samples
     baseline = None
