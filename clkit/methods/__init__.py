@@ -3,7 +3,33 @@
 from clkit.methods.feature_map import FeatureMap
 from clkit.methods.lda import LDAHead
 from clkit.methods.nearest_mean import NearestMeanHead
+from clkit.methods.onpro import (
+    MixedBatch,
+    OnlinePrototypes,
+    instance_contrast,
+    mixed_cross_entropy,
+    prototype_contrast,
+    variant_labels,
+)
+from clkit.methods.replay import MemoryRows, ReservoirBuffer
 from clkit.methods.ridge import AnalyticHead
 from clkit.methods.statistics import FeatureStatistics
+from clkit.methods.views import RandomViews, rotate_views
 
-__all__ = ["AnalyticHead", "FeatureMap", "FeatureStatistics", "LDAHead", "NearestMeanHead"]
+__all__ = [
+    "AnalyticHead",
+    "FeatureMap",
+    "FeatureStatistics",
+    "LDAHead",
+    "MemoryRows",
+    "MixedBatch",
+    "NearestMeanHead",
+    "OnlinePrototypes",
+    "RandomViews",
+    "ReservoirBuffer",
+    "instance_contrast",
+    "mixed_cross_entropy",
+    "prototype_contrast",
+    "rotate_views",
+    "variant_labels",
+]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError
 
-__all__ = ["Batch", "check_batch", "check_choice", "check_count", "check_features", "check_number"]
+__all__ = ["Batch", "check_batch", "check_choice", "check_count", "check_features", "check_number", "check_probability"]
 
 _Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -191,6 +191,17 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
     good = good and (above is None or value > above) and (at_least is None or value >= at_least)
     if not good:
         raise ArgumentError(f"{name} must be a finite number{bound}, got {value!r}")
+    return float(value)
+
+
+def check_probability(name: str, value: float) -> float:
+    """A real argument from 0 to 1.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ArgumentError(f"{name} must be a number from 0 to 1, got {value!r}")
     return float(value)
 
 

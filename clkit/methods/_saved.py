@@ -36,8 +36,8 @@ def check_keys(state: Mapping[str, Any], prefix: str, known: Iterable[str], part
         raise StateError(f"the saved state has {surplus}, which nothing here reads: it is of another kind")
 
 
-def check_saved(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of a saved state.
+def check_saved(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, *, finite: bool = True) -> Tensor:
+    """A tensor of a saved state, with finite values unless ``finite=False``.
 
     Raises:
         StateError: If it is of another form, or has values that are not finite.
@@ -48,7 +48,7 @@ def check_saved(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtyp
     if not plain or tuple(value.shape) != shape or value.dtype != dtype:
         seen = f"shape {tuple(value.shape)} and {value.dtype}" if plain else "a tensor without plain values"
         raise StateError(f"{name} must have shape {shape} and {dtype}, the saved state has {seen}")
-    if value.is_floating_point() and not bool(value.isfinite().all()):
+    if finite and value.is_floating_point() and not bool(value.isfinite().all()):
         raise StateError(f"{name} has values that are not finite: the file is damaged")
     return value.detach()
 

@@ -1,0 +1,914 @@
+"""A memory of a stream: a fixed number of its rows, drawn without bias, to learn from again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clkit.errors import ArgumentError, BatchError, NotFittedError, StateError
+from clkit.methods._checks import check_choice, check_count, check_number
+from clkit.methods._saved import check_keys, check_saved, check_saved_ids
+from clkit.methods._state import PlainState, exact
+
+__all__ = ["MemoryRows", "ReservoirBuffer"]
+
+_FORMAT = 1
+_POLICIES = ("uniform", "class_balanced")
+_STORAGES = ("same", "uint8", "float16")
+_NUMBERS = {"label": np.int64, "arrival": np.int64, "experience": np.int32, "origin": np.int32}
+_NUMBER_BYTES = 24  # of the four numbers of a row
+_UINT8_TOLERANCE = 1e-3  # in steps of 1/255; float32 arithmetic is within 1e-4 of a whole step
+_EXPERIENCE_LIMIT = 2**31 - 1  # kept in 4 bytes
+_MERGE, _SHRINK = 1, 2  # so that no two purposes share their draws
+_MERGE_LIMIT = 10**9  # of NumPy's hypergeometric distribution
+_Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class MemoryRows(NamedTuple):
+    """Rows read from a :class:`ReservoirBuffer`, copies on its device; ``rows.data, rows.label`` is the usual use.
+
+    Attributes:
+        data: (k, …) as they were given to ``add``, in the same dtype.
+        label: (k,) int64.
+        experience: (k,) int64.
+        arrival: (k,) int64, 0-based number of the row in its stream.
+        origin: (k,) int64, the stream it came by: 0 for rows added here, others for rows of merged memories.
+        extras: Further tensors by name, each (k, …).
+    """
+
+    data: Tensor
+    label: Tensor
+    experience: Tensor
+    arrival: Tensor
+    origin: Tensor
+    extras: dict[str, Tensor]
+
+
+class ReservoirBuffer(PlainState):
+    r"""A memory of M rows of a stream that is exactly uniform over everything seen, or balanced over classes.
+
+    Use it to replay images or features. With ``policy="uniform"`` each of the n rows seen so far is in the memory with
+    probability :math:`\min(1, M/n)`, and each set of M rows is equally likely. With ``"class_balanced"`` classes get
+    equal shares as far as they have that many rows, and each class is a uniform sample of its own rows.
+
+    Rows are copied. What is kept depends on the seed and on the order of the rows, not on the batches they come in:
+    the same arrivals leave the same bits. Reading never changes what will be kept, and the global random state is left
+    alone by ``add``, :meth:`merge` and :meth:`shrink`.
+
+    The tensors are no buffers: casts leave them alone, device moves do not, and ``DistributedDataParallel`` does not
+    overwrite them. Labels and counts are kept on the host, so hand labels over on the CPU where you have them there:
+    from another device they cost a small copy per batch. The saved state holds the rows themselves, which may be
+    images that must not be passed on.
+
+    Args:
+        capacity: M, the largest number of rows.
+        capacity_bytes: The size in bytes instead; M is then known after the first ``add``. A row takes the bytes of
+            its tensors as stored and 24 for its numbers.
+        policy: ``"uniform"`` or ``"class_balanced"``.
+        storage: How ``data`` is kept: ``"same"`` as it comes; ``"uint8"`` for images, refused where that would lose
+            anything; ``"float16"`` at half the memory and 3 digits. Rows come back in the dtype that they came in.
+        mean: With ``storage="uint8"``: the mean by which images in [0, 1] were normalised, one number, or one per
+            channel (first dimension of a row); 0 if not given.
+        std: The standard deviation that goes with it; 1 if not given.
+        device: Where the rows are kept.
+        seed: Of the draws that decide what is kept, at least 0. Give memories that will be merged different seeds;
+            with equal ones each row is still kept with the right probability, but not independently of the others.
+
+    Raises:
+        ArgumentError: If an argument is not allowed.
+
+    Example:
+        >>> memory = ReservoirBuffer(5)
+        >>> for start in range(0, 30, 10):
+        ...     rows = torch.arange(start, start + 10)
+        ...     memory.add(rows[:, None].float(), rows % 3, experience=start // 10)
+        >>> memory.n_seen, memory.size, memory.arrival.tolist()
+        (30, 5, [0, 6, 22, 17, 20])
+        >>> replay = memory.sample(2, torch.Generator().manual_seed(0))
+        >>> replay.data.flatten().tolist(), replay.label.tolist()
+        ([20.0, 0.0], [2, 0])
+
+    Source: J. S. Vitter, "Random sampling with a reservoir", 1985; A. Chrysakis, M.-F. Moens, "Online continual
+    learning from imbalanced data", 2020 (class-balanced).
+    """
+
+    def __init__(
+        self,
+        capacity: int | None = None,
+        *,
+        capacity_bytes: int | None = None,
+        policy: str = "uniform",
+        storage: str = "same",
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (capacity is None) == (capacity_bytes is None):
+            raise ArgumentError(
+                f"give exactly one of capacity (rows) and capacity_bytes, got capacity={capacity!r} and "
+                f"capacity_bytes={capacity_bytes!r}"
+            )
+        self._capacity = None if capacity is None else check_count("capacity", capacity)
+        self._capacity_bytes = None if capacity_bytes is None else check_count("capacity_bytes", capacity_bytes)
+        self.policy = check_choice("policy", policy, _POLICIES)
+        self.storage = check_choice("storage", storage, _STORAGES)
+        self._codec = _Codec(self.storage, mean, std)
+        self._device = torch.empty(0, device=device).device
+        self._generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
+        self._table: _Table | None = None
+        self._seen = [0]  # arrivals by origin
+        self._class_seen: Counter[int] = Counter()
+
+    # Learning ---------------------------------------------------------------------------------------------------
+
+    def add(self, data: Tensor, label: Tensor, experience: int | Tensor = 0, **extras: Tensor) -> None:
+        """Offer a batch of rows, each to be kept or not.
+
+        Args:
+            data: (B, …) of any dtype and device; the shape of a row and the dtype are fixed by the first batch.
+            label: (B,) class ids from 0, of any integer dtype.
+            experience: Number of the experience, or (B,) numbers.
+            extras: Further tensors (B, …) to keep with each row, such as ``logits``; the same names in each call.
+
+        Raises:
+            BatchError: If the batch is malformed or the storage would lose something; nothing is changed then.
+            ArgumentError: If ``capacity_bytes`` is less than one row.
+        """
+        with exact():
+            labels, tensors = _checked_rows(data, label, extras)
+            numbers = {"label": labels, "experience": _checked_experience(experience, labels.size)}
+            layout = _Layout(data, extras)
+            if self._table is not None:
+                layout.check_equal(self._table.layout)
+            stored = self._codec.stored_dtype(layout)
+            if labels.size == 0:
+                return
+            # Elsewhere than on a CPU the check of the values would wait for the device, so it is made once.
+            encoded = self._table is None or data.device.type == "cpu"
+            if encoded:
+                tensors["data"] = self._codec.encode(tensors["data"], check=True)
+            if self._table is None:
+                self._capacity = self._capacity_for(layout)
+                self._table = _Table(layout, stored, self._capacity, self._device)
+            slots, rows = self._decide(self._table, labels)
+            numbers["arrival"] = self._seen[0] + np.arange(labels.size)
+            numbers["origin"] = np.zeros_like(labels)  # a merge may have left another one in the slot
+            self._seen[0] += labels.size
+            self._class_seen.update(labels.tolist())
+            if slots.size:
+                kept = {name: _taken(tensor, rows) for name, tensor in tensors.items()}
+                if not encoded:
+                    kept["data"] = self._codec.encode(kept["data"], check=False)
+                self._table.put(slots, kept, {name: values[rows] for name, values in numbers.items()})
+
+    def merge(self, other: ReservoirBuffer, *, seed: int = 0) -> None:
+        """Become the memory of both streams together, as if one had seen all rows of both.
+
+        A uniform memory stays exactly uniform over the union: how many rows come from each is drawn from the
+        hypergeometric distribution of the numbers seen. Class-balanced memories are merged class by class in the same
+        way. Rows of ``other`` get origins of their own, counted on from those here.
+
+        Args:
+            other: A memory of the same policy, storage and kind of rows; not modified. Its capacity must not be
+                smaller than this one's, unless it still holds everything it saw.
+            seed: Of the draws, at least 0.
+
+        Raises:
+            ArgumentError: If the two do not fit together; nothing is changed then.
+        """
+        check_count("seed", seed, at_least=0)
+        self._check_mergeable(other)
+        theirs = other._table
+        if theirs is not None:
+            with exact():
+                mine = self._table
+                capacity = self._capacity_for(theirs.layout)
+                if mine is None:
+                    mine = _Table(theirs.layout, theirs.stored, 0, self._device)
+                if capacity > theirs.capacity and other.n_seen > theirs.size:
+                    raise ArgumentError(
+                        f"a memory of capacity {theirs.capacity} that has seen {other.n_seen} rows cannot be merged "
+                        f"into one of capacity {capacity}; call shrink({theirs.capacity}) on the larger one first"
+                    )
+                generator = np.random.default_rng([seed, _MERGE, self.n_seen, other.n_seen])
+                ours_kept, theirs_kept = self._merged_rows(mine, other, theirs, capacity, generator)
+                merged = mine.resized(capacity, ours_kept)
+                merged.append(theirs, theirs_kept, len(self._seen))
+                self._capacity, self._table = capacity, merged
+        self._seen = [*self._seen, *other._seen]
+        self._class_seen.update(other._class_seen)
+
+    def shrink(self, capacity: int, *, seed: int = 0) -> None:
+        """Reduce the capacity; rows that no longer fit are dropped at random, and the memory stays what it was.
+
+        A uniform memory drops any rows, a class-balanced one rows of its largest classes.
+
+        Args:
+            capacity: The new capacity, at most the present one.
+            seed: Of the draws, at least 0.
+
+        Raises:
+            ArgumentError: If the capacity is larger than now: rows that were dropped do not come back.
+            NotFittedError: If the capacity in rows is not known yet.
+        """
+        check_count("capacity", capacity)
+        check_count("seed", seed, at_least=0)
+        if self._capacity is None:
+            raise NotFittedError("the capacity in rows is known after the first add; build it with capacity=… instead")
+        if capacity > self._capacity:
+            raise ArgumentError(f"capacity can only shrink, from {self._capacity} rows, got {capacity}")
+        if self._table is not None:
+            with exact():
+                generator = np.random.default_rng([seed, _SHRINK, self.n_seen, capacity])
+                self._table = self._table.resized(capacity, self._remaining(self._table, capacity, generator))
+        self._capacity = capacity
+
+    # Reading ----------------------------------------------------------------------------------------------------
+
+    def sample(self, k: int, generator: torch.Generator | None = None) -> MemoryRows:
+        """``k`` distinct rows at random; all rows in stored order if there are not more than ``k``.
+
+        Args:
+            k: Rows wanted, at least 0.
+            generator: A CPU generator to draw with, torch's global one if ``None``.
+
+        Raises:
+            NotFittedError: If nothing was ever added.
+        """
+        check_count("k", k, at_least=0)
+        table = self._filled()
+        if k >= table.size:
+            return self._rows_at(table, np.arange(table.size))
+        return self._rows_at(table, torch.randperm(table.size, generator=generator, device="cpu")[:k].numpy())
+
+    def sample_class(
+        self, class_id: int, k: int, *, replace: bool = False, generator: torch.Generator | None = None
+    ) -> MemoryRows:
+        """Rows of one class at random.
+
+        Args:
+            class_id: A class that has rows in memory, one of :meth:`classes`.
+            k: Rows wanted, at least 0; without replacement at most as many as there are.
+            replace: Draw each of the ``k`` from all rows of the class.
+            generator: A CPU generator to draw with, torch's global one if ``None``.
+
+        Raises:
+            ArgumentError: If the class has no row in memory.
+            NotFittedError: If nothing was ever added.
+        """
+        check_count("k", k, at_least=0)
+        table = self._filled()
+        at = np.flatnonzero(table.now("label") == class_id)
+        if at.size == 0:
+            raise ArgumentError(f"class_id must have rows in memory, {self.classes()}, got {class_id!r}")
+        if replace:
+            drawn = torch.randint(at.size, (k,), generator=generator, device="cpu")
+        else:
+            drawn = torch.randperm(at.size, generator=generator, device="cpu")[:k]
+        return self._rows_at(table, at[drawn.numpy()])
+
+    def classes(self) -> list[int]:
+        """Class ids that have rows in memory, sorted."""
+        return list(self.class_counts())
+
+    def class_counts(self) -> dict[int, int]:
+        """Rows in memory of each class, by class id in order."""
+        return {} if self._table is None else self._table.class_counts()
+
+    @property
+    def class_seen(self) -> dict[int, int]:
+        """Rows seen of each class, by class id in order."""
+        return dict(sorted(self._class_seen.items()))
+
+    @property
+    def n_seen(self) -> int:
+        """Rows seen, those of merged memories included."""
+        return sum(self._seen)
+
+    @property
+    def size(self) -> int:
+        """Rows in memory."""
+        return 0 if self._table is None else self._table.size
+
+    @property
+    def capacity(self) -> int | None:
+        """M; ``None`` where it was given in bytes and nothing was added yet."""
+        return self._capacity
+
+    @property
+    def data(self) -> Tensor:
+        """(size, …) as stored, in the dtype of the storage; a copy, as the others. (0,) before the first ``add``."""
+        table = self._table
+        return torch.empty(0, device=self._device) if table is None else table.tensors["data"][: table.size].clone()
+
+    @property
+    def label(self) -> Tensor:
+        """(size,) int64."""
+        return self._number("label")
+
+    @property
+    def experience(self) -> Tensor:
+        """(size,) int64."""
+        return self._number("experience")
+
+    @property
+    def arrival(self) -> Tensor:
+        """(size,) int64, 0-based number of each row in its stream."""
+        return self._number("arrival")
+
+    @property
+    def origin(self) -> Tensor:
+        """(size,) int64, the stream of each row: 0 for rows added here, others for rows of merged memories."""
+        return self._number("origin")
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(memory)``."""
+        limit = f"capacity={self._capacity}" if self._capacity else f"capacity_bytes={self._capacity_bytes}"
+        return f"{limit}, policy={self.policy!r}, storage={self.storage!r}, size={self.size}, n_seen={self.n_seen}"
+
+    # Which rows -------------------------------------------------------------------------------------------------
+
+    def _decide(self, table: _Table, labels: _Ids) -> tuple[_Ids, _Ids]:
+        """Sorted distinct slots to be written, and the row of the batch for each; sets the size of the table."""
+        # One number per row, also while filling: the position of the generator then follows from the rows offered.
+        drawn = torch.rand(labels.size, dtype=torch.float64, generator=self._generator, device="cpu").numpy()
+        if self.policy == "class_balanced":
+            return self._decide_balanced(table, labels, drawn)
+        seen = self.n_seen
+        ordinal = np.arange(seen + 1, seen + 1 + labels.size)
+        slots = (drawn * ordinal).astype(np.int64)
+        if seen < table.capacity:
+            slots = np.where(ordinal <= table.capacity, ordinal - 1, slots)
+            table.size = min(table.capacity, seen + labels.size)
+        rows = np.flatnonzero(slots < table.capacity)
+        slots = slots[rows]
+        if slots.size < 2:
+            return slots, rows
+        order = slots.argsort(kind="stable")
+        slots, rows = slots[order], rows[order]
+        last = np.ones(slots.size, dtype=bool)  # of the rows that hit the same slot
+        np.not_equal(slots[1:], slots[:-1], out=last[:-1])
+        return slots[last], rows[last]
+
+    def _decide_balanced(
+        self, table: _Table, labels: _Ids, drawn: np.ndarray[Any, np.dtype[np.float64]]
+    ) -> tuple[_Ids, _Ids]:
+        if table.counts is None:
+            table.counts = table.class_counts()
+        stored, of_slot = table.counts, table.numbers["label"]
+        seen = Counter({int(c): self._class_seen[int(c)] for c in np.unique(labels)})
+        written: dict[int, int] = {}
+        for row, (c, number) in enumerate(zip(labels.tolist(), drawn.tolist(), strict=True)):
+            incomplete = stored.get(c, 0) < seen[c]
+            seen[c] += 1
+            if table.size < table.capacity and not incomplete:
+                slot = table.size
+                table.size += 1
+            else:
+                largest = max(stored.values())
+                # A class is full once it was the largest. The largest count never grows, so that a class that was
+                # the largest either still is, or has lost a row.
+                if incomplete or stored.get(c, 0) == largest:
+                    victim, position = c, int(number * seen[c])
+                    if position >= stored.get(c, 0):
+                        continue
+                else:
+                    victim = min(other for other, count in stored.items() if count == largest)
+                    position = int(number * largest)
+                slot = int(np.flatnonzero(of_slot[: table.size] == victim)[position])
+                stored[victim] -= 1
+            stored[c] = stored.get(c, 0) + 1
+            of_slot[slot] = c
+            written[slot] = row
+        slots = sorted(written)
+        return np.array(slots, dtype=np.int64), np.array([written[slot] for slot in slots], dtype=np.int64)
+
+    def _remaining(self, table: _Table, capacity: int, generator: np.random.Generator) -> _Ids:
+        """Rows that stay when there is room for ``capacity``."""
+        if self.policy == "uniform":
+            return _drawn(np.arange(table.size), min(capacity, table.size), generator)
+        counts = table.class_counts()
+        shares = _levelled(list(counts.values()), capacity)
+        labels = table.now("label")
+        kept = [_drawn(np.flatnonzero(labels == c), share, generator) for c, share in zip(counts, shares, strict=True)]
+        return np.sort(np.concatenate(kept))
+
+    def _merged_rows(
+        self, mine: _Table, other: ReservoirBuffer, theirs: _Table, capacity: int, generator: np.random.Generator
+    ) -> tuple[_Ids, _Ids]:
+        """Rows to keep of this memory and of the other."""
+        if self.policy == "uniform":
+            total = min(capacity, self.n_seen + other.n_seen)
+            return _shared_out(
+                (np.arange(mine.size), self.n_seen), (np.arange(theirs.size), other.n_seen), total, generator
+            )
+        parts = []
+        for c in sorted(self._class_seen.keys() | other._class_seen.keys()):
+            ours = np.flatnonzero(mine.now("label") == c), self._class_seen[c]
+            parts.append((ours, (np.flatnonzero(theirs.now("label") == c), other._class_seen[c])))
+        most = [
+            min(seen + others_seen, _exact_limit(at, seen), _exact_limit(others_at, others_seen))
+            for (at, seen), (others_at, others_seen) in parts
+        ]
+        shares = _levelled(most, capacity)
+        kept = [_shared_out(*part, share, generator) for part, share in zip(parts, shares, strict=True)]
+        first, second = zip(*kept, strict=True)
+        return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
+
+    # Parts ------------------------------------------------------------------------------------------------------
+
+    def _filled(self) -> _Table:
+        if self._table is None:
+            raise NotFittedError("the memory is empty: nothing was added yet")
+        return self._table
+
+    def _number(self, name: str) -> Tensor:
+        numbers = np.empty(0) if self._table is None else self._table.now(name)
+        return torch.from_numpy(numbers.astype(np.int64)).to(self._device)
+
+    def _rows_at(self, table: _Table, at: _Ids) -> MemoryRows:
+        with exact():
+            numbers = torch.from_numpy(np.stack([table.numbers[name][at] for name in _NUMBERS])).to(self._device)
+            tensors = {name: _taken(tensor, at) for name, tensor in table.tensors.items()}
+            data = self._codec.decode(tensors.pop("data"), table.layout.dtypes["data"])
+            return MemoryRows(data, **dict(zip(_NUMBERS, numbers.unbind(), strict=True)), extras=tensors)
+
+    def _capacity_for(self, layout: _Layout) -> int:
+        if self._capacity is not None:
+            return self._capacity
+        assert self._capacity_bytes is not None
+        row = layout.row_bytes(self._codec.stored_dtype(layout)) + _NUMBER_BYTES
+        if row > self._capacity_bytes:
+            raise ArgumentError(f"capacity_bytes={self._capacity_bytes} is less than one row, which takes {row} bytes")
+        return self._capacity_bytes // row
+
+    def _check_mergeable(self, other: ReservoirBuffer) -> None:
+        if not isinstance(other, ReservoirBuffer):
+            raise ArgumentError(f"only another ReservoirBuffer can be merged, got {type(other).__name__}")
+        if other is self:
+            raise ArgumentError("a memory cannot be merged with itself: its rows would be there twice")
+        for name in ("policy", "storage"):
+            if getattr(other, name) != getattr(self, name):
+                raise ArgumentError(
+                    f"cannot merge a memory with {name}={getattr(other, name)!r} into one with "
+                    f"{name}={getattr(self, name)!r}"
+                )
+        if (other._codec.mean, other._codec.std) != (self._codec.mean, self._codec.std):
+            raise ArgumentError("cannot merge memories of images that were normalised by different mean and std")
+        if self._table is not None and other._table is not None and self._table.layout != other._table.layout:
+            raise ArgumentError(
+                f"cannot merge a memory of rows of {other._table.layout} into one of {self._table.layout}"
+            )
+        if self.n_seen + other.n_seen >= _MERGE_LIMIT:
+            raise ArgumentError(
+                f"memories can be merged up to {_MERGE_LIMIT} rows seen together, "
+                f"these have seen {self.n_seen} and {other.n_seen}"
+            )
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    def _move(self, device: torch.device) -> None:
+        if self._table is not None:
+            self._table.tensors = {name: tensor.to(device) for name, tensor in self._table.tensors.items()}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        classes = self.class_seen
+        values: dict[str, Any] = {
+            "format": _host_tensor(_FORMAT),
+            "policy": self.policy,
+            "storage": self.storage,
+            "normalised": self._codec.normalised(),
+            "seen": _host_tensor(self._seen),
+            "classes": _host_tensor(list(classes)),
+            "class_seen": _host_tensor(list(classes.values())),
+            "generator": self._generator.get_state(),
+            "capacity": _host_tensor(self._capacity or 0),
+        }
+        if self._table is not None:
+            table = self._table
+            values |= {name: torch.from_numpy(table.now(name).astype(np.int64)) for name in _NUMBERS}
+            with exact():
+                # A tensor without rows tells shape and dtype of what was added.
+                shape, dtype = table.layout.shapes["data"], table.layout.dtypes["data"]
+                values["row"] = torch.empty((0, *shape), dtype=dtype, device="cpu")
+                for name, tensor in table.tensors.items():
+                    key = name if name == "data" else f"extras.{name}"
+                    values[key] = tensor[: table.size].clone()
+        destination.update({prefix + name: value for name, value in values.items()})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        with exact():
+            saved = _Saved(state_dict, prefix)
+            saved.check_settings(self.policy, self.storage, self._codec)
+            saved.check_numbers(self.policy)
+            table, capacity = None, self._capacity
+            if saved.layout is not None:
+                stored = saved.stored_dtype(saved.layout, self._codec)
+                capacity = self._capacity_for(saved.layout)
+                saved.check_capacity(capacity)
+                table = saved.table(saved.layout, capacity, stored, self._device)
+        self._table, self._capacity = table, capacity
+        self._seen, self._class_seen, self._generator = saved.seen, saved.class_seen, saved.generator
+
+
+class _Layout:
+    """Shape and dtype of a row's tensors, as they are given and given back."""
+
+    def __init__(self, data: Tensor, extras: Mapping[str, Tensor]) -> None:
+        tensors = {"data": data, **extras}
+        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Layout) and (self.shapes, self.dtypes) == (other.shapes, other.dtypes)
+
+    __hash__ = None  # type: ignore[assignment]  # Python's own way to say that it cannot be hashed
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {shape} {self.dtypes[name]}" for name, shape in self.shapes.items())
+
+    def check_equal(self, fixed: _Layout) -> None:
+        if self != fixed:
+            raise BatchError(f"the first batch fixed the rows to {fixed}, got {self}; nothing was changed")
+
+    def row_bytes(self, stored: torch.dtype) -> int:
+        """Bytes of one row's tensors with ``data`` in dtype ``stored``."""
+        dtypes = {**self.dtypes, "data": stored}
+        return sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in self.shapes.items())
+
+
+class _Table:
+    """The rows themselves: tensors on the device, numbers on the host, with room for ``capacity`` rows."""
+
+    __slots__ = ("capacity", "counts", "layout", "numbers", "size", "stored", "tensors")
+
+    def __init__(self, layout: _Layout, stored: torch.dtype, capacity: int, device: torch.device) -> None:
+        self.layout = layout
+        self.stored = stored
+        self.capacity = capacity
+        self.size = 0
+        self.counts: dict[int, int] | None = None  # rows by class, where somebody keeps count
+        dtypes = {**layout.dtypes, "data": stored}
+        self.tensors = {
+            name: torch.empty((capacity, *shape), dtype=dtypes[name], device=device)
+            for name, shape in layout.shapes.items()
+        }
+        self.numbers: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
+            name: np.zeros(capacity, dtype=dtype) for name, dtype in _NUMBERS.items()
+        }
+
+    def now(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+        """(size,) the numbers of that name; not a copy."""
+        return self.numbers[name][: self.size]
+
+    def class_counts(self) -> dict[int, int]:
+        ids, counts = np.unique(self.now("label"), return_counts=True)
+        return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+    def put(self, slots: _Ids, tensors: Mapping[str, Tensor], numbers: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Write rows to distinct slots."""
+        for name, own in self.tensors.items():
+            own.index_copy_(0, torch.from_numpy(slots).to(own.device), tensors[name].to(own.device))
+        for name, values in numbers.items():
+            self.numbers[name][slots] = values
+
+    def append(self, other: _Table, rows: _Ids, origins: int = 0) -> None:
+        """Add rows of another table, their origins counted on from ``origins``."""
+        tensors = {name: _taken(tensor, rows) for name, tensor in other.tensors.items()}
+        numbers = {name: values[rows] for name, values in other.numbers.items()}
+        numbers["origin"] = numbers["origin"] + origins
+        self.put(np.arange(self.size, self.size + rows.size), tensors, numbers)
+        self.size += rows.size
+
+    def resized(self, capacity: int, rows: _Ids) -> _Table:
+        """A table of that capacity with these rows of this one."""
+        device = self.tensors["data"].device
+        table = _Table(self.layout, self.stored, capacity, device)
+        table.append(self, rows)
+        return table
+
+
+class _Codec:
+    """How ``data`` is written to memory and read from it."""
+
+    def __init__(self, storage: str, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> None:
+        if storage != "uint8" and not (mean is None and std is None):
+            raise ArgumentError(f"mean and std are for storage='uint8', got storage={storage!r}")
+        self.storage = storage
+        means, stds = _channel_values("mean", mean, 0.0), _channel_values("std", std, 1.0)
+        channels = max(len(means), len(stds))
+        if {len(means), len(stds)} - {1, channels}:
+            raise ArgumentError(f"mean and std must have as many channels, got {len(means)} and {len(stds)}")
+        if min(stds) <= 0:
+            raise ArgumentError(f"std must be positive, got {std!r}")
+        self.mean = means * (channels // len(means))
+        self.std = stds * (channels // len(stds))
+
+    def stored_dtype(self, layout: _Layout) -> torch.dtype:
+        """The dtype in memory of such rows.
+
+        Raises:
+            BatchError: If they cannot be stored so.
+        """
+        dtype, shape = layout.dtypes["data"], layout.shapes["data"]
+        if self.storage == "same":
+            return dtype
+        if self.storage == "float16":
+            if not dtype.is_floating_point:
+                raise BatchError(f"storage='float16' is for floating-point data, got {dtype}; use storage='same'")
+            return torch.float16
+        plain = (self.mean, self.std) == ((0.0,), (1.0,))
+        if not dtype.is_floating_point and (dtype != torch.uint8 or not plain):
+            given = "" if plain else " with mean and std"
+            raise BatchError(
+                f"storage='uint8' is for uint8 data, or floating-point images (with mean and std if they are "
+                f"normalised), got {dtype}{given}"
+            )
+        if len(self.mean) > 1 and (not shape or shape[0] != len(self.mean)):
+            raise BatchError(f"mean and std have {len(self.mean)} channels, a row of data has shape {shape}")
+        return torch.uint8
+
+    def normalised(self) -> Tensor:
+        """(2, channels) float64: mean and std, for the saved state."""
+        return torch.tensor([self.mean, self.std], dtype=torch.float64, device="cpu")
+
+    def encode(self, data: Tensor, *, check: bool) -> Tensor:
+        """``data`` as stored.
+
+        Args:
+            data: (B, …) rows.
+            check: Whether to look at the values, which waits for the device.
+
+        Raises:
+            BatchError: With ``check``, if the storage would lose something.
+        """
+        if self.storage == "same" or data.dtype == torch.uint8:
+            return data
+        if self.storage == "float16":
+            half = data.to(torch.float16)
+            if check and bool((data.isfinite() & ~half.isfinite()).any()):
+                raise BatchError(f"data up to {float(data.abs().max()):.3g} does not fit storage='float16' (65504)")
+            return half
+        mean, std = self._constants(data)
+        steps = (data * std + mean) * 255
+        whole = steps.round().clamp(0, 255)
+        if check:
+            error = float((steps - whole).abs().max()) if steps.numel() else 0.0
+            if not error <= _UINT8_TOLERANCE:
+                raise BatchError(
+                    f"storage='uint8' would lose up to {error / 255:.3g} of a value in [0, 1]: the images are no "
+                    f"multiples of 1/255 there; give the mean and std by which they were normalised, or use "
+                    f"storage='same' or 'float16'"
+                )
+        return whole.to(torch.uint8)
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows in the dtype that they came in."""
+        if stored.dtype != torch.uint8 or dtype == torch.uint8:
+            return stored.to(dtype)
+        images = stored.to(dtype).div_(255)
+        mean, std = self._constants(images)
+        return images.sub_(mean).div_(std)
+
+    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (like.ndim - 2)) if len(self.mean) > 1 else ()
+        mean, std = (
+            torch.tensor(values, dtype=like.dtype, device=like.device).reshape(shape)
+            for values in (self.mean, self.std)
+        )
+        return mean, std
+
+
+class _Saved:
+    """A saved state, taken apart and checked entry by entry without touching the object that loads it."""
+
+    def __init__(self, state: Mapping[str, Any], prefix: str) -> None:
+        settings = [
+            "format",
+            "policy",
+            "storage",
+            "normalised",
+            "seen",
+            "classes",
+            "class_seen",
+            "generator",
+            "capacity",
+        ]
+        check_keys(state, prefix, [*settings, *_NUMBERS, "row", "data"], ["extras"])
+        self.prefix = prefix
+        self.state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        filled = "data" in self.state
+        missing = [prefix + name for name in settings + filled * [*_NUMBERS, "row"] if name not in self.state]
+        if missing:
+            raise StateError(f"the saved state has no {missing}: it is no whole state of a ReservoirBuffer")
+        version = self._integer("format")
+        if version != _FORMAT:
+            raise StateError(f"{prefix}format is {version} in the saved state, {_FORMAT} here")
+        self.capacity = self._integer("capacity")
+        self.seen = self._integers("seen").tolist()
+        self.class_seen = self._class_seen()
+        self.generator = self._generator()
+        self.layout = self._layout() if filled else None
+        self.size = len(self.state["data"]) if filled else 0
+
+    def stored_dtype(self, layout: _Layout, codec: _Codec) -> torch.dtype:
+        """The dtype of the stored data."""
+        try:
+            return codec.stored_dtype(layout)
+        except BatchError as error:
+            raise StateError(f"{self.prefix}row does not fit: {error}") from error
+
+    def check_settings(self, policy: str, storage: str, codec: _Codec) -> None:
+        """Refuse another kind of memory."""
+        normalised = codec.normalised()
+        for name, own in (("policy", policy), ("storage", storage)):
+            if not isinstance(self.state[name], str) or self.state[name] != own:
+                raise StateError(f"{self.prefix}{name} is {self.state[name]!r} in the saved state, {own!r} here")
+        saved = self._tensor("normalised", tuple(normalised.shape), torch.float64)
+        if not torch.equal(saved.cpu(), normalised):
+            raise StateError(
+                f"{self.prefix}normalised (mean and std) is {saved.tolist()} in the saved state, "
+                f"{normalised.tolist()} here"
+            )
+
+    def check_capacity(self, own: int) -> None:
+        """Refuse a memory that cannot be continued with the capacity ``own``."""
+        if own < self.capacity:
+            raise StateError(
+                f"the saved memory has a capacity of {self.capacity} rows, this one of {own}; load it with "
+                f"capacity={self.capacity} and call shrink({own})"
+            )
+        if own > self.capacity and self.size < sum(self.seen):
+            raise StateError(
+                f"the saved memory of {self.capacity} rows has dropped rows and cannot grow to {own}; "
+                f"load it with capacity={self.capacity}"
+            )
+
+    def check_numbers(self, policy: str) -> None:
+        """Refuse numbers that contradict each other."""
+        n_seen = sum(self.seen)
+        most = min(self.capacity, n_seen)
+        if self.size > most or (policy == "uniform" and self.size < most):
+            self._damaged(f"{self.size} rows with capacity {self.capacity} and {n_seen} rows seen")
+        if sum(self.class_seen.values()) != n_seen:
+            self._damaged(f"class_seen adds up to {sum(self.class_seen.values())} rows of {n_seen}")
+        if self.layout is None:
+            return
+        numbers = {name: self._integers(name, self.size) for name in _NUMBERS}
+        limit = _EXPERIENCE_LIMIT
+        if bool((numbers["experience"] > limit).any()) or bool((numbers["origin"] >= len(self.seen)).any()):
+            self._damaged(f"experience above {limit}, or origin not below {len(self.seen)}")
+        if bool((numbers["arrival"] >= _host_tensor(self.seen)[numbers["origin"]]).any()):
+            self._damaged("rows that arrived after the last row seen")
+        if len(set(zip(numbers["origin"].tolist(), numbers["arrival"].tolist(), strict=True))) < self.size:
+            self._damaged("one row twice")
+        if any(count > self.class_seen[c] for c, count in Counter(numbers["label"].tolist()).items()):
+            self._damaged("more rows of a class than were seen")
+
+    def table(self, layout: _Layout, capacity: int, stored: torch.dtype, device: torch.device) -> _Table:
+        """The rows, in a table of that capacity."""
+        table = _Table(layout, stored, capacity, device)
+        dtypes = {**layout.dtypes, "data": stored}
+        for name, shape in layout.shapes.items():
+            key = name if name == "data" else f"extras.{name}"
+            saved = self._tensor(key, (self.size, *shape), dtypes[name], finite=False)
+            table.tensors[name][: self.size] = saved.to(device)
+        for name in _NUMBERS:
+            table.numbers[name][: self.size] = self._integers(name, self.size).numpy()
+        table.size = self.size
+        return table
+
+    def _layout(self) -> _Layout:
+        names = [key.removeprefix("extras.") for key in self.state if key.startswith("extras.")]
+        tensors = {"row": self.state["row"], "data": self.state["data"]}
+        tensors |= {name: self.state[f"extras.{name}"] for name in names}
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor) or value.is_nested or value.ndim < 1:
+                self._damaged(f"{name}, which is no tensor with rows")
+        return _Layout(tensors["row"], {name: tensors[name] for name in names})
+
+    def _class_seen(self) -> Counter[int]:
+        ids = check_saved_ids(self.prefix + "classes", self.state["classes"])
+        counts = self._integers("class_seen", ids.size)
+        return Counter(dict(zip(ids.tolist(), counts.tolist(), strict=True)))
+
+    def _generator(self) -> torch.Generator:
+        generator = torch.Generator()
+        state = self._tensor("generator", tuple(generator.get_state().shape), torch.uint8)
+        try:
+            generator.set_state(state.cpu())
+        except RuntimeError as error:
+            raise StateError(f"{self.prefix}generator is no state of a generator: {error}") from error
+        return generator
+
+    def _integer(self, name: str) -> int:
+        return int(self._tensor(name, (), torch.int64))
+
+    def _integers(self, name: str, size: int | None = None) -> Tensor:
+        """(size,) int64 numbers from 0, on the host."""
+        value = self.state[name]
+        if size is None:
+            size = value.numel() if isinstance(value, Tensor) and not value.is_nested else 0
+        numbers = self._tensor(name, (size,), torch.int64).cpu()
+        if bool((numbers < 0).any()):
+            self._damaged(f"negative numbers in {name}")
+        return numbers
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, finite: bool = True) -> Tensor:
+        return check_saved(self.prefix + name, self.state[name], shape, dtype, finite=finite)
+
+    def _damaged(self, what: str) -> NoReturn:
+        raise StateError(f"the saved memory {self.prefix.rstrip('.')} has {what}: the file is damaged")
+
+
+def _checked_rows(data: Tensor, label: Tensor, extras: Mapping[str, Tensor]) -> tuple[_Ids, dict[str, Tensor]]:
+    tensors = {"data": data, **extras}
+    for name, tensor in tensors.items():
+        if name in _NUMBERS:
+            raise BatchError(f"{name} is the name of a number that the memory keeps itself; call the tensor otherwise")
+        if not isinstance(tensor, Tensor):
+            raise BatchError(f"{name} must be a tensor with one row per sample, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+            raise BatchError(f"{name} must be a plain dense tensor; call to_dense() on a sparse one")
+        if tensor.ndim == 0 or len(tensor) != len(data):
+            raise BatchError(f"{name} must have one row per sample of data, got shape {tuple(tensor.shape)}")
+    labels = _host_integers("label", label, len(data))
+    return labels, tensors
+
+
+def _checked_experience(experience: int | Tensor, rows: int) -> _Ids:
+    if isinstance(experience, Tensor):
+        numbers = _host_integers("experience", experience, rows)
+        largest = numbers.max(initial=0)
+    else:
+        largest = check_count("experience", experience, at_least=0)
+        numbers = np.full(rows, min(largest, _EXPERIENCE_LIMIT))
+    if largest > _EXPERIENCE_LIMIT:
+        raise BatchError(f"experience must be at most {_EXPERIENCE_LIMIT}, got {largest}")
+    return numbers
+
+
+def _host_integers(name: str, values: Tensor, rows: int) -> _Ids:
+    if not isinstance(values, Tensor):
+        raise BatchError(f"{name} must be a tensor of {rows} integers, got {type(values).__name__}")
+    if values.dtype == torch.bool or values.dtype.is_floating_point or values.dtype.is_complex:
+        raise BatchError(f"{name} must be integers, got {values.dtype}; call .long() if they are whole numbers")
+    if values.shape != (rows,):
+        raise BatchError(f"{name} must have shape ({rows},), one per row of data, got {tuple(values.shape)}")
+    numbers: _Ids = values.detach().to("cpu", torch.int64).numpy()
+    if numbers.size and numbers.min() < 0:
+        raise BatchError(
+            f"{name} must not be negative, got {numbers.min()} in row {numbers.argmin()}; leave unlabelled rows out"
+        )
+    return numbers
+
+
+def _channel_values(name: str, values: float | Sequence[float] | None, otherwise: float) -> tuple[float, ...]:
+    if values is None:
+        return (otherwise,)
+    numbers = (values,) if isinstance(values, int | float) else tuple(values)
+    if not numbers:
+        raise ArgumentError(f"{name} must be a number, or one per channel, got {values!r}")
+    return tuple(check_number(name, number) for number in numbers)
+
+
+def _host_tensor(values: int | list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def _taken(tensor: Tensor, rows: _Ids) -> Tensor:
+    return tensor.index_select(0, torch.from_numpy(rows).to(tensor.device))
+
+
+def _drawn(rows: _Ids, k: int, generator: np.random.Generator) -> _Ids:
+    """``k`` of the rows, in order."""
+    return np.sort(generator.choice(rows, k, replace=False))
+
+
+def _levelled(counts: list[int], capacity: int) -> list[int]:
+    """Counts with the largest reduced until they add up to ``capacity`` at most."""
+    left = np.array(counts, dtype=np.int64)
+    for _ in range(int(left.sum()) - capacity):
+        left[left.argmax()] -= 1
+    return [int(count) for count in left]
+
+
+def _exact_limit(rows: _Ids, seen: int) -> int:
+    """How large a uniform sample of this stream and another can be when these rows of ``seen`` are left."""
+    return _MERGE_LIMIT if rows.size == seen else rows.size
+
+
+def _shared_out(
+    one: tuple[_Ids, int], other: tuple[_Ids, int], total: int, generator: np.random.Generator
+) -> tuple[_Ids, _Ids]:
+    """Rows of two samples, each with the number it was drawn from, that are a uniform sample of the union."""
+    (ours, seen), (theirs, others_seen) = one, other
+    k = int(generator.hypergeometric(seen, others_seen, total))
+    return _drawn(ours, k, generator), _drawn(theirs, total - k, generator)
