@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,7 +20,18 @@ from clkit.observer import BatchObserver
 from clkit.processes import gathered
 from clkit.saved import saved_entry
 
-__all__ = ["Allowed", "ModulePredictor", "Recorded", "Recorder", "Row", "allowed_for", "packed", "tables", "unpacked"]
+__all__ = [
+    "Allowed",
+    "ModulePredictor",
+    "Recorded",
+    "Recorder",
+    "Row",
+    "Rows",
+    "allowed_for",
+    "packed",
+    "tables",
+    "unpacked",
+]
 
 Ids = npt.NDArray[np.int64]
 
@@ -72,24 +84,46 @@ class Row:
         return Row(self.experiences, _summed(np.stack([target, merged], axis=1), count[:, None]))
 
 
+class Rows(dict[int, Row]):
+    """The rows of one predictor by stage, and their tables below each other, to which each new row only adds."""
+
+    def __init__(self, rows: Mapping[int, Row] | None = None) -> None:
+        super().__init__(rows or {})
+        self._stacks: dict[str, tuple[int, Ids]] = {}  # by table: of how many stages, and the table
+
+    def __setitem__(self, stage: int, row: Row) -> None:
+        added = not self or stage > max(self)
+        same = stage in self and self[stage].experiences is row.experiences  # only its confusions went
+        if not (added or same):
+            self._stacks.clear()
+        super().__setitem__(stage, row)
+
+    def stacked(self, name: Literal["experiences", "classes"]) -> Ids:
+        """(n, 4): a table of all stages, the stage in front."""
+        done, stack = self._stacks.get(name, (0, _stack([])))
+        if done < len(self):
+            stages = sorted(self)[done:]
+            stack = np.concatenate([stack, _stack([(stage, getattr(self[stage], name)) for stage in stages])])
+            self._stacks[name] = len(self), stack
+        return stack
+
+
 def packed(rows: dict[int, Row]) -> dict[str, Tensor]:
     """Rows by stage as two tables (n, 4) with the stage in front: thousands of small tensors would be slow to save."""
-    return {name: torch.from_numpy(_stacked(rows, name)) for name in ("experiences", "pairs")}
-
-
-def _stacked(rows: dict[int, Row], name: str) -> Ids:
-    """(n, 4): the tables of all stages, the stage in front."""
     stages = sorted(rows)
-    parts = [getattr(rows[stage], name) for stage in stages]
-    stage = np.repeat(np.asarray(stages, dtype=np.int64), [len(part) for part in parts])
-    return np.column_stack([stage, *_joined_tables(parts).T])
+    return {
+        name: torch.from_numpy(_stack([(stage, getattr(rows[stage], name)) for stage in stages]))
+        for name in ("experiences", "pairs")
+    }
 
 
-def _joined_tables(parts: list[Ids]) -> Ids:
-    return np.concatenate(parts) if parts else np.empty((0, 3), dtype=np.int64)
+def _stack(tables: list[tuple[int, Ids]]) -> Ids:
+    stages = np.repeat([stage for stage, _ in tables], [len(table) for _, table in tables]).astype(np.int64)
+    rows = np.concatenate([np.empty((0, 3), dtype=np.int64), *(table for _, table in tables)])
+    return np.concatenate([stages[:, None], rows], axis=1)
 
 
-def unpacked(state: Any, owner: str) -> dict[int, Row]:
+def unpacked(state: Any, owner: str) -> Rows:
     """What :func:`packed` gave.
 
     Raises:
@@ -102,10 +136,12 @@ def unpacked(state: Any, owner: str) -> dict[int, Row]:
     _, target, predicted, count = pairs.T
     if ((target < 0) | (predicted < -1) | (count < 0)).any() or np.setdiff1d(pairs[:, 0], stage).size:
         raise StateError(f"{owner}: the counts of its classes cannot be right; the file is damaged")
-    return {
-        int(stage): Row(experiences[experiences[:, 0] == stage, 1:], pairs[pairs[:, 0] == stage, 1:])
-        for stage in np.unique(stage)
-    }
+    return Rows(
+        {
+            int(stage): Row(experiences[experiences[:, 0] == stage, 1:], pairs[pairs[:, 0] == stage, 1:])
+            for stage in np.unique(stage)
+        }
+    )
 
 
 def _summed(keys: Ids, values: Ids) -> Ids:
@@ -256,9 +292,9 @@ class Tables:
     baseline: Tensor | None
 
 
-def tables(rows: dict[int, Row]) -> Tables:
+def tables(rows: Rows) -> Tables:
     height = max(rows, default=0)
-    by_experience, by_class = _stacked(rows, "experiences"), _stacked(rows, "classes")
+    by_experience, by_class = rows.stacked("experiences"), rows.stacked("classes")
     columns = np.unique(by_experience[:, 1])
     # one fixed test set (a stream whose test domains are never trained) is a single column; otherwise column = index
     width = 1 if len(columns) == 1 else int(columns.max(initial=-1)) + 1

@@ -18,7 +18,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries, BoundaryPhase
-from clkit.callbacks._recording import ModulePredictor, Recorded, Recorder, Row, allowed_for, packed, tables, unpacked
+from clkit.callbacks._recording import (
+    ModulePredictor,
+    Recorded,
+    Recorder,
+    Row,
+    Rows,
+    allowed_for,
+    packed,
+    tables,
+    unpacked,
+)
 from clkit.callbacks.base import MODULE, Predictor, StreamCallback, evaluation_key
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
@@ -97,7 +107,7 @@ class StreamEvaluation(StreamCallback):
         self.layer = layer
         self.batch_reader = batch_reader
         self.config: dict[str, Any] = {}  # what a person set, for results.json; the command line fills it in
-        self._rows: dict[str, dict[int, Row]] = {}  # predictor -> stage (0 = before training) -> row
+        self._rows: dict[str, Rows] = {}  # predictor -> stage (0 = before training) -> row
         self._pending: Experience | None = None
         self._seconds = {"fit": 0.0, "evaluate": 0.0}
         self._observer: BatchObserver | None = None
@@ -392,7 +402,7 @@ class StreamEvaluation(StreamCallback):
         for name, predicted in recorded.predicted.items():
             labelled = recorded.targets >= 0
             row = Row.of(recorded.experiences[labelled], recorded.targets[labelled], predicted[labelled])
-            rows = self._rows.setdefault(name, {})
+            rows = self._rows.setdefault(name, Rows())
             if rows:  # confusions are kept of the last stage only: those of all would grow with the stream's square
                 rows[max(rows)] = rows[max(rows)].without_confusions()
             rows[stage] = row
@@ -443,7 +453,7 @@ class StreamEvaluation(StreamCallback):
         current = Boundaries.of(trainer).current
         if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
             for name, row in rows.items():  # plain loaders: this is how a row of R is measured
-                stages = self._rows.setdefault(name, {})
+                stages = self._rows.setdefault(name, Rows())
                 # measured again, the last measurement counts
                 stages[current.index + 1] = stages.get(current.index + 1, Row()).joined(row)
         seen = {name: row.accuracy for name, row in rows.items()}
