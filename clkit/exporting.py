@@ -384,8 +384,11 @@ class _Work:
         seen, last = self.head.classes.cpu(), exact[-1]
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
-            design = exact[:-1](self.features.double())
-            wanted = _Wanted.of(design, last.weight[seen], last.bias[seen])
+            features, lift = self.features.double(), self.head.feature_map.projection
+            design = exact[:-1](features)
+            # a lift adds up products of its own, whose rounding comes before that of the layer
+            reach = design.abs() if lift is None else features.abs() @ lift.cpu().abs().T
+            wanted = _Wanted.of(design, last.weight[seen], last.bias[seen], reach)
         self._compared(model, wanted)
         program = _traced(model, self.example)
         self._compared(program.module(), wanted)
@@ -499,8 +502,8 @@ class _Wanted(NamedTuple):
     size: float
 
     @classmethod
-    def of(cls, design: Tensor, weight: Tensor, bias: Tensor) -> _Wanted:
-        terms = design.abs() @ weight.abs().T + bias.abs()
+    def of(cls, design: Tensor, weight: Tensor, bias: Tensor, reach: Tensor | None = None) -> _Wanted:
+        terms = (design.abs() if reach is None else reach) @ weight.abs().T + bias.abs()
         return cls(design @ weight.T + bias, float(terms.max()))
 
 
