@@ -46,7 +46,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(_python_state(state))
-    np.random.set_state(_numpy_state(state))  # noqa: NPY002  as above
+    np.random.set_state(_numpy_state(state))  # noqa: NPY002  users' code draws from the legacy generator
 
 
 def check_random_state(state: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ class FeatureCallback(StreamCallback):
             features: (n, D) float64, finite, detached; n is at least 1.
             targets: (n,) int64 ids in [0, ``max_classes``), on the features' device.
         """
+        # Lightning's callbacks are no abstract classes, so a subclass without it is found out here
         raise NotImplementedError(f"{type(self).__name__} has no learn(features, targets)")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -234,8 +234,8 @@ class Graft:
         self._layer = graft[-1]
         graft.to(reference.device).requires_grad_(False)
         graft.train(slot.training)
-        graft.clkit_graft = self  # type: ignore[assignment]  # the same mark
-        graft.register_load_state_dict_pre_hook(self._load_own)  # type: ignore[no-untyped-call]  # torch
+        graft.clkit_graft = self  # type: ignore[assignment]  # a mark that others can see
+        graft.register_load_state_dict_pre_hook(self._load_own)  # type: ignore[no-untyped-call]  # torch: no types
         _set(module, self._path, graft)
 
     def _load_own(self, graft: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -292,7 +292,8 @@ def _inputs(classifiers: nn.ModuleList) -> list[int]:
 
 
 def _outputs(classifier: nn.Module) -> int:
-    return int(classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels)  # type: ignore[arg-type]  # Conv2d
+    # what is no Linear is a Conv2d here, which the annotation of a module does not know
+    return int(classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels)  # type: ignore[arg-type]
 
 
 def _get(module: nn.Module, path: str) -> nn.Module:

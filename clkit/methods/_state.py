@@ -36,7 +36,7 @@ class PlainState(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
         # An integer probe goes where the module goes and is left alone by casts.
         target = fn(torch.empty(0, dtype=torch.int64, device=self._device)).device
         if target.type in ("mps", "meta"):  # no float64 there, no values here

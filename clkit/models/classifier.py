@@ -85,7 +85,7 @@ class TimmClassifier(pl.LightningModule):
             return None
         from timm.data.config import resolve_model_data_config
 
-        config = dict(resolve_model_data_config(self.network))  # type: ignore[no-untyped-call]  # timm
+        config = dict(resolve_model_data_config(self.network))  # type: ignore[no-untyped-call]  # timm has no types
         channels, height, width = config["input_size"]
         size = self.model_kwargs.get("img_size", (height, width))
         height, width = (size, size) if isinstance(size, int) else size
