@@ -73,6 +73,7 @@ class Boundaries:
     def __init__(self) -> None:
         self.current: Experience | None = None
         self.running = False
+        self.was_over = False  # a loaded checkpoint was saved after the last batch of the experience that it says runs
         self._random: list[dict[str, Any]] | None = None  # of a loaded checkpoint, one a process
         self._gradients: list[dict[str, Tensor]] = []  # the same
         self._epoch: int | None = None  # the last in which a batch's start was looked at
@@ -109,7 +110,12 @@ class Boundaries:
         self._random = self._epoch = None
         self._gradients = []
         schedule = _schedule(trainer)
-        if not self.running or schedule is None or self.current is None:
+        was_over, self.was_over = self.was_over, False
+        if not self.running or self.current is None:
+            return
+        if schedule is None:  # one fit was one experience, and this is another fit
+            if was_over:
+                self._end(trainer, module)
             return
         now = schedule.experience_at(trainer.current_epoch)
         if now is None or now.index > self.current.index:
@@ -134,12 +140,12 @@ class Boundaries:
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The validation that measures a finished experience comes before ``on_train_epoch_end``."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_over(trainer):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.is_over(trainer):
             self._end(trainer, module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The end where no validation ran."""
-        if self._is_over(trainer):
+        if self.is_over(trainer):
             self._end(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -152,6 +158,15 @@ class Boundaries:
         schedule = _schedule(trainer)
         if schedule is None or schedule.is_last_epoch(trainer.current_epoch - 1):  # the epoch counts as done by now
             self._end(trainer, module)
+
+    def is_over(self, trainer: pl.Trainer) -> bool:
+        """Whether the running experience has had its last batch."""
+        if not self.running or not is_last_batch(trainer):
+            return False
+        schedule = _schedule(trainer)
+        if schedule is not None:
+            return schedule.is_last_epoch(trainer.current_epoch)
+        return trainer.max_epochs is not None and trainer.max_epochs == trainer.current_epoch + 1
 
     # ---- state: plain types, kept by every follower
 
@@ -206,14 +221,6 @@ class Boundaries:
         )
 
     # ----
-
-    def _is_over(self, trainer: pl.Trainer) -> bool:
-        if not self.running or not is_last_batch(trainer):
-            return False
-        schedule = _schedule(trainer)
-        if schedule is not None:
-            return schedule.is_last_epoch(trainer.current_epoch)
-        return trainer.max_epochs is not None and trainer.max_epochs == trainer.current_epoch + 1
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self.current is not None

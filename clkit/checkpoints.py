@@ -24,6 +24,7 @@ from clkit.saved import check_format, saved_entry
 __all__ = [
     "EXPORTED",
     "MERGED",
+    "STRATEGY",
     "build_head",
     "head_entries",
     "load_head",
@@ -39,6 +40,9 @@ EXPORTED = "clkit_export"
 
 MERGED = "clkit_merged"
 """Marks a checkpoint made of several, which no fit can go on from; the value lists their names."""
+
+STRATEGY = "clkit_strategy"
+"""The entry of a whole checkpoint that holds what the strategy has learned."""
 
 # what torch.load and zipfile raise for damaged bytes, found by flipping them
 DAMAGED = (

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clkit.checkpoints import MERGED, build_head, head_entries, read_checkpoint, write_checkpoint
+from clkit.checkpoints import MERGED, STRATEGY, build_head, head_entries, read_checkpoint, write_checkpoint
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.methods.head import Head
 from clkit.methods.readout import layer_values
@@ -17,7 +17,7 @@ from clkit.outputs import check_output
 
 __all__ = ["Learned", "hand_over", "merge_checkpoints", "save_checkpoint"]
 
-_OF_ONE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states")  # what no merged file can have
+_OF_ONE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states", STRATEGY)  # what no merged file can have
 
 
 class Learned(NamedTuple):

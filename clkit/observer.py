@@ -48,7 +48,7 @@ class BatchObserver:
         self._shared: Tapped | None = None
         self._evaluated: Tapped | None = None
         self._memo: dict[Hashable, Any] = {}
-        self._stream_rows: slice | None = None
+        self._strategy: Any = None
         self._told = False
         self.inputs: Any = None
         self.targets: Tensor | None = None
@@ -112,13 +112,13 @@ class BatchObserver:
             self._shared = self._evaluated = None
             self._memo.clear()
             self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
-            self._stream_rows = getattr(trainer.strategy, "stream_rows", None)
-        if self._evaluated is None and (source == "eval" or (source == "auto" and self._trains())):
+            self._strategy = trainer.strategy
+        if self._evaluated is None and (source == "eval" or (source == "auto" and self._differs())):
             if source == "auto" and not self._told:
                 self._told = True
                 rank_zero_info(
-                    "clkit: the network trains with batch statistics or dropout, so heads pay one extra eval-mode "
-                    'forward a batch; pass forward="shared" to learn from the training features instead'
+                    "clkit: the network trains with batch statistics, dropout or augmented images, so heads pay one "
+                    'extra eval-mode forward a batch; pass forward="shared" to learn from the training features instead'
                 )
             self._evaluated = self._extra_pass(trainer, module)
 
@@ -147,6 +147,14 @@ class BatchObserver:
             return None
         return self._rows(self._shared.logits)
 
+    def extract(self, trainer: pl.Trainer, module: pl.LightningModule, inputs: Any) -> Tensor:
+        """Features (B, D) of inputs of one's own, in eval mode and without gradients; the open batch stays as it is.
+
+        Call :func:`~clkit.processes.share_buffers` before the first, with several processes.
+        """
+        with evaluating(module), trainer.precision_plugin.forward_context():
+            return self.tap.extract(inputs, lambda given: forward(module, self.tap.network, given))
+
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A value computed once for the open batch, whoever asks first."""
         if key not in self._memo:
@@ -158,7 +166,7 @@ class BatchObserver:
         self._batch, self._armed = None, False
         self._shared = self._evaluated = None
         self._memo.clear()
-        self.inputs = self.targets = None
+        self.inputs = self.targets = self._strategy = None
 
     # ----
 
@@ -167,14 +175,16 @@ class BatchObserver:
             self._armed = False
             self._shared = _detached(tapped)
 
-    def _trains(self) -> bool:
-        return any(module.training for module in self._sensitive)
+    def _differs(self) -> bool:
+        augments = getattr(self._strategy, "augments_stream", False)
+        return augments or any(module.training for module in self._sensitive)
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        if self.targets is None or len(tensor) == len(self.targets):
+        if self.targets is None or tensor.shape[0] == self.targets.shape[0]:
             return tensor
-        if self._stream_rows is not None:
-            return tensor[self._stream_rows]
+        rows = getattr(self._strategy, "stream_rows", None)  # asked now: a step may be of another size than the last
+        if rows is not None:
+            return tensor[rows]
         raise BatchError(
             f"the tapped forward had {len(tensor)} rows and the batch has {len(self.targets)} targets; a strategy that "
             "runs more rows must say which are the stream's by `stream_rows`"

@@ -17,6 +17,11 @@ STRATEGIES = {
         "GradientFreeStrategy",
         "forward passes only: the backbone stays frozen and heads learn from its features",
     ),
+    "onpro": (
+        "clkit.strategies.onpro",
+        "OnProStrategy",
+        "replay from a small memory of images, in a single pass over the stream",
+    ),
 }
 
 

@@ -27,6 +27,7 @@ PUBLIC = {
     },
     "clkit.methods": {
         "AnalyticHead",
+        "BatchNormSegments",
         "FeatureMap",
         "FeatureStatistics",
         "LDAHead",
@@ -34,12 +35,15 @@ PUBLIC = {
         "MixedBatch",
         "NearestMeanHead",
         "OnlinePrototypes",
+        "Projector",
         "RandomViews",
+        "ReplayRule",
         "ReservoirBuffer",
         "instance_contrast",
         "mixed_cross_entropy",
         "prototype_contrast",
         "rotate_views",
+        "supervised_contrast",
         "variant_labels",
     },
     "clkit.callbacks": {
@@ -54,7 +58,7 @@ PUBLIC = {
         "StreamProgressBar",
         "ungraft",
     },
-    "clkit.strategies": {"GradientFreeStrategy", "LearningStrategy"},
+    "clkit.strategies": {"GradientFreeStrategy", "LearningStrategy", "OnProStrategy"},
     "clkit.models": {"IdentityBackbone", "TimmClassifier"},
     "clkit.data": {
         "PUBLISHED_ORDERS",
@@ -140,7 +144,8 @@ MAY_IMPORT = {
     "boundaries": LEAVES | {"accumulation"},
     "observer": LEAVES | {"tap"},
     "kept_features": LEAVES | {"tap"},
-    "strategies": LEAVES | {"checkpoint_io", "methods", "metrics", "tap", "boundaries", "observer"},
+    "strategies": LEAVES
+    | {"checkpoint_io", "methods", "metrics", "tap", "boundaries", "observer", "accumulation", "checkpoints"},
     "callbacks": LEAVES
     | {
         "accumulation",

@@ -6,13 +6,7 @@ forks them, and each writes what it ended with to ``FOLDER/NAME-RANK.pt``.
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +18,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from two_ranks import drive, driven
 
-import clkit
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, Joint, StreamDataModule
 from clkit.data.loader import cut_batches
@@ -176,45 +170,6 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def rank_main(rank: int, folder: Path, names: list[str]) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
-    for name in names:
-        torch.save(scenario(name, folder), folder / f"{name}-{rank}.pt")
-
-
-def drive(folder: Path, names: list[str]) -> int:
-    """Forks the two ranks, as a cluster's launcher would start them, and ends both when one fails."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", WORLD_SIZE="2")
-    children = []
-    for rank in (0, 1):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                rank_main(rank, folder, names)
-                code = 0
-            except BaseException:  # a forked child must not run on into the parent's code, whatever happened
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    failed = 0
-    while children:
-        child, status = os.wait()
-        children.remove(child)
-        if status and not failed:
-            failed = 1
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-    return failed
-
-
 # ---- what the ranks ended with, against one process
 
 QUICK = ("free", "warm", "one inside", "graft by replacing")  # one start of the driver, within the ordinary suite
@@ -253,27 +208,6 @@ def one(folder: Path) -> dict[str, Any]:
     return run(1, folder, save="one")
 
 
-def driven(folder: Path, scenarios: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(Path(clkit.__file__).parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), *scenarios],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in scenarios
-    }
-
-
 @pytest.fixture(scope="module")
 def ranks(folder: Path, one: dict[str, Any]) -> Ranks:
     """What both ranks ended with in a scenario; scenarios run together when the first of them is asked for."""
@@ -281,7 +215,7 @@ def ranks(folder: Path, one: dict[str, Any]) -> Ranks:
 
     def of(name: str) -> list[dict[str, Any]]:
         if name not in found:
-            found.update(driven(folder, QUICK if name in QUICK else SLOW))
+            found.update(driven(__file__, folder, QUICK if name in QUICK else SLOW))
         return found[name]
 
     return of
@@ -427,4 +361,4 @@ def test_shares_of_two_ranks_merge_into_one_head() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(drive(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(drive(scenario))

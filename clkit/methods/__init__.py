@@ -11,13 +11,18 @@ from clkit.methods.onpro import (
     prototype_contrast,
     variant_labels,
 )
+from clkit.methods.projector import Projector
 from clkit.methods.replay import MemoryRows, ReservoirBuffer
+from clkit.methods.replay_step import ReplayRule
 from clkit.methods.ridge import AnalyticHead
+from clkit.methods.segments import BatchNormSegments
 from clkit.methods.statistics import FeatureStatistics
+from clkit.methods.supervised import supervised_contrast
 from clkit.methods.views import RandomViews, rotate_views
 
 __all__ = [
     "AnalyticHead",
+    "BatchNormSegments",
     "FeatureMap",
     "FeatureStatistics",
     "LDAHead",
@@ -25,11 +30,14 @@ __all__ = [
     "MixedBatch",
     "NearestMeanHead",
     "OnlinePrototypes",
+    "Projector",
     "RandomViews",
+    "ReplayRule",
     "ReservoirBuffer",
     "instance_contrast",
     "mixed_cross_entropy",
     "prototype_contrast",
     "rotate_views",
+    "supervised_contrast",
     "variant_labels",
 ]

@@ -426,6 +426,7 @@ class OnlinePrototypes:
         """Forget all means."""
         self.ids = torch.empty(0, dtype=torch.int64)
         self.means = torch.empty(0, 0)
+        self._probabilities: Tensor | None = None
 
     def __len__(self) -> int:
         """Classes whose mean is known."""
@@ -503,10 +504,18 @@ class OnlinePrototypes:
         labels = labels.to(images.device, torch.int64)
         return _mixture(images[rows], images[partners], labels[rows], labels[partners], share)
 
+    @property
+    def pair_entropy(self) -> float | None:
+        """Entropy in nats of the distribution over pairs of the last :meth:`mix`; ``None`` without pairs."""
+        if self._probabilities is None:
+            return None
+        return float(torch.special.entr(self._probabilities).sum())
+
     def _mix_pairs(
         self, like: Tensor, count: int, memory: ClassMemory, shared: list[int], generator: torch.Generator
     ) -> MixedBatch:
         pairs, probabilities = pair_probabilities(self.means)
+        self._probabilities = probabilities
         counts = pair_counts(probabilities, count, generator, rule=self.pair_rule)
         parts = []
         for pair in torch.nonzero(counts).flatten().tolist():

@@ -123,12 +123,23 @@ class RandomViews:
         _check_range("area", self.area, 1.0)
         _check_range("aspect", self.aspect, math.inf)
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """The random numbers of ``count`` images, (count, 24) float64, for a call that gets them as ``numbers``.
+
+        So each of several processes can draw for all images of a step and use the numbers of its own.
+        """
+        device = "cpu" if generator is None else generator.device
+        return torch.rand(count, 4 + 2 * _TRIES, generator=generator, dtype=torch.float64, device=device)
+
+    def __call__(
+        self, images: Tensor, generator: torch.Generator | None = None, *, numbers: Tensor | None = None
+    ) -> Tensor:
         """New views of the images.
 
         Args:
             images: (B, c, H, W), floating point.
             generator: Where the numbers come from; ``None`` for torch's global generator.
+            numbers: (B, 24), the numbers themselves, from :meth:`draw`.
 
         Returns:
             (B, c, H, W), same dtype and device.
@@ -141,8 +152,7 @@ class RandomViews:
                 f"images must be floating-point numbers of shape (B, c, H, W), "
                 f"got {images.dtype} of shape {tuple(images.shape)}"
             )
-        device = "cpu" if generator is None else generator.device
-        drawn = torch.rand(len(images), 4 + 2 * _TRIES, generator=generator, dtype=torch.float64, device=device)
+        drawn = self.draw(len(images), generator) if numbers is None else numbers
         # below float32 the sampling points themselves would be rounded by whole pixels
         wide = images if images.dtype == torch.float64 else images.float()
         chosen = (drawn[:, :2] < drawn.new_tensor([self.flip, self.grey])).to(images.device)[:, :, None, None, None]

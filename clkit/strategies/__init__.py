@@ -7,7 +7,8 @@ Importing this package registers the names ``"gradient_free"`` … with Lightnin
 from clkit.registry import register_strategies
 from clkit.strategies.base import LearningStrategy
 from clkit.strategies.gradient_free import GradientFreeStrategy
+from clkit.strategies.onpro import OnProStrategy
 
-__all__ = ["GradientFreeStrategy", "LearningStrategy"]
+__all__ = ["GradientFreeStrategy", "LearningStrategy", "OnProStrategy"]
 
 register_strategies()

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clkit._lightning import keep_samplers
+from clkit._lightning import keep_samplers, make_loops_whole
+from clkit.accumulation import keep_gradients
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
 from clkit.checkpoint_io import protect_checkpoints
-from clkit.errors import ArgumentError, ConfigurationError
+from clkit.checkpoints import STRATEGY
+from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.processes import together
+from clkit.saved import check_format, saved_entry
 
 __all__ = ["LearningStrategy"]
+
+FORMAT = 1
 
 
 class LearningStrategy(DDPStrategy):
@@ -27,6 +34,11 @@ class LearningStrategy(DDPStrategy):
     With one device it runs in the process itself, bit for bit as ``strategy="auto"``: no launcher, no process group,
     no wrapper. With several devices or nodes it is Lightning's DDP. Subclasses override :meth:`training_step` and
     follow the stream by ``on_experience_start``, ``on_experience_phase`` and ``on_experience_end``.
+
+    A strategy may train a module of its own beside the user's (a projector): it says in :meth:`make_part` how to build
+    it. The part is one object for the strategy's life, a child of the user's module while a fit runs, trained by the
+    user's optimizer, and never among the keys of the user's own state. What else a strategy has learned it gives in
+    :meth:`stream_state`; a whole checkpoint holds both, a weights-only one neither.
 
     Args:
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
@@ -40,11 +52,17 @@ class LearningStrategy(DDPStrategy):
         warmup_epochs: Epochs of the first experience that train the network before the strategy's own way begins.
         trains_module: Whether the strategy trains the user's network by gradient.
         stream_rows: Which rows of a forward are the batch's own, where a strategy runs more rows than that.
+        augments_stream: Whether a strategy changes the batch's images before they go through the network.
+        part: The strategy's own module, once there is one.
+        part_name: The name of the user's module under which it trains.
     """
 
     warmup_epochs: int = 0
     trains_module: bool = True
     stream_rows: slice | None = None
+    augments_stream: bool = False
+    part: nn.Module | None = None
+    part_name: str = ""
 
     def __init__(self, *, batch_reader: BatchReader | None = None, **ddp_options: Any) -> None:
         if ddp_options.get("find_unused_parameters"):
@@ -60,6 +78,12 @@ class LearningStrategy(DDPStrategy):
                 raise ArgumentError(f"{type(self).__name__} has no argument {name!r}{hint}")
         super().__init__(**ddp_options)
         self.batch_reader = batch_reader
+        self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
+
+    @property
+    def state_key(self) -> str:
+        """Whose state a checkpoint holds; a strategy of another key does not take it up."""
+        return type(self).__qualname__
 
     # ---- one device: the process itself
 
@@ -89,11 +113,183 @@ class LearningStrategy(DDPStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Prepares the module; on one device as the simplest of Lightning's strategies does."""
+        if trainer.state.fn == "fit":
+            self._follow(trainer)
+            self._attach_part(trainer)
         if self.single_device:
             keep_samplers(trainer)
             Strategy.setup(self, trainer)
         else:
             super().setup(trainer)
+
+    def teardown(self) -> None:
+        """Lets go of the user's module."""
+        super().teardown()
+        self._detach_part()
+
+    # ---- a part of its own
+
+    def make_part(self, trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
+        """The strategy's own trainable module, asked for once; ``None`` where it needs none."""
+        return None
+
+    def _attach_part(self, trainer: pl.Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self.part is None:
+            self.part = self.make_part(trainer, module)
+        if self.part is None:
+            return
+        if getattr(module, self.part_name, self.part) is not self.part:
+            raise ConfigurationError(
+                f"{type(module).__name__} has an attribute {self.part_name!r}, the name under which "
+                f"{type(self).__name__} trains a part of its own; rename it"
+            )
+        module.add_module(self.part_name, self.part)
+
+    def _detach_part(self) -> None:
+        module = self.lightning_module
+        if module is not None and self.part is not None and self.part_name in module._modules:
+            delattr(module, self.part_name)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Builds the user's optimizers; parameters of the strategy's own part that they leave out join the first group.
+
+        Raises:
+            ConfigurationError: If there is a part to train and no optimizer.
+        """
+        super().setup_optimizers(trainer)
+        if self.part is None:
+            return
+        known = self._check_optimizers()
+        missing = [parameter for parameter in self.part.parameters() if id(parameter) not in known]
+        if missing:
+            # not a group of its own: schedulers exist by now, and know how many groups there are
+            self.optimizers[0].param_groups[0]["params"].extend(missing)
+            rank_zero_info(
+                f"clkit: configure_optimizers() leaves out {type(self).__name__}'s {self.part_name} "
+                f"({len(missing)} tensors); the first parameter group of its optimizer trains them too"
+            )
+
+    def _check_optimizers(self) -> set[int]:
+        """The objects that the user's optimizers train, by their ids.
+
+        Raises:
+            ConfigurationError: If nothing of the module is among them. Where ``configure_optimizers`` gives none,
+                Lightning makes an optimizer of a tensor of its own.
+        """
+        module = self.lightning_module
+        assert module is not None
+        known = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(parameter) in known for parameter in module.parameters()):
+            raise ConfigurationError(
+                f"{type(self).__name__} trains by gradient, and configure_optimizers() of {type(module).__name__} "
+                "gives no optimizer of its parameters"
+            )
+        return known
+
+    # ---- state
+
+    def stream_state(self) -> dict[str, Any]:
+        """What the strategy has learned beside the weights: tensors and plain types only; a call on all processes."""
+        return {}
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`stream_state` gave.
+
+        Raises:
+            StateError: If it does not fit; nothing may be changed then.
+        """
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The user's own state, without the strategy's part."""
+        state = super().lightning_module_state_dict()
+        prefix = f"{self.part_name}."
+        return {key: value for key, value in state.items() if not (self.part_name and key.startswith(prefix))}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Adds what the strategy has learned to a whole checkpoint; a weights-only one stays the user's own."""
+        if "optimizer_states" in checkpoint:
+            assert self.lightning_module is not None
+            keep_gradients(self._trainer, self.lightning_module, checkpoint)
+            checkpoint[STRATEGY] = {
+                "format": FORMAT,
+                "strategy": self.state_key,
+                "position": self._boundaries.state_dict(),
+                "over": self._trainer.state.fn == "fit" and self._boundaries.is_over(self._trainer),
+                "part": None if self.part is None else dict(self.part.state_dict()),
+                **self.stream_state(),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint; a fit goes on from it without losing or repeating a batch."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        if self._trainer.state.fn == "fit":
+            make_loops_whole(self._trainer, checkpoint)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Loads the user's module and, where a fit goes on, what the strategy had learned.
+
+        Raises:
+            StateError: If the saved state does not fit.
+        """
+        super().load_model_state_dict(checkpoint, strict=strict)
+        if self._trainer.state.fn == "fit":
+            self._load_state(checkpoint)
+
+    def _load_state(self, checkpoint: Mapping[str, Any]) -> None:
+        trainer, module = self._trainer, self.lightning_module
+        assert module is not None
+        state = checkpoint.get(STRATEGY)
+        owner = None if state is None else saved_entry(state, "strategy", str, STRATEGY)
+        if state is None or owner != self.state_key:
+            if type(self).stream_state is not LearningStrategy.stream_state:
+                rank_zero_warn(
+                    f"the checkpoint has no state for the strategy {self.state_key!r}"
+                    f"{f', but for {owner!r}' if owner else ''}: it starts with nothing learned"
+                )
+            return
+        check_format(state, FORMAT, self.state_key)
+        saved = saved_entry(state, "part", dict | None, self.state_key)
+        position = Boundaries()  # tried on one that nobody follows, so that a bad state changes nothing
+        position.load_state_dict(saved_entry(state, "position", dict, self.state_key))
+        position.load_gradients(dict(checkpoint))
+        over = saved_entry(state, "over", bool, self.state_key)
+        if self.part is None:
+            self.part = self.make_part(trainer, module)
+        if (saved is None) != (self.part is None):
+            raise StateError(
+                f"{self.state_key}: the saved state has {'no' if saved is None else 'a'} {self.part_name or 'part'}, "
+                f"this strategy has {'none' if self.part is None else 'one'}; use the settings of the saved run"
+            )
+        self._check_part(saved)
+        self.load_stream_state(state)
+        if self.part is not None:
+            self.part.load_state_dict(saved)
+        self._follow(trainer)
+        self._boundaries.load_state_dict(state["position"])
+        self._boundaries.was_over = over
+        self._boundaries.load_gradients(dict(checkpoint))
+
+    def _check_part(self, saved: Mapping[str, Any] | None) -> None:
+        if self.part is None or saved is None:
+            return
+        own = {name: tuple(value.shape) for name, value in self.part.state_dict().items()}
+        found = {str(name): tuple(getattr(value, "shape", ())) for name, value in saved.items()}
+        if own != found:
+            raise StateError(
+                f"{self.state_key}: the saved {self.part_name} has tensors of shapes {found}, here they are {own}; use "
+                "the network and the settings of the saved run"
+            )
+
+    def _follow(self, trainer: pl.Trainer) -> None:
+        """Brings the position that an earlier fit left, where each experience is a fit of its own."""
+        boundaries = Boundaries.of(trainer)
+        if boundaries.current is None:
+            boundaries.current, boundaries.running = self._boundaries.current, self._boundaries.running
+        self._boundaries = boundaries
 
     # ---- several devices: a process that is lost is said in words, not in those of the backend
 

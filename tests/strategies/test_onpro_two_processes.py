@@ -1,0 +1,237 @@
+"""OnPro in two processes: one memory, and with gathered embeddings the weights of one process.
+
+Run as a program, ``test_onpro_two_processes.py FOLDER NAME ...``, this file is what two ranks run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from two_ranks import drive, driven
+
+from clkit.errors import ClkitError
+from clkit.strategies import OnProStrategy
+
+SIZES = [(3, 3), (3, 3), (3, 2), (1, 3), (2, 2), (3, 3), (3, 3), (3, 2)]  # of the batches of both ranks
+TASKS = [range(4), range(4, 8)]  # which batches an experience has
+QUICK = ("gathered", "local")
+SLOW = ("norm", "er", "der", "class balanced", "bytes", "saved", "from two")
+
+
+def batches(rank: int | None) -> list[list[tuple[Tensor, Tensor]]]:
+    """The batches of each task, of one rank or of both together."""
+    generator = torch.Generator().manual_seed(3)
+    tasks = []
+    for task, numbers in enumerate(TASKS):
+        own = []
+        for number in numbers:
+            parts = [
+                (
+                    torch.randint(0, 256, (size, 3, 8, 8), generator=generator) / 255.0,
+                    torch.randint(2, (size,), generator=generator) + 2 * task,
+                )
+                for size in SIZES[number]
+            ]
+            x, y = (torch.cat(each) for each in zip(*parts, strict=True))
+            own.append((x, y) if rank is None else parts[rank])
+        tasks.append(own)
+    return tasks
+
+
+class Net(pl.LightningModule):
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6) if norm else nn.GroupNorm(2, 6),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+        )
+        self.classify = nn.Linear(24, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classify(self.body(images))
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("the strategy does not call it")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+ER = {
+    "instance_new": 0,
+    "instance_mem": 0,
+    "ope_new": 0,
+    "ope_seen": 0,
+    "apf": False,
+    "ce_new_weight": 1,
+    "ce_mean": "joint",
+    "first_experience": "replay",
+    "replay_per_class": None,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gathered": {"gather": "embeddings"},
+    "local": {},
+    "norm": {},
+    "er": {**ER, "gather": "embeddings"},
+    "der": {
+        **ER,
+        "ce_mean": "separate",
+        "ce_mem_weight": 0,
+        "logit_weight": 0.5,
+        "logit_ce_weight": 0.5,
+        "gather": "embeddings",
+    },
+    "class balanced": {"memory_policy": "class_balanced", "gather": "embeddings"},
+    "bytes": {"memory_storage": "uint8"},
+    "saved": {"gather": "embeddings"},
+    "from two": {"gather": "embeddings"},
+}
+
+
+def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> dict[str, Any]:
+    """One fit a task with one strategy, as users with plain loaders do; what it ended with."""
+    module = Net(norm=name == "norm")
+    options = {"capacity": 7, "rotation": "rot4", "replay_batch": 6, **OPTIONS[name]}
+    strategy: Any = OnProStrategy(**options)
+    saved = folder / f"{name}-{devices}"
+    callbacks: list[Any] = []
+    if name == "saved":
+        callbacks = [ModelCheckpoint(str(saved), filename="{epoch}", every_n_epochs=1, save_top_k=-1)]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        max_epochs=1,
+        strategy=strategy,
+        callbacks=callbacks,
+        precision="64-true",
+        logger=False,
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        use_distributed_sampler=False,
+    )
+    rank = None if devices == 1 else trainer.global_rank
+    tasks = [DataLoader(task, batch_size=None) for task in batches(rank)]  # each with its own sizes
+    if resume is not None:
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, tasks[1], ckpt_path=str(resume))
+    else:
+        for task, loader in enumerate(tasks):
+            trainer.fit_loop.max_epochs = task + 1
+            trainer.fit(module, loader)
+    memory = strategy.memory
+    return {
+        "weights": {key: value.detach().clone() for key, value in module.state_dict().items()},
+        "projector": {}
+        if strategy.part is None
+        else {k: v.detach().clone() for k, v in strategy.part.state_dict().items()},
+        "memory": {
+            key: value.clone() if isinstance(value, Tensor) else value for key, value in memory.state_dict().items()
+        },
+        "prototypes": strategy.prototypes.state_dict(),
+        "experience": strategy._experience,
+    }
+
+
+def scenario(name: str, folder: Path) -> dict[str, Any]:
+    resume = folder / "saved-2" / "epoch=0.ckpt" if name == "from two" else None
+    try:
+        return run(2, folder, name, resume)
+    except ClkitError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+# ---- what the ranks ended with, against one process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("replay")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """What both ranks ended with in a scenario; scenarios run together when the first of them is asked for."""
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    def of(name: str) -> list[dict[str, Any]]:
+        if name not in found:
+            found.update(driven(__file__, folder, QUICK if name in QUICK else SLOW))
+        return found[name]
+
+    return of
+
+
+def names(*wanted: str) -> Any:
+    """Parametrises a test over scenarios; those outside the quick run are slow."""
+    return pytest.mark.parametrize(
+        "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in wanted]
+    )
+
+
+def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        same = torch.equal(value, second[key]) if isinstance(value, Tensor) else value == second[key]
+        assert same, key
+
+
+def assert_close(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(value, second[key], rtol=0, atol=1e-12, msg=key)
+
+
+@names(*QUICK, *SLOW)
+def test_the_memory_is_that_of_one_process_on_both_ranks(ranks: Any, folder: Path, name: str) -> None:
+    first, second = ranks(name)
+    resume = folder / "saved-2" / "epoch=0.ckpt" if name == "from two" else None
+    assert_same_bits(first["memory"], second["memory"])
+    assert_same_bits(first["prototypes"], second["prototypes"])
+    assert_same_bits(first["memory"], run(1, folder, name, resume)["memory"])
+    assert int(first["memory"]["seen"].sum()) == sum(map(sum, SIZES))
+
+
+@names(*QUICK, *SLOW)
+def test_both_ranks_train_the_same_weights(ranks: Any, name: str) -> None:
+    first, second = ranks(name)
+    parameters = dict(Net(norm=name == "norm").named_parameters())  # running statistics are each rank's own
+    assert_same_bits(
+        {key: first["weights"][key] for key in parameters}, {key: second["weights"][key] for key in parameters}
+    )
+    assert_same_bits(first["projector"], second["projector"])
+
+
+@names("gathered", "er", "der", "class balanced", "saved", "from two")
+def test_gathered_embeddings_train_the_weights_of_one_process(ranks: Any, folder: Path, name: str) -> None:
+    resume = folder / "saved-2" / "epoch=0.ckpt" if name == "from two" else None
+    one, two = run(1, folder, name, resume), ranks(name)[0]
+    for part in ("weights", "projector", "prototypes"):
+        assert_close(two[part], one[part])
+    start = Net(norm=False).double().state_dict()
+    assert all(not torch.equal(value, two["weights"][key]) for key, value in start.items())
+
+
+def test_local_losses_are_not_those_of_one_process(ranks: Any, folder: Path) -> None:
+    """Else the comparison above could not fail."""
+    one, two = run(1, folder, "local"), ranks("local")[0]
+    assert not torch.allclose(one["weights"]["classify.weight"], two["weights"]["classify.weight"])
+
+
+if __name__ == "__main__":
+    sys.exit(drive(scenario))
