@@ -181,13 +181,14 @@ class FeatureTap:
         self._place = place
         self._register()
 
-    def extract(self, inputs: Any) -> Tensor:
+    def extract(self, inputs: Any, run: Callable[[Any], Any] | None = None) -> Tensor:
         """Features (B, D) of one batch: evaluation mode, no gradients, the training flags as they were afterwards.
 
         Other listeners do not hear of this pass.
 
         Args:
             inputs: What the network's ``forward`` takes.
+            run: What to call with them instead of the network: something that prepares them and calls it.
 
         Raises:
             TapError: If the tap was closed, or nothing passed it.
@@ -207,7 +208,7 @@ class FeatureTap:
             handle = self.listen(heard.append)
             self.network.eval()
             with torch.no_grad():
-                self.network(inputs)
+                (run or self.network)(inputs)
             handle.remove()
         finally:
             listeners[:] = others
