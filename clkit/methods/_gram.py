@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
-__all__ = ["add_gram_", "mirrored"]
+__all__ = ["add_gram_", "mirrored", "new_gram"]
 
 # columns of one product where no symmetric rank-k routine is used
 _CPU_BLOCK = 128
 _DEVICE_BLOCK = 2048
+# Rows whose distance is a whole number of pages (512 float64) all compete for the same few places of the cache: a
+# product of 512 columns then takes a quarter longer, one of 2048 several times as long. Some columns more prevent it.
+_PAGE = 512
+_EXTRA = 8
+
+
+def new_gram(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros (width, width) for :func:`add_gram_`: on a CPU, for some widths, a corner of a slightly larger matrix.
+
+    Example:
+        >>> new_gram(512, torch.float64, torch.device("cpu")).stride()
+        (520, 1)
+    """
+    side = width + _EXTRA if device.type == "cpu" and width % _PAGE == 0 else width
+    return torch.zeros(side, side, dtype=dtype, device=device)[:width, :width]
 
 
 def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
@@ -23,7 +39,7 @@ def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
     The other triangle is left as it is or filled with values without meaning; :func:`mirrored` gives the whole matrix.
 
     Args:
-        lower: (D, D), contiguous; changed.
+        lower: (D, D), contiguous or from :func:`new_gram`; changed.
         rows: (B, D) float64 on the same device. Products are formed in float64 whatever the dtype of ``lower``.
         weight: Factor of the product, may be negative.
 
@@ -38,8 +54,13 @@ def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
     if rows.shape[0] == 0:
         return lower
     on_cpu = lower.device.type == "cpu"
-    if on_cpu and torch.get_num_threads() == 1 and lower.dtype == torch.float64 and lower.is_contiguous():
-        dsyrk(weight, rows.contiguous().numpy().T, beta=1.0, c=lower.numpy().T, overwrite_c=1)
+    whole = _whole(lower) if on_cpu and torch.get_num_threads() == 1 and lower.dtype == torch.float64 else None
+    if whole is not None:
+        values = rows.contiguous().numpy()
+        if whole is not lower:  # zeros for the columns that nobody reads
+            values = np.zeros((rows.shape[0], whole.shape[0]))
+            values[:, : rows.shape[1]] = rows.numpy()
+        dsyrk(weight, values.T, beta=1.0, c=whole.numpy().T, overwrite_c=1)
         return lower
     size = _CPU_BLOCK if on_cpu else _DEVICE_BLOCK
     for start in range(0, lower.shape[0], size):
@@ -50,6 +71,15 @@ def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
         else:
             block.add_((rows[:, start:stop].T @ rows[:, :stop]).mul_(weight).to(lower.dtype))
     return lower
+
+
+def _whole(lower: Tensor) -> Tensor | None:
+    """The contiguous matrix of which ``lower`` is all or, as :func:`new_gram` makes it, a corner; else ``None``."""
+    if lower.is_contiguous():
+        return lower
+    side = lower.shape[0] + _EXTRA
+    is_corner = lower.stride() == (side, 1) and lower.untyped_storage().nbytes() == side * side * lower.element_size()
+    return lower.as_strided((side, side), (side, 1), 0) if is_corner else None
 
 
 def mirrored(lower: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class NearestMeanHead(Head):
         if not self.normalizes:
             return [(self.statistics, batch.features)]
         lengths = vector_norm(batch.features, dim=1, keepdim=True)
-        if not self._warned and lengths.device.type == "cpu" and not bool(lengths.all()):
+        if not self._warned and batch.on_host and not batch.array(lengths).all():
             self._warn_of_zeros(int((lengths == 0).sum()))
         return [(self.statistics, batch.features if self.metric == "cosine" else _scaled(batch.features, lengths))]
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
-from clkit.methods._checks import Batch, check_batch, check_count
-from clkit.methods._gram import add_gram_, mirrored
+from clkit.methods._checks import Array, Batch, check_batch, check_count
+from clkit.methods._gram import add_gram_, mirrored, new_gram
 from clkit.methods._saved import check_keys, check_saved, check_saved_ids
 from clkit.methods._state import PlainState, exact, world_size
 from clkit.processes import together
@@ -459,61 +459,41 @@ class _Part:
         for name, shape in {"sums": (width,), "squares": (width,), "class_grams": (width, width)}.items():
             if name in parts:
                 self.tables[name] = torch.zeros(0, *shape, dtype=dtype, device=device)
-        self.gram = torch.zeros(width, width, dtype=dtype, device=device) if "gram" in parts else None
+        self.gram = new_gram(width, dtype, device) if "gram" in parts else None
 
     def to(self, device: torch.device, copy: bool = False) -> _Part:
         """The same on ``device``, sharing memory where nothing moves unless ``copy``."""
         moved = object.__new__(_Part)
         moved.ids = self.ids
         moved.tables = {name: table.to(device, copy=copy) for name, table in self.tables.items()}
-        moved.gram = None if self.gram is None else self.gram.to(device, copy=copy)
+        moved.gram = self.gram
+        if self.gram is not None and (copy or self.gram.device != device):
+            moved.gram = new_gram(self.gram.shape[0], self.gram.dtype, device).copy_(self.gram)
         return moved
 
     def add(self, rows: Tensor, batch: Batch) -> None:
         at = self._include(batch.ids)
+        own = self._rows(at, batch.on_host)
         rows = batch.masked(rows)
         if "squares" in self.tables:
-            self._add_centred(at, rows, batch)
+            _add_centred(own, batch.array(rows), batch)
         elif "sums" in self.tables:
-            self._increase("sums", at, rows, batch)
-        self.tables["counts"].index_add_(0, at, batch.masked(batch.counts))
+            own.increase("sums", batch.summed(batch.array(rows)))
+        own.increase("counts", batch.masked(batch.counts))
         if self.gram is not None:
             add_gram_(self.gram, rows)
         for position, lower in self._grams_of(at):
             add_gram_(lower, rows[batch.inverse == position])
 
-    def _add_centred(self, at: Tensor, rows: Tensor, batch: Batch) -> None:
-        """Sums and squares in coordinates centred at the first row of each class; counts are still those before."""
-        before, added = self.tables["counts"].index_select(0, at), batch.masked(batch.weights)
-        if batch.finite is not None or not bool(before.all()):
-            self._open_centres(at, before == 0, rows[batch.first])
-        relative = batch.masked(rows - self._get("centres", at).index_select(0, batch.inverse))
-        total = _sum_by_class(relative, batch)
-        means = total / batch.weights
-        spread = _sum_by_class(batch.masked((relative - means.index_select(0, batch.inverse)).square_()), batch)
-        self._merge_squares(at, before.to(torch.float64)[:, None], added, means, spread)
-        self._increase("sums", at, total)
-
     def remove(self, rows: Tensor, batch: Batch) -> None:
         """Take rows out; the caller has made sure that they are there."""
-        at = torch.from_numpy(np.searchsorted(self.ids, batch.ids)).to(rows.device)
-        before = self.tables["counts"][at]
-        after = before - batch.counts
-        if "sums" in self.tables:
-            relative = rows
-            if "squares" in self.tables:
-                relative = rows - self._get("centres", at)[batch.inverse]
-            total = _sum_by_class(relative, batch)
-            rest = self._get("sums", at) - total
-            if "squares" in self.tables:
-                means = total / batch.counts[:, None]
-                spread = _sum_by_class((relative - means[batch.inverse]).square(), batch)
-                delta = means - rest / after.clamp(min=1)[:, None]
-                weight = after.to(torch.float64) * batch.counts / before
-                squares = (self._get("squares", at) - spread - delta.square() * weight[:, None]).clamp(min=0)
-                self._put("squares", at, torch.where(after[:, None] > 1, squares, 0.0))
-            self._put("sums", at, rest)
-        self.tables["counts"].index_copy_(0, at, after)
+        at = np.searchsorted(self.ids, batch.ids)
+        own = self._rows(at, batch.on_host)
+        if "squares" in self.tables:
+            _remove_centred(own, batch.array(rows), batch)
+        elif "sums" in self.tables:
+            own.put("sums", own["sums"] - batch.summed(batch.array(rows)))
+        own.put("counts", own["counts"] - batch.counts)
         for position, lower in self._grams_of(at):
             add_gram_(lower, rows[batch.inverse == position], -1.0)
         if self.gram is not None:
@@ -523,21 +503,19 @@ class _Part:
             self.gram.zero_()  # nothing is left, not even rounding
 
     def merge(self, other: _Part) -> None:
-        at = self._include(other.ids)
-        before, added = self.tables["counts"][at], other.tables["counts"]
+        own = self._rows(self._include(other.ids))
+        before, added = own.double("counts")[:, None], other.tables["counts"][:, None]
         if "sums" in self.tables:
             total = other.tables["sums"].to(torch.float64)
             if "squares" in self.tables:
                 origins = other.tables["centres"].to(torch.float64)
-                centres = self._open_centres(at, before == 0, origins)
-                total = total + (origins - centres) * added[:, None]
-                means = total / added[:, None]
-                ours, theirs = before.to(torch.float64)[:, None], added.to(torch.float64)[:, None]
-                self._merge_squares(at, ours, theirs, means, other.tables["squares"].to(torch.float64))
-            self._increase("sums", at, total)
+                _open_centres(own, before == 0, origins)
+                total = total + (origins - own["centres"]) * added
+                _merge_squares(own, before, added, total / added, other.tables["squares"].to(torch.float64))
+            own.increase("sums", total)
         if "class_grams" in self.tables:
-            self._increase("class_grams", at, other.tables["class_grams"])
-        self.tables["counts"].index_add_(0, at, added)
+            own.increase("class_grams", other.tables["class_grams"])
+        own.increase("counts", other.tables["counts"])
         if self.gram is not None and other.gram is not None:
             self.gram.add_(other.gram)
 
@@ -548,68 +526,108 @@ class _Part:
             self.tables = {name: table[kept] for name, table in self.tables.items()}
             self.ids = self.ids[kept.cpu().numpy()]
 
-    def _include(self, ids: _Ids) -> Tensor:
-        """Rows of ``ids``, after opening a row of zeros for each new one."""
-        device = self.tables["counts"].device
+    def _include(self, ids: _Ids) -> _Ids:
+        """Positions of ``ids``, after opening a row of zeros for each new one."""
         at = np.searchsorted(self.ids, ids)
-        if np.array_equal(self.ids[at[at < self.ids.size]], ids):  # none is new: the usual case by far
-            return torch.from_numpy(at).to(device)
+        # none is new: the usual case by far
+        if ids.size == 0 or (at[-1] < self.ids.size and (self.ids[at] == ids).all()):
+            return at
         union = np.union1d(self.ids, ids)
-        if union.size != self.ids.size:
-            old = torch.from_numpy(np.searchsorted(union, self.ids)).to(device)
-            for name, table in self.tables.items():
-                grown = table.new_zeros((union.size, *table.shape[1:]))
-                self.tables[name] = grown.index_copy_(0, old, table)
-            self.ids = union
-        return torch.from_numpy(np.searchsorted(union, ids)).to(device)
+        device = self.tables["counts"].device
+        old = torch.from_numpy(np.searchsorted(union, self.ids)).to(device)
+        for name, table in self.tables.items():
+            grown = table.new_zeros((union.size, *table.shape[1:]))
+            self.tables[name] = grown.index_copy_(0, old, table)
+        self.ids = union
+        return np.searchsorted(union, ids)
 
-    def _open_centres(self, at: Tensor, fresh: Tensor, rows: Tensor) -> Tensor:
-        """Centres of the classes ``at`` as float64; a class without samples yet takes its row of ``rows``."""
-        new = rows.clamp(-_CENTRE_LIMIT, _CENTRE_LIMIT).to(torch.float32)
-        centres = torch.where(fresh[:, None], new, self.tables["centres"][at])
-        self.tables["centres"].index_copy_(0, at, centres)
-        return centres.to(torch.float64)
+    def _rows(self, at: _Ids, on_host: bool = False) -> _Rows:
+        if on_host:
+            return _Rows({name: table.numpy() for name, table in self.tables.items()}, at)
+        return _Rows(self.tables, torch.from_numpy(at).to(self.tables["counts"].device))
 
-    def _merge_squares(self, at: Tensor, before: Tensor, added: Tensor, means: Tensor, spread: Tensor) -> None:
-        """Chan's rule; ``sums`` and ``counts`` are still those from before."""
-        delta = means - self._get("sums", at) / before.clamp(min=1)
-        weight = before * added / (before + added).clamp_(min=1)
-        self._increase("squares", at, torch.addcmul(spread, delta.square_(), weight))
-
-    def _get(self, name: str, at: Tensor) -> Tensor:
-        rows = self.tables[name].index_select(0, at)
-        return rows if rows.dtype == torch.float64 else rows.to(torch.float64)
-
-    def _increase(self, name: str, at: Tensor, values: Tensor, batch: Batch | None = None) -> None:
-        """Add a row to each class ``at``; with ``batch``, the sum of its rows of each class."""
-        table = self.tables[name]
-        if table.dtype != torch.float64:  # added in float64, rounded once
-            values = values.to(torch.float64) if batch is None else _sum_by_class(values, batch)
-            self._put(name, at, self._get(name, at) + values)
-        elif batch is None:
-            table.index_add_(0, at, values)
-        elif table.device.type == "cpu":
-            table.index_add_(0, at.index_select(0, batch.inverse), values)
-        else:
-            table.index_add_(0, at, _sum_by_class(values, batch))
-
-    def _put(self, name: str, at: Tensor, values: Tensor) -> None:
-        self.tables[name].index_copy_(0, at, values.to(self.tables[name].dtype))
-
-    def _grams_of(self, at: Tensor) -> list[tuple[int, Tensor]]:
+    def _grams_of(self, at: _Ids) -> list[tuple[int, Tensor]]:
         if "class_grams" not in self.tables:
             return []
         return [(position, self.tables["class_grams"][row]) for position, row in enumerate(at.tolist())]
 
 
-def _sum_by_class(rows: Tensor, batch: Batch) -> Tensor:
-    """(u, D): sum of the rows of each class of the batch."""
-    total = rows.new_zeros((batch.ids.size, rows.shape[1]))
-    if rows.device.type == "cpu":
-        return total.index_add_(0, batch.inverse, rows)
-    # Elsewhere index_add_ adds in no fixed order; a product with the one-hot labels gives the same bits each time.
-    one_hot = rows.new_zeros((batch.ids.size, rows.shape[0])).scatter_(0, batch.inverse[None, :], 1.0)
-    return one_hot @ rows
+class _Rows:
+    """The rows of some classes in the tables of a part: of its tensors, or of numpy's view of their memory."""
+
+    __slots__ = ("at", "tables")
+
+    def __init__(self, tables: Mapping[str, Array], at: Array) -> None:
+        self.tables = tables
+        self.at = at
+
+    def __getitem__(self, name: str) -> Array:
+        """A copy of the rows."""
+        return self.tables[name][self.at]
+
+    def double(self, name: str) -> Array:
+        """The same in float64."""
+        rows = self[name]
+        return rows.astype(np.float64, copy=False) if isinstance(rows, np.ndarray) else rows.to(torch.float64)
+
+    def increase(self, name: str, values: Array) -> None:
+        """Add to the rows: in the wider of the two dtypes, rounded once."""
+        self.put(name, self[name] + values)
+
+    def put(self, name: str, values: Array) -> None:
+        """Replace the rows."""
+        table = self.tables[name]
+        table[self.at] = values if isinstance(table, np.ndarray) else values.to(table.dtype)
+
+
+def _add_centred(own: _Rows, rows: Array, batch: Batch) -> None:
+    """Sums and squares in coordinates centred at the first row of each class; counts are still those before."""
+    before = own.double("counts")[:, None]
+    if batch.finite is not None or not before.all():
+        _open_centres(own, before == 0, rows[batch.first])
+    relative = batch.masked(rows - own.double("centres")[batch.inverse])
+    total = batch.summed(relative)
+    means = total / batch.weights
+    deviations = batch.masked(relative - means[batch.inverse])
+    deviations *= deviations
+    spread = batch.summed(deviations)
+    _merge_squares(own, before, batch.masked(batch.weights), means, spread)
+    own.increase("sums", total)
+
+
+def _remove_centred(own: _Rows, rows: Array, batch: Batch) -> None:
+    """The opposite of :func:`_add_centred`; counts are still those before."""
+    before = own.double("counts")[:, None]
+    after = before - batch.weights
+    relative = rows - own["centres"][batch.inverse]
+    total = batch.summed(relative)
+    means = total / batch.weights
+    deviations = relative - means[batch.inverse]
+    rest = own.double("sums") - total
+    delta = means - rest / _at_least_one(after)
+    squares = own["squares"] - batch.summed(deviations * deviations) - delta * delta * (after * batch.weights / before)
+    own.put("squares", squares.clip(0) * (after > 1))
+    own.put("sums", rest)
+
+
+def _open_centres(own: _Rows, fresh: Array, rows: Array) -> None:
+    """A class without samples yet takes its row of ``rows`` for its centre."""
+    new = rows.clip(-_CENTRE_LIMIT, _CENTRE_LIMIT)
+    own.put("centres", new * fresh + own["centres"] * ~fresh)
+
+
+def _merge_squares(own: _Rows, before: Array, added: Array, means: Array, spread: Array) -> None:
+    """Chan's rule; ``sums`` and ``counts`` are still those from before."""
+    delta = own.double("sums") / _at_least_one(before)
+    delta -= means
+    delta *= delta
+    delta *= before * added / _at_least_one(before + added)
+    delta += spread
+    own.increase("squares", delta)
+
+
+def _at_least_one(count: Array) -> Array:
+    return count + (count == 0)
 
 
 def raise_for_batch(number: int, rank: int | None = None) -> None:

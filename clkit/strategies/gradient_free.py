@@ -70,7 +70,7 @@ class GradientFreeStrategy(LearningStrategy):
         self._thawed_parameters: list[nn.Parameter] = []
         self._automatic: bool | None = None
         self._network: nn.Module | None = None
-        self._loss: Tensor | None = None  # of the running epoch: sum and number of labels
+        self._loss: tuple[Tensor, Tensor] | None = None  # of the running epoch: sum and number of labels
 
     # ---- before the loops run
 
@@ -165,7 +165,8 @@ class GradientFreeStrategy(LearningStrategy):
         """Logs the mean over the epoch's labels with its last batch: a log a batch costs more than the batch."""
         loss = _module_loss(output, targets)
         if loss is not None:
-            self._loss = loss if self._loss is None else self._loss + loss
+            summed, known = self._loss or (0, 0)
+            self._loss = summed + loss[0], known + loss[1]
         last = is_last_batch(self._trainer) or self._trainer.global_step + 1 == self._trainer.max_steps
         if last and self._loss is not None:
             summed, known = self._loss
@@ -201,7 +202,7 @@ class _NoUpdate(Optimizer):
         return None if closure is None else closure()
 
 
-def _module_loss(output: Any, targets: Tensor) -> Tensor | None:
+def _module_loss(output: Any, targets: Tensor) -> tuple[Tensor, Tensor] | None:
     """Summed cross-entropy of the module's own output over the labels that it has a column for, and their number."""
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(targets) or output.shape[1] < 2:
         return None
@@ -209,8 +210,7 @@ def _module_loss(output: Any, targets: Tensor) -> Tensor | None:
         return None
     known = (targets >= 0) & (targets < output.shape[1])
     labels = torch.where(known, targets, -100).long()
-    summed = cross_entropy(output.float(), labels, ignore_index=-100, reduction="sum")
-    return torch.stack([summed, known.sum()])
+    return cross_entropy(output.float(), labels, ignore_index=-100, reduction="sum"), known.sum()
 
 
 def _broadcast_states(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clkit.methods import _gram
-from clkit.methods._gram import add_gram_, mirrored
+from clkit.methods._gram import add_gram_, mirrored, new_gram
 
 
 def _case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -56,6 +56,34 @@ def test_several_threads_give_the_same_product(width: int) -> None:
     finally:
         torch.set_num_threads(1)
     np.testing.assert_allclose(mirrored(lower).numpy(), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [511, 512, 1024])
+def test_a_new_matrix_of_any_width_is_zero_and_takes_products_in_place(width: int, threads: int) -> None:
+    rows = torch.randn(5, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = 0.5 * np.einsum("bi,bj->ij", rows.numpy(), rows.numpy())
+    lower = new_gram(width, torch.float64, torch.device("cpu"))
+    assert lower.shape == (width, width)
+    assert not lower.any()
+    assert lower.stride(0) % 512 != 0  # rows whole pages apart would compete for the same places of the cache
+    torch.set_num_threads(threads)
+    try:
+        assert add_gram_(add_gram_(lower, rows), rows, -0.5) is lower
+    finally:
+        torch.set_num_threads(1)
+    np.testing.assert_allclose(mirrored(lower).numpy(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(45, 60), (40, 45), (50, 45)])
+def test_a_corner_of_another_matrix_is_changed_alone(shape: tuple[int, int]) -> None:
+    start, rows, expected = _case()
+    whole = torch.full(shape, 7.0, dtype=torch.float64)
+    whole[:37, :37] = start
+    add_gram_(whole[:37, :37], rows, 0.75)
+    np.testing.assert_allclose(mirrored(whole[:37, :37]).numpy(), expected, rtol=1e-13, atol=1e-13)
+    assert bool((whole[37:] == 7).all())
+    assert bool((whole[:, 37:] == 7).all())
 
 
 def test_no_rows_change_nothing() -> None:

@@ -75,6 +75,15 @@ def test_sums_equal_numpy_for_any_batch_size(batch: int) -> None:
     assert_equals_numpy(filled(features, targets, batch), features, targets)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_of_large_batches_of_many_classes_equal_numpy(dtype: torch.dtype) -> None:
+    features, targets = sample(rows=450, width=64, ids=tuple(range(0, 60, 3)), seed=3)
+    statistics = filled(features, targets, 200, dtype=dtype, **ALL)
+    assert_equals_numpy(statistics, features, targets, 1e-12 if dtype == torch.float64 else 2e-6)
+    statistics.subtract(features[:250], targets[:250])
+    assert_equals_numpy(statistics, features[250:], targets[250:], 1e-11 if dtype == torch.float64 else 1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_sums_do_not_depend_on_split_order_or_ids(data: st.DataObject) -> None:
@@ -396,6 +405,20 @@ def test_saved_loaded_and_continued_equals_uninterrupted() -> None:
     for statistics in (whole, resumed):
         statistics.update(features[30:], targets[30:])
     assert bits(resumed) == bits(whole)
+
+
+def test_a_gram_of_whole_pages_continues_with_the_same_bits_in_the_same_layout() -> None:
+    features, targets = sample(rows=40, width=512)
+    whole = filled(features[:30], targets[:30], 7, gram=True)
+    loaded, copied = FeatureStatistics(512, gram=True), copy.deepcopy(whole)
+    loaded.load_state_dict(whole.state_dict())
+    merged = FeatureStatistics(512, gram=True)
+    merged.merge(whole)
+    for statistics in (whole, loaded, copied, merged):
+        statistics.update(features[30:], targets[30:])
+        assert statistics.lower_gram().stride() == whole.lower_gram().stride()
+    assert bits(loaded) == bits(copied) == bits(merged) == bits(whole)
+    np.testing.assert_allclose(whole.gram.numpy(), features.numpy().T @ features.numpy(), rtol=1e-12, atol=1e-11)
 
 
 def test_loading_shrinks_and_does_not_share_memory() -> None:
