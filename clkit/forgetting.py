@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clkit.checkpoints import MERGED, build_head, head_entries, name_of, read_checkpoint
+from clkit.checkpoints import MERGED, STRATEGY, build_head, head_entries, name_of, read_checkpoint
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
 from clkit.merging import Learned, hand_over, save_checkpoint
 from clkit.methods.head import Head
@@ -64,7 +64,8 @@ def forget_samples(
             exists.
         BatchError: If the samples are malformed, or more than a head has learned of a class. Nothing is written then.
         ConfigurationError: If a head keeps a solution and no sums (``solver="recursive"``), or heads read features at
-            several places; or the samples of ``ids`` cannot be computed again.
+            several places; or the samples of ``ids`` cannot be computed again; or the file holds a replay memory, from
+            whose images the network itself has learned.
         DataError: If ``ids`` were not learned, or are no rows of the data.
         StateError: If the file is damaged or holds no heads.
         WriteError: If the file cannot be written.
@@ -85,6 +86,7 @@ def forget_samples(
         raise ArgumentError("give either features and targets, or ids")
     check_output(output, [Path(path)], overwrite)
     checkpoint = read_checkpoint(path)
+    _refuse_memory(checkpoint, Path(path))
     chosen = _chosen(checkpoint, Path(path), heads)
     if ids is None:
         assert features is not None
@@ -100,6 +102,15 @@ def forget_samples(
             raise type(error)(f"{key}: {error}") from error
         hand_over(checkpoint, key, head)
     return save_checkpoint(checkpoint, output, chosen)
+
+
+def _refuse_memory(checkpoint: dict[str, Any], file: Path) -> None:
+    strategy = checkpoint.get(STRATEGY)
+    if isinstance(strategy, dict) and strategy.get("memory") is not None:
+        raise ConfigurationError(
+            f"{file} holds a replay memory of images ({strategy.get('strategy')}): the network was trained on the "
+            "samples, and only sums on a frozen network can forget them; train again without them"
+        )
 
 
 class Samples(NamedTuple):

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from clkit import forget_samples, load_head, merge_checkpoints
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
-from clkit.checkpoints import MERGED, read_checkpoint
+from clkit.checkpoints import MERGED, STRATEGY, read_checkpoint
 from clkit.cli import main
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
@@ -906,3 +906,27 @@ def test_a_convolutional_network_gives_the_very_features_again(
     assert torch.linalg.matrix_rank(statistics.gram, rtol=1e-12) == 1
     assert torch.allclose(statistics.gram, 2 * statistics.means.T @ statistics.means, rtol=0, atol=1e-9)
     assert load_head("none.ckpt", "aef_ocl").classes.numel() == 0
+
+
+def test_a_file_with_a_replay_memory_forgets_nothing(tmp_path: Path) -> None:
+    head = NearestMeanHead(3)
+    head.update(torch.eye(3), torch.tensor([0, 0, 1]))
+    entry = {"head": dict(head.state_dict()), "in_features": 3, "tap": "fc:in"}
+    strategy = {"strategy": "onpro", "memory": {"data": torch.zeros(2, 3)}}
+    torch.save({"state_dict": {}, "callbacks": {"NMC(nmc)": entry}, STRATEGY: strategy}, tmp_path / "run.ckpt")
+    with pytest.raises(ConfigurationError, match="replay memory"):
+        forget_samples(
+            tmp_path / "run.ckpt", tmp_path / "less.ckpt", features=torch.eye(3)[1:], targets=torch.tensor([0, 1])
+        )
+    assert not (tmp_path / "less.ckpt").exists()
+
+
+def test_a_merged_file_holds_no_state_of_a_strategy(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        head = NearestMeanHead(3)
+        head.update(torch.eye(3), torch.tensor([0, 0, 1]))
+        entry = {"head": dict(head.state_dict()), "in_features": 3, "tap": "fc:in"}
+        saved = {"state_dict": {}, "callbacks": {"NMC(nmc)": entry}, STRATEGY: {"strategy": "onpro", "memory": {}}}
+        torch.save(saved, tmp_path / f"{name}.ckpt")
+    merge_checkpoints([tmp_path / "a.ckpt", tmp_path / "b.ckpt"], tmp_path / "both.ckpt")
+    assert STRATEGY not in torch.load(tmp_path / "both.ckpt", weights_only=True)

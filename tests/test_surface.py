@@ -58,7 +58,7 @@ PUBLIC = {
         "StreamProgressBar",
         "ungraft",
     },
-    "clkit.strategies": {"GradientFreeStrategy", "LearningStrategy", "OnProStrategy"},
+    "clkit.strategies": {"REPLAY_METHODS", "GradientFreeStrategy", "LearningStrategy", "OnProStrategy"},
     "clkit.models": {"IdentityBackbone", "TimmClassifier"},
     "clkit.data": {
         "PUBLISHED_ORDERS",

@@ -43,6 +43,7 @@ _WEIGHTS = (
     "logit_weight",
     "logit_ce_weight",
 )
+_WEIGHTS_OF_NEW = ("ce_new_weight", "ce_mem_weight", "instance_new", "ope_new", "contrast")  # also on the first batch
 
 
 class Part(NamedTuple):
@@ -200,8 +201,10 @@ class ReplayRule:
                 raise ArgumentError(f"{name} must be at least 0, got {getattr(self, name)!r}")
         for name in ("prototype_temperature", "instance_temperature", "similarity_scale"):
             check_number(name, getattr(self, name), above=0)
-        if not any(getattr(self, name) for name in _WEIGHTS):
-            raise ArgumentError(f"all weights are 0 ({', '.join(_WEIGHTS)}): nothing would be learned")
+        if not any(getattr(self, name) for name in _WEIGHTS_OF_NEW):
+            raise ArgumentError(
+                f"nothing would be learned from an incoming image: one of {', '.join(_WEIGHTS_OF_NEW)} must be above 0"
+            )
         if self.logit_weight and not self.ce_new_weight:
             raise ArgumentError(
                 f"logit_weight={self.logit_weight!r} needs ce_new_weight above 0, got {self.ce_new_weight!r}: the "

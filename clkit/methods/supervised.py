@@ -34,7 +34,7 @@ def supervised_contrast(first: Tensor, second: Tensor, labels: Tensor, temperatu
 
     Raises:
         ArgumentError: If the temperature is not positive.
-        BatchError: If shapes do not fit.
+        BatchError: If shapes or dtypes do not fit.
 
     Example:
         >>> rows = torch.eye(2)
@@ -50,6 +50,10 @@ def supervised_contrast(first: Tensor, second: Tensor, labels: Tensor, temperatu
             f"first and second must have one shape (n, p) and labels the shape (n,), got {tuple(first.shape)}, "
             f"{tuple(second.shape)} and {tuple(labels.shape)}"
         )
+    if not (first.is_floating_point() and second.is_floating_point()):
+        raise BatchError(f"first and second must be floating-point numbers, got {first.dtype} and {second.dtype}")
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise BatchError(f"labels must be integer class ids, got {labels.dtype}; call .long() on whole numbers")
     with torch.autocast(first.device.type, enabled=False):
         rows = torch.cat([first, second])
         rows = rows if rows.dtype == torch.float64 else rows.float()

@@ -8,7 +8,8 @@ from clkit.registry import register_strategies
 from clkit.strategies.base import LearningStrategy
 from clkit.strategies.gradient_free import GradientFreeStrategy
 from clkit.strategies.onpro import OnProStrategy
+from clkit.strategies.replay_methods import REPLAY_METHODS
 
-__all__ = ["GradientFreeStrategy", "LearningStrategy", "OnProStrategy"]
+__all__ = ["REPLAY_METHODS", "GradientFreeStrategy", "LearningStrategy", "OnProStrategy"]
 
 register_strategies()

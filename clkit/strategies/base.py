@@ -53,6 +53,7 @@ class LearningStrategy(DDPStrategy):
         trains_module: Whether the strategy trains the user's network by gradient.
         stream_rows: Which rows of a forward are the batch's own, where a strategy runs more rows than that.
         augments_stream: Whether a strategy changes the batch's images before they go through the network.
+        skips_unlabelled: Whether rows of the label -1 do not go through the network.
         part: The strategy's own module, once there is one.
         part_name: The name of the user's module under which it trains.
     """
@@ -61,6 +62,7 @@ class LearningStrategy(DDPStrategy):
     trains_module: bool = True
     stream_rows: slice | None = None
     augments_stream: bool = False
+    skips_unlabelled: bool = False
     part: nn.Module | None = None
     part_name: str = ""
 
@@ -239,6 +241,26 @@ class LearningStrategy(DDPStrategy):
         if self._trainer.state.fn == "fit":
             self._load_state(checkpoint)
 
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Loads the states of the user's optimizers.
+
+        Raises:
+            StateError: If the saved ones train another number of tensors, as those of a run without this strategy's
+                part do.
+        """
+        if self.part is not None:
+            own = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
+            saved = [
+                [len(group["params"]) for group in state["param_groups"]] for state in checkpoint["optimizer_states"]
+            ]
+            if own != saved:
+                raise StateError(
+                    f"the optimizer of the checkpoint trains {saved} tensors (of each parameter group), that of this "
+                    f"run {own}, with the {self.part_name} of {type(self).__name__}; to begin with the weights alone "
+                    "load them into the module and leave ckpt_path out"
+                )
+        super().load_optimizer_state_dict(checkpoint)
+
     def _load_state(self, checkpoint: Mapping[str, Any]) -> None:
         trainer, module = self._trainer, self.lightning_module
         assert module is not None
@@ -282,6 +304,12 @@ class LearningStrategy(DDPStrategy):
             raise StateError(
                 f"{self.state_key}: the saved {self.part_name} has tensors of shapes {found}, here they are {own}; use "
                 "the network and the settings of the saved run"
+            )
+        spoiled = [name for name, value in saved.items() if not bool(value.isfinite().all())]
+        if spoiled:
+            raise StateError(
+                f"{self.state_key}: the saved {self.part_name} has numbers that are not finite in {spoiled}; go on "
+                "from an earlier checkpoint"
             )
 
     def _follow(self, trainer: pl.Trainer) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clkit._lightning import datamodule_of
 from clkit.batch import BatchReader, read_batch
-from clkit.errors import BatchError, ConfigurationError, StateError
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.experience import Experience
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods.onpro import MixedBatch, OnlinePrototypes, PrototypeContrast
@@ -48,20 +48,9 @@ class OnProStrategy(LearningStrategy):
     them itself, by ``transform``. A whole checkpoint contains the memory, that is, training images; a weights-only one
     does not.
 
-    ======================  ===============================================================================
-    method                  settings that differ from the defaults (the recipes ``configs/<name>.yaml``)
-    ======================  ===============================================================================
-    OnPro                   none
-    ER                      ``instance_new = instance_mem = ope_new = ope_seen = 0``, ``apf=False``,
-                            ``ce_new_weight=1``, ``ce_mean="joint"``, ``first_experience="replay"``,
-                            ``replay_per_class=None``
-    ER-ACE                  as ER with ``ce_mean="separate"``, ``ce_new_mask="batch"``
-    DER++                   as ER with ``ce_mean="separate"``, ``ce_mem_weight=0``, ``logit_weight``,
-                            ``logit_ce_weight``
-    SCR                     as ER with ``ce_new_weight = ce_mem_weight = 0``, ``contrast=1``,
-                            ``projection="mlp"``; predicts by ``NMC(memory="replay")``
-    fine-tuning             as ER with ``capacity=0``
-    ======================  ===============================================================================
+    Other published methods are other settings of it, collected in :data:`~clkit.strategies.REPLAY_METHODS` and in the
+    recipes ``configs/<name>.yaml``: experience replay (``er``), ``er_ace``, ``der_pp``, ``scr``, and fine-tuning, which
+    is ``er`` with ``capacity=0``.
 
     Logged under ``name``: ``onpro/loss``, each loss term, ``onpro/memory`` (rows), ``onpro/mixed_share`` (of the replay
     batch) and ``onpro/pair_entropy`` (of the distribution over pairs of classes, in nats). Monitors of values that the
@@ -124,15 +113,18 @@ class OnProStrategy(LearningStrategy):
         ArgumentError: If an argument is not allowed.
 
     Example:
-        >>> strategy = OnProStrategy(capacity=500, rotation="rot4")
-        >>> strategy.memory.capacity, strategy.rule.rotation
-        (500, 'rot4')
+        >>> from clkit.strategies import REPLAY_METHODS
+        >>> OnProStrategy(capacity=500, rotation="rot4").rule.images(new=10, replayed=64)
+        784
+        >>> OnProStrategy(capacity=500, **REPLAY_METHODS["er"]).rule.images(new=10, replayed=64)
+        74
 
     Source: Y. Wei, J. Ye, Z. Huang, J. Zhang, H. Shan, "Online Prototype Learning for Online Continual Learning", ICCV
     2023, arXiv 2308.00301.
     """
 
     part_name = "onpro_projector"
+    skips_unlabelled = True
 
     def __init__(
         self,
@@ -216,7 +208,7 @@ class OnProStrategy(LearningStrategy):
         self.layer = layer
         self.seed = check_count("seed", seed, at_least=0)
         self.augmentation = Augmentation(transform)
-        self.augments_stream = not (self.augmentation.is_identity or self._shows_stream)
+        self.augments_stream = not self._shows_stream
         self.prototypes = OnlinePrototypes(
             base_rate=base_rate,
             mix_probability=mix_probability,
@@ -262,7 +254,14 @@ class OnProStrategy(LearningStrategy):
     @property
     def _shows_stream(self) -> bool:
         """Whether the incoming batch also goes through the network as it is."""
-        return bool(self.rule.instance_new or self.rule.ope_new or self.rule.contrast)
+        rule = self.rule
+        plain = rule.instance_new or rule.ope_new or rule.contrast
+        return bool(plain or (self.augmentation.is_identity and rule.ce_new_weight))
+
+    def _stream_rows(self, views: StepViews, new: int) -> slice | None:
+        plain = ["new1", "contrast1", *["ce_new"] * self.augmentation.is_identity]
+        block = next((views.rows[name] for name in plain if name in views.rows), None)
+        return slice(block.start, block.start + new) if isinstance(block, slice) else None
 
     # ---- before and after the loops
 
@@ -271,6 +270,7 @@ class OnProStrategy(LearningStrategy):
 
         Raises:
             ConfigurationError: If the width of the features is not known before the first forward.
+            ArgumentError: If ``projection_dim`` is larger than it.
         """
         if not self.rule.embeds:
             return None
@@ -282,6 +282,11 @@ class OnProStrategy(LearningStrategy):
                 "forward; pass layer=, the dotted path of the network's last linear layer"
             )
         dim = min(128, width) if self.projection_dim is None else self.projection_dim
+        if dim > width:
+            raise ArgumentError(
+                f"projection_dim={dim} is larger than the {width} features of {type(module).__name__}; an embedding is "
+                "at most as wide"
+            )
         return Projector(width, dim, self.projection, seed=self.seed)
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -327,8 +332,8 @@ class OnProStrategy(LearningStrategy):
         if not hasattr(data, "experience_at"):
             self._tell_once(
                 "fits",
-                "clkit: without a StreamDataModule each fit is one experience, and the first one replays nothing in the "
-                f"cross-entropy; {advice}",
+                "clkit: without a StreamDataModule each fit is one experience, and the first one replays nothing in "
+                f"the cross-entropy; {advice}",
             )
         elif epochs and epochs > 0 and getattr(data.experience_at(epochs - 1), "index", 1) == 0:
             rank_zero_warn(
@@ -381,7 +386,7 @@ class OnProStrategy(LearningStrategy):
         if self._work is None:
             self._work = self._prepared(args[0] if args else kwargs["batch"])
         work = self._work
-        if not len(work.views.images):
+        if not len(work.images) or not len(work.views.images):
             return self._nothing()
         with self.precision_plugin.train_step_context():
             outputs = self._forward(work.views)
@@ -406,6 +411,11 @@ class OnProStrategy(LearningStrategy):
         if self.memory is not None and stored and (not first or self._batch_in_experience):
             rows = self.memory.sample(wanted, self._generator(_SAMPLE))
             images, labels = rows.data, rows.label.cpu()
+            if len(x) and images.shape[1:] != x.shape[1:]:
+                raise BatchError(
+                    f"the images of a batch have shape {tuple(x.shape[1:])}, and those in the memory "
+                    f"{tuple(images.shape[1:])}; resize them to one"
+                )
             mixed = MixedBatch.pure(images, labels) if self.rule.replays else None
             if mixed is not None and not first and self.apf and self._batch_in_experience:
                 mixed = self.prototypes.mix(images, labels, self.memory, self._generator(_MIX), size=wanted)
@@ -419,7 +429,7 @@ class OnProStrategy(LearningStrategy):
         own, at = replayed if replayed is not None else (None, None)
         step = StepBatch(incoming.part, first, sampled, own, at, second, logits)
         views = self.rule.views(step, self._augmented, self._num_classes(incoming.labels))
-        self.stream_rows = slice(0, len(x)) if "new1" in views.rows or "contrast1" in views.rows else None
+        self.stream_rows = self._stream_rows(views, len(x))
         mixed_share = float(own.mixed.float().mean()) if own is not None and len(own.images) else 0.0
         work = _Work(self._step, views, incoming.images, incoming.labels, seen, mixed_share)
         self._tell_cost(len(x), 0 if sampled is None else len(sampled.images), views, first)
@@ -449,6 +459,8 @@ class OnProStrategy(LearningStrategy):
                 f"forward() must give logits of shape (B, C) for {type(self).__name__}, got "
                 f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
             )
+        if self._width() is None:  # not known before
+            self._check_label(views.labels["new"], logits.shape[1])
         if self.part is None:
             return StepOutputs(logits, features, None)
         return StepOutputs(logits, features, self.part(features))
@@ -527,15 +539,19 @@ class OnProStrategy(LearningStrategy):
             x, labels = x[known.to(x.device)], labels[known]
         if not bool(x.isfinite().all()):
             raise BatchError("images of the batch are not finite; it was refused, nothing was changed")
-        if len(labels):
-            width = self._width()
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or (width is not None and high >= width):
-                raise BatchError(
-                    f"a batch has the label {low if low < 0 else high}, and the classifier {width} outputs (0 to "
-                    f"{'?' if width is None else width - 1}); build it with as many outputs as there will be classes"
-                )
+        self._check_label(labels, self._width())
         return x, labels
+
+    @staticmethod
+    def _check_label(labels: Tensor, width: int | None) -> None:
+        if not len(labels):
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or (width is not None and high >= width):
+            raise BatchError(
+                f"a batch has the label {low if low < 0 else high}, and the classifier {width} outputs (0 to "
+                f"{'?' if width is None else width - 1}); build it with as many outputs as there will be classes"
+            )
 
     def _width(self) -> int | None:
         """Outputs of the classifier, where it tells."""
@@ -608,11 +624,17 @@ class OnProStrategy(LearningStrategy):
             )
         seen = set(saved_list(state, "seen", int, key))
         numbers = {name: saved_entry(state, name, int, key) for name in ("step", "batch_in_experience", "experience")}
+        negative = [name for name, number in numbers.items() if number < 0]
+        if negative:
+            raise StateError(f"{key}: {', '.join(negative)} in the saved state must be at least 0; the file is damaged")
         epoch = saved_entry(state, "epoch", int | None, key)
         settings = saved_entry(state, "settings", dict, key)
         prototypes = OnlinePrototypes()
         prototypes.load_state_dict(saved_entry(state, "prototypes", dict, key))
         if self.memory is not None:
+            images = memory.get("data")
+            if isinstance(images, Tensor) and images.is_floating_point() and not bool(images.isfinite().all()):
+                raise StateError(f"{key}: images in the saved memory are not finite; the file is damaged")
             self.memory.load_state_dict(memory)
         self.prototypes.load_state_dict(prototypes.state_dict())
         self._seen, self._epoch = seen, epoch
