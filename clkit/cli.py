@@ -7,9 +7,10 @@ for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from clkit import __version__
 from clkit.recipes import read_recipe, recipe_lines
@@ -22,6 +23,17 @@ TRAINER_COMMANDS = {
     "test": "evaluate a checkpoint on the test samples",
     "predict": "write predictions.csv for the test samples",
 }
+
+# what `clkit compare` sets for each of its runs, as it would stand on the line
+OWN_SETTINGS = (
+    "--seed_everything",
+    "--data.seed",
+    "--data.init_args.seed",
+    "--ckpt_path",
+    "--print_config",
+    "--trainer.default_root_dir",
+    "--trainer.logger",
+)
 
 FILE_COMMANDS = {
     "merge": "add up what the heads of several checkpoints have learned",
@@ -53,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(None if arguments is None else given)
     parser = _parser()
+    given, overrides = _split_overrides(given) if given[:1] == ["compare"] else (given, [])
     options = parser.parse_args(given)
     if options.command == "recipes":
         return _recipes(options.name)
@@ -60,6 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from clkit.demo import run_demo
 
         return run_demo(options.folder)
+    if options.command == "compare":
+        for override in overrides:
+            if override.partition("=")[0].startswith(OWN_SETTINGS):
+                sys.stderr.write(f"clkit: {override} is what clkit compare sets for each of its runs; leave it out\n")
+                return 2
+        from clkit.comparing import run_compare
+
+        return run_compare(options, overrides)
     if options.command in FILE_COMMANDS:
         from clkit.file_commands import run_file_command
 
@@ -76,15 +97,71 @@ def _parser() -> argparse.ArgumentParser:
         "then clkit fit --config mine.yaml.",
     )
     parser.add_argument("--version", action="version", version=f"clkit {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="command", title="commands", parser_class=_OneLine)
     for name, description in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     recipes = commands.add_parser("recipes", help="list the recipes, or print one")
     recipes.add_argument("name", nargs="?", help="the recipe to print")
     demo = commands.add_parser("demo", help="see what this is good for: three small runs on handwritten digits")
     demo.add_argument("--folder", default="runs/demo", help="where the results go (default: %(default)s)")
+    _add_compare(commands)
     _add_file_commands(commands)
     return parser
+
+
+class _OneLine(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"clkit: {message}; see {self.prog} --help\n")
+
+
+def _add_compare(commands: Any) -> None:
+    text = "run several recipes with several seeds on one stream, in one table"
+    compare = commands.add_parser(
+        "compare",
+        help=text,
+        usage="clkit compare RECIPE [RECIPE ...] [--seeds N] [--out DIR] [--no-outer] [settings of clkit fit]",
+        description=f"{text[0].upper()}{text[1:]}: mean and 95 % t-interval of each metric, with fine-tuning and "
+        "joint training as outer rows.",
+        epilog="Any setting of clkit fit may follow and goes to all runs: --data.batch_size 10, --config mine.yaml. "
+        "All recipes must then have the same data. An interrupted comparison goes on where it was: give the same "
+        "command again.",
+    )
+    compare.add_argument("recipes", nargs="+", metavar="RECIPE", help="a name of clkit recipes, or a YAML file")
+    compare.add_argument(
+        "--seeds", type=_positive, default=3, metavar="N", help="how many: 0, 1, ... N-1 (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--out", default="runs/compare", metavar="DIR", help="where results and runs go (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--no-outer", dest="outer", action="store_false", help="leave fine-tuning and joint training out"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
+def _split_overrides(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts a command's own words from the settings of a fit between them, ``--name value`` or ``--name=value``."""
+    words: list[str] = []
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = iter(given)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if not word.startswith("-"):
+            words.append(word)
+        elif name in ("-h", "--help", "--no-outer"):
+            options.append(word)
+        else:
+            part = options if name in ("--seeds", "--out") else overrides
+            part += [word] if value else [word, *itertools.islice(rest, 1)]
+    return [*words, *options], overrides  # argparse does not take words from between options
 
 
 def _add_file_commands(commands: Any) -> None:

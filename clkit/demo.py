@@ -15,6 +15,7 @@ from rich.console import Console
 
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, Joint, Preprocessing, Scenario, StreamDataModule
+from clkit.metrics.functional import accuracy_seen, staged_counts
 from clkit.models import TimmClassifier
 from clkit.report.tables import comparison_table
 from clkit.strategies import GradientFreeStrategy
@@ -65,11 +66,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
 
     console.print("3/3  joint: everything at once, as the upper reference", highlight=False)
     evaluation = _run(root / "joint", Joint(), EPOCHS, "auto", [])
-    counts = evaluation.class_counts("module")
-    curves["joint"] = []
-    for last in range(len(stages)):
-        seen = [counts[label] for stage in stages[: last + 1] for label in stage]
-        curves["joint"].append(sum(correct for correct, _ in seen) / sum(total for _, total in seen))
+    curves["joint"] = accuracy_seen(*staged_counts(evaluation.class_counts("module"), stages)).tolist()
 
     root.mkdir(parents=True, exist_ok=True)
     (root / "comparison.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")

@@ -50,6 +50,7 @@ class BatchObserver:
         self._memo: dict[Hashable, Any] = {}
         self._strategy: Any = None
         self._told = False
+        self._left_out = False  # whether the step runs without some rows of the batch
         self.inputs: Any = None
         self.targets: Tensor | None = None
 
@@ -113,8 +114,9 @@ class BatchObserver:
             self._memo.clear()
             self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
             self._strategy = trainer.strategy
-        if self._evaluated is None and (source == "eval" or (source == "auto" and self._differs())):
-            if source == "auto" and not self._told:
+            self._left_out = trainer.training and self._leaves_out()
+        if self._evaluated is None and (source == "eval" or (source == "auto" and (self._left_out or self._differs()))):
+            if source == "auto" and not self._told and not self._left_out:
                 self._told = True
                 rank_zero_info(
                     "clkit: the network trains with batch statistics, dropout or augmented images, so heads pay one "
@@ -132,7 +134,13 @@ class BatchObserver:
         Raises:
             TapError: If nothing passed the tap, or another number of rows than the batch has.
         """
-        tapped = self._evaluated if self.source(source) == "eval" else self._shared
+        evaluated = self.source(source) == "eval"
+        if self._left_out and not evaluated:
+            raise BatchError(
+                "the batch has rows without a label, which the step of this strategy leaves out of its forward; "
+                'pass forward="auto", which runs such a batch once more'
+            )
+        tapped = self._evaluated if evaluated else self._shared
         if tapped is None:
             raise TapError(
                 f"no features passed the tap at {self.tap.point!r} in this batch: the step did not run the tapped "
@@ -174,6 +182,11 @@ class BatchObserver:
         if self._armed:  # of several forwards in a batch the first counts
             self._armed = False
             self._shared = _detached(tapped)
+
+    def _leaves_out(self) -> bool:
+        if not getattr(self._strategy, "skips_unlabelled", False) or self.targets is None:
+            return False
+        return not len(self.targets) or bool((self.targets == -1).any())
 
     def _differs(self) -> bool:
         augments = getattr(self._strategy, "augments_stream", False)

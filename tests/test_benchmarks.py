@@ -1,4 +1,4 @@
-"""The benchmark on real images: its machinery on a tiny file of the same form, and what it says without data."""
+"""Benchmarks: their machinery on tiny inputs, what they compare, and what they say without data."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "real_images.py"
 ORDER = [4, 0, 5, 2, 1, 3]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("real_images", SCRIPT)
+def loaded(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    return loaded(SCRIPT)
 
 
 @pytest.fixture
@@ -176,3 +180,158 @@ def test_as_a_command_without_the_data(
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("real_images: ")
+
+
+# ---- replay
+
+
+@pytest.fixture(scope="module")
+def speed() -> ModuleType:
+    return loaded(SCRIPT.with_name("onpro.py"))
+
+
+@pytest.mark.parametrize("rotation", ["rot16", "rot4", "none"])
+def test_a_step_and_its_transcription_compute_the_same(speed: ModuleType, rotation: str) -> None:
+    speed.check_equal(speed.small_setting(), rotation)
+
+
+def test_a_step_that_computes_something_else_is_noticed(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = speed.PlainStep.prototypes
+    monkeypatch.setattr(speed.PlainStep, "prototypes", staticmethod(lambda *args: 1.01 * right(*args)))
+    with pytest.raises(AssertionError, match="losses"):
+        speed.check_equal(speed.small_setting(), "none")
+
+
+def test_all_parts_of_the_speed_benchmark_run(
+    speed: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "ROTATIONS", ("none",))
+    monkeypatch.setattr(speed, "MEMORY_GOAL", 0.0)
+    monkeypatch.setattr(sys, "argv", ["onpro.py", "--rounds", "1", "--only", "er", "memory"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "peak", "--json", str(tmp_path / "speed.json")])
+    assert speed.main() == 1  # no memory costs nothing
+    lines = json.loads((tmp_path / "speed.json").read_text())
+    assert len(lines) == 5
+    assert lines[0]["note"] == "images 340 / 74 = 4.6"
+    assert all(line["ratio"] == pytest.approx(line["ours"] / line["theirs"]) for line in lines)
+    assert capsys.readouterr().out.count("MISSED") == 3
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    return loaded(SCRIPT.with_name("onpro_digits.py"))
+
+
+def test_the_table_of_digits_marks_what_is_off_and_fails_for_a_missed_direction(
+    digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {
+        "fine-tuning": [14.0, 44.0, 95.0],
+        "ER, M 50": [80.0, 90.0, 15.0],
+        "OnPro V 4, M 50": [68.0, 86.0, 5.0],
+        "OnPro V 4, M 200": [76.0, 82.0, 1.0],
+    }
+    file = tmp_path / "results.json"
+    options = ["--results", str(file), "--seeds", "2", "--rows", *figures]
+    file.write_text(
+        json.dumps(
+            {
+                row: {str(seed): {"figures": [v + seed for v in three]} for seed in (0, 1)}
+                for row, three in figures.items()
+            }
+        )
+    )
+    assert digits.main(options) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": holds") == 3
+    (line,) = (line for line in printed.splitlines() if "OnPro V 4, M 50 " in line and "│" in line)
+    assert "68.5 [68.0, 69.0]; 68.2; +0.3 " in line
+    assert "86.5 [86.0, 87.0]; 79.9; +6.6 !" in line
+    for row, figure, value in (
+        ("OnPro V 4, M 50", 0, 54.0),
+        ("OnPro V 4, M 50", 2, 15.5),
+        ("OnPro V 4, M 200", 0, 68.0),
+    ):
+        worse = {name: {str(seed): {"figures": list(three)} for seed in (0, 1)} for name, three in figures.items()}
+        for seed in worse[row].values():
+            seed["figures"][figure] = value
+        file.write_text(json.dumps(worse))
+        assert digits.main(options) == 1
+        assert capsys.readouterr().out.count("MISSED") >= 1
+
+
+def test_a_run_of_the_digits_benchmark_is_that_of_the_recipe(
+    digits: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = digits.read_recipe
+    monkeypatch.setattr(digits, "read_recipe", lambda name: read(name).replace("digits:shifts", "digits"))
+    runs = [digits.run(digits.Row("er", (0, 0, 0)), seed, weights) for seed, weights in ((0, "timm"), (0, "torch"))]
+    assert runs[0] != runs[1]
+    for run in runs:
+        matrix = np.array(run["matrix"], dtype=np.float64)
+        last, average, forgetting = run["figures"]
+        assert np.shape(matrix) == (5, 5)
+        best = [max(matrix[i][j] for i in range(j, 5)) for j in range(4)]
+        assert forgetting == pytest.approx(100 * np.mean([best[j] - matrix[4][j] for j in range(4)]))
+        assert abs(last - 100 * matrix[4].mean()) < 2  # stages of nearly equal size
+        assert average > last
+
+
+@pytest.mark.slow
+def test_on_digits_replay_goes_in_the_directions_that_are_required(digits: ModuleType) -> None:
+    rows = ("fine-tuning", "ER, M 50", "OnPro V 4, M 50", "OnPro V 4, M 200")
+    results = {row: {str(seed): digits.run(digits.ROWS[row], seed) for seed in range(3)} for row in rows}
+    said = digits.directions(results)
+    assert len(said) == 3
+    assert all(said.values()), said
+
+
+@pytest.fixture(scope="module")
+def images() -> ModuleType:
+    return loaded(SCRIPT.with_name("onpro_images.py"))
+
+
+TINY = ["--seeds", "1", "--capacities", "200", "--size", "8", "--width", "2"]
+
+
+def test_replay_on_images_runs_and_says_which_order_holds(
+    images: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0)
+    ids = np.repeat(np.arange(10), 4)
+    pixels = noise.integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / images.FILE, x_train=pixels, y_train=ids, x_test=pixels, y_test=ids)
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    options = [*TINY, "--results", str(tmp_path / "results.json")]
+    assert images.main(options) == 0
+    printed = capsys.readouterr().out
+    done = json.loads((tmp_path / "results.json").read_text())
+    assert list(done) == ["ER, 200", "ER-ACE, 200", "OnPro rot4, 200"]
+    for method in ("ER", "ER-ACE", "OnPro rot4"):
+        assert f"{method} ({done[f'{method}, 200']['0'][0]:.1f})" in printed
+    assert "65.5 ± 1.0" in printed
+    for ours, said in ((90.0, "OnPro is above ER"), (-1.0, "OnPro is NOT above ER")):
+        done["OnPro rot4, 200"]["0"][0] = ours
+        (tmp_path / "results.json").write_text(json.dumps(done))
+        assert images.main(options) == 0  # nothing is run again
+        assert said in capsys.readouterr().out
+
+
+def test_the_methods_on_images_have_the_switches_of_their_recipes(images: ModuleType) -> None:
+    er, ace, onpro = (images.strategy(method, 200, 3) for method in ("ER", "ER-ACE", "OnPro rot16"))
+    assert (er.rule.ce_mean, ace.rule.ce_new_mask, onpro.rule.rotation) == ("joint", "batch", "rot16")
+    assert onpro.rule.similarity_scale == 0.5
+    assert {each.replay_batch for each in (er, ace, onpro)} == {64}
+    assert {each.seed for each in (er, ace, onpro)} == {3}
+
+
+def test_replay_on_images_without_the_data_says_so_in_one_line(
+    images: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CLKIT_DATA", raising=False)
+    assert images.main([]) == 2
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    assert images.main([]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(images.FILE in line for line in lines)

@@ -73,7 +73,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, first: bool = T
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "recipes", "demo", "merge", "forget", "export"):
+    for command in ("fit", "validate", "test", "predict", "recipes", "demo", "compare", "merge", "forget", "export"):
         assert f"    {command} " in text
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])

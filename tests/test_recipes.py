@@ -9,16 +9,21 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import clkit.recipes
 from clkit.cli import main
 from clkit.data import Preprocessing, StreamDataModule, published_order
+from clkit.methods import RandomViews, ReplayRule
 from clkit.recipes import read_recipe, recipe_folder, recipe_lines, recipe_names
 from clkit.trainer_cli import StreamCLI
 
 PAPERS = ["paper/core50", "paper/nmc_cifar100", "paper/soda10m", "paper/split_cifar100"]
+REPLAY = ["er", "er_ace", "der_pp", "scr", "onpro"]
+ONPRO_PAPERS = ["paper/onpro_cifar10", "paper/onpro_cifar100", "paper/onpro_tiny_imagenet"]
 SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
 
 
@@ -31,7 +36,7 @@ def built(name: str, *overrides: str) -> StreamCLI:
 
 
 def test_there_are_recipes_of_the_methods_and_of_the_papers() -> None:
-    assert {"aef_ocl", "nmc", *PAPERS} <= set(recipe_names())
+    assert {"aef_ocl", "nmc", *REPLAY, *PAPERS, *ONPRO_PAPERS} <= set(recipe_names())
     assert recipe_names().index("nmc") < recipe_names().index("paper/core50")
 
 
@@ -44,7 +49,7 @@ def test_every_recipe_starts_with_a_line_that_says_what_it_does(name: str) -> No
     assert first[2:] in "\n".join(recipe_lines())
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", [*PAPERS, *ONPRO_PAPERS])
 def test_the_papers_recipes_say_what_is_reported_and_where_the_data_lie(name: str) -> None:
     text = read_recipe(name)
     assert "arXiv" in text
@@ -93,6 +98,146 @@ def test_the_settings_of_the_nearest_mean_paper(tmp_path: Path, monkeypatch: pyt
     assert published_order(data.scenario.class_order)[:4] == (87, 0, 52, 58)
     assert data.scenario.experiences == 10
     assert data.preprocessing == Preprocessing(size=224, interpolation="bilinear")
+
+
+# ---- replay
+
+
+def test_the_replay_recipes_differ_in_the_strategy_alone() -> None:
+    settings = {name: yaml.safe_load(read_recipe(name)) for name in REPLAY}
+    for name in REPLAY:
+        assert settings[name]["model"] == settings["onpro"]["model"]
+        assert settings[name]["data"] == settings["onpro"]["data"]
+        mine, theirs = (settings[each]["trainer"]["strategy"]["init_args"] for each in (name, "onpro"))
+        for shared in ("capacity", "replay_batch", "transform"):
+            assert mine[shared] == theirs[shared]
+
+
+REPLAY_ONLY = {"instance_new": 0, "instance_mem": 0, "ope_new": 0, "ope_seen": 0}
+RULES: dict[str, dict[str, Any]] = {
+    "onpro": {"rotation": "rot4", "similarity_scale": 0.5},
+    "er": {**REPLAY_ONLY, "ce_new_weight": 1, "ce_mean": "joint"},
+    "er_ace": {**REPLAY_ONLY, "ce_new_weight": 1, "ce_new_mask": "batch"},
+    "der_pp": {**REPLAY_ONLY, "ce_new_weight": 1, "ce_mem_weight": 0, "logit_weight": 0.1, "logit_ce_weight": 0.5},
+    "scr": {**REPLAY_ONLY, "ce_mem_weight": 0, "contrast": 1},
+}
+
+
+@pytest.mark.parametrize("name", REPLAY)
+def test_a_replay_recipe_is_the_method_by_its_switches(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = built(name)
+    strategy = cli.trainer.strategy
+    assert strategy.rule == ReplayRule(**RULES[name])
+    assert strategy.apf == (name == "onpro")
+    assert strategy.first_experience == ("paper" if name == "onpro" else "replay")
+    assert strategy.replay_per_class == (7 if name == "onpro" else None)
+    assert strategy.projection == ("mlp" if name == "scr" else "linear")
+    assert strategy.augmentation.transform == RandomViews(flip=0.0)
+    (optimizer,) = [cli.model.configure_optimizers()]
+    assert type(optimizer) is torch.optim.Adam
+    assert {key: optimizer.defaults[key] for key in ("lr", "betas", "weight_decay")} == {
+        "lr": 1e-3,
+        "betas": (0.9, 0.99),
+        "weight_decay": 1e-4,
+    }
+    cli.datamodule.setup("fit")
+    (images, _) = next(iter(cli.datamodule.train_dataloader()))
+    pixels = load_digits().images / 16
+    assert images.shape == (10, 3, 8, 8)
+    assert float(images.min()) == pytest.approx((pixels.min() - 0.3) / 0.38)
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+@pytest.mark.parametrize("name", REPLAY)
+def test_a_replay_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fewer = ["--data.source", "digits", "--data.stop_after", "2", "--trainer.enable_progress_bar", "false"]
+    fewer += ["--trainer.enable_model_summary", "false"]
+    assert main(["fit", "--config", str(recipe_folder() / f"{name}.yaml"), *fewer]) == 0
+    (folder,) = (tmp_path / "runs" / name).iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    (predictor,) = results["predictors"]
+    assert predictor == ("nmc" if name == "scr" else "module")
+    matrix = results["predictors"][predictor]["accuracy_matrix"]
+    assert matrix[0][0] > 0.6  # zeros and ones, after 19 steps
+    assert np.shape(matrix) == (2, 2)
+    logged = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    terms = {"onpro": "onpro/instance_mem", "scr": "onpro/contrast", "der_pp": "onpro/logit"}
+    assert {"onpro/loss", "onpro/memory"} <= set(logged)
+    assert all((term in logged) == (name == owner) for owner, term in terms.items())
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    counts = [stage["train_samples"] for stage in results["stream"]["experiences"]]
+    assert saved["global_step"] == sum(-(-count // 10) for count in counts)
+
+
+def small_onpro(recipe: str, tmp_path: Path, **data: Any) -> dict[str, Any]:
+    """Fits a recipe of the paper with a narrow network at 8 px; gives results.json."""
+    settings = yaml.safe_load(read_recipe(recipe))
+    settings["model"]["init_args"]["model_kwargs"] |= {
+        "layers": [1, 1, 1, 1],
+        "channels": [4, 4, 4, 8],
+        "stem_type": "deep",
+        "stem_width": 2,
+    }
+    settings["data"]["init_args"] |= {**data, "root": str(tmp_path / "data"), "num_workers": 0}
+    settings["data"]["init_args"]["preprocessing"]["init_args"]["size"] = 8
+    trainer = settings["trainer"]
+    trainer |= {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    trainer["logger"][0]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", str(tmp_path / "mine.yaml")]) == 0
+    (results,) = (tmp_path / "runs").rglob("results.json")
+    document: dict[str, Any] = json.loads(results.read_text())
+    return document
+
+
+@pytest.mark.parametrize(("recipe", "classes", "stages"), [("10", 10, 5), ("100", 100, 10)])
+def test_onpro_on_cifar_runs_on_images_of_its_form(recipe: str, classes: int, stages: int, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), 20 // stages)[::2]
+    images = noise.integers(0, 256, (len(labels), 8, 8, 3)).astype(np.uint8)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "cifar.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    results = small_onpro(f"paper/onpro_cifar{recipe}", tmp_path, source="npz:cifar")
+    expected = [rows.tolist() for rows in np.split(np.arange(classes), stages)]
+    assert [stage["classes"] for stage in results["stream"]["experiences"]] == expected
+    assert np.shape(results["predictors"]["module"]["accuracy_matrix"]) == (stages, stages)
+
+
+def test_onpro_on_tiny_imagenet_runs_on_its_layout(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for thing in range(6):
+            for number in range(3):
+                file = tmp_path / "data" / "tiny_imagenet" / part / f"n{thing:08}" / f"n{thing:08}_{number}.JPEG"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noise.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(file)
+    scenario = {"class_path": "ClassIncremental", "init_args": {"classes_per_experience": 2}}
+    results = small_onpro("paper/onpro_tiny_imagenet", tmp_path, scenario=scenario)
+    assert [stage["train_samples"] for stage in results["stream"]["experiences"]] == [6] * 3
+    (checkpoint,) = (tmp_path / "runs").rglob("last.ckpt")
+    memory = torch.load(checkpoint, weights_only=True)["clkit_strategy"]["memory"]
+    assert memory["data"].dtype == torch.uint8
+
+
+def test_the_settings_of_the_onpro_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, scale, base_rate, probability in (("10", 0.5, 0.75, 0.6), ("100", 1.0, 0.9, 0.2)):
+        cli = built(f"paper/onpro_cifar{name}", "--trainer.accelerator", "cpu")
+        strategy, data = cli.trainer.strategy, cli.datamodule
+        assert strategy.rule == ReplayRule(similarity_scale=scale)
+        assert (strategy.prototypes.base_rate, strategy.prototypes.mix_probability) == (base_rate, probability)
+        assert strategy.augmentation.transform == RandomViews()
+        assert data.source.name == f"CIFAR{name}"
+        assert data.preprocessing.mean == pytest.approx(np.array([125.3, 123.0, 113.9]) / 255, abs=1e-4)
+        assert data.preprocessing.std == pytest.approx(np.array([63.0, 62.1, 66.7]) / 255, abs=1e-4)
+        network = cli.model.network
+        assert network.conv1.weight.shape == (64, 3, 3, 3)
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)  # until the stream says how many
+        assert network.forward_features(torch.zeros(2, 3, 32, 32)).shape == (2, 512, 4, 4)
 
 
 # ---- running on small trees of the form that the comments describe

@@ -166,7 +166,7 @@ MAY_IMPORT = {
     "outputs": {"errors"},
     "merging": {"checkpoints", "errors", "methods", "outputs"},
     "forgetting": {"checkpoints", "errors", "merging", "methods", "outputs", "saved_run"},
-    "testing": LEAVES | {"callbacks", "data", "methods", "strategies"},
+    "testing": LEAVES | {"callbacks", "checkpoints", "data", "methods", "strategies"},
     **dict.fromkeys(LEAVES, LEAVES),
 }
 

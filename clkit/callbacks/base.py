@@ -87,7 +87,7 @@ class StreamCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Passes the moment on."""
-        Boundaries.of(trainer).on_train_batch_start(trainer, pl_module)
+        self._boundaries.on_train_batch_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

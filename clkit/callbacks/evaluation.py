@@ -56,7 +56,9 @@ class StreamEvaluation(StreamCallback):
     Logged as ``<predictor>/<metric>``: ``accuracy_seen``, ``average_incremental_accuracy``, ``average_accuracy``,
     ``forgetting``, ``backward_transfer``, ``forward_transfer``, ``amca``; their definitions are those of
     :mod:`clkit.metrics`. Written to the run's folder (``trainer.log_dir``): ``results.json``, ``accuracy.csv``,
-    ``per_class.csv``, ``confusion_<predictor>.csv``, the two figures, and, by ``predict``, ``predictions.csv``.
+    ``per_class.csv``, ``confusion_<predictor>.csv``, the two figures, those of the strategy and of other callbacks that
+    have some (a method ``run_figures()`` that gives matplotlib figures by name), and, by ``predict``,
+    ``predictions.csv``.
 
     Args:
         module: Whether the module's own classifier is a predictor; ``"auto"`` leaves it out where a strategy does not
@@ -186,12 +188,14 @@ class StreamEvaluation(StreamCallback):
         super().on_train_end(trainer, pl_module)
         self._flush(trainer, pl_module)
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
+        folder = self._folder(trainer)
         if self._rows:
-            results, folder = self.results, self._folder(trainer)
+            results = self.results
             self._write(trainer, results, folder)
-            self._draw(trainer, results)
+            self._draw(trainer, results, folder)
             if self.table and self.files and trainer.is_global_zero and not is_fast_dev_run(trainer):
                 _show(trainer, f"results: {folder}")
+        self._draw_others(trainer, folder)  # what others do wrong costs no results
 
     # ---- Lightning's validation
 
@@ -512,15 +516,22 @@ class StreamEvaluation(StreamCallback):
         last = {name: rows[max(rows)] for name, rows in self._rows.items()}
         return {name: (row.classes.tolist(), row.pairs.tolist()) for name, row in last.items()}
 
-    def _draw(self, trainer: pl.Trainer, results: Results) -> None:
-        folder = self._folder(trainer)
-        if not (self.figures and self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
-            return
-        if find_spec("matplotlib") is None:
-            return
-        from clkit.report.figures import draw_figures
+    def _draws(self, trainer: pl.Trainer) -> bool:
+        wanted = bool(self.figures) and self.files and trainer.is_global_zero and not is_fast_dev_run(trainer)
+        return wanted and find_spec("matplotlib") is not None
 
-        draw_figures(folder, results)
+    def _draw(self, trainer: pl.Trainer, results: Results, folder: Path) -> None:
+        if self._draws(trainer):
+            from clkit.report.figures import draw_figures
+
+            draw_figures(folder, results)
+
+    def _draw_others(self, trainer: pl.Trainer, folder: Path) -> None:
+        """Figures of the strategy and of other callbacks."""
+        if self._draws(trainer):
+            from clkit.report.figures import save_figures
+
+            save_figures(folder, [trainer.strategy, *callbacks_of(trainer)])
 
     # ---- state
 

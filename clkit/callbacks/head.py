@@ -15,7 +15,6 @@ from torch import Tensor
 
 from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.batch import BatchReader
-from clkit.boundaries import Boundaries
 from clkit.callbacks.base import MODULE, StreamCallback, check_names, evaluation_key, reduction_device, scores_of
 from clkit.callbacks.graft import Graft
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
@@ -226,7 +225,7 @@ class HeadCallback(StreamCallback):
             )
 
     def _learns(self, trainer: pl.Trainer) -> bool:
-        current = Boundaries.of(trainer).current
+        current = self._boundaries.current
         return current is None or current.phase == "learn"
 
     def _look_at_epoch(self, trainer: pl.Trainer) -> None:
@@ -323,7 +322,7 @@ class HeadCallback(StreamCallback):
         counts = torch.tensor([self._correct, self._counted], dtype=torch.float64, device=reduction_device(trainer))
         with together("their accuracies"):
             correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        if counted and self._head is not None:
+        if counted and self._evaluated_head is not None:
             module.log(f"{self.name}/accuracy", correct / counted, rank_zero_only=False)
 
     def _evaluation_end(self) -> None:

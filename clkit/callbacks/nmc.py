@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import lightning.pytorch as pl
+
+from clkit._lightning import trained_batches
 from clkit.batch import BatchReader
+from clkit.boundaries import Boundaries
 from clkit.callbacks.head import GraftWhen, HeadCallback
+from clkit.errors import ArgumentError, ConfigurationError
+from clkit.experience import Experience
 from clkit.methods import NearestMeanHead
 from clkit.observer import FeaturesFrom
+from clkit.processes import share_buffers
 
 __all__ = ["NMC"]
+
+_ROWS = 256  # of the memory in one pass
 
 
 class NMC(HeadCallback):
@@ -24,9 +33,17 @@ class NMC(HeadCallback):
 
     with :math:`g` the L2-normalised feature and means that are not normalised again (``metric="janson"``).
 
+    Means of a network that still trains grow old. Where the strategy replays a memory of the stream, choose
+    ``memory="replay"``: no batch is learned, the means are those of the memory's rows, read anew with the network as it
+    is at the end of each experience, and for an evaluation in between. This is the read-out of SCR and of other
+    contrastive learners, whose classifier is not trained. It costs one pass over the memory each time, and nothing a
+    batch. With several processes each must have the same memory.
+
     Args:
         metric: ``"janson"``; ``"euclidean"``: nothing is normalised; ``"icarl"``: the means are normalised too;
             ``"cosine"``: cosine to the mean of raw features (SimpleCIL).
+        memory: ``None``: the means of all batches of the stream; ``"replay"``: of the rows in the strategy's replay
+            memory, ``strategy.memory``.
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
         layer: Where features are read; see :class:`~clkit.FeatureTap`.
@@ -36,7 +53,8 @@ class NMC(HeadCallback):
         reset_each_task: Whether to start anew with each experience.
 
     Raises:
-        ArgumentError: If an argument is out of its range.
+        ArgumentError: If an argument is out of its range, or says how to learn batches beside ``memory="replay"``.
+        ConfigurationError: When a fit begins, if ``memory="replay"`` and the strategy has no memory.
 
     Example:
         >>> from clkit.callbacks import NMC
@@ -45,13 +63,15 @@ class NMC(HeadCallback):
 
     Reference:
         P. Janson et al., "A Simple Baseline that Questions the Use of Pretrained-Models in Continual Learning",
-        NeurIPS 2022 Workshop on Distribution Shifts, arXiv 2210.04428.
+        NeurIPS 2022 Workshop on Distribution Shifts, arXiv 2210.04428. Means of a replay memory: Z. Mai et al.,
+        "Supervised Contrastive Replay", CVPR Workshops 2021, arXiv 2103.13885.
     """
 
     def __init__(
         self,
         metric: Literal["janson", "euclidean", "icarl", "cosine"] = "janson",
         *,
+        memory: Literal["replay"] | None = None,
         max_classes: int = 65_536,
         name: str = "nmc",
         layer: str = "auto",
@@ -68,10 +88,101 @@ class NMC(HeadCallback):
             graft=graft,
             reset_each_task=reset_each_task,
         )
+        if memory not in (None, "replay"):
+            raise ArgumentError(f"memory must be None or 'replay', got {memory!r}")
+        if memory and (forward != "auto" or reset_each_task):
+            raise ArgumentError(
+                f"memory='replay' learns no batches, so forward={forward!r} and reset_each_task={reset_each_task!r} "
+                "would say nothing; leave them out"
+            )
         self.metric = metric
+        self.memory = memory
         self.max_classes = max_classes
+        self._read_at: int | None = None  # training batches done when the memory was read for `head`
         self.make_head(1)  # a wrong argument is an error now, not after the first batch
 
     def make_head(self, in_features: int) -> NearestMeanHead:
         """A nearest-mean head of these settings."""
         return NearestMeanHead(in_features, metric=self.metric, max_classes=self.max_classes)
+
+    # ---- means of a replay memory
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Looks for the strategy's memory, where the means shall be those of its rows."""
+        super().setup(trainer, pl_module, stage)
+        self._read_at = None
+        if self.memory and stage == "fit":
+            _check_memory(trainer, self.state_key)
+
+    def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Forgets the last experience where the user asked for that; means of a memory are made anew anyway."""
+        if not self.memory:
+            super().on_experience_start(trainer, pl_module, experience)
+
+    def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Sums over processes or reads the memory, and grafts where the user asked for that."""
+        if self.memory:
+            self._learn_memory(trainer, pl_module)
+        super().on_experience_end(trainer, pl_module, experience)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sums over processes or reads the memory, and grafts where the user asked for that."""
+        Boundaries.of(trainer).on_train_end(trainer, pl_module)  # an end that nothing noticed comes first
+        if self._is_out_of_date(trainer):
+            self._learn_memory(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def _learns(self, trainer: pl.Trainer) -> bool:
+        return not self.memory and super()._learns(trainer)
+
+    def _evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super()._evaluation_start(trainer, module)
+        if trainer.state.fn == "fit" and self._is_out_of_date(trainer):
+            # for this evaluation alone: what is learned does not depend on how often somebody looks
+            self._evaluated_head = self._head_of_memory(trainer, module)
+
+    def _is_out_of_date(self, trainer: pl.Trainer) -> bool:
+        return self.memory is not None and self._read_at != trained_batches(trainer)
+
+    def _learn_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._head = self._head_of_memory(trainer, module)
+        self._read_at = trained_batches(trainer)
+        self._learned_in_fit = self._learned_in_fit or self._head is not None
+
+    def _head_of_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> NearestMeanHead | None:
+        """A new head that has learned the memory's rows in stored order; none where it is empty."""
+        assert self._observer is not None
+        memory: Any = trainer.strategy.memory  # type: ignore[attr-defined]  # looked for in `setup`
+        size = sum(memory.class_counts().values())
+        if not size:
+            return None
+        share_buffers(trainer.strategy.model)
+        rows = memory.sample(size)  # all of them, so that nothing is drawn
+        head: NearestMeanHead | None = None
+        for data, label in zip(rows.data.split(_ROWS), rows.label.split(_ROWS), strict=True):
+            inputs = trainer.precision_plugin.convert_input(data).to(module.device)
+            features = self._observer.extract(trainer, module, inputs)
+            if head is None:
+                head = self.make_head(features.shape[1]).to(features.device)
+            head.update(features, label)
+        assert head is not None
+        # each process has the whole memory: loaded sums are those of all of them, to which none adds its own
+        whole = self.make_head(head.in_features).to(features.device)
+        whole.load_state_dict(head.state_dict())
+        self._tap_point = self._observer.tap.point
+        return whole
+
+
+def _check_memory(trainer: pl.Trainer, owner: str) -> None:
+    strategy = trainer.strategy
+    memory = getattr(strategy, "memory", None)
+    if all(hasattr(memory, name) for name in ("sample", "class_counts", "data")):
+        return
+    reason = "is None (capacity=0?)" if hasattr(strategy, "memory") and memory is None else "is no replay memory"
+    if not hasattr(strategy, "memory"):
+        reason = "does not exist"
+    raise ConfigurationError(
+        f"{owner} with memory='replay' reads the replay memory of the strategy, and {type(strategy).__name__}.memory "
+        f"{reason}; use a strategy that replays with a capacity of at least 1, or leave memory out to learn the means "
+        "of the stream"
+    )

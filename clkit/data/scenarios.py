@@ -564,22 +564,47 @@ class NaturalOrder(Scenario):
 class Joint(Scenario):
     """Everything at once, in one experience: the upper reference that a stream is measured against.
 
+    Args:
+        inner: The scenario whose samples are meant, where it leaves some out (:class:`LongTailed`) or ``experiences``
+            is given; all rows of the data by default.
+        experiences: Only the first so many experiences of ``inner``, as ``StreamDataModule(stop_after=…)`` has it.
+
     Raises:
+        ArgumentError: ``experiences`` is below 1 or given without ``inner``, or ``inner`` is not a scenario.
         DataError: The training part is empty.
 
     Example:
         >>> labels = Labels(np.array([1, 0, 2]))
         >>> [(part.name, part.train.tolist()) for part in Joint().split(labels, labels)]
         [('everything', [0, 1, 2])]
+        >>> [part.train.tolist() for part in Joint(ClassIncremental(experiences=3), 2).split(labels, labels)]
+        [[0, 1]]
     """
 
     name: ClassVar[str] = "joint"
+
+    inner: Scenario | None = None
+    experiences: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.inner is not None and not isinstance(self.inner, Scenario):
+            raise ArgumentError(f"inner={self.inner!r} must be a Scenario, e.g. ClassIncremental(experiences=5)")
+        if self.experiences is not None:
+            _check_count("experiences", self.experiences)
+            if self.inner is None:
+                raise ArgumentError(f"experiences={self.experiences} needs inner, the scenario that cuts them")
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
         """A single split with all rows; see :meth:`Scenario.split`."""
         if not len(train):
             raise DataError("the training part has no rows")
-        return [Split("everything", _sorted_ids(train.classes), np.arange(len(train)), np.arange(len(test)))]
+        if self.inner is None:
+            rows, test_rows = np.arange(len(train)), np.arange(len(test))
+        else:
+            parts = self.inner.split(train, test)[: self.experiences]
+            rows = np.unique(np.concatenate([part.train for part in parts]))
+            test_rows = np.unique(np.concatenate([part.test for part in parts]))
+        return [Split("everything", _sorted_ids(train.take(rows).classes), rows, test_rows)]
 
 
 def _id_vector(argument: str, values: Any) -> Int64:

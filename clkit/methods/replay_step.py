@@ -360,8 +360,11 @@ class ReplayRule:
                 now = _wide(outputs.logits[views.rows["logits"]])
                 distances = (now - views.labels["logits"].to(now)).square()
                 terms["logit"] = distances.mean() if len(now) else now.sum(), self.logit_weight
-            # no rows, but a graph: the classifier always takes part, so that DDP does not wait for it in vain
-            total = sum((weight * term for term, weight in terms.values()), _wide(outputs.logits[:0]).sum())
+            # no rows, but a graph: every weight takes part in every step, so that DDP waits for none in vain
+            start = _wide(outputs.logits[:0]).sum()
+            if outputs.embeddings is not None:
+                start = start + outputs.embeddings[:0].sum()
+            total = sum((weight * term for term, weight in terms.values()), start)
         assert isinstance(total, Tensor)
         return StepLosses(total, {name: term.detach() for name, (term, _) in terms.items()}, prototypes)
 

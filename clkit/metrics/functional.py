@@ -15,7 +15,7 @@ All arguments may be tensors, NumPy arrays or nested lists; the arithmetic is fl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "forgetting",
     "forward_transfer",
     "per_class_accuracy",
+    "staged_counts",
     "summarize",
 ]
 
@@ -400,6 +401,40 @@ def summarize(
         "forward_transfer": _json(forward_transfer(matrix, baseline)),
         "amca": None if bool(seen.isnan().any()) else _json(mean_class),
     }
+
+
+def staged_counts(
+    classes: Mapping[int, tuple[int, int]], stages: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tables of a stream for a network that has learned everything at once, so that it can stand beside others.
+
+    After stage ``i`` it is measured on the classes that the stream has brought by then. That is the stream's own
+    evaluation where no class comes twice.
+
+    Args:
+        classes: For each class the correct and the evaluated test samples.
+        stages: The classes of each experience.
+
+    Returns:
+        ``correct`` and ``total``, (T, T) lists of integers as :func:`accuracy_matrix` takes them.
+
+    Raises:
+        ArgumentError: If a class comes in two experiences.
+
+    Example:
+        >>> correct, total = staged_counts({0: (3, 4), 1: (1, 4), 2: (4, 4)}, [(0, 2), (1,)])
+        >>> summarize(correct, total)["accuracy_matrix"]
+        [[0.875, None], [0.875, 0.25]]
+    """
+    labels = [label for stage in stages for label in stage]
+    if len(labels) != len(set(labels)):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        raise ArgumentError(f"stages has the classes {twice} more than once: their samples belong to no one experience")
+    last = [[sum(classes.get(label, (0, 0))[k] for label in stage) for stage in stages] for k in (0, 1)]
+    correct, total = (
+        [[count if j <= i else 0 for j, count in enumerate(row)] for i in range(len(stages))] for row in last
+    )
+    return correct, total
 
 
 def _plain(values: Tensor) -> list[Any]:

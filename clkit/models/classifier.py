@@ -28,6 +28,8 @@ class TimmClassifier(pl.LightningModule):
         pretrained: Whether timm fetches its published weights.
         checkpoint_path: A file of weights to start from, as timm reads it.
         model_kwargs: Further arguments of ``timm.create_model``.
+        small_images: For images up to about 64 px and training from scratch: the stem of a ResNet becomes one 3 x 3
+            convolution of stride 1, without pooling.
         num_classes: Outputs of the classifier; ``None`` takes the number from the data module, or leaves the classifier
             out where there is none; 0 leaves it out.
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-3 by default.
@@ -36,8 +38,8 @@ class TimmClassifier(pl.LightningModule):
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
 
     Raises:
-        ArgumentError: If timm has no such model or weights of that tag, it refuses ``model_kwargs``, or the file of
-            weights is not there.
+        ArgumentError: If timm has no such model or weights of that tag, it refuses ``model_kwargs``, the file of
+            weights is not there, or ``small_images`` does not go with the network or the weights.
         ConfigurationError: If published weights cannot be fetched; or ``num_classes`` contradicts the data module (in
             ``setup``).
         StateError: If the file of weights does not fit the model.
@@ -57,6 +59,7 @@ class TimmClassifier(pl.LightningModule):
         pretrained: bool = False,
         checkpoint_path: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        small_images: bool = False,
         num_classes: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -73,7 +76,15 @@ class TimmClassifier(pl.LightningModule):
         self.label_smoothing = label_smoothing
         self.batch_reader = batch_reader
         self.model_kwargs = dict(model_kwargs or {})
+        self.small_images = small_images
+        if small_images and (pretrained or checkpoint_path is not None):
+            raise ArgumentError(
+                f"small_images=True replaces the first layer of {backbone!r}, for which no weights can be loaded; "
+                "leave pretrained and checkpoint_path out, or small_images"
+            )
         self.network = _build(backbone, pretrained, checkpoint_path, dict(self.model_kwargs), num_classes)
+        if small_images:
+            _replace_stem(self.network, backbone)
 
     @property
     def data_config(self) -> dict[str, Any] | None:
@@ -118,10 +129,7 @@ class TimmClassifier(pl.LightningModule):
         """Cross-entropy of a batch; rows without a label (-1) do not count."""
         inputs, targets = read_batch(batch, self.batch_reader)
         if not self.network.num_classes:
-            raise ConfigurationError(
-                f"the network {self.backbone!r} has no classifier to train; give num_classes, or use "
-                'strategy="gradient_free", which trains nothing'
-            )
+            raise self._nothing_to_train()
         loss = cross_entropy(self(inputs), targets.long(), ignore_index=-1, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
         return loss
@@ -141,10 +149,31 @@ class TimmClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and a schedule where one was given."""
+        if next(self.parameters(), None) is None:
+            raise self._nothing_to_train()
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+
+    def _nothing_to_train(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"the network {self.backbone!r} has no classifier to train; give num_classes, or use "
+            'strategy="gradient_free", which trains nothing'
+        )
+
+
+def _replace_stem(network: Any, backbone: str) -> None:
+    """The stem that is usual for CIFAR: nothing is lost before the first block."""
+    if not all(hasattr(network, name) for name in ("conv1", "bn1", "maxpool", "layer1")):
+        raise ArgumentError(
+            f"small_images=True needs one of timm's ResNets, whose stem is conv1, bn1 and maxpool; {backbone!r} has "
+            "another"
+        )
+    first = next(layer for layer in network.conv1.modules() if isinstance(layer, nn.Conv2d))
+    network.conv1 = nn.Conv2d(first.in_channels, network.bn1.num_features, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does for all others
+    network.maxpool = nn.Identity()
 
 
 def _headless(network: nn.Module) -> bool:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from clkit.files import whole_file
 
-__all__ = ["draw_figures"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["HasFigures", "draw_figures", "save_figures"]
 
 MOST_COLUMNS = 3
+
+
+@runtime_checkable
+class HasFigures(Protocol):
+    """A strategy or callback with figures of its own for a run's folder; found by this form, never by type."""
+
+    def run_figures(self) -> Mapping[str, Figure]:
+        """Figures by file name without ``.png``; called at the end of a fit, on one process, where figures are drawn.
+
+        Drawing changes nothing that is learned.
+        """
 
 
 def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list[Path]:
@@ -43,6 +57,30 @@ def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list
     path = folder / "accuracy_over_time.png"
     _save(over_time, path)
     return [matrix, path]
+
+
+def save_figures(folder: Path, parts: Iterable[Any]) -> list[Path]:
+    """Saves the figures of those parts of a trainer that have some.
+
+    Args:
+        folder: Where the PNG files go; made if there is none.
+        parts: Strategy and callbacks. Where two have a figure of one name, the later one's name gets a number.
+
+    Returns:
+        The files.
+    """
+    files: list[Path] = []
+    for part in parts:
+        if not isinstance(part, HasFigures):
+            continue
+        for name, figure in part.run_figures().items():
+            path, number = folder / f"{name}.png", 2
+            while path in files:
+                path, number = folder / f"{name}_{number}.png", number + 1
+            folder.mkdir(parents=True, exist_ok=True)
+            _save(figure, path)
+            files.append(path)
+    return files
 
 
 def _save(figure: Any, path: Path) -> None:

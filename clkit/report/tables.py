@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-__all__ = ["comparison_table", "evaluation_table", "stage_table"]
+__all__ = ["comparison_table", "evaluation_table", "seeds_table", "stage_table"]
 
 MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
 
@@ -86,8 +86,46 @@ def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes
     return table
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def seeds_table(
+    groups: Sequence[Mapping[str, Sequence[tuple[float, float | None] | None]]],
+    metrics: Sequence[str],
+    title: str,
+    caption: str,
+) -> Table:
+    """Means over several seeds with the half-widths of their intervals, in per cent: one row a method.
+
+    Args:
+        groups: Rows that stand together, separated by lines: for each name and metric the mean and the half-width, or
+            ``None`` where it is not defined; a half-width is ``None`` for a single seed.
+        metrics: Heads of the columns.
+        title: What stands above.
+        caption: What stands below.
+
+    Example:
+        >>> groups = [{"fine-tuning": [(0.2, 0.01)]}, {"er": [(0.8, 0.02)], "nmc": [None]}]
+        >>> seeds_table(groups, ["final accuracy"], "digits", "").row_count
+        3
+    """
+    table = _table(f"{title} (%)", caption=caption or None, caption_justify="left")
+    for metric in metrics:
+        table.add_column(metric, justify="right", no_wrap=True)
+    shown = [group for group in groups if group]
+    for group in shown:
+        for name, values in group.items():
+            table.add_row(name, *[_interval(value) for value in values])
+        table.add_section()
+    return table
+
+
+def _interval(value: tuple[float, float | None] | None) -> str:
+    if value is None:
+        return "-"
+    mean, half_width = value
+    return _percent(mean) if half_width is None else f"{_percent(mean)} ± {_percent(half_width):>4}"
+
+
+def _table(title: str, **options: Any) -> Table:
+    table = Table(title=title, title_justify="left", **options)
     table.add_column("predictor", no_wrap=True)
     return table
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from clkit.methods._checks import check_choice, check_count
 from clkit.methods.onpro import MixedBatch, OnlinePrototypes, PrototypeContrast
 from clkit.methods.projector import Projector
 from clkit.methods.replay import ReservoirBuffer
+from clkit.methods.replay_history import MemoryHistory, PrototypeHistory
 from clkit.methods.replay_step import ReplayRule, StepBatch, StepLosses, StepOutputs, StepViews
 from clkit.methods.segments import BatchNormSegments
 from clkit.methods.views import Rotation
@@ -196,6 +198,11 @@ class OnProStrategy(LearningStrategy):
             instance_temperature=instance_temperature,
             similarity_scale=similarity_scale,
         )
+        if apf and self.rule.replays and not ope_seen:
+            raise ArgumentError(
+                "apf=True mixes images by the prototypes of the memory, which ope_seen=0 does without; pass apf=False, "
+                "or an ope_seen above 0"
+            )
         self.projection_dim = None if projection_dim is None else check_count("projection_dim", projection_dim)
         self.projection = projection
         self.replay_batch = check_count("replay_batch", replay_batch)
@@ -229,6 +236,8 @@ class OnProStrategy(LearningStrategy):
                 device=memory_device,
                 seed=seed,
             )
+        self._balance = MemoryHistory()
+        self._snapshots = PrototypeHistory()
         self._seen: set[int] = set()
         self._step = 0  # batches learned
         self._batch_in_experience = 0
@@ -360,6 +369,27 @@ class OnProStrategy(LearningStrategy):
         self._experience = experience.index
         self._epoch = trainer.current_epoch
 
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        """What figures show of this moment."""
+        self._balance.boundary(self._step)
+        if len(self.prototypes):
+            self._snapshots.note(experience.index + 1, self.prototypes.ids, self.prototypes.means)
+
+    def run_figures(self) -> Mapping[str, Any]:
+        """Figures of the run by file name, for :class:`~clkit.callbacks.StreamEvaluation`; matplotlib is needed.
+
+        How many rows of each class the memory held over time, and how similar the prototypes were at each boundary.
+        """
+        if self.memory is None or not self.memory.size:
+            return {}
+        from clkit.metrics.figures import plot_memory_balance, plot_prototype_history
+
+        steps, counts = self._balance.points(self._step, self.memory.class_counts())
+        figures = {"memory_balance": plot_memory_balance(steps, counts, boundaries=self._balance.boundaries)[0]}
+        if self._snapshots.snapshots:
+            figures["prototype_similarity"] = plot_prototype_history(self._snapshots.snapshots)[0]
+        return figures
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """A new batch: what was prepared for the last one is let go."""
         super().on_train_batch_start(batch, batch_idx)
@@ -386,7 +416,7 @@ class OnProStrategy(LearningStrategy):
         if self._work is None:
             self._work = self._prepared(args[0] if args else kwargs["batch"])
         work = self._work
-        if not len(work.images) or not len(work.views.images):
+        if not len(work.images):
             return self._nothing()
         with self.precision_plugin.train_step_context():
             outputs = self._forward(work.views)
@@ -430,6 +460,9 @@ class OnProStrategy(LearningStrategy):
         step = StepBatch(incoming.part, first, sampled, own, at, second, logits)
         views = self.rule.views(step, self._augmented, self._num_classes(incoming.labels))
         self.stream_rows = self._stream_rows(views, len(x))
+        if not len(views.images) and len(incoming.images):
+            # other processes wait for this one's part in the step: it runs a row that no loss looks at
+            views = replace(views, images=incoming.images[:1], segments=[1])
         mixed_share = float(own.mixed.float().mean()) if own is not None and len(own.images) else 0.0
         work = _Work(self._step, views, incoming.images, incoming.labels, seen, mixed_share)
         self._tell_cost(len(x), 0 if sampled is None else len(sampled.images), views, first)
@@ -485,6 +518,8 @@ class OnProStrategy(LearningStrategy):
         self._seen = work.seen
         self._step += 1
         self._batch_in_experience += 1
+        if self.memory is not None and self._balance.due(self._step):
+            self._balance.note(self._step, self.memory.class_counts())
         prototypes = losses.prototypes
         if prototypes is not None and self.gather is None:  # of all processes, as those of one checkpoint must be
             assert outputs.embeddings is not None
@@ -601,6 +636,8 @@ class OnProStrategy(LearningStrategy):
         return {
             "memory": None if self.memory is None else dict(self.memory.state_dict()),
             "prototypes": self.prototypes.state_dict(),
+            "balance": self._balance.state_dict(),
+            "snapshots": self._snapshots.state_dict(),
             "seen": sorted(self._seen),
             "step": self._step,
             "batch_in_experience": self._batch_in_experience,
@@ -631,12 +668,16 @@ class OnProStrategy(LearningStrategy):
         settings = saved_entry(state, "settings", dict, key)
         prototypes = OnlinePrototypes()
         prototypes.load_state_dict(saved_entry(state, "prototypes", dict, key))
+        balance, snapshots = MemoryHistory(), PrototypeHistory()
+        balance.load_state_dict(saved_entry(state, "balance", dict, key))
+        snapshots.load_state_dict(saved_entry(state, "snapshots", dict, key))
         if self.memory is not None:
             images = memory.get("data")
             if isinstance(images, Tensor) and images.is_floating_point() and not bool(images.isfinite().all()):
                 raise StateError(f"{key}: images in the saved memory are not finite; the file is damaged")
             self.memory.load_state_dict(memory)
         self.prototypes.load_state_dict(prototypes.state_dict())
+        self._balance, self._snapshots = balance, snapshots
         self._seen, self._epoch = seen, epoch
         self._step, self._batch_in_experience, self._experience = numbers.values()
         changed = [

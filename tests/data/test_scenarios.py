@@ -4,6 +4,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -502,6 +503,32 @@ def test_joint_is_one_experience() -> None:
     assert split.test.tolist() == [0, 1]
     assert split.classes == (2, 3, 5, 7)
     assert not split.ordered
+
+
+@pytest.mark.parametrize("experiences", [1, 2, None])
+def test_joint_of_a_scenario_has_the_rows_that_its_experiences_have(experiences: int | None) -> None:
+    draw = np.random.default_rng(0)
+    train, test = Labels(draw.integers(-1, 6, 200)), Labels(draw.integers(0, 6, 50))
+    inner = LongTailed(ClassIncremental(experiences=3, seed=1), factor=0.5)
+    parts = inner.split(train, test)[:experiences]
+    (split,) = Joint(inner, experiences).split(train, test)
+    assert split.train.tolist() == sorted(row for part in parts for row in part.train.tolist())
+    assert split.test.tolist() == sorted(row for part in parts for row in part.test.tolist())
+    assert split.classes == tuple(sorted(label for part in parts for label in part.classes))
+    assert len(split.train) < 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"inner": "blurry"}, "inner='blurry' must be a Scenario"),
+        ({"experiences": 2}, "experiences=2 needs inner, the scenario that cuts them"),
+        ({"inner": NaturalOrder(3), "experiences": 0}, "experiences=0 must be an integer of at least 1"),
+    ],
+)
+def test_joint_refuses(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        Joint(**arguments)
 
 
 @pytest.mark.parametrize(

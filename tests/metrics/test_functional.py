@@ -408,3 +408,32 @@ def test_nearest_means_on_digits() -> None:
     assert 100 * summary["average_incremental_accuracy"] == pytest.approx(95.19, abs=0.005)
     assert 100 * summary["average_accuracy"] == pytest.approx(89.84, abs=0.005)
     assert 100 * summary["forgetting"] == pytest.approx(4.47, abs=0.005)
+
+
+# ---- joint training beside a stream
+
+
+def test_staged_counts_are_those_of_a_network_that_never_changes() -> None:
+    """Every stage of a stream, counted sample by sample for fixed predictions."""
+    draw = np.random.default_rng(0)
+    targets, right = draw.integers(0, 7, 300), draw.random(300) < 0.6
+    stages = [(3, 0), (6,), (1, 2, 4), (5,)]
+    counts = {c: (int(right[targets == c].sum()), int((targets == c).sum())) for c in range(7)}
+    correct, total = F.staged_counts(counts, stages)
+    for i in range(4):
+        for j in range(4):
+            rows = np.isin(targets, stages[j]) & (j <= i)
+            assert correct[i][j] == right[rows].sum()
+            assert total[i][j] == rows.sum()
+    seen = [right[np.isin(targets, sum(stages[: i + 1], ()))].mean() for i in range(4)]
+    assert F.accuracy_seen(correct, total).tolist() == pytest.approx(seen)
+
+
+def test_staged_counts_want_classes_that_come_once() -> None:
+    with pytest.raises(ArgumentError, match=r"stages has the classes \[1\] more than once"):
+        F.staged_counts({0: (1, 1), 1: (1, 1)}, [(0, 1), (1,)])
+
+
+def test_staged_counts_of_a_class_without_test_samples() -> None:
+    correct, total = F.staged_counts({0: (1, 2)}, [(0,), (1,)])
+    assert F.summarize(correct, total)["accuracy_matrix"] == [[0.5, None], [0.5, None]]

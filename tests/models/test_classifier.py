@@ -87,6 +87,8 @@ def test_the_identity_backbone_with_a_width_ends_in_a_linear_classifier() -> Non
 def test_a_step_without_a_classifier_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no classifier to train"):
         TimmClassifier("identity").training_step((torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)), 0)
+    with pytest.raises(ConfigurationError, match="no classifier to train"):  # before torch speaks of an empty list
+        TimmClassifier("identity").configure_optimizers()
 
 
 # ---- refusals
@@ -206,3 +208,33 @@ def test_the_optimizer_and_the_schedule_are_the_users() -> None:
     ).configure_optimizers()
     assert isinstance(scheduled["optimizer"], torch.optim.SGD)
     assert scheduled["lr_scheduler"].optimizer is scheduled["optimizer"]
+
+
+# ---- small images
+
+
+def test_a_small_stem_is_one_convolution_that_keeps_every_pixel() -> None:
+    options = {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64], "stem_type": "deep", "stem_width": 4}
+    torch.manual_seed(0)
+    network = TimmClassifier("resnet18", small_images=True, num_classes=3, model_kwargs=options).network.eval()
+    images = torch.randn(2, 3, 8, 8)
+    expected = torch.nn.functional.conv2d(images, network.conv1.weight, padding=1)
+    assert expected.shape == (2, 8, 8, 8)
+    expected = network.layer1(torch.relu(network.bn1(expected)))
+    expected = network.layer4(network.layer3(network.layer2(expected))).mean(dim=(2, 3))
+    assert torch.allclose(network(images), network.fc(expected), atol=1e-6)
+    assert float(network.conv1.weight.std()) == pytest.approx((2 / (9 * 8)) ** 0.5, rel=0.1)
+
+
+def test_a_wide_network_gets_a_wide_stem() -> None:
+    network = TimmClassifier("resnet18", small_images=True, model_kwargs={"in_chans": 1}).network
+    assert network.conv1.weight.shape == (64, 1, 3, 3)
+    assert network.forward_features(torch.zeros(1, 1, 32, 32)).shape == (1, 512, 4, 4)
+
+
+def test_a_small_stem_is_refused_where_there_is_none_to_replace(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"small_images=True needs one of timm's ResNets, .*'test_vit' has none"):
+        TimmClassifier("test_vit", small_images=True)
+    for weights in ({"pretrained": True}, {"checkpoint_path": str(tmp_path / "weights.pt")}):
+        with pytest.raises(ArgumentError, match=r"small_images=True replaces the first layer of 'resnet18'"):
+            TimmClassifier("resnet18", small_images=True, **weights)

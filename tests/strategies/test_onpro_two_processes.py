@@ -24,10 +24,10 @@ from clkit.strategies import OnProStrategy
 SIZES = [(3, 3), (3, 3), (3, 2), (1, 3), (2, 2), (3, 3), (3, 3), (3, 2)]  # of the batches of both ranks
 TASKS = [range(4), range(4, 8)]  # which batches an experience has
 QUICK = ("gathered", "local")
-SLOW = ("norm", "er", "der", "class balanced", "bytes", "saved", "from two")
+SLOW = ("a rank without rows", "er without rows", "norm", "er", "der", "class balanced", "bytes", "saved", "from two")
 
 
-def batches(rank: int | None) -> list[list[tuple[Tensor, Tensor]]]:
+def batches(rank: int | None, unlabelled: bool) -> list[list[tuple[Tensor, Tensor]]]:
     """The batches of each task, of one rank or of both together."""
     generator = torch.Generator().manual_seed(3)
     tasks = []
@@ -42,6 +42,9 @@ def batches(rank: int | None) -> list[list[tuple[Tensor, Tensor]]]:
                 for size in SIZES[number]
             ]
             x, y = (torch.cat(each) for each in zip(*parts, strict=True))
+            if unlabelled and number in (0, 6):  # the very first batch, and one with a memory
+                parts[1] = (parts[1][0], torch.full_like(parts[1][1], -1))
+                y = torch.cat([parts[0][1], parts[1][1]])
             own.append((x, y) if rank is None else parts[rank])
         tasks.append(own)
     return tasks
@@ -98,6 +101,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "class balanced": {"memory_policy": "class_balanced", "gather": "embeddings"},
     "bytes": {"memory_storage": "uint8"},
     "saved": {"gather": "embeddings"},
+    "a rank without rows": {"gather": "embeddings"},
+    "er without rows": {**ER},
     "from two": {"gather": "embeddings"},
 }
 
@@ -126,7 +131,9 @@ def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> di
         use_distributed_sampler=False,
     )
     rank = None if devices == 1 else trainer.global_rank
-    tasks = [DataLoader(task, batch_size=None) for task in batches(rank)]  # each with its own sizes
+    tasks = [
+        DataLoader(task, batch_size=None) for task in batches(rank, "without rows" in name)
+    ]  # each with its own sizes
     if resume is not None:
         trainer.fit_loop.max_epochs = 2
         trainer.fit(module, tasks[1], ckpt_path=str(resume))
@@ -204,7 +211,8 @@ def test_the_memory_is_that_of_one_process_on_both_ranks(ranks: Any, folder: Pat
     assert_same_bits(first["memory"], second["memory"])
     assert_same_bits(first["prototypes"], second["prototypes"])
     assert_same_bits(first["memory"], run(1, folder, name, resume)["memory"])
-    assert int(first["memory"]["seen"].sum()) == sum(map(sum, SIZES))
+    unlabelled = SIZES[0][1] + SIZES[6][1] if "without rows" in name else 0
+    assert int(first["memory"]["seen"].sum()) == sum(map(sum, SIZES)) - unlabelled
 
 
 @names(*QUICK, *SLOW)
@@ -217,7 +225,7 @@ def test_both_ranks_train_the_same_weights(ranks: Any, name: str) -> None:
     assert_same_bits(first["projector"], second["projector"])
 
 
-@names("gathered", "er", "der", "class balanced", "saved", "from two")
+@names("gathered", "er", "der", "class balanced", "saved", "from two", "a rank without rows")
 def test_gathered_embeddings_train_the_weights_of_one_process(ranks: Any, folder: Path, name: str) -> None:
     resume = folder / "saved-2" / "epoch=0.ckpt" if name == "from two" else None
     one, two = run(1, folder, name, resume), ranks(name)[0]

@@ -1,0 +1,135 @@
+"""Figures of strategies and callbacks land in the run's folder, where StreamEvaluation draws its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+from clkit.callbacks import NMC, StreamEvaluation
+from clkit.data import ClassIncremental, StreamDataModule
+from clkit.methods import ReservoirBuffer
+from clkit.methods.replay_history import MemoryHistory, PrototypeHistory
+from clkit.metrics.figures import plot_memory_balance, plot_prototype_history
+from clkit.report.figures import HasFigures
+from clkit.strategies import LearningStrategy
+
+Make = Callable[..., Any]
+
+
+class Keeping(LearningStrategy):
+    """A replay strategy's books, by which its figures are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = ReservoirBuffer(60)
+        self.balance, self.prototypes = MemoryHistory(), PrototypeHistory()
+        self.steps = self.drawn = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self.memory.add(args[0][0], args[0][1])
+        self.steps += 1
+        if self.balance.due(self.steps):
+            self.balance.note(self.steps, self.memory.class_counts())
+        return loss
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Any) -> None:
+        self.balance.boundary(self.steps)
+        ids = torch.tensor(self.memory.classes())
+        means = torch.stack([self.memory.data[self.memory.label == c].mean(0) for c in ids])
+        self.prototypes.note(experience.index + 1, ids, means)
+
+    def run_figures(self) -> Mapping[str, Figure]:
+        self.drawn += 1
+        steps, counts = self.balance.points(self.steps, self.memory.class_counts())
+        balance, _ = plot_memory_balance(steps, counts, boundaries=self.balance.boundaries)
+        similarity, _ = plot_prototype_history(self.prototypes.snapshots)
+        return {"memory_balance": balance, "prototype_similarity": similarity}
+
+
+class Blank(pl.Callback):
+    """A callback with a figure whose name the strategy uses too; of its own width."""
+
+    def __init__(self, width: float) -> None:
+        self.width = width
+
+    def run_figures(self) -> Mapping[str, Figure]:
+        return {"memory_balance": Figure(figsize=(self.width, 1.0))}
+
+
+def fitted(make_trainer: Make, module: Any, evaluation: StreamEvaluation, *others: Any, **options: Any) -> Keeping:
+    strategy = Keeping()
+    trainer = make_trainer(strategy=strategy, callbacks=[*others, evaluation], **options)
+    trainer.fit(module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=5), batch_size=16))
+    return strategy
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.png"))
+
+
+OWN = ["accuracy_matrix.png", "accuracy_over_time.png"]
+
+
+def test_the_strategys_figures_are_there_and_whole(make_trainer: Make, lit_small: Make, tmp_path: Path) -> None:
+    strategy = fitted(make_trainer, lit_small(), StreamEvaluation(table=False))
+    assert pictures(tmp_path) == [*OWN, "memory_balance.png", "prototype_similarity.png"]
+    assert strategy.drawn == 1
+    for name in pictures(tmp_path):
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            assert min(image.size) > 300
+    assert isinstance(strategy, HasFigures)
+    assert not isinstance(NMC(), HasFigures)
+    assert not isinstance(StreamEvaluation(), HasFigures)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "options"),
+    [({"figures": False}, {}), ({"files": False}, {}), ({}, {"fast_dev_run": 2})],
+    ids=["no figures", "no files", "a trial run"],
+)
+def test_they_follow_the_same_switch(
+    make_trainer: Make, lit_small: Make, tmp_path: Path, evaluation: dict[str, Any], options: dict[str, Any]
+) -> None:
+    strategy = fitted(make_trainer, lit_small(), StreamEvaluation(table=False, **evaluation), **options)
+    assert strategy.drawn == 0
+    assert pictures(tmp_path) == []
+
+
+def test_figures_of_one_name_are_numbered(make_trainer: Make, lit_small: Make, tmp_path: Path) -> None:
+    fitted(make_trainer, lit_small(), StreamEvaluation(table=False), Blank(2.0), Blank(3.0))
+    expected = ["memory_balance.png", "memory_balance_2.png", "memory_balance_3.png", "prototype_similarity.png"]
+    assert pictures(tmp_path) == [*OWN, *expected]
+    widths = []
+    for name in expected[:3]:
+        with Image.open(tmp_path / name) as image:
+            widths.append(image.size[0])
+    assert widths[0] > 600
+    assert widths[1:] == [300, 450]
+
+
+def test_they_are_drawn_where_nothing_was_evaluated(make_trainer: Make, lit_small: Make, tmp_path: Path) -> None:
+    data = TensorDataset(torch.rand(32, 64), torch.arange(32) % 4)
+    trainer = make_trainer(strategy=Keeping(), callbacks=[StreamEvaluation(table=False)], max_epochs=1)
+    trainer.fit(lit_small(), DataLoader(data, batch_size=8))
+    assert pictures(tmp_path) == ["memory_balance.png", "prototype_similarity.png"]
+
+
+def test_a_figure_that_fails_costs_no_results(make_trainer: Make, lit_small: Make, tmp_path: Path) -> None:
+    class Broken(pl.Callback):
+        def run_figures(self) -> Mapping[str, Figure]:
+            raise ZeroDivisionError("of the callback")
+
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        fitted(make_trainer, lit_small(), StreamEvaluation(table=False), Broken())
+    assert (tmp_path / "results.json").is_file()
+    assert set(OWN) <= set(pictures(tmp_path))
