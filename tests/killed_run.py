@@ -32,7 +32,7 @@ import clkit.data.stream
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamCallback, StreamEvaluation
 from clkit.callbacks.graft import Graft
 from clkit.data import ClassIncremental, Custom, StreamDataModule
-from clkit.strategies import GradientFreeStrategy, LearningStrategy
+from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
 
 # experiences of 25, 11 and 21 samples: 7, 3 and 6 batches of 4, the next one being once shorter and once longer
 TRAINED = (13, 12, 6, 5, 11, 10)
@@ -82,6 +82,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "files_inside_validation": {"saves": None},
     "last_file": {"every": 2, "saves": {"save_last": True}, "last": True},
     "manual": {"module": "manual"},
+    "onpro": {"strategy": "onpro"},
+    "onpro_inside": {
+        "strategy": "onpro",
+        "heads": "none",
+        "trainer": {"accumulate_grad_batches": 3, "val_check_interval": 0.5},
+        "saves": None,
+    },
 }
 
 
@@ -317,6 +324,7 @@ def break_clkit(part: str) -> None:
         "gradients": [(clkit.boundaries, "restore_gradients", nothing)],
         "graft": [(Graft, "restore", Graft.apply)],
         "end": [(StreamCallback, "on_fit_end", nothing)],
+        "memory": [(OnProStrategy, "load_stream_state", nothing)],
     }
     for owner, name, replacement in broken[part]:
         assert hasattr(owner, name)
@@ -341,6 +349,8 @@ def dataset(counts: tuple[int, ...], first: int, seed: int) -> TensorDataset:
 
 
 def make_heads(kind: str) -> list[Any]:
+    if kind == "none":
+        return []
     if kind == "graft":
         return [AEFOCL(graft="experience_end"), NMC(), LDA()]
     if kind == "graft_replaced":
@@ -377,6 +387,8 @@ def make_strategy(name: str, world: int) -> Any:
         return GradientFreeStrategy()
     if name == "base":
         return LearningStrategy()
+    if name == "onpro":
+        return OnProStrategy(capacity=12, rotation="rot4", replay_batch=10)
     return "auto" if world == 1 else "ddp"
 
 

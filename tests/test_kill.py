@@ -23,7 +23,8 @@ import torch
 from killed_run import CONFIGS
 from torch import Tensor
 
-from clkit.checkpoints import read_checkpoint
+from clkit.checkpoints import STRATEGY, read_checkpoint
+from clkit.methods import ReservoirBuffer
 
 # every batch has these; the others exist where their name says
 PLACES = (
@@ -58,6 +59,7 @@ OWN_EVALUATION = (
     "reset_without_validation",
     "accumulation_inside",
     "epoch_files_unmeasured",
+    "onpro_inside",
 )
 
 
@@ -209,6 +211,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         key: end[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "StreamDataModule", "global_step")
     }
     left["callbacks"] = callbacks
+    left["strategy"] = end.get(STRATEGY)
     for path in sorted(folder.glob("answers.*")):
         left[path.name] = torch.load(path, weights_only=True)
     for path in sorted([*folder.glob("diary.*"), *folder.glob("*.csv")]):
@@ -294,6 +297,41 @@ def test_a_run_killed_from_outside(runs: Runs, config: str, share: float) -> Non
     assert differences(whole, folder) == []
 
 
+# ---- replay learning: the memory, the prototypes and what is drawn next are those of a run that lived
+
+BATCHES = (7, 3, 6)  # of each experience
+
+
+def batches(seed: int, count: int) -> list[tuple[str, int]]:
+    """Random places of random batches; the first three are of one experience each."""
+    draw = random.Random(seed)
+    places = ("batch_start", "before_save", "after_save")
+    first = [sum(BATCHES[:i]) + 1 + draw.randrange(BATCHES[i]) for i in range(len(BATCHES))]
+    every = [(place, 1 + number) for place in places for number in range(sum(BATCHES))]
+    chosen = list(zip(draw.sample(places, len(places)), first, strict=True))
+    others = [point for point in every if point not in chosen]
+    return chosen + draw.sample(others, count - len(chosen))
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(kill, marks=[pytest.mark.slow] if i > 2 else [], id=f"{kill[0]}-{kill[1]}")
+        for i, kill in enumerate(batches(seed=0, count=20))
+    ],
+)
+def test_replay_learning_killed_at_a_random_batch(runs: Runs, kill: tuple[str, int]) -> None:
+    folder = runs.new_folder(f"replay-{kill[0]}-{kill[1]}")
+    assert runs.run(folder, "onpro", kill=kill)["ended"] == [-signal.SIGKILL], log_of(folder)
+    assert runs.resume(folder, "onpro")["ended"] == [0], log_of(folder)
+    whole, counts, _ = runs.whole("onpro")
+    assert counts["after_save"] == sum(BATCHES)
+    memory = ReservoirBuffer(12)
+    memory.load_state_dict(torch.load(whole / "end.pt", weights_only=True)[STRATEGY]["memory"])
+    assert memory.n_seen == 57
+    assert differences(whole, folder) == []
+
+
 # ---- two processes; the one that lives ends by itself, and both go on from the last checkpoint
 
 TWO = [
@@ -340,6 +378,7 @@ def test_two_processes(runs: Runs, point: Point, ranks: tuple[int, ...]) -> None
         ("gradients", "accumulation_inside", ("validation_end", 3)),
         ("graft", "graft", ("after_save", 9)),
         ("end", "max_steps_at_end", ("last_after_save", 4)),
+        ("memory", "onpro", ("after_save", 9)),
     ],
 )
 def test_a_part_taken_away_is_noticed(runs: Runs, part: str, config: str, kill: tuple[str, int]) -> None:

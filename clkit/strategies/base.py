@@ -237,6 +237,9 @@ class LearningStrategy(DDPStrategy):
         Raises:
             StateError: If the saved state does not fit.
         """
+        assert self.lightning_module is not None
+        # Lightning casts the module (64-true, bf16-true) after loading: double weights would be rounded on the way
+        self.precision_plugin.convert_module(self.lightning_module)
         super().load_model_state_dict(checkpoint, strict=strict)
         if self._trainer.state.fn == "fit":
             self._load_state(checkpoint)
@@ -281,6 +284,8 @@ class LearningStrategy(DDPStrategy):
         over = saved_entry(state, "over", bool, self.state_key)
         if self.part is None:
             self.part = self.make_part(trainer, module)
+        if self.part is not None:
+            self.part = self.precision_plugin.convert_module(self.part)
         if (saved is None) != (self.part is None):
             raise StateError(
                 f"{self.state_key}: the saved state has {'no' if saved is None else 'a'} {self.part_name or 'part'}, "

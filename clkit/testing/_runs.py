@@ -22,7 +22,8 @@ from clkit.random_state import capture_random_state, restore_random_state
 
 __all__ = ["SmallModule", "batch_of", "fit", "isolated", "loader", "probe", "seed", "stream", "trainer"]
 
-INPUTS, FEATURES, CLASSES = 6, 8, 6
+IMAGE = (1, 4, 4)  # a method may turn, cut and mix images
+INPUTS, FEATURES, CLASSES = 16, 8, 6
 
 # Unequal parts, and a longer one after a shorter one: equal ones would hide lost batches.
 SAMPLES = (9, 8, 5, 12, 11, 7)  # of each class; 2, 3 and 1 classes
@@ -46,7 +47,7 @@ class SmallModule(pl.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits (B, 6)."""
-        logits: Tensor = self.net(inputs)
+        logits: Tensor = self.net(inputs.flatten(1))
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -81,10 +82,10 @@ class StoppedError(RuntimeError):
 
 
 def batch_of(rows: int, start: int) -> tuple[Tensor, Tensor]:
-    """Inputs (rows, 6) and labels, a function of ``start``."""
+    """Images (rows, 1, 4, 4) and labels, a function of ``start``."""
     generator = torch.Generator().manual_seed(start)
     targets = torch.arange(start, start + rows) % 4
-    return torch.randn(rows, INPUTS, generator=generator) + targets[:, None], targets
+    return torch.randn(rows, *IMAGE, generator=generator) + targets[:, None, None, None], targets
 
 
 def probe() -> Tensor:
@@ -95,7 +96,8 @@ def probe() -> Tensor:
 def stream(**options: Any) -> StreamDataModule:
     """Six classes in three unequal parts of 4, 6 and 2 batches."""
     targets = torch.cat([torch.full((count,), label) for label, count in enumerate(SAMPLES)])
-    inputs = torch.randn(len(targets), INPUTS, generator=torch.Generator().manual_seed(0)) + targets[:, None]
+    noise = torch.randn(len(targets), *IMAGE, generator=torch.Generator().manual_seed(0))
+    inputs = noise + targets[:, None, None, None]
     train, test = TensorDataset(inputs, targets), TensorDataset(inputs[::2], targets[::2])
     scenario = ClassIncremental(first_experience_classes=2, classes_per_experience=3)
     return StreamDataModule(Custom(train, test), scenario, **{"batch_size": BATCH_SIZE, **options})

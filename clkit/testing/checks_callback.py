@@ -281,7 +281,7 @@ def hostile_batches() -> dict[str, tuple[Tensor, Tensor]]:
     """Batches that nothing may be learned of, by what is wrong with them; most in the last row."""
     inputs, targets = batch_of(5, 40)
     spoiled, endless = inputs.clone(), inputs.clone()
-    spoiled[4, 2] = torch.nan
+    spoiled[4, 0, 2] = torch.nan
     endless[4] = torch.inf
     return {
         "NaN in the last row": (spoiled, targets),

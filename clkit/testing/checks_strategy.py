@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clkit._lightning import callbacks_of
 from clkit.callbacks import NMC
+from clkit.checkpoints import STRATEGY
 from clkit.errors import ClkitError, ContractError
 from clkit.testing import processes
 from clkit.testing._compare import PLAIN, changed, far, leaves, require, same, snapshot
@@ -34,6 +35,7 @@ from clkit.testing.entries import Entry
 
 __all__ = ["CHECKS"]
 
+FOLLOWED = ("position", "over")  # where in the stream a strategy of clkit's base says it is
 BESIDE = Entry("a head beside it", "callback", NMC)
 
 
@@ -239,7 +241,7 @@ def hostile_batches_are_refused_whole(entry: Entry, folder: Path) -> None:
     if not entry.learns:
         raise unittest.SkipTest("the entry says that it learns nothing of its own: batches go to the user's module")
     good = [batch_of(5, 0), batch_of(5, 7)]
-    expected = _after(entry, folder, good)
+    expected = _after(entry, folder, [*good, batch_of(5, 40)])
     for what, bad in hostile_batches().items():
         same(
             expected,
@@ -250,20 +252,31 @@ def hostile_batches_are_refused_whole(entry: Entry, folder: Path) -> None:
 
 
 def _after(entry: Entry, folder: Path, batches: list[Any], hostile: str | None = None) -> dict[str, Any]:
-    """Weights and the strategy's own part when a run ended, or was ended by a bad batch."""
+    """Weights and the strategy's own part when the last batch, if not refused, was about to be learned."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if hostile is None and batch_idx == len(batches) - 1:
+                raise StoppedError
+
     module, strategy = small_module(), entry.make()
-    run = trainer(folder, [], strategy=strategy, max_epochs=1)
+    run = trainer(folder, [Stop()], strategy=strategy, max_epochs=1)
     seed(1)
     try:
         run.fit(module, loader(batches))
         require(hostile is None, f"a batch with {hostile} was taken", "raise clkit.errors.BatchError")
+    except StoppedError:
+        pass
     except ClkitError as error:
         if isinstance(error, ContractError):
             raise
     path = folder / "after.ckpt"
     run.save_checkpoint(path)
     checkpoint = torch.load(path, weights_only=True)
-    return {"weights": dict(module.state_dict()), "own": own_part(entry, folder, checkpoint)}
+    own = own_part(entry, folder, checkpoint)
+    for key in FOLLOWED:  # one run ended, the other was ended
+        own.get(STRATEGY, {}).pop(key, None)
+    return {"weights": dict(module.state_dict()), "own": own}
 
 
 def it_runs_on_a_gpu(entry: Entry, folder: Path) -> None:

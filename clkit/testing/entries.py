@@ -10,7 +10,7 @@ from typing import Any, Literal
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
-from clkit.strategies import GradientFreeStrategy, LearningStrategy
+from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
 
 __all__ = ["Entry", "clkit_entries"]
 
@@ -144,4 +144,5 @@ def clkit_entries() -> list[Entry]:
             learns=False,
             processes="agree",
         ),
+        Entry("OnProStrategy", "strategy", OnProStrategy, registered="onpro", processes="agree"),
     ]

@@ -233,7 +233,7 @@ def test_a_wide_network_gets_a_wide_stem() -> None:
 
 
 def test_a_small_stem_is_refused_where_there_is_none_to_replace(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"small_images=True needs one of timm's ResNets, .*'test_vit' has none"):
+    with pytest.raises(ArgumentError, match=r"small_images=True needs one of timm's ResNets, .*'test_vit' has another"):
         TimmClassifier("test_vit", small_images=True)
     for weights in ({"pretrained": True}, {"checkpoint_path": str(tmp_path / "weights.pt")}):
         with pytest.raises(ArgumentError, match=r"small_images=True replaces the first layer of 'resnet18'"):
