@@ -194,6 +194,7 @@ def small_onpro(recipe: str, tmp_path: Path, **data: Any) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "classes", "stages"), [("10", 10, 5), ("100", 100, 10)])
 def test_onpro_on_cifar_runs_on_images_of_its_form(recipe: str, classes: int, stages: int, tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
@@ -207,6 +208,7 @@ def test_onpro_on_cifar_runs_on_images_of_its_form(recipe: str, classes: int, st
     assert np.shape(results["predictors"]["module"]["accuracy_matrix"]) == (stages, stages)
 
 
+@pytest.mark.slow
 def test_onpro_on_tiny_imagenet_runs_on_its_layout(tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
     for part in ("train", "test"):

@@ -103,7 +103,7 @@ class StreamDataModule(pl.LightningDataModule):
         eval_batch_size: int = 256,
         epochs_per_experience: int = 1,
         preprocessing: Literal["auto", "unit"] | Preprocessing | Callable[[Any], Tensor] = "auto",
-        train_transform: Callable[[Tensor], Tensor] | None = None,
+        train_transform: Callable[[Tensor], Any] | None = None,  # Any: a command line would build a Tensor
         evaluate: Literal["seen", "all"] = "seen",
         val_fraction: float = 0.0,
         relabel: bool = False,
