@@ -97,7 +97,7 @@ def clkit_entries() -> list[Entry]:
 
     Example:
         >>> [entry.name for entry in clkit_entries() if entry.kind == "strategy"]
-        ['LearningStrategy', 'GradientFreeStrategy', 'GradientFreeStrategy-warmup']
+        ['LearningStrategy', 'GradientFreeStrategy', 'GradientFreeStrategy-warmup', 'OnProStrategy']
     """
     head = partial(Entry, kind="head")
     callback = partial(Entry, kind="callback")

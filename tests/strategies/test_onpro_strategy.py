@@ -550,7 +550,7 @@ def test_validating_leaves_module_and_strategy_alone(make_trainer: Make) -> None
     (one,) = trainer.validate(module, datamodule=stream(), verbose=False)
     (two,) = make_trainer(strategy=onpro()).validate(module, datamodule=stream(), verbose=False)
     (plain,) = make_trainer().validate(module, datamodule=stream(), verbose=False)
-    trainer.predict(module, tasks()[0])
+    trainer.predict(module, datamodule=stream())
     assert one == two == plain
     assert equal(values(module), before)
     assert differences(memory, strategy.memory.state_dict()) == []
