@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import socket
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from two_ranks import drive, driven
 
-import clkit
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
@@ -135,7 +131,8 @@ def test_means_at_each_boundary_are_those_of_the_memory_by_the_network_of_then(
     old: list[dict[int, Table]] = []
 
     def look(trainer: pl.Trainer, module: Any) -> None:
-        memory: Any = trainer.strategy.memory  # type: ignore[attr-defined]
+        strategy: Any = trainer.strategy
+        memory = strategy.memory
         assert_means(nmc.head, means(module, memory), tolerance)
         assert dict(zip(nmc.head.classes.tolist(), nmc.head.counts.tolist(), strict=True)) == memory.class_counts()
         old.append(means(module, memory))
@@ -283,7 +280,7 @@ class Deaf(pl.Callback):
             "module": {name: value.clone() for name, value in pl_module.state_dict().items()},
             "optimizer": trainer.optimizers[0].state_dict()["state"],
             "nmc": nmc.state_dict()["head"],
-            "memory": trainer.strategy.memory.state_dict(),  # type: ignore[attr-defined]
+            "memory": trainer.strategy.memory.state_dict(),
             "random": torch.get_rng_state(),
             "more random": [random.getstate(), np.random.get_state()[2]],  # noqa: NPY002  the global state is meant
             "heads": dict(enumerate(self.heads)),
@@ -339,7 +336,8 @@ class Looks(pl.Callback):
         self.empty = self.full = 0
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        memory: Any = trainer.strategy.memory  # type: ignore[attr-defined]
+        strategy: Any = trainer.strategy
+        memory = strategy.memory
         rows = features(pl_module, batch[0])
         scores = self.nmc.scores(torch.from_numpy(rows))
         if not memory.size:
@@ -490,7 +488,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer: Make, tmp_path: Pat
     [
         (lambda: LearningStrategy(), "LearningStrategy.memory does not exist"),
         (lambda: Remembering(None), r"Remembering.memory is None \(capacity=0\?\)"),
-        (lambda: Remembering([]), "Remembering.memory is no replay memory"),  # type: ignore[arg-type]
+        (lambda: Remembering([]), "Remembering.memory is no replay memory"),
     ],
 )
 def test_a_strategy_without_a_memory_is_refused_before_training(
@@ -504,7 +502,7 @@ def test_a_strategy_without_a_memory_is_refused_before_training(
 
 def test_arguments_that_would_say_nothing_are_refused() -> None:
     with pytest.raises(ArgumentError, match="memory must be None or 'replay', got 'stream'"):
-        NMC(memory="stream")  # type: ignore[arg-type]
+        NMC(memory="stream")
     with pytest.raises(ArgumentError, match="forward='eval'"):
         NMC(memory="replay", forward="eval")
     with pytest.raises(ArgumentError, match="reset_each_task=True"):
@@ -514,91 +512,52 @@ def test_arguments_that_would_say_nothing_are_refused() -> None:
 # ---- two processes
 
 
-def rank_main(folder: Path) -> None:
+def scenario(name: str, folder: Path) -> dict[str, Any]:
     """One of two ranks: each learns half of every batch and remembers all."""
-    ends = {}
-    for name, options in (("never", NEVER), ("often", {**OFTEN, "val_check_interval": 3})):
-        torch.manual_seed(0)
-        memory, module = ReservoirBuffer(CAPACITY, seed=1), Net()
-        nmc, evaluation = NMC(memory="replay"), StreamEvaluation(table=False, files=False)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            max_epochs=-1,
-            strategy=Remembering(memory),
-            callbacks=[nmc, evaluation],
-            precision="64-true",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=str(folder),
-            **options,
-        )
-        trainer.fit(module, datamodule=stream(batch_size=32))
-        expected = means(module, memory)
-        found = dict(zip(nmc.head.classes.tolist(), nmc.head.statistics.means.numpy(), strict=True))
-        ends[name] = {
-            "same classes": found.keys() == expected.keys(),
-            "error": max(float(np.abs(found[c] - expected[c]).max()) for c in expected),
-            "counts": [nmc.head.counts.tolist(), list(memory.class_counts().values())],
-            "saved": dict(nmc.state_dict()["head"]),
-            "stages": len(evaluation.results["nmc"]["accuracy_seen"]) if evaluation.results else 0,
-            "seen": memory.n_seen,
-        }
-    torch.save(ends, folder / f"{trainer.global_rank}.pt")
-
-
-def drive(folder: Path) -> int:
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", WORLD_SIZE="2")
-    children = []
-    for rank in (0, 1):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ["LOCAL_RANK"] = str(rank)
-                rank_main(folder)
-                code = 0
-            except BaseException:  # a forked child must not run on into the parent's code, whatever happened
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    return max(os.waitpid(child, 0)[1] for child in children)
+    options = {"never": NEVER, "often": {**OFTEN, "val_check_interval": 3}}[name]
+    torch.manual_seed(0)
+    memory, module = ReservoirBuffer(CAPACITY, seed=1), Net()
+    nmc, evaluation = NMC(memory="replay"), StreamEvaluation(table=False, files=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        max_epochs=-1,
+        strategy=Remembering(memory),
+        callbacks=[nmc, evaluation],
+        precision="64-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        **options,
+    )
+    trainer.fit(module, datamodule=stream(batch_size=32))
+    expected = means(module, memory)
+    found = dict(zip(nmc.head.classes.tolist(), nmc.head.statistics.means.numpy(), strict=True))
+    return {
+        "same classes": found.keys() == expected.keys(),
+        "error": max(float(np.abs(found[c] - expected[c]).max()) for c in expected),
+        "counts": [nmc.head.counts.tolist(), list(memory.class_counts().values())],
+        "saved": dict(nmc.state_dict()["head"]),
+        "stages": len(evaluation.results["nmc"]["accuracy_seen"]) if evaluation.results else 0,
+        "seen": memory.n_seen,
+    }
 
 
 def test_two_processes_know_each_row_once_and_the_same(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(Path(clkit.__file__).parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    ends = driven(__file__, tmp_path, ("never", "often"))
     for name, stages in (("never", 0), ("often", 3)):
-        assert_same(first[name]["saved"], second[name]["saved"])
-        for end in (first[name], second[name]):
+        first, second = ends[name]
+        assert_same(first["saved"], second["saved"])
+        for end in (first, second):
             assert end["same classes"]
             assert end["counts"][0] == end["counts"][1]
             assert sum(end["counts"][0]) == CAPACITY
             assert end["seen"] == 899
             assert end["stages"] == stages
-        assert first[name]["error"] < 1e-12  # rank 1 sends its network's buffers nowhere, so only rank 0's are of use
+        assert first["error"] < 1e-12  # rank 1 sends its network's buffers nowhere, so only rank 0's are of use
 
 
 if __name__ == "__main__":
-    sys.exit(1 if drive(Path(sys.argv[1])) else 0)
+    sys.exit(drive(scenario))

@@ -11,22 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.data import ClassIncremental, Custom, StreamDataModule
-from clkit.strategies import OnProStrategy
+from clkit.strategies import REPLAY_METHODS, OnProStrategy
 
 # 2, 3 and 1 classes; 4, 6 and 2 batches of at most 5, because equal experiences would hide lost ones
 SAMPLES = (9, 8, 5, 12, 11, 7)
 BATCHES = ((5, 4, 4, 4), (5, 5, 5, 5, 4, 4), (4, 3))
-ER: dict[str, Any] = {
-    "instance_new": 0,
-    "instance_mem": 0,
-    "ope_new": 0,
-    "ope_seen": 0,
-    "apf": False,
-    "ce_new_weight": 1,
-    "ce_mean": "joint",
-    "first_experience": "replay",
-    "replay_per_class": None,
-}
+ER: dict[str, Any] = dict(REPLAY_METHODS["er"])
 
 
 class Net(nn.Module):

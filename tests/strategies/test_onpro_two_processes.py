@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from two_ranks import drive, driven
 
 from clkit.errors import ClkitError
-from clkit.strategies import OnProStrategy
+from clkit.strategies import REPLAY_METHODS, OnProStrategy
 
 SIZES = [(3, 3), (3, 3), (3, 2), (1, 3), (2, 2), (3, 3), (3, 3), (3, 2)]  # of the batches of both ranks
 TASKS = [range(4), range(4, 8)]  # which batches an experience has
@@ -74,17 +74,7 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-ER = {
-    "instance_new": 0,
-    "instance_mem": 0,
-    "ope_new": 0,
-    "ope_seen": 0,
-    "apf": False,
-    "ce_new_weight": 1,
-    "ce_mean": "joint",
-    "first_experience": "replay",
-    "replay_per_class": None,
-}
+ER: dict[str, Any] = dict(REPLAY_METHODS["er"])
 OPTIONS: dict[str, dict[str, Any]] = {
     "gathered": {"gather": "embeddings"},
     "local": {},
