@@ -528,7 +528,8 @@ class OnProStrategy(LearningStrategy):
 
     def _report(self, work: _Work, losses: StepLosses, prototypes: PrototypeContrast | None) -> None:
         bad = [name for name, term in losses.terms.items() if not bool(term.isfinite())]
-        if bad:
+        if not self._said.issuperset(bad):  # once for each term: what follows is not finite either
+            self._said.update(bad)
             rank_zero_warn(
                 f"batch {self._step - 1}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
                 f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
