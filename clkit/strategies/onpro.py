@@ -527,8 +527,8 @@ class OnProStrategy(LearningStrategy):
         self._report(work, losses, prototypes)
 
     def _report(self, work: _Work, losses: StepLosses, prototypes: PrototypeContrast | None) -> None:
-        bad = [name for name, term in losses.terms.items() if not bool(term.isfinite())]
-        if not self._said.issuperset(bad):  # once for each term: what follows is not finite either
+        bad = [name for name, term in losses.terms.items() if name not in self._said and not bool(term.isfinite())]
+        if bad:  # once for each term: what follows is not finite either
             self._said.update(bad)
             rank_zero_warn(
                 f"batch {self._step - 1}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
