@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clkit.errors import ArgumentError, BatchError, NotFittedError, StateError
-from clkit.methods._checks import check_choice, check_count, check_number
-from clkit.methods._saved import check_keys, check_saved, check_saved_ids
+from clkit.errors import ArgumentError, BatchError, NotFittedError
+from clkit.methods._checks import check_choice, check_count
+from clkit.methods._replay_codec import RowCodec
+from clkit.methods._replay_saved import FORMAT, SavedMemory
+from clkit.methods._replay_table import EXPERIENCE_LIMIT, NUMBERS, Ids, RowLayout, RowTable, host_tensor, taken
 from clkit.methods._state import PlainState, exact
 
 __all__ = ["MemoryRows", "ReservoirBuffer"]
 
-_FORMAT = 1
 _POLICIES = ("uniform", "class_balanced")
 _STORAGES = ("same", "uint8", "float16")
-_NUMBERS = {"label": np.int64, "arrival": np.int64, "experience": np.int32, "origin": np.int32}
 _NUMBER_BYTES = 24  # of the four numbers of a row
-_UINT8_TOLERANCE = 1e-3  # in steps of 1/255; float32 arithmetic is within 1e-4 of a whole step
-_EXPERIENCE_LIMIT = 2**31 - 1  # kept in 4 bytes
 _MERGE, _SHRINK = 1, 2  # so that no two purposes share their draws
 _MERGE_LIMIT = 10**9  # of NumPy's hypergeometric distribution
-_Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class MemoryRows(NamedTuple):
@@ -119,10 +116,10 @@ class ReservoirBuffer(PlainState):
         self._capacity_bytes = None if capacity_bytes is None else check_count("capacity_bytes", capacity_bytes)
         self.policy = check_choice("policy", policy, _POLICIES)
         self.storage = check_choice("storage", storage, _STORAGES)
-        self._codec = _Codec(self.storage, mean, std)
+        self._codec = RowCodec(self.storage, mean, std)
         self._device = torch.empty(0, device=device).device
         self._generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
-        self._table: _Table | None = None
+        self._table: RowTable | None = None
         self._seen = [0]  # arrivals by origin
         self._class_seen: Counter[int] = Counter()
 
@@ -144,7 +141,7 @@ class ReservoirBuffer(PlainState):
         with exact():
             labels, tensors = _checked_rows(data, label, extras)
             numbers = {"label": labels, "experience": _checked_experience(experience, labels.size)}
-            layout = _Layout(data, extras)
+            layout = RowLayout(data, extras)
             if self._table is not None:
                 layout.check_equal(self._table.layout)
             stored = self._codec.stored_dtype(layout)
@@ -156,14 +153,14 @@ class ReservoirBuffer(PlainState):
                 tensors["data"] = self._codec.encode(tensors["data"], check=True)
             if self._table is None:
                 self._capacity = self._capacity_for(layout)
-                self._table = _Table(layout, stored, self._capacity, self._device)
+                self._table = RowTable(layout, stored, self._capacity, self._device)
             slots, rows = self._decide(self._table, labels)
             numbers["arrival"] = self._seen[0] + np.arange(labels.size)
             numbers["origin"] = np.zeros_like(labels)  # a merge may have left another one in the slot
             self._seen[0] += labels.size
             self._class_seen.update(labels.tolist())
             if slots.size:
-                kept = {name: _taken(tensor, rows) for name, tensor in tensors.items()}
+                kept = {name: taken(tensor, rows) for name, tensor in tensors.items()}
                 if not encoded:
                     kept["data"] = self._codec.encode(kept["data"], check=False)
                 self._table.put(slots, kept, {name: values[rows] for name, values in numbers.items()})
@@ -191,7 +188,7 @@ class ReservoirBuffer(PlainState):
                 mine = self._table
                 capacity = self._capacity_for(theirs.layout)
                 if mine is None:
-                    mine = _Table(theirs.layout, theirs.stored, 0, self._device)
+                    mine = RowTable(theirs.layout, theirs.stored, 0, self._device)
                 if capacity > theirs.capacity and other.n_seen > theirs.size:
                     raise ArgumentError(
                         f"a memory of capacity {theirs.capacity} that has seen {other.n_seen} rows cannot be merged "
@@ -335,7 +332,7 @@ class ReservoirBuffer(PlainState):
 
     # Which rows -------------------------------------------------------------------------------------------------
 
-    def _decide(self, table: _Table, labels: _Ids) -> tuple[_Ids, _Ids]:
+    def _decide(self, table: RowTable, labels: Ids) -> tuple[Ids, Ids]:
         """Sorted distinct slots to be written, and the row of the batch for each; sets the size of the table."""
         # One number per row, also while filling: the position of the generator then follows from the rows offered.
         drawn = torch.rand(labels.size, dtype=torch.float64, generator=self._generator, device="cpu").numpy()
@@ -358,8 +355,8 @@ class ReservoirBuffer(PlainState):
         return slots[last], rows[last]
 
     def _decide_balanced(
-        self, table: _Table, labels: _Ids, drawn: np.ndarray[Any, np.dtype[np.float64]]
-    ) -> tuple[_Ids, _Ids]:
+        self, table: RowTable, labels: Ids, drawn: np.ndarray[Any, np.dtype[np.float64]]
+    ) -> tuple[Ids, Ids]:
         if table.counts is None:
             table.counts = table.class_counts()
         stored, of_slot = table.counts, table.numbers["label"]
@@ -390,7 +387,7 @@ class ReservoirBuffer(PlainState):
         slots = sorted(written)
         return np.array(slots, dtype=np.int64), np.array([written[slot] for slot in slots], dtype=np.int64)
 
-    def _remaining(self, table: _Table, capacity: int, generator: np.random.Generator) -> _Ids:
+    def _remaining(self, table: RowTable, capacity: int, generator: np.random.Generator) -> Ids:
         """Rows that stay when there is room for ``capacity``."""
         if self.policy == "uniform":
             return _drawn(np.arange(table.size), min(capacity, table.size), generator)
@@ -401,8 +398,8 @@ class ReservoirBuffer(PlainState):
         return np.sort(np.concatenate(kept))
 
     def _merged_rows(
-        self, mine: _Table, other: ReservoirBuffer, theirs: _Table, capacity: int, generator: np.random.Generator
-    ) -> tuple[_Ids, _Ids]:
+        self, mine: RowTable, other: ReservoirBuffer, theirs: RowTable, capacity: int, generator: np.random.Generator
+    ) -> tuple[Ids, Ids]:
         """Rows to keep of this memory and of the other."""
         if self.policy == "uniform":
             total = min(capacity, self.n_seen + other.n_seen)
@@ -424,7 +421,7 @@ class ReservoirBuffer(PlainState):
 
     # Parts ------------------------------------------------------------------------------------------------------
 
-    def _filled(self) -> _Table:
+    def _filled(self) -> RowTable:
         if self._table is None:
             raise NotFittedError("the memory is empty: nothing was added yet")
         return self._table
@@ -433,14 +430,14 @@ class ReservoirBuffer(PlainState):
         numbers = np.empty(0) if self._table is None else self._table.now(name)
         return torch.from_numpy(numbers.astype(np.int64)).to(self._device)
 
-    def _rows_at(self, table: _Table, at: _Ids) -> MemoryRows:
+    def _rows_at(self, table: RowTable, at: Ids) -> MemoryRows:
         with exact():
-            numbers = torch.from_numpy(np.stack([table.numbers[name][at] for name in _NUMBERS])).to(self._device)
-            tensors = {name: _taken(tensor, at) for name, tensor in table.tensors.items()}
+            numbers = torch.from_numpy(np.stack([table.numbers[name][at] for name in NUMBERS])).to(self._device)
+            tensors = {name: taken(tensor, at) for name, tensor in table.tensors.items()}
             data = self._codec.decode(tensors.pop("data"), table.layout.dtypes["data"])
-            return MemoryRows(data, **dict(zip(_NUMBERS, numbers.unbind(), strict=True)), extras=tensors)
+            return MemoryRows(data, **dict(zip(NUMBERS, numbers.unbind(), strict=True)), extras=tensors)
 
-    def _capacity_for(self, layout: _Layout) -> int:
+    def _capacity_for(self, layout: RowLayout) -> int:
         if self._capacity is not None:
             return self._capacity
         assert self._capacity_bytes is not None
@@ -481,19 +478,19 @@ class ReservoirBuffer(PlainState):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         classes = self.class_seen
         values: dict[str, Any] = {
-            "format": _host_tensor(_FORMAT),
+            "format": host_tensor(FORMAT),
             "policy": self.policy,
             "storage": self.storage,
             "normalised": self._codec.normalised(),
-            "seen": _host_tensor(self._seen),
-            "classes": _host_tensor(list(classes)),
-            "class_seen": _host_tensor(list(classes.values())),
+            "seen": host_tensor(self._seen),
+            "classes": host_tensor(list(classes)),
+            "class_seen": host_tensor(list(classes.values())),
             "generator": self._generator.get_state(),
-            "capacity": _host_tensor(self._capacity or 0),
+            "capacity": host_tensor(self._capacity or 0),
         }
         if self._table is not None:
             table = self._table
-            values |= {name: torch.from_numpy(table.now(name).astype(np.int64)) for name in _NUMBERS}
+            values |= {name: torch.from_numpy(table.now(name).astype(np.int64)) for name in NUMBERS}
             with exact():
                 # A tensor without rows tells shape and dtype of what was added.
                 shape, dtype = table.layout.shapes["data"], table.layout.dtypes["data"]
@@ -505,7 +502,7 @@ class ReservoirBuffer(PlainState):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         with exact():
-            saved = _Saved(state_dict, prefix)
+            saved = SavedMemory(state_dict, prefix)
             saved.check_settings(self.policy, self.storage, self._codec)
             saved.check_numbers(self.policy)
             table, capacity = None, self._capacity
@@ -518,320 +515,10 @@ class ReservoirBuffer(PlainState):
         self._seen, self._class_seen, self._generator = saved.seen, saved.class_seen, saved.generator
 
 
-class _Layout:
-    """Shape and dtype of a row's tensors, as they are given and given back."""
-
-    def __init__(self, data: Tensor, extras: Mapping[str, Tensor]) -> None:
-        tensors = {"data": data, **extras}
-        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Layout) and (self.shapes, self.dtypes) == (other.shapes, other.dtypes)
-
-    __hash__ = None  # type: ignore[assignment]  # Python's own way to say that it cannot be hashed
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {shape} {self.dtypes[name]}" for name, shape in self.shapes.items())
-
-    def check_equal(self, fixed: _Layout) -> None:
-        if self != fixed:
-            raise BatchError(f"the first batch fixed the rows to {fixed}, got {self}; nothing was changed")
-
-    def row_bytes(self, stored: torch.dtype) -> int:
-        """Bytes of one row's tensors with ``data`` in dtype ``stored``."""
-        dtypes = {**self.dtypes, "data": stored}
-        return sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in self.shapes.items())
-
-
-class _Table:
-    """The rows themselves: tensors on the device, numbers on the host, with room for ``capacity`` rows."""
-
-    __slots__ = ("capacity", "counts", "layout", "numbers", "size", "stored", "tensors")
-
-    def __init__(self, layout: _Layout, stored: torch.dtype, capacity: int, device: torch.device) -> None:
-        self.layout = layout
-        self.stored = stored
-        self.capacity = capacity
-        self.size = 0
-        self.counts: dict[int, int] | None = None  # rows by class, where somebody keeps count
-        dtypes = {**layout.dtypes, "data": stored}
-        self.tensors = {
-            name: torch.empty((capacity, *shape), dtype=dtypes[name], device=device)
-            for name, shape in layout.shapes.items()
-        }
-        self.numbers: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
-            name: np.zeros(capacity, dtype=dtype) for name, dtype in _NUMBERS.items()
-        }
-
-    def now(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-        """(size,) the numbers of that name; not a copy."""
-        return self.numbers[name][: self.size]
-
-    def class_counts(self) -> dict[int, int]:
-        ids, counts = np.unique(self.now("label"), return_counts=True)
-        return dict(zip(ids.tolist(), counts.tolist(), strict=True))
-
-    def put(self, slots: _Ids, tensors: Mapping[str, Tensor], numbers: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Write rows to distinct slots."""
-        for name, own in self.tensors.items():
-            own.index_copy_(0, torch.from_numpy(slots).to(own.device), tensors[name].to(own.device))
-        for name, values in numbers.items():
-            self.numbers[name][slots] = values
-
-    def append(self, other: _Table, rows: _Ids, origins: int = 0) -> None:
-        """Add rows of another table, their origins counted on from ``origins``."""
-        tensors = {name: _taken(tensor, rows) for name, tensor in other.tensors.items()}
-        numbers = {name: values[rows] for name, values in other.numbers.items()}
-        numbers["origin"] = numbers["origin"] + origins
-        self.put(np.arange(self.size, self.size + rows.size), tensors, numbers)
-        self.size += rows.size
-
-    def resized(self, capacity: int, rows: _Ids) -> _Table:
-        """A table of that capacity with these rows of this one."""
-        device = self.tensors["data"].device
-        table = _Table(self.layout, self.stored, capacity, device)
-        table.append(self, rows)
-        return table
-
-
-class _Codec:
-    """How ``data`` is written to memory and read from it."""
-
-    def __init__(self, storage: str, mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> None:
-        if storage != "uint8" and not (mean is None and std is None):
-            raise ArgumentError(f"mean and std are for storage='uint8', got storage={storage!r}")
-        self.storage = storage
-        means, stds = _channel_values("mean", mean, 0.0), _channel_values("std", std, 1.0)
-        channels = max(len(means), len(stds))
-        if {len(means), len(stds)} - {1, channels}:
-            raise ArgumentError(f"mean and std must have as many channels, got {len(means)} and {len(stds)}")
-        if min(stds) <= 0:
-            raise ArgumentError(f"std must be positive, got {std!r}")
-        self.mean = means * (channels // len(means))
-        self.std = stds * (channels // len(stds))
-
-    def stored_dtype(self, layout: _Layout) -> torch.dtype:
-        """The dtype in memory of such rows.
-
-        Raises:
-            BatchError: If they cannot be stored so.
-        """
-        dtype, shape = layout.dtypes["data"], layout.shapes["data"]
-        if self.storage == "same":
-            return dtype
-        if self.storage == "float16":
-            if not dtype.is_floating_point:
-                raise BatchError(f"storage='float16' is for floating-point data, got {dtype}; use storage='same'")
-            return torch.float16
-        plain = (self.mean, self.std) == ((0.0,), (1.0,))
-        if not dtype.is_floating_point and (dtype != torch.uint8 or not plain):
-            given = "" if plain else " with mean and std"
-            raise BatchError(
-                f"storage='uint8' is for uint8 data, or floating-point images (with mean and std if they are "
-                f"normalised), got {dtype}{given}"
-            )
-        if len(self.mean) > 1 and (not shape or shape[0] != len(self.mean)):
-            raise BatchError(f"mean and std have {len(self.mean)} channels, a row of data has shape {shape}")
-        return torch.uint8
-
-    def normalised(self) -> Tensor:
-        """(2, channels) float64: mean and std, for the saved state."""
-        return torch.tensor([self.mean, self.std], dtype=torch.float64, device="cpu")
-
-    def encode(self, data: Tensor, *, check: bool) -> Tensor:
-        """``data`` as stored.
-
-        Args:
-            data: (B, …) rows.
-            check: Whether to look at the values, which waits for the device.
-
-        Raises:
-            BatchError: With ``check``, if the storage would lose something.
-        """
-        if self.storage == "same" or data.dtype == torch.uint8:
-            return data
-        if self.storage == "float16":
-            half = data.to(torch.float16)
-            if check and bool((data.isfinite() & ~half.isfinite()).any()):
-                raise BatchError(f"data up to {float(data.abs().max()):.3g} does not fit storage='float16' (65504)")
-            return half
-        mean, std = self._constants(data)
-        steps = (data * std + mean) * 255
-        whole = steps.round().clamp(0, 255)
-        if check:
-            error = float((steps - whole).abs().max()) if steps.numel() else 0.0
-            if not error <= _UINT8_TOLERANCE:
-                raise BatchError(
-                    f"storage='uint8' would lose up to {error / 255:.3g} of a value in [0, 1]: the images are no "
-                    f"multiples of 1/255 there; give the mean and std by which they were normalised, or use "
-                    f"storage='same' or 'float16'"
-                )
-        return whole.to(torch.uint8)
-
-    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows in the dtype that they came in."""
-        if stored.dtype != torch.uint8 or dtype == torch.uint8:
-            return stored.to(dtype)
-        images = stored.to(dtype).div_(255)
-        mean, std = self._constants(images)
-        return images.sub_(mean).div_(std)
-
-    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * (like.ndim - 2)) if len(self.mean) > 1 else ()
-        mean, std = (
-            torch.tensor(values, dtype=like.dtype, device=like.device).reshape(shape)
-            for values in (self.mean, self.std)
-        )
-        return mean, std
-
-
-class _Saved:
-    """A saved state, taken apart and checked entry by entry without touching the object that loads it."""
-
-    def __init__(self, state: Mapping[str, Any], prefix: str) -> None:
-        settings = [
-            "format",
-            "policy",
-            "storage",
-            "normalised",
-            "seen",
-            "classes",
-            "class_seen",
-            "generator",
-            "capacity",
-        ]
-        check_keys(state, prefix, [*settings, *_NUMBERS, "row", "data"], ["extras"])
-        self.prefix = prefix
-        self.state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        filled = "data" in self.state
-        missing = [prefix + name for name in settings + filled * [*_NUMBERS, "row"] if name not in self.state]
-        if missing:
-            raise StateError(f"the saved state has no {missing}: it is no whole state of a ReservoirBuffer")
-        version = self._integer("format")
-        if version != _FORMAT:
-            raise StateError(f"{prefix}format is {version} in the saved state, {_FORMAT} here")
-        self.capacity = self._integer("capacity")
-        self.seen = self._integers("seen").tolist()
-        self.class_seen = self._class_seen()
-        self.generator = self._generator()
-        self.layout = self._layout() if filled else None
-        self.size = len(self.state["data"]) if filled else 0
-
-    def stored_dtype(self, layout: _Layout, codec: _Codec) -> torch.dtype:
-        """The dtype of the stored data."""
-        try:
-            return codec.stored_dtype(layout)
-        except BatchError as error:
-            raise StateError(f"{self.prefix}row does not fit: {error}") from error
-
-    def check_settings(self, policy: str, storage: str, codec: _Codec) -> None:
-        """Refuse another kind of memory."""
-        normalised = codec.normalised()
-        for name, own in (("policy", policy), ("storage", storage)):
-            if not isinstance(self.state[name], str) or self.state[name] != own:
-                raise StateError(f"{self.prefix}{name} is {self.state[name]!r} in the saved state, {own!r} here")
-        saved = self._tensor("normalised", tuple(normalised.shape), torch.float64)
-        if not torch.equal(saved.cpu(), normalised):
-            raise StateError(
-                f"{self.prefix}normalised (mean and std) is {saved.tolist()} in the saved state, "
-                f"{normalised.tolist()} here"
-            )
-
-    def check_capacity(self, own: int) -> None:
-        """Refuse a memory that cannot be continued with the capacity ``own``."""
-        if own < self.capacity:
-            raise StateError(
-                f"the saved memory has a capacity of {self.capacity} rows, this one of {own}; load it with "
-                f"capacity={self.capacity} and call shrink({own})"
-            )
-        if own > self.capacity and self.size < sum(self.seen):
-            raise StateError(
-                f"the saved memory of {self.capacity} rows has dropped rows and cannot grow to {own}; "
-                f"load it with capacity={self.capacity}"
-            )
-
-    def check_numbers(self, policy: str) -> None:
-        """Refuse numbers that contradict each other."""
-        n_seen = sum(self.seen)
-        most = min(self.capacity, n_seen)
-        if self.size > most or (policy == "uniform" and self.size < most):
-            self._damaged(f"{self.size} rows with capacity {self.capacity} and {n_seen} rows seen")
-        if sum(self.class_seen.values()) != n_seen:
-            self._damaged(f"class_seen adds up to {sum(self.class_seen.values())} rows of {n_seen}")
-        if self.layout is None:
-            return
-        numbers = {name: self._integers(name, self.size) for name in _NUMBERS}
-        limit = _EXPERIENCE_LIMIT
-        if bool((numbers["experience"] > limit).any()) or bool((numbers["origin"] >= len(self.seen)).any()):
-            self._damaged(f"experience above {limit}, or origin not below {len(self.seen)}")
-        if bool((numbers["arrival"] >= _host_tensor(self.seen)[numbers["origin"]]).any()):
-            self._damaged("rows that arrived after the last row seen")
-        if len(set(zip(numbers["origin"].tolist(), numbers["arrival"].tolist(), strict=True))) < self.size:
-            self._damaged("one row twice")
-        if any(count > self.class_seen[c] for c, count in Counter(numbers["label"].tolist()).items()):
-            self._damaged("more rows of a class than were seen")
-
-    def table(self, layout: _Layout, capacity: int, stored: torch.dtype, device: torch.device) -> _Table:
-        """The rows, in a table of that capacity."""
-        table = _Table(layout, stored, capacity, device)
-        dtypes = {**layout.dtypes, "data": stored}
-        for name, shape in layout.shapes.items():
-            key = name if name == "data" else f"extras.{name}"
-            saved = self._tensor(key, (self.size, *shape), dtypes[name], finite=False)
-            table.tensors[name][: self.size] = saved.to(device)
-        for name in _NUMBERS:
-            table.numbers[name][: self.size] = self._integers(name, self.size).numpy()
-        table.size = self.size
-        return table
-
-    def _layout(self) -> _Layout:
-        names = [key.removeprefix("extras.") for key in self.state if key.startswith("extras.")]
-        tensors = {"row": self.state["row"], "data": self.state["data"]}
-        tensors |= {name: self.state[f"extras.{name}"] for name in names}
-        for name, value in tensors.items():
-            if not isinstance(value, Tensor) or value.is_nested or value.ndim < 1:
-                self._damaged(f"{name}, which is no tensor with rows")
-        return _Layout(tensors["row"], {name: tensors[name] for name in names})
-
-    def _class_seen(self) -> Counter[int]:
-        ids = check_saved_ids(self.prefix + "classes", self.state["classes"])
-        counts = self._integers("class_seen", ids.size)
-        return Counter(dict(zip(ids.tolist(), counts.tolist(), strict=True)))
-
-    def _generator(self) -> torch.Generator:
-        generator = torch.Generator()
-        state = self._tensor("generator", tuple(generator.get_state().shape), torch.uint8)
-        try:
-            generator.set_state(state.cpu())
-        except RuntimeError as error:
-            raise StateError(f"{self.prefix}generator is no state of a generator: {error}") from error
-        return generator
-
-    def _integer(self, name: str) -> int:
-        return int(self._tensor(name, (), torch.int64))
-
-    def _integers(self, name: str, size: int | None = None) -> Tensor:
-        """(size,) int64 numbers from 0, on the host."""
-        value = self.state[name]
-        if size is None:
-            size = value.numel() if isinstance(value, Tensor) and not value.is_nested else 0
-        numbers = self._tensor(name, (size,), torch.int64).cpu()
-        if bool((numbers < 0).any()):
-            self._damaged(f"negative numbers in {name}")
-        return numbers
-
-    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, finite: bool = True) -> Tensor:
-        return check_saved(self.prefix + name, self.state[name], shape, dtype, finite=finite)
-
-    def _damaged(self, what: str) -> NoReturn:
-        raise StateError(f"the saved memory {self.prefix.rstrip('.')} has {what}: the file is damaged")
-
-
-def _checked_rows(data: Tensor, label: Tensor, extras: Mapping[str, Tensor]) -> tuple[_Ids, dict[str, Tensor]]:
+def _checked_rows(data: Tensor, label: Tensor, extras: Mapping[str, Tensor]) -> tuple[Ids, dict[str, Tensor]]:
     tensors = {"data": data, **extras}
     for name, tensor in tensors.items():
-        if name in _NUMBERS:
+        if name in NUMBERS:
             raise BatchError(f"{name} is the name of a number that the memory keeps itself; call the tensor otherwise")
         if not isinstance(tensor, Tensor):
             raise BatchError(f"{name} must be a tensor with one row per sample, got {type(tensor).__name__}")
@@ -843,26 +530,26 @@ def _checked_rows(data: Tensor, label: Tensor, extras: Mapping[str, Tensor]) -> 
     return labels, tensors
 
 
-def _checked_experience(experience: int | Tensor, rows: int) -> _Ids:
+def _checked_experience(experience: int | Tensor, rows: int) -> Ids:
     if isinstance(experience, Tensor):
         numbers = _host_integers("experience", experience, rows)
         largest = numbers.max(initial=0)
     else:
         largest = check_count("experience", experience, at_least=0)
-        numbers = np.full(rows, min(largest, _EXPERIENCE_LIMIT))
-    if largest > _EXPERIENCE_LIMIT:
-        raise BatchError(f"experience must be at most {_EXPERIENCE_LIMIT}, got {largest}")
+        numbers = np.full(rows, min(largest, EXPERIENCE_LIMIT))
+    if largest > EXPERIENCE_LIMIT:
+        raise BatchError(f"experience must be at most {EXPERIENCE_LIMIT}, got {largest}")
     return numbers
 
 
-def _host_integers(name: str, values: Tensor, rows: int) -> _Ids:
+def _host_integers(name: str, values: Tensor, rows: int) -> Ids:
     if not isinstance(values, Tensor):
         raise BatchError(f"{name} must be a tensor of {rows} integers, got {type(values).__name__}")
     if values.dtype == torch.bool or values.dtype.is_floating_point or values.dtype.is_complex:
         raise BatchError(f"{name} must be integers, got {values.dtype}; call .long() if they are whole numbers")
     if values.shape != (rows,):
         raise BatchError(f"{name} must have shape ({rows},), one per row of data, got {tuple(values.shape)}")
-    numbers: _Ids = values.detach().to("cpu", torch.int64).numpy()
+    numbers: Ids = values.detach().to("cpu", torch.int64).numpy()
     if numbers.size and numbers.min() < 0:
         raise BatchError(
             f"{name} must not be negative, got {numbers.min()} in row {numbers.argmin()}; leave unlabelled rows out"
@@ -870,24 +557,7 @@ def _host_integers(name: str, values: Tensor, rows: int) -> _Ids:
     return numbers
 
 
-def _channel_values(name: str, values: float | Sequence[float] | None, otherwise: float) -> tuple[float, ...]:
-    if values is None:
-        return (otherwise,)
-    numbers = (values,) if isinstance(values, int | float) else tuple(values)
-    if not numbers:
-        raise ArgumentError(f"{name} must be a number, or one per channel, got {values!r}")
-    return tuple(check_number(name, number) for number in numbers)
-
-
-def _host_tensor(values: int | list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def _taken(tensor: Tensor, rows: _Ids) -> Tensor:
-    return tensor.index_select(0, torch.from_numpy(rows).to(tensor.device))
-
-
-def _drawn(rows: _Ids, k: int, generator: np.random.Generator) -> _Ids:
+def _drawn(rows: Ids, k: int, generator: np.random.Generator) -> Ids:
     """``k`` of the rows, in order."""
     return np.sort(generator.choice(rows, k, replace=False))
 
@@ -900,14 +570,14 @@ def _levelled(counts: list[int], capacity: int) -> list[int]:
     return [int(count) for count in left]
 
 
-def _exact_limit(rows: _Ids, seen: int) -> int:
+def _exact_limit(rows: Ids, seen: int) -> int:
     """How large a uniform sample of this stream and another can be when these rows of ``seen`` are left."""
     return _MERGE_LIMIT if rows.size == seen else rows.size
 
 
 def _shared_out(
-    one: tuple[_Ids, int], other: tuple[_Ids, int], total: int, generator: np.random.Generator
-) -> tuple[_Ids, _Ids]:
+    one: tuple[Ids, int], other: tuple[Ids, int], total: int, generator: np.random.Generator
+) -> tuple[Ids, Ids]:
     """Rows of two samples, each with the number it was drawn from, that are a uniform sample of the union."""
     (ours, seen), (theirs, others_seen) = one, other
     k = int(generator.hypergeometric(seen, others_seen, total))
