@@ -327,7 +327,7 @@ def test_replay_learning_killed_at_a_random_batch(runs: Runs, kill: tuple[str, i
     whole, counts, _ = runs.whole("onpro")
     assert counts["after_save"] == sum(BATCHES)
     memory = ReservoirBuffer(12)
-    memory.load_state_dict(torch.load(whole / "end.pt", weights_only=True)[STRATEGY]["memory"])
+    memory.load_state_dict(torch.load(whole / "end.pt", weights_only=True)[STRATEGY]["memory"][0])
     assert memory.n_seen == 57
     assert differences(whole, folder) == []
 

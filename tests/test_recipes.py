@@ -221,7 +221,7 @@ def test_onpro_on_tiny_imagenet_runs_on_its_layout(tmp_path: Path) -> None:
     results = small_onpro("paper/onpro_tiny_imagenet", tmp_path, scenario=scenario)
     assert [stage["train_samples"] for stage in results["stream"]["experiences"]] == [6] * 3
     (checkpoint,) = (tmp_path / "runs").rglob("last.ckpt")
-    memory = torch.load(checkpoint, weights_only=True)["clkit_strategy"]["memory"]
+    memory = torch.load(checkpoint, weights_only=True)["clkit_strategy"]["memory"][0]
     assert memory["data"].dtype == torch.uint8
 
 

@@ -14,7 +14,7 @@ from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
 from clkit.methods import NearestMeanHead
 from clkit.observer import FeaturesFrom
-from clkit.processes import share_buffers
+from clkit.processes import gathered, share_buffers
 
 __all__ = ["NMC"]
 
@@ -152,24 +152,31 @@ class NMC(HeadCallback):
     def _head_of_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> NearestMeanHead | None:
         """A new head that has learned the memory's rows in stored order; none where it is empty."""
         assert self._observer is not None
-        memory: Any = trainer.strategy.memory  # type: ignore[attr-defined]  # looked for in `setup`
+        strategy: Any = trainer.strategy
+        memory = strategy.memory  # looked for in `setup`
         size = sum(memory.class_counts().values())
-        if not size:
+        parts = getattr(strategy, "memory_scope", "replicated") == "sharded"
+        if not (sum(gathered(size, "how much they remember")) if parts else size):
             return None
-        share_buffers(trainer.strategy.model)
-        rows = memory.sample(size)  # all of them, so that nothing is drawn
+        share_buffers(strategy.model)
         head: NearestMeanHead | None = None
-        for data, label in zip(rows.data.split(_ROWS), rows.label.split(_ROWS), strict=True):
+        rows = memory.sample(size) if size else None  # all of them, so that nothing is drawn
+        for data, label in () if rows is None else zip(rows.data.split(_ROWS), rows.label.split(_ROWS), strict=True):
             inputs = trainer.precision_plugin.convert_input(data).to(module.device)
             features = self._observer.extract(trainer, module, inputs)
             if head is None:
                 head = self.make_head(features.shape[1]).to(features.device)
             head.update(features, label)
+        self._tap_point = self._observer.tap.point
+        if parts:  # each process adds the rows of its own part
+            width = max(gathered(0 if head is None else head.in_features, "the width of their features"))
+            head = self.make_head(width).to(module.device) if head is None else head
+            head.synchronize()
+            return head
         assert head is not None
         # each process has the whole memory: loaded sums are those of all of them, to which none adds its own
         whole = self.make_head(head.in_features).to(features.device)
         whole.load_state_dict(head.state_dict())
-        self._tap_point = self._observer.tap.point
         return whole
 
 

@@ -207,29 +207,70 @@ def instance_contrast(
         if not len(z):
             return z.sum() + f.sum()
         h = _unit_rows(f)[:, offset : offset + width]
-        scores = (scale / temperature * z) @ (h + z).T  # the small factor is scaled: every step below is (2n, 2n)
-        weights = (scores - scores.detach().amax(dim=1, keepdim=True)).exp()
+        row, column, positives = (part.to(z.device) for part in _same_label(torch.cat([labels, labels])))
+        share = (1 / len(z)) / (positives.to(z)[row] + _EPSILON)
         if form == "new":
-            weights = weights.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), 0)
-        totals = weights.sum(dim=1) + _EPSILON
-        row, column, positives = _same_label(labels.repeat(2), z)
-        same_class = (_costs(weights, totals, row, column) / (positives[row] + _EPSILON)).sum() / len(z)
-        if form == "memory":
-            return same_class
-        rows = torch.arange(len(z), device=z.device)
-        return _costs(weights, totals, rows, rows.roll(len(labels))).mean() + 2 * same_class
+            rows = torch.arange(len(z), device=z.device)
+            row, column = torch.cat([row, rows]), torch.cat([column, rows.roll(len(labels))])
+            share = torch.cat([2 * share, share.new_full((len(z),), 1 / len(z))])
+        # the small factor is scaled, not the product, which is (2n, 2n)
+        loss: Tensor = _PairCosts.apply(scale / temperature * z, h + z, row, column, share, form == "memory")
+        return loss
 
 
-def _same_label(labels: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column of each pair with one label, and in how many pairs a row is; found where the labels are."""
-    same = labels[:, None] == labels
-    row, column = same.nonzero(as_tuple=True)
-    return row.to(like.device), column.to(like.device), same.sum(dim=1).to(like)
+def _same_label(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of each pair with one label, row after row, and in how many pairs a row is."""
+    ordered, order = labels.sort(stable=True)
+    begin = torch.searchsorted(ordered, labels)
+    positives = torch.searchsorted(ordered, labels, right=True) - begin
+    row = torch.arange(len(labels), device=labels.device).repeat_interleave(positives)
+    number = torch.arange(len(row), device=labels.device)  # of the pair; those of the rows before are taken off
+    return row, order[number + (begin - positives.cumsum(0) + positives)[row]], positives
 
 
-def _costs(weights: Tensor, totals: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Costs of some pairs only: the others, nearly all, are in the totals and nowhere else."""
-    return -(weights[row, column] / totals[row] + _EPSILON).log()
+class _PairCosts(torch.autograd.Function):
+    r"""The sum of :math:`\ell` of some pairs of rows, each with its share; see :func:`instance_contrast`.
+
+    Nearly all entries of the matrix of weights are needed for the row sums only, and so for the gradient, which is
+    found together with the loss: no matrix is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, row: Tensor, column: Tensor, share: Tensor, diagonal: bool
+    ) -> Tensor:
+        ctx.diagonal = diagonal
+        loss, *slopes = _cost_and_slopes(left, right, row, column, share, diagonal)
+        ctx.save_for_backward(left, right, row, column, share, *slopes)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, row, column, share, of_left, of_right = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the slopes will be differentiated themselves
+            _, of_left, of_right = _cost_and_slopes(left, right, row, column, share, ctx.diagonal)
+        return slope * of_left, slope * of_right, None, None, None, None
+
+
+def _cost_and_slopes(
+    left: Tensor, right: Tensor, row: Tensor, column: Tensor, share: Tensor, diagonal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, and its slopes by ``left`` and ``right``; works in place, for the matrix has a row for each view."""
+    scores = left @ right.T
+    scores = scores.sub_(scores.detach().amax(dim=1, keepdim=True))
+    if not diagonal:
+        with torch.no_grad():
+            scores.fill_diagonal_(-torch.inf)
+    weights = scores.exp_()
+    totals = weights.sum(dim=1) + _EPSILON
+    parts = weights[row, column] / totals[row]
+    kept = parts + _EPSILON
+    of_pairs = -share * parts / kept  # the slopes by the scores of the pairs, the totals held
+    of_rows = torch.zeros_like(totals).index_put_((row,), of_pairs, accumulate=True)
+    by_row = (-of_rows / totals)[:, None]
+    slopes = weights * by_row if torch.is_grad_enabled() else weights.mul_(by_row)  # autograd still needs the weights
+    slopes = slopes.index_put_((row, column), of_pairs, accumulate=True)
+    return -(share * kept.log()).sum(), slopes @ right, (left.T @ slopes).T
 
 
 def mixed_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Tensor) -> Tensor:
@@ -364,8 +405,8 @@ class ClassMemory(Protocol):
     def classes(self) -> Iterable[int]:
         """The class ids that have rows stored."""
 
-    def sample_class(self, class_id: int, k: int, *, replace: bool, generator: torch.Generator) -> Sequence[Any]:
-        """``k`` stored rows of a class, as something whose first entry is the images."""
+    def sample_classes(self, class_ids: Tensor, generator: torch.Generator) -> Sequence[Any]:
+        """A random stored row of each class named, as something whose first entry is the images."""
 
 
 class OnlinePrototypes:
@@ -517,14 +558,13 @@ class OnlinePrototypes:
         pairs, probabilities = pair_probabilities(self.means)
         self._probabilities = probabilities
         counts = pair_counts(probabilities, count, generator, rule=self.pair_rule)
-        parts = []
-        for pair in torch.nonzero(counts).flatten().tolist():
-            rows = int(counts[pair])
-            classes = [self._stored(int(self.ids[k]), shared, generator) for k in pairs[pair]]
-            x, y = (memory.sample_class(c, rows, replace=True, generator=generator)[0] for c in classes)
-            parts.append((x, y, torch.tensor(classes).expand(rows, 2), self._pair_shares(rows, generator)))
-        x, y, ids, share = (torch.cat(part) for part in zip(*parts, strict=True))
-        x, y, first, second = x.to(like), y.to(like), ids[:, 0].to(like.device), ids[:, 1].to(like.device)
+        chosen = torch.nonzero(counts).flatten()
+        counts = counts[chosen]
+        ids = self._stored(self.ids[pairs[chosen]], shared, generator).repeat_interleave(counts, dim=0)
+        share = self._pair_shares(counts, generator)
+        first, second = ids.unbind(dim=1)
+        x, y = memory.sample_classes(torch.cat([first, second]), generator)[0].to(like).chunk(2)
+        first, second = first.to(like.device), second.to(like.device)
         if self.pure_class == "either":
             swapped = ((torch.rand(count, generator=generator) < 0.5) & (share == 0)).to(like.device)
             pixels = swapped.view(-1, *[1] * (like.ndim - 1))
@@ -532,18 +572,18 @@ class OnlinePrototypes:
             first, second = torch.where(swapped, second, first), torch.where(swapped, first, second)
         return _mixture(x, y, first, second, share)
 
-    def _stored(self, class_id: int, shared: list[int], generator: torch.Generator) -> int:
-        if class_id in shared:
-            return class_id
-        return shared[int(torch.randint(len(shared), (), generator=generator))]
+    def _stored(self, ids: Tensor, shared: list[int], generator: torch.Generator) -> Tensor:
+        """The classes themselves, and random shared ones for those that have left the memory."""
+        stored = torch.tensor(shared)
+        instead = stored[torch.randint(len(shared), ids.shape, generator=generator)]
+        return torch.where(torch.isin(ids, stored), ids, instead)
 
-    def _pair_shares(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Beta numbers by the inverse of the distribution function: one uniform number each."""
-        mixed = self._coin(generator)
-        uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
-        if not mixed:
-            return torch.zeros_like(uniform)
-        return torch.from_numpy(betaincinv(self.mix_alpha, self.mix_alpha, uniform.numpy()))
+    def _pair_shares(self, counts: Tensor, generator: torch.Generator) -> Tensor:
+        """Beta numbers by the inverse of the distribution function, one uniform number each; one coin for a pair."""
+        coins = torch.rand(len(counts), generator=generator, dtype=torch.float64) < self.mix_probability
+        share = torch.rand(int(counts.sum()), generator=generator, dtype=torch.float64)
+        quantiles = torch.from_numpy(betaincinv(self.mix_alpha, self.mix_alpha, share.numpy()))
+        return torch.where(coins.repeat_interleave(counts), quantiles, 0.0)
 
     def _coin(self, generator: torch.Generator) -> bool:
         return float(torch.rand((), generator=generator, dtype=torch.float64)) < self.mix_probability

@@ -14,6 +14,7 @@ from clkit.errors import ArgumentError, BatchError, NotFittedError
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods._replay_codec import RowCodec
 from clkit.methods._replay_saved import FORMAT, SavedMemory
+from clkit.methods._replay_shares import dealt, even, numbered
 from clkit.methods._replay_table import EXPERIENCE_LIMIT, NUMBERS, Ids, RowLayout, RowTable, host_tensor, taken
 from clkit.methods._state import PlainState, exact
 
@@ -22,7 +23,7 @@ __all__ = ["MemoryRows", "ReservoirBuffer"]
 _POLICIES = ("uniform", "class_balanced")
 _STORAGES = ("same", "uint8", "float16")
 _NUMBER_BYTES = 24  # of the four numbers of a row
-_MERGE, _SHRINK = 1, 2  # so that no two purposes share their draws
+_MERGE, _SHRINK, _SHARE = 1, 2, 3  # so that no two purposes share their draws
 _MERGE_LIMIT = 10**9  # of NumPy's hypergeometric distribution
 
 
@@ -227,6 +228,80 @@ class ReservoirBuffer(PlainState):
                 self._table = self._table.resized(capacity, self._remaining(self._table, capacity, generator))
         self._capacity = capacity
 
+    def take_share(
+        self, shards: Sequence[ReservoirBuffer], part: int, capacities: Sequence[int], *, seed: int = 0
+    ) -> None:
+        """Become one of some memories that together hold all rows of ``shards``; what was here is replaced.
+
+        For memories of which each keeps a part of the stream, as processes do, when there are more or fewer of them
+        from now on. Each new memory calls this with the same ``shards``, ``capacities`` and ``seed``, and gets about as
+        many rows as the others, at random. The arrivals are shared out too, so that it goes on as if it had seen its
+        part of the stream. That is right where all shards have seen equally many rows. Where no new memory is full
+        although rows were dropped before, the dropped ones are not counted any more. Rows get new arrival numbers, in
+        the order of their age.
+
+        Args:
+            shards: Memories of the same policy, storage and kind of rows; not modified.
+            part: Which of the new memories this is, from 0.
+            capacities: Of all new memories in order; this one's own among them.
+            seed: Of the draws, at least 0.
+
+        Raises:
+            ArgumentError: If they do not fit together, or the rows do not fit in here; nothing is changed then.
+
+        Example:
+            >>> old = ReservoirBuffer(8)
+            >>> old.add(torch.randn(20, 3), torch.arange(20) % 4)
+            >>> new = [ReservoirBuffer(4, seed=part) for part in range(2)]
+            >>> for part, memory in enumerate(new):
+            ...     memory.take_share([old], part, [4, 4])
+            >>> [(memory.size, memory.n_seen) for memory in new]
+            [(4, 10), (4, 10)]
+            >>> torch.equal(torch.cat([memory.data for memory in new]).sort(0)[0], old.data.sort(0)[0])
+            True
+        """
+        if not 0 <= part < len(capacities) or capacities[part] != self._capacity:
+            raise ArgumentError(
+                f"capacities must have this memory's own, {self._capacity}, at position part={part}, got "
+                f"{list(capacities)}"
+            )
+        check_count("seed", seed, at_least=0)
+        if not shards:
+            raise ArgumentError("shards must have at least one memory, got none")
+        for shard in shards:
+            self._check_alike(shard)
+        filled = [shard for shard in shards if shard._table is not None]
+        tables = [shard._filled() for shard in filled]
+        if any(table.layout != tables[0].layout for table in tables):
+            kinds = "; ".join(str(table.layout) for table in tables)
+            raise ArgumentError(f"shards must all have rows of one kind, got {kinds}")
+        labels = np.concatenate([np.empty(0, np.int64), *[table.now("label") for table in tables]])
+        for room, capacity in zip(even(labels.size, len(capacities)), capacities, strict=True):
+            if room > capacity:
+                raise ArgumentError(
+                    f"the {labels.size} rows of the shards do not fit into memories of {list(capacities)} rows, each "
+                    f"about as many; call shrink() on the shards first"
+                )
+        seen: Counter[int] = sum((shard._class_seen for shard in shards), Counter())
+        draws = [seed, _SHARE, seen.total(), len(capacities)]
+        generator = np.random.default_rng(draws)
+        share = dealt(labels, seen, capacities, generator, balanced=self.policy == "class_balanced")[part]
+        table = None
+        if tables:
+            with exact():
+                table = RowTable(tables[0].layout, tables[0].stored, capacities[part], self._device)
+                starts = np.cumsum([0, *[old.size for old in tables]])
+                ages = []
+                for shard, old, start in zip(filled, tables, starts, strict=False):
+                    rows = share.rows[(share.rows >= start) & (share.rows < start + old.size)] - start
+                    table.append(old, rows)
+                    ages.append((old.now("arrival") / np.array(shard._seen)[old.now("origin")])[rows])
+                table.numbers["origin"][:] = 0
+                table.numbers["arrival"][: table.size] = numbered(np.concatenate(ages), share.class_seen.total())
+        words = np.random.SeedSequence([*draws, part]).generate_state(1, np.uint64)
+        self._generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        self._table, self._seen, self._class_seen = table, [share.class_seen.total()], share.class_seen
+
     # Reading ----------------------------------------------------------------------------------------------------
 
     def sample(self, k: int, generator: torch.Generator | None = None) -> MemoryRows:
@@ -270,6 +345,40 @@ class ReservoirBuffer(PlainState):
         else:
             drawn = torch.randperm(at.size, generator=generator, device="cpu")[:k]
         return self._rows_at(table, at[drawn.numpy()])
+
+    def sample_classes(self, class_ids: Tensor, generator: torch.Generator | None = None) -> MemoryRows:
+        """One random row of each class that is named, drawn with replacement.
+
+        Use it instead of many calls of :meth:`sample_class`: the labels are sorted once, and the rows read at once.
+
+        Args:
+            class_ids: (k,) integers, each one of :meth:`classes`; a class may be named any number of times.
+            generator: A CPU generator to draw with, torch's global one if ``None``.
+
+        Returns:
+            k rows in the order of ``class_ids``.
+
+        Raises:
+            ArgumentError: If they are no such integers, or a class has no row in memory.
+            NotFittedError: If nothing was ever added.
+
+        Example:
+            >>> memory = ReservoirBuffer(4)
+            >>> memory.add(torch.tensor([[0.0], [0.5], [7.0]]), torch.tensor([0, 0, 7]))
+            >>> rows = memory.sample_classes(torch.tensor([7, 0, 7]))
+            >>> rows.label.tolist(), rows.arrival[::2].tolist()
+            ([7, 0, 7], [2, 2])
+        """
+        table = self._filled()
+        named = _checked_class_ids(class_ids)
+        labels = table.now("label")
+        order = labels.argsort(kind="stable")
+        first, behind = (labels.searchsorted(named, side, order) for side in ("left", "right"))
+        absent = named[first == behind]
+        if absent.size:
+            raise ArgumentError(f"class_ids must have rows in memory, {self.classes()}, got {absent[0]}")
+        drawn = torch.rand(named.size, dtype=torch.float64, generator=generator, device="cpu").numpy()
+        return self._rows_at(table, order[first + (drawn * (behind - first)).astype(np.int64)])
 
     def classes(self) -> list[int]:
         """Class ids that have rows in memory, sorted."""
@@ -446,19 +555,22 @@ class ReservoirBuffer(PlainState):
             raise ArgumentError(f"capacity_bytes={self._capacity_bytes} is less than one row, which takes {row} bytes")
         return self._capacity_bytes // row
 
-    def _check_mergeable(self, other: ReservoirBuffer) -> None:
+    def _check_alike(self, other: ReservoirBuffer) -> None:
         if not isinstance(other, ReservoirBuffer):
-            raise ArgumentError(f"only another ReservoirBuffer can be merged, got {type(other).__name__}")
+            raise ArgumentError(f"only another ReservoirBuffer can be taken over, got {type(other).__name__}")
         if other is self:
-            raise ArgumentError("a memory cannot be merged with itself: its rows would be there twice")
+            raise ArgumentError("a memory cannot take over its own rows: they would be there twice")
         for name in ("policy", "storage"):
             if getattr(other, name) != getattr(self, name):
                 raise ArgumentError(
-                    f"cannot merge a memory with {name}={getattr(other, name)!r} into one with "
+                    f"cannot take over a memory with {name}={getattr(other, name)!r} into one with "
                     f"{name}={getattr(self, name)!r}"
                 )
         if (other._codec.mean, other._codec.std) != (self._codec.mean, self._codec.std):
-            raise ArgumentError("cannot merge memories of images that were normalised by different mean and std")
+            raise ArgumentError("cannot take over a memory of images that were normalised by another mean and std")
+
+    def _check_mergeable(self, other: ReservoirBuffer) -> None:
+        self._check_alike(other)
         if self._table is not None and other._table is not None and self._table.layout != other._table.layout:
             raise ArgumentError(
                 f"cannot merge a memory of rows of {other._table.layout} into one of {self._table.layout}"
@@ -540,6 +652,17 @@ def _checked_experience(experience: int | Tensor, rows: int) -> Ids:
     if largest > EXPERIENCE_LIMIT:
         raise BatchError(f"experience must be at most {EXPERIENCE_LIMIT}, got {largest}")
     return numbers
+
+
+def _checked_class_ids(class_ids: Tensor) -> Ids:
+    told = type(class_ids).__name__
+    if isinstance(class_ids, Tensor):
+        told = f"{class_ids.dtype} of shape {tuple(class_ids.shape)}"
+        floating = class_ids.dtype.is_floating_point or class_ids.dtype.is_complex
+        if class_ids.ndim == 1 and not floating and class_ids.dtype != torch.bool:
+            ids: Ids = class_ids.detach().to("cpu", torch.int64).numpy()
+            return ids
+    raise ArgumentError(f"class_ids must be a tensor (k,) of integer class ids, got {told}")
 
 
 def _host_integers(name: str, values: Tensor, rows: int) -> Ids:

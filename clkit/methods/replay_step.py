@@ -337,8 +337,8 @@ class ReplayRule:
     def _mixed_ids(self, replayed: MixedBatch, at: Tensor, total: int, num_classes: int) -> Tensor:
         """An id for each variant: that of its class, or one of its own for an image of two classes."""
         ids = variant_labels(replayed.first, self.variants, num_classes)
-        own = (total * torch.arange(self.variants)[:, None] + at).flatten() + num_classes * self.variants
-        return torch.where(replayed.mixed.cpu().repeat(self.variants), own, ids)
+        own = total * torch.arange(self.variants)[:, None] + at + num_classes * self.variants
+        return torch.where(replayed.mixed.cpu(), own, ids.view_as(own)).flatten()
 
     # Losses -----------------------------------------------------------------------------------------------------
 
@@ -406,8 +406,8 @@ class ReplayRule:
             if f"{name}1" in rows and weight:
                 pair = rows[f"{name}1"], rows[f"{name}2"]
                 loss = instance_contrast(
-                    torch.cat([embeddings[at] for at in pair]),
-                    torch.cat([features[at] for at in pair]),
+                    _both(embeddings, *pair),
+                    _both(features, *pair),
                     labels[f"{name}_ids"],
                     form="new" if name == "new" else "memory",
                     offset=draw_offset(features.shape[1], embeddings.shape[1], generator),
@@ -434,6 +434,13 @@ class ReplayRule:
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     wide = _wide(logits)
     return F.cross_entropy(wide, labels.to(wide.device)) if len(labels) else wide.sum()
+
+
+def _both(values: Tensor, first: slice | Tensor, second: slice | Tensor) -> Tensor:
+    """The rows of two blocks, without a copy where one follows the other."""
+    if isinstance(first, slice) and isinstance(second, slice) and first.stop == second.start:
+        return values[first.start : second.stop]
+    return torch.cat([values[first], values[second]])
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clkit.methods._replay_shares import even
 from clkit.methods.onpro import MixedBatch, PrototypeContrast, prototype_contrast
+from clkit.methods.replay import MemoryRows, ReservoirBuffer
 from clkit.methods.replay_step import Part, StepOutputs, StepViews
-from clkit.processes import gathered, together
+from clkit.processes import gathered, gathered_at_first, together
 
-__all__ = ["Incoming", "ReplayRanks"]
+__all__ = ["Incoming", "ReplayRanks", "ShardedRanks"]
 
 
 class Incoming(NamedTuple):
@@ -20,17 +23,26 @@ class Incoming(NamedTuple):
 
     Attributes:
         part: The process's own.
-        images: (n, …) of all, in rank order.
-        labels: (n,) of all, on the host.
+        labels: (n,) of all in rank order, on the host.
+        offered: (m, …) images that the memory of this process is offered.
+        offered_labels: (m,) theirs, on the host.
+        stored: Rows in memory, of all processes where each has its own.
+        spare: (1, …) an image of some process, for one that has none; no row where nobody needs it.
     """
 
     part: Part
-    images: Tensor
     labels: Tensor
+    offered: Tensor
+    offered_labels: Tensor
+    stored: int
+    spare: Tensor
 
 
 class ReplayRanks:
-    """Cuts what one process would do into shares, and puts it together again; alone, all of it is the process's own."""
+    """Cuts what one process would do into shares, and puts it together again; alone, all of it is the process's own.
+
+    All processes have the same memory and draw the same sample of it; each takes its share of that.
+    """
 
     @property
     def rank(self) -> int:
@@ -42,29 +54,58 @@ class ReplayRanks:
         """How many processes there are."""
         return dist.get_world_size() if _several() else 1
 
-    def incoming(self, images: Tensor, labels: Tensor) -> Incoming:
+    @property
+    def shards(self) -> int:
+        """How many memories there are, each with rows of its own."""
+        return 1
+
+    @property
+    def shard(self) -> int:
+        """Which of them this process has; its draws from the memory are those of this number."""
+        return 0
+
+    def incoming(self, images: Tensor, labels: Tensor, memory: ReservoirBuffer | None) -> Incoming:
         """The batches of all processes; a call on all of them."""
+        stored = 0 if memory is None else memory.size
         if self.size == 1:
-            return Incoming(Part.whole(images, labels), images, labels)
-        all_labels = gathered(labels.tolist(), "their labels")
-        sizes = [len(each) for each in all_labels]
-        start = sum(sizes[: self.rank])
-        part = Part(images, labels, torch.arange(start, start + len(images)), sum(sizes))
-        return Incoming(part, _all_rows(images, sizes), torch.tensor([c for each in all_labels for c in each]).long())
+            return Incoming(Part.whole(images, labels), labels, images, labels, stored, images[:0])
+        part, all_labels, sizes, _ = self._parts(images, labels, stored)
+        offered = _all_rows(images, sizes)
+        return Incoming(part, all_labels, offered, all_labels, stored, offered[:1])
+
+    def sample(self, memory: ReservoirBuffer, wanted: int, generator: torch.Generator, like: Tensor) -> MemoryRows:
+        """A sample of the memory, of ``wanted`` rows over all processes; images of the kind of ``like``."""
+        return memory.sample(wanted, generator)
+
+    def drawn_here(self, wanted: int) -> int:
+        """How many of so many rows over all processes this one draws."""
+        return wanted
 
     def mine(self, rows: Tensor) -> Tensor:
-        """This process's share of rows that all processes have alike: every ``size``-th."""
+        """This process's share of the rows that it drew: every ``size``-th, since all drew the same."""
         return rows[self.rank :: self.size]
 
-    def share(self, images: Tensor, labels: Tensor, like: Tensor) -> Part:
-        """This process's share of a sample that all have alike, on the device of ``like``."""
-        return Part(self.mine(images).to(like.device), self.mine(labels), *self._places(len(images)))
+    def share(self, images: Tensor, labels: Tensor, like: Tensor, wanted: int) -> Part:
+        """This process's share of a sample, on the device of ``like``; ``wanted`` as it was given to :meth:`sample`."""
+        return Part(self.mine(images).to(like.device), self.mine(labels), *self._places(len(images), wanted))
 
-    def share_mixed(self, mixed: MixedBatch, like: Tensor) -> tuple[MixedBatch, tuple[Tensor, int]]:
+    def share_mixed(self, mixed: MixedBatch, like: Tensor, wanted: int) -> tuple[MixedBatch, tuple[Tensor, int]]:
         """The same of a replay batch; its labels are on the host."""
         images, first, second, share = (self.mine(each) for each in mixed)
         own = MixedBatch(images.to(like.device), first.cpu(), second.cpu(), share.cpu())
-        return own, self._places(len(mixed.images))
+        return own, self._places(len(mixed.images), wanted)
+
+    def offered_rows(self, rows: Tensor) -> Tensor:
+        """Rows that belong to the own batch, for the images that the memory is offered; a call on all processes."""
+        return self.all_rows(rows)
+
+    def class_counts(self, memory: ReservoirBuffer) -> dict[int, int]:
+        """Rows in memory by class, of all processes where each has its own; a call on all of them."""
+        return memory.class_counts()
+
+    def saved(self, memory: ReservoirBuffer) -> list[dict[str, Any]]:
+        """The states of all memories, at least in the first process, which writes them; a call on all of them."""
+        return [dict(memory.state_dict())]
 
     def all_rows(self, rows: Tensor) -> Tensor:
         """The rows of all processes in rank order, without a graph; a call on all of them."""
@@ -106,8 +147,19 @@ class ReplayRanks:
             logits, features, None if embeddings is None else _gathered_rows(embeddings, sizes)[at]
         )
 
-    def _places(self, total: int) -> tuple[Tensor, int]:
-        return torch.arange(self.rank, total, self.size), total
+    def _parts(self, images: Tensor, labels: Tensor, stored: int) -> tuple[Part, Tensor, list[int], int]:
+        """The own batch among all of them, the labels of all, how many each has, and the rows in all memories."""
+        told = gathered((labels.tolist(), stored), "their labels")
+        all_labels = [each for each, _ in told]
+        sizes = [len(each) for each in all_labels]
+        start = sum(sizes[: self.rank])
+        part = Part(images, labels, torch.arange(start, start + len(images)), sum(sizes))
+        joined = torch.tensor([c for each in all_labels for c in each]).long()
+        return part, joined, sizes, sum(rows for _, rows in told)
+
+    def _places(self, rows: int, wanted: int) -> tuple[Tensor, int]:
+        """The positions of the own share of a sample of so many rows, and how many positions there are."""
+        return torch.arange(self.rank, rows, self.size), rows
 
     @staticmethod
     def _upright(block: slice | Tensor, told: list[Any], name: str) -> Tensor:
@@ -119,6 +171,61 @@ class ReplayRanks:
             places.append(torch.arange(upright.stop - upright.start) + start)
             start += whole.stop - whole.start
         return torch.cat(places)
+
+
+class ShardedRanks(ReplayRanks):
+    """Each process has a memory of its own stream, and draws and mixes its share of each sample from that alone."""
+
+    @property
+    def shards(self) -> int:
+        """As many as processes."""
+        return self.size
+
+    @property
+    def shard(self) -> int:
+        """That of the rank."""
+        return self.rank
+
+    def incoming(self, images: Tensor, labels: Tensor, memory: ReservoirBuffer | None) -> Incoming:
+        """The batches of all processes; of the images each keeps its own to itself."""
+        part, all_labels, sizes, stored = self._parts(images, labels, 0 if memory is None else memory.size)
+        spare = images[:0]
+        if 0 in sizes and any(sizes):
+            spare = _all_rows(images[:1], [min(size, 1) for size in sizes])[:1]
+        return Incoming(part, all_labels, images, labels, stored, spare)
+
+    def sample(self, memory: ReservoirBuffer, wanted: int, generator: torch.Generator, like: Tensor) -> MemoryRows:
+        """The own share of it; no rows where the own stream had none."""
+        if memory.size:
+            return memory.sample(self.drawn_here(wanted), generator)
+        none = torch.empty(0, dtype=torch.int64)
+        return MemoryRows(like[:0], none, none, none, none, {})
+
+    def drawn_here(self, wanted: int) -> int:
+        """An even share."""
+        return even(wanted, self.size)[self.rank]
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """All of them: nobody else drew them."""
+        return rows
+
+    def offered_rows(self, rows: Tensor) -> Tensor:
+        """The own ones."""
+        return rows
+
+    def class_counts(self, memory: ReservoirBuffer) -> dict[int, int]:
+        """Summed over all memories."""
+        counts = sum(map(Counter, gathered(memory.class_counts(), "what they remember")), Counter[int]())
+        return dict(sorted(counts.items()))
+
+    def saved(self, memory: ReservoirBuffer) -> list[dict[str, Any]]:
+        """In rank order, in the first process; the others get none."""
+        return gathered_at_first(dict(memory.state_dict()), "what they remember")
+
+    def _places(self, rows: int, wanted: int) -> tuple[Tensor, int]:
+        """Each process has its stretch of them; where its memory has too few rows some are left out."""
+        start = sum(even(wanted, self.size)[: self.rank])
+        return torch.arange(start, start + rows), wanted
 
 
 def _several() -> bool:

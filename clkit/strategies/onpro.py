@@ -26,7 +26,8 @@ from clkit.methods.segments import BatchNormSegments
 from clkit.methods.views import Rotation
 from clkit.saved import saved_entry, saved_list
 from clkit.strategies._augmentation import Augmentation
-from clkit.strategies._replay_ranks import ReplayRanks
+from clkit.strategies._replay_memory import ReplayMemory
+from clkit.strategies._replay_ranks import Incoming
 from clkit.strategies.base import LearningStrategy
 from clkit.tap import FeatureTap, Tapped
 
@@ -54,13 +55,13 @@ class OnProStrategy(LearningStrategy):
     recipes ``configs/<name>.yaml``: experience replay (``er``), ``er_ace``, ``der_pp``, ``scr``, and fine-tuning, which
     is ``er`` with ``capacity=0``.
 
-    Logged under ``name``: ``onpro/loss``, each loss term, ``onpro/memory`` (rows), ``onpro/mixed_share`` (of the replay
-    batch) and ``onpro/pair_entropy`` (of the distribution over pairs of classes, in nats). Monitors of values that the
-    ``training_step`` logs do not exist.
+    Logged under ``name``: ``onpro/loss``, each loss term, ``onpro/memory`` (rows in this process's memory),
+    ``onpro/mixed_share`` (of the replay batch) and ``onpro/pair_entropy`` (of the distribution over pairs of classes,
+    in nats). Monitors of values that the ``training_step`` logs do not exist.
 
-    With several processes the memory is the same in all of them, that of one process fed with the batches of all;
-    ``replay_batch`` is shared out. Losses are over each process's own rows, and gradients are averaged, unless
-    ``gather="embeddings"``.
+    With several processes the memory is the same in all of them, that of one process fed with the batches of all, or,
+    by ``memory_scope="sharded"``, each has a part of it for its own stream; ``replay_batch`` is shared out. Losses are
+    over each process's own rows, and gradients are averaged, unless ``gather="embeddings"``.
 
     Args:
         capacity: M, images kept; 0 for none.
@@ -105,6 +106,10 @@ class OnProStrategy(LearningStrategy):
         memory_mean: With ``"uint8"``: the mean by which the images were normalised, one number or one per channel.
         memory_std: Likewise the standard deviation.
         memory_device: Where the memory is kept.
+        memory_scope: With several processes: ``"replicated"``: each has the whole memory, and images go from each to
+            all in every step; ``"sharded"``: each has an even part of it, for its own stream, and images stay where
+            they are. Then images are equally likely to be kept where all processes have seen equally many, and the
+            classes of a mixed pair come from one process's part.
         name: Prefix of what is logged.
         layer: Where features are read; see :class:`~clkit.FeatureTap`.
         seed: Of all draws of the strategy, at least 0; the global random states are left alone.
@@ -168,6 +173,7 @@ class OnProStrategy(LearningStrategy):
         memory_mean: float | list[float] | None = None,
         memory_std: float | list[float] | None = None,
         memory_device: str = "cpu",
+        memory_scope: Literal["replicated", "sharded"] = "replicated",
         name: str = "onpro",
         layer: str = "auto",
         seed: int = 0,
@@ -180,6 +186,7 @@ class OnProStrategy(LearningStrategy):
         check_choice("first_experience", first_experience, ("paper", "replay"))
         check_choice("batch_norm", batch_norm, ("segments", "joint"))
         check_choice("gather", gather or "none", ("none", "embeddings"))
+        check_choice("memory_scope", memory_scope, ("replicated", "sharded"))
         self.capacity = capacity
         self.rule = ReplayRule(
             rotation=rotation,
@@ -225,25 +232,24 @@ class OnProStrategy(LearningStrategy):
             pure_class=pure_class,
             mix_probability_rule=mix_probability_rule,
         )
-        self.memory: ReservoirBuffer | None = None
-        if capacity:
-            self.memory = ReservoirBuffer(
-                capacity,
-                policy=memory_policy,
-                storage=memory_storage,
-                mean=memory_mean,
-                std=memory_std,
-                device=memory_device,
-                seed=seed,
-            )
+        self.memory_scope = memory_scope
+        options = {
+            "policy": memory_policy,
+            "storage": memory_storage,
+            "mean": memory_mean,
+            "std": memory_std,
+            "device": memory_device,
+        }
+        self._memory = ReplayMemory(capacity, memory_scope, seed, options)
+        self._ranks = self._memory.ranks
         self._balance = MemoryHistory()
+        self._counted: tuple[int, dict[int, int]] | None = None  # rows by class when the last experience ended
         self._snapshots = PrototypeHistory()
         self._seen: set[int] = set()
         self._step = 0  # batches learned
         self._batch_in_experience = 0
         self._experience = 0
         self._epoch: int | None = None  # in which the experience began
-        self._ranks = ReplayRanks()
         self._tap: FeatureTap | None = None
         self._segments: BatchNormSegments | None = None
         self._automatic: bool | None = None
@@ -254,6 +260,11 @@ class OnProStrategy(LearningStrategy):
     def state_key(self) -> str:
         """``"onpro"``, whichever method the switches make of it."""
         return "onpro"
+
+    @property
+    def memory(self) -> ReservoirBuffer | None:
+        """What is kept of the stream, of one's own stream where the memory is sharded; ``None`` for capacity 0."""
+        return self._memory.rows
 
     @property
     def projector(self) -> nn.Module | None:
@@ -307,6 +318,7 @@ class OnProStrategy(LearningStrategy):
         super().setup(trainer)
         if trainer.state.fn != "fit":
             return
+        self._memory.share_out()
         module = self.lightning_module
         assert module is not None
         self._tell_once(
@@ -372,6 +384,8 @@ class OnProStrategy(LearningStrategy):
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
         """What figures show of this moment."""
         self._balance.boundary(self._step)
+        if self.memory is not None:
+            self._counted = self._step, self._ranks.class_counts(self.memory)
         if len(self.prototypes):
             self._snapshots.note(experience.index + 1, self.prototypes.ids, self.prototypes.means)
 
@@ -382,9 +396,10 @@ class OnProStrategy(LearningStrategy):
         """
         if self.memory is None or not self.memory.size:
             return {}
+        now = (self._step, self.memory.class_counts()) if not self._memory.is_part else self._counted or (None, None)
         from clkit.metrics.figures import plot_memory_balance, plot_prototype_history
 
-        steps, counts = self._balance.points(self._step, self.memory.class_counts())
+        steps, counts = self._balance.points(*now)
         figures = {"memory_balance": plot_memory_balance(steps, counts, boundaries=self._balance.boundaries)[0]}
         if self._snapshots.snapshots:
             figures["prototype_similarity"] = plot_prototype_history(self._snapshots.snapshots)[0]
@@ -416,7 +431,7 @@ class OnProStrategy(LearningStrategy):
         if self._work is None:
             self._work = self._prepared(args[0] if args else kwargs["batch"])
         work = self._work
-        if not len(work.images):
+        if not len(work.incoming.labels):
             return self._nothing()
         with self.precision_plugin.train_step_context():
             outputs = self._forward(work.views)
@@ -430,16 +445,16 @@ class OnProStrategy(LearningStrategy):
     def _prepared(self, batch: Any) -> _Work:
         """Everything that a step draws and reads before the forward; nothing that is kept changes."""
         x, y = self._checked(*read_batch(batch, self.batch_reader))
-        incoming = self._ranks.incoming(x, y)
+        incoming = self._ranks.incoming(x, y, self.memory)
         seen = self._seen | set(incoming.labels.tolist())
-        stored = 0 if self.memory is None else self.memory.size
+        stored = incoming.stored
         first = stored == 0 or (self.first_experience == "paper" and self._experience == 0)
         wanted = self.replay_batch
         if not first and self.replay_per_class is not None:
             wanted = min(wanted, self.replay_per_class * len(seen))
         sampled = replayed = second = logits = None
         if self.memory is not None and stored and (not first or self._batch_in_experience):
-            rows = self.memory.sample(wanted, self._generator(_SAMPLE))
+            rows = self._ranks.sample(self.memory, wanted, self._memory_generator(_SAMPLE), x)
             images, labels = rows.data, rows.label.cpu()
             if len(x) and images.shape[1:] != x.shape[1:]:
                 raise BatchError(
@@ -448,23 +463,25 @@ class OnProStrategy(LearningStrategy):
                 )
             mixed = MixedBatch.pure(images, labels) if self.rule.replays else None
             if mixed is not None and not first and self.apf and self._batch_in_experience:
-                mixed = self.prototypes.mix(images, labels, self.memory, self._generator(_MIX), size=wanted)
-            sampled = self._ranks.share(images, labels, x)
-            logits = self._ranks.mine(rows.extras["logits"]) if "logits" in rows.extras else None
+                size = self._ranks.drawn_here(wanted)
+                mixed = self.prototypes.mix(images, labels, self.memory, self._memory_generator(_MIX), size=size)
+            sampled = self._ranks.share(images, labels, x, wanted)
+            if self.rule.logit_weight:
+                logits = self._ranks.mine(rows.extras["logits"]) if "logits" in rows.extras else torch.empty(0)
             if not first and mixed is not None:
-                replayed = self._ranks.share_mixed(mixed, x)
+                replayed = self._ranks.share_mixed(mixed, x, wanted)
             if self.rule.logit_ce_weight:
-                again = self.memory.sample(wanted, self._generator(_SECOND))
-                second = self._ranks.share(again.data, again.label.cpu(), x)
+                again = self._ranks.sample(self.memory, wanted, self._memory_generator(_SECOND), x)
+                second = self._ranks.share(again.data, again.label.cpu(), x, wanted)
         own, at = replayed if replayed is not None else (None, None)
         step = StepBatch(incoming.part, first, sampled, own, at, second, logits)
         views = self.rule.views(step, self._augmented, self._num_classes(incoming.labels))
         self.stream_rows = self._stream_rows(views, len(x))
-        if not len(views.images) and len(incoming.images):
+        if not len(views.images) and len(incoming.labels):
             # other processes wait for this one's part in the step: it runs a row that no loss looks at
-            views = replace(views, images=incoming.images[:1], segments=[1])
+            views = replace(views, images=incoming.spare, segments=[1])
         mixed_share = float(own.mixed.float().mean()) if own is not None and len(own.images) else 0.0
-        work = _Work(self._step, views, incoming.images, incoming.labels, seen, mixed_share)
+        work = _Work(self._step, views, incoming, seen, mixed_share)
         self._tell_cost(len(x), 0 if sampled is None else len(sampled.images), views, first)
         return work
 
@@ -513,13 +530,13 @@ class OnProStrategy(LearningStrategy):
             extras = {}
             if self.rule.logit_weight:
                 rows = work.views.rows["ce_new"]
-                extras["logits"] = self._ranks.all_rows(outputs.logits[rows].detach().float())
-            self.memory.add(work.images, work.labels, self._experience, **extras)
+                extras["logits"] = self._ranks.offered_rows(outputs.logits[rows].detach().float())
+            self.memory.add(work.incoming.offered, work.incoming.offered_labels, self._experience, **extras)
         self._seen = work.seen
         self._step += 1
         self._batch_in_experience += 1
         if self.memory is not None and self._balance.due(self._step):
-            self._balance.note(self._step, self.memory.class_counts())
+            self._balance.note(self._step, self._ranks.class_counts(self.memory))
         prototypes = losses.prototypes
         if prototypes is not None and self.gather is None:  # of all processes, as those of one checkpoint must be
             assert outputs.embeddings is not None
@@ -546,7 +563,7 @@ class OnProStrategy(LearningStrategy):
             if self.prototypes.pair_entropy is not None:
                 values["pair_entropy"] = self.prototypes.pair_entropy
         logged = {f"{self.name}/{key}": value for key, value in values.items()}
-        module.log_dict(logged, on_step=True, on_epoch=False, batch_size=max(1, len(work.images)))
+        module.log_dict(logged, on_step=True, on_epoch=False, batch_size=max(1, len(work.incoming.labels)))
 
     def _nothing(self) -> Tensor:
         """No rows: a zero with a graph."""
@@ -606,11 +623,15 @@ class OnProStrategy(LearningStrategy):
     def _augmented(self, images: Tensor, positions: Tensor, total: int) -> Tensor:
         return self.augmentation(images, positions, total, self._generator(_VIEWS))
 
-    def _generator(self, purpose: int, step: int | None = None) -> torch.Generator:
-        """The draws of one purpose and step, the same in all processes."""
+    def _generator(self, purpose: int, step: int | None = None, shard: int = 0) -> torch.Generator:
+        """The draws of one purpose and step, the same in all processes that have the same memory."""
         number = self._step if step is None else step
-        words = np.random.SeedSequence((self.seed, purpose, number)).generate_state(1, np.uint64)
+        words = np.random.SeedSequence((self.seed, purpose, number, shard)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+    def _memory_generator(self, purpose: int) -> torch.Generator:
+        """The draws from this process's memory."""
+        return self._generator(purpose, shard=self._ranks.shard)
 
     def _tell_once(self, key: str, message: str) -> None:
         if key not in self._said:
@@ -633,9 +654,9 @@ class OnProStrategy(LearningStrategy):
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
-        """Memory, prototypes, classes seen and counters, and the settings that gave them."""
+        """Memories, prototypes, classes seen and counters, and the settings that gave them."""
         return {
-            "memory": None if self.memory is None else dict(self.memory.state_dict()),
+            "memory": self._memory.saved(),
             "prototypes": self.prototypes.state_dict(),
             "balance": self._balance.state_dict(),
             "snapshots": self._snapshots.state_dict(),
@@ -654,12 +675,7 @@ class OnProStrategy(LearningStrategy):
             StateError: If it does not fit these settings; nothing is changed then.
         """
         key = self.state_key
-        memory = saved_entry(state, "memory", dict | None, key)
-        if (memory is None) != (self.memory is None):
-            raise StateError(
-                f"{key}: the saved run has {'no memory' if memory is None else 'a memory'}, this strategy has "
-                f"capacity={self.capacity}; use the capacity of the saved run"
-            )
+        self._memory.check(state, key)
         seen = set(saved_list(state, "seen", int, key))
         numbers = {name: saved_entry(state, name, int, key) for name in ("step", "batch_in_experience", "experience")}
         negative = [name for name, number in numbers.items() if number < 0]
@@ -672,15 +688,12 @@ class OnProStrategy(LearningStrategy):
         balance, snapshots = MemoryHistory(), PrototypeHistory()
         balance.load_state_dict(saved_entry(state, "balance", dict, key))
         snapshots.load_state_dict(saved_entry(state, "snapshots", dict, key))
-        if self.memory is not None:
-            images = memory.get("data")
-            if isinstance(images, Tensor) and images.is_floating_point() and not bool(images.isfinite().all()):
-                raise StateError(f"{key}: images in the saved memory are not finite; the file is damaged")
-            self.memory.load_state_dict(memory)
+        self._memory.take_up(state["memory"], key)
         self.prototypes.load_state_dict(prototypes.state_dict())
         self._balance, self._snapshots = balance, snapshots
         self._seen, self._epoch = seen, epoch
         self._step, self._batch_in_experience, self._experience = numbers.values()
+        self._counted = None
         changed = [
             f"{name}={value!r} (was {settings[name]!r})"
             for name, value in self.rule.settings().items()
@@ -693,13 +706,10 @@ class OnProStrategy(LearningStrategy):
 class _Work:
     """What a batch needs until it is learned."""
 
-    def __init__(
-        self, step: int, views: StepViews, images: Tensor, labels: Tensor, seen: set[int], mixed_share: float
-    ) -> None:
+    def __init__(self, step: int, views: StepViews, incoming: Incoming, seen: set[int], mixed_share: float) -> None:
         self.step = step
         self.views = views
-        self.images = images  # of all processes, for the memory
-        self.labels = labels
+        self.incoming = incoming
         self.seen = seen
         self.mixed_share = mixed_share
         self.done = False

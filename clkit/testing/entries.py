@@ -96,8 +96,8 @@ def clkit_entries() -> list[Entry]:
     """The table of clkit's own heads, callbacks and strategies; a new method joins by adding its line.
 
     Example:
-        >>> [entry.name for entry in clkit_entries() if entry.kind == "strategy"]
-        ['LearningStrategy', 'GradientFreeStrategy', 'GradientFreeStrategy-warmup', 'OnProStrategy']
+        >>> [entry.name for entry in clkit_entries() if entry.registered]
+        ['GradientFreeStrategy', 'OnProStrategy']
     """
     head = partial(Entry, kind="head")
     callback = partial(Entry, kind="callback")
@@ -145,4 +145,5 @@ def clkit_entries() -> list[Entry]:
             processes="agree",
         ),
         Entry("OnProStrategy", "strategy", OnProStrategy, registered="onpro", processes="agree"),
+        Entry("OnProStrategy-sharded", "strategy", partial(OnProStrategy, memory_scope="sharded"), processes="agree"),
     ]

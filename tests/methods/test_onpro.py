@@ -260,6 +260,54 @@ def test_gradients_of_instances_are_finite_differences(form: str) -> None:
     )
 
 
+def plain_instance_contrast(z: Tensor, f: Tensor, labels: Tensor, form: str, temperature: float) -> Tensor:
+    """With all of its matrices, each made by itself, for autograd to differentiate."""
+    both = torch.cat([labels, labels])
+    scores = z @ normalize(f, dim=1)[:, 1 : 1 + z.shape[1]].T + z @ z.T
+    weights = ((scores - scores.detach().max(dim=1, keepdim=True).values) / temperature).exp()
+    if form == "new":
+        weights = weights * (1 - torch.eye(len(z), dtype=z.dtype))
+    costs = -(weights / (weights.sum(dim=1, keepdim=True) + 1e-8) + 1e-8).log()
+    same = (both[:, None] == both).to(z.dtype)
+    total = (same * costs / (same.sum(dim=1, keepdim=True) + 1e-8)).sum() / len(z)
+    partners = costs[torch.arange(len(z)), torch.arange(len(z)).roll(len(labels))]
+    return total if form == "memory" else partners.mean() + 2 * total
+
+
+@pytest.mark.parametrize("form", ["new", "memory"])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_gradients_of_instances_are_those_of_the_plain_matrices(form: str, temperature: float) -> None:
+    labels = torch.randint(-2, 9, (40,), generator=seeded())
+    z, f = drawn_rows(80, 6), 3 * torch.randn(80, 9, generator=seeded(1), dtype=torch.float64)
+    gradients = []
+    for loss_of in (
+        lambda z, f: instance_contrast(z, f, labels, form=form, offset=1, temperature=temperature),
+        lambda z, f: plain_instance_contrast(z, f, labels, form, temperature),
+    ):
+        leaves = z.clone().requires_grad_(), f.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(3 * loss_of(*leaves), leaves))
+    for ours, plain in zip(*gradients, strict=True):
+        assert float((ours - plain).norm() / plain.norm()) < 1e-11
+
+
+@pytest.mark.parametrize("form", ["new", "memory"])
+def test_second_derivatives_of_instances_are_finite_differences(form: str) -> None:
+    z, f = EMBEDDINGS.clone().requires_grad_(), (2 * FEATURES).requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda a, b: instance_contrast(a, b, VARIANTS, form=form, offset=1, temperature=0.7), (z, f), atol=1e-6
+    )
+
+
+def test_the_gradient_of_instances_can_be_asked_for_again() -> None:
+    z = EMBEDDINGS.clone().requires_grad_()
+    loss = instance_contrast(z, FEATURES, VARIANTS, form="new")
+    first, again, graph = (torch.autograd.grad(loss, z, retain_graph=True, create_graph=i == 2)[0] for i in range(3))
+    assert torch.equal(first, again)
+    assert torch.equal(first, graph)
+    with torch.no_grad():
+        assert torch.equal(instance_contrast(z, FEATURES, VARIANTS, form="new"), loss)
+
+
 def test_offsets_are_uniform_below_the_difference_and_nothing_is_drawn_for_equal_widths() -> None:
     generator = seeded()
     offsets = [draw_offset(7, 4, generator) for _ in range(300)]
@@ -475,18 +523,19 @@ class Shelf:
         self.labels = torch.tensor(labels)
         numbers = torch.arange(len(labels))
         self.images = torch.stack([self.labels, numbers], dim=1).to(dtype).reshape(-1, 1, 1, 2)
-        self.asked: list[tuple[int, int, bool]] = []
+        self.asked: list[int] = []
 
     def classes(self) -> list[int]:
         return sorted(set(self.labels.tolist()))
 
-    def sample_class(
-        self, class_id: int, k: int, *, replace: bool, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        self.asked.append((class_id, k, replace))
-        own = torch.nonzero(self.labels == class_id).flatten()
-        chosen = own[torch.randint(len(own), (k,), generator=generator)]
-        return self.images[chosen], self.labels[chosen]
+    def sample_classes(self, class_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        self.asked += class_ids.tolist()
+        chosen = []
+        for class_id in class_ids.tolist():
+            own = torch.nonzero(self.labels == class_id).flatten()
+            chosen.append(int(own[torch.randint(len(own), (), generator=generator)]))
+        at = torch.tensor(chosen, dtype=torch.int64)
+        return self.images[at], self.labels[at]
 
 
 FULL = [0] * 12 + [2] * 9 + [5] * 8 + [9] * 3
@@ -528,8 +577,7 @@ def test_every_batch_is_whole(seed: int, size: int, known: int, base_rate: float
     batch, shelf = mixed(seed, size=size, ids=KNOWN[:known], base_rate=base_rate, **options)
     check_rows(batch, size)
     base = min(int(size * base_rate), len(FULL))
-    assert sum(k for _, k, _ in shelf.asked) == 2 * (size - base)
-    assert all(replace for *_, replace in shelf.asked)
+    assert len(shelf.asked) == 2 * (size - base)
     assert set(batch.first[base:].tolist()) <= set(KNOWN[:known].tolist())
 
 
@@ -597,11 +645,46 @@ def test_class_of_images_that_were_not_mixed(rule: str, share: float) -> None:
     check_rows(batch, 50)
 
 
+GOLDEN = [(0, 2)] * 13 + [(0, 5)] + [(2, 5)] + [(5, 9)]  # the counts 13, 1, 0, 1, 0, 1 of the pairs of KNOWN
+
+
+def test_pairs_come_as_often_as_they_are_counted_each_with_rows_and_shares_of_its_own() -> None:
+    prototypes = OnlinePrototypes(base_rate=0.0, mix_probability=0.6)
+    prototypes.keep(KNOWN, MEANS.float())
+    shelf, generator, coins, of_first = Shelf(FULL), seeded(), [], set()
+    for _ in range(800):
+        batch = prototypes.mix(shelf.images[:16], shelf.labels[:16], shelf, generator)
+        check_rows(batch, 16)
+        assert list(zip(batch.first.tolist(), batch.second.tolist(), strict=True)) == GOLDEN
+        on = batch.share > 0
+        assert len(set(on[:13].tolist())) == 1  # one coin for the pair
+        assert not on[0] or len(batch.share[:13].unique()) == 13  # and a share for each row
+        of_first |= {(row, int(number)) for row, number in enumerate(batch.images[:, 0, 0, 1]) if not on[row]}
+        coins.append([float(on[row]) for row in (0, 13, 14, 15)])
+    assert of_first == {(row, n) for row, (c, _) in enumerate(GOLDEN) for n in range(len(FULL)) if FULL[n] == c}
+    tossed = np.array(coins)
+    assert tossed.mean(axis=0) == pytest.approx(0.6, abs=0.07)
+    assert np.abs(np.corrcoef(tossed.T) - np.eye(4)).max() < 0.15  # each pair has a coin of its own
+
+
+def test_what_replaces_a_class_is_drawn_once_for_a_pair() -> None:
+    prototypes, instead = OnlinePrototypes(base_rate=0.0), []
+    prototypes.keep(torch.tensor([0, 2, 5]), torch.tensor([[0.0, 0], [1, 1], [0, 1e-3]]))  # nearly all: the pair 0, 5
+    shelf = Shelf([0] * 4 + [2] * 4)
+    for seed in range(60):
+        batch = prototypes.mix(shelf.images, shelf.labels, shelf, seeded(seed), size=8)
+        assert set(batch.first.tolist()) == {0}
+        assert len(set(batch.second.tolist())) == 1
+        instead.append(int(batch.second[0]))
+    assert 15 < instead.count(0) < 45
+    assert set(instead) == {0, 2}
+
+
 def test_a_class_that_left_the_memory_is_replaced_by_one_they_share() -> None:
     taken = set()
     for seed in range(30):
         batch, shelf = mixed(seed, labels=[0] * 4 + [2] * 4 + [7] * 4, base_rate=0.0, size=12)
-        assert {c for c, *_ in shelf.asked} <= {0, 2}  # 5 and 9 are gone, 7 has no prototype
+        assert set(shelf.asked) <= {0, 2}  # 5 and 9 are gone, 7 has no prototype
         assert len(batch.images) == 12
         taken |= {(int(a), int(b)) for a, b in zip(batch.first, batch.second, strict=True)}
     assert taken == {(0, 0), (0, 2), (2, 0), (2, 2)}
@@ -622,7 +705,7 @@ def test_small_samples_and_coincident_prototypes() -> None:
     prototypes.keep(torch.tensor([0, 2]), torch.ones(2, 3))
     batch = prototypes.mix(shelf.images, shelf.labels, shelf, seeded(), size=64)
     check_rows(batch, 64)
-    assert sum(k for _, k, _ in shelf.asked) == 2 * (64 - 3)
+    assert len(shelf.asked) == 2 * (64 - 3)
 
 
 def test_with_a_reservoir() -> None:

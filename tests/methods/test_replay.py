@@ -262,6 +262,7 @@ def test_global_random_state_is_left_alone_and_reading_changes_nothing() -> None
         offer(read, 10, start=start)
         read.sample(3, torch.Generator().manual_seed(1))
         read.sample_class(0, 9, replace=True, generator=torch.Generator().manual_seed(1))
+        read.sample_classes(torch.zeros(9, dtype=torch.int64), torch.Generator().manual_seed(1))
         read.state_dict()
     read_again = copy.deepcopy(read)
     read.merge(copy.deepcopy(read_again))
@@ -272,6 +273,7 @@ def test_global_random_state_is_left_alone_and_reading_changes_nothing() -> None
     for start in range(0, 40, 10):
         offer(reread, 10, start=start)
         reread.sample(3)
+        reread.sample_classes(torch.zeros(3, dtype=torch.int64))
     assert contents(reread) == contents(memory)
 
 
@@ -318,6 +320,52 @@ def test_sample_of_a_class() -> None:
         memory.sample_class(5, 1)
 
 
+@pytest.mark.parametrize("policy", ["uniform", "class_balanced"])
+def test_a_row_of_each_class_named_is_that_of_a_naive_loop(policy: str) -> None:
+    memory = ReservoirBuffer(40, policy=policy, seed=1)
+    labels = torch.randint(0, 9, (90,), generator=torch.Generator().manual_seed(0)) ** 2  # gaps, uneven, out of order
+    memory.add(torch.arange(90)[:, None], labels, logits=torch.arange(90.0))
+    stored = [(int(c), int(row)) for c, row in zip(memory.label, memory.arrival, strict=True)]
+    classes = memory.classes()
+    named = torch.tensor(classes + classes[::-1] + [classes[2]] * 5)
+    for ids in (named, named.int(), named[:0], named[:1]):
+        rows = memory.sample_classes(ids, torch.Generator().manual_seed(3))
+        drawn = torch.rand(len(ids), dtype=torch.float64, generator=torch.Generator().manual_seed(3)).tolist()
+        expected = []
+        for c, u in zip(ids.tolist(), drawn, strict=True):
+            own = [row for label, row in stored if label == c]
+            expected.append(own[int(u * len(own))])
+        assert rows.arrival.tolist() == expected
+        assert rows.data.flatten().tolist() == rows.extras["logits"].tolist() == expected
+        assert rows.label.tolist() == ids.tolist()
+        assert rows.data.shape == (len(ids), 1)
+
+
+def test_rows_of_classes_are_drawn_with_replacement_and_equally_often() -> None:
+    memory = offer(ReservoirBuffer(9), 9, classes=2)  # five rows of class 0, four of class 1
+    generator = torch.Generator().manual_seed(0)
+    rows = memory.sample_classes(torch.tensor([1, 0]).repeat(3000), generator)
+    assert rows.label.tolist() == [1, 0] * 3000
+    for c, own in ((0, 5), (1, 4)):
+        counts = np.bincount(rows.arrival[rows.label == c].numpy(), minlength=9)[c::2]
+        assert counts.size == own
+        assert chi2.sf(float(((counts - 3000 / own) ** 2 / (3000 / own)).sum()), own - 1) > 1e-3
+    pairs = rows.arrival.view(-1, 2).numpy()  # those of one call do not depend on one another
+    table = np.histogram2d(pairs[:, 0], pairs[:, 1], bins=(range(1, 11, 2), range(0, 12, 2)))[0]
+    assert chi2.sf(float(((table - 150) ** 2 / 150).sum()), table.size - 1) > 1e-3
+
+
+def test_classes_of_which_no_row_can_be_drawn_are_refused() -> None:
+    memory = offer(ReservoirBuffer(9), 9, classes=3)
+    for absent in (-1, 3, 70):
+        with pytest.raises(ArgumentError, match=rf"class_ids must have rows in memory, \[0, 1, 2\], got {absent}"):
+            memory.sample_classes(torch.tensor([0, absent, 2]))
+    bad: list[Any] = [torch.tensor([0.0]), torch.tensor([True]), torch.tensor(1), torch.zeros(2, 2).long(), [0, 1]]
+    for class_ids in bad:
+        with pytest.raises(ArgumentError, match=r"class_ids must be a tensor \(k,\) of integer class ids, got"):
+            memory.sample_classes(class_ids)
+
+
 def test_numbers_of_a_memory_that_is_not_full() -> None:
     memory = ReservoirBuffer(10)
     fields = (memory.data, memory.label, memory.experience, memory.arrival, memory.origin)
@@ -331,6 +379,8 @@ def test_numbers_of_a_memory_that_is_not_full() -> None:
         ReservoirBuffer(3).sample(1)
     with pytest.raises(NotFittedError, match="nothing was added yet"):
         ReservoirBuffer(3).sample_class(0, 1)
+    with pytest.raises(NotFittedError, match="nothing was added yet"):
+        ReservoirBuffer(3).sample_classes(torch.tensor([0]))
 
 
 # Storage ------------------------------------------------------------------------------------------------------------
@@ -580,7 +630,7 @@ def test_class_balanced_merge_may_leave_room_that_only_new_classes_fill() -> Non
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (nn.Linear(1, 1), "only another ReservoirBuffer can be merged, got Linear"),
+        (nn.Linear(1, 1), "only another ReservoirBuffer can be taken over, got Linear"),
         (ReservoirBuffer(5, policy="class_balanced"), "policy='class_balanced' into one with policy='uniform'"),
         (ReservoirBuffer(5, storage="float16"), "storage='float16'"),
         (offer(ReservoirBuffer(4), 10), r"call shrink\(4\)"),
@@ -596,14 +646,14 @@ def test_merge_refuses_what_does_not_fit(other: Any, words: str) -> None:
 
 def test_merge_refuses_itself_and_other_rows() -> None:
     memory = offer(ReservoirBuffer(5), 20)
-    with pytest.raises(ArgumentError, match="with itself"):
+    with pytest.raises(ArgumentError, match="its own rows"):
         memory.merge(memory)
     other = ReservoirBuffer(5)
     other.add(torch.ones(3, 2), torch.arange(3))
     with pytest.raises(ArgumentError, match="rows of"):
         memory.merge(other)
     one, two = (ReservoirBuffer(2, storage="uint8", mean=mean, std=0.5) for mean in (0.5, 0.25))
-    with pytest.raises(ArgumentError, match="different mean and std"):
+    with pytest.raises(ArgumentError, match="another mean and std"):
         one.merge(two)
 
 
@@ -712,6 +762,7 @@ def test_a_default_device_of_the_user_changes_nothing(policy: str) -> None:
             one.sample(2)
             one.sample_class(0, 1)
             one.sample_class(0, 3, replace=True)
+            one.sample_classes(torch.zeros(3, dtype=torch.int64, device="cpu"))
         other.shrink(6)
         memory.merge(other)
         state = memory.state_dict()

@@ -808,6 +808,35 @@ def test_the_classifier_takes_part_where_no_loss_needs_it() -> None:
     assert not net.head.weight.grad.any()
 
 
+def test_where_the_blocks_lie_changes_no_loss() -> None:
+    """Behind one another as a step makes them, the blocks in the opposite order, and rows anywhere."""
+    rule = ReplayRule(rotation="rot4", ce_new_weight=0.5)
+    views = rule.views(Given().batch(first=False, rule=rule), transform, CLASSES)
+    count = len(views.images)
+    each = torch.arange(count)
+    blocks = {name: each[rows] for name, rows in views.rows.items()}
+    opposite = torch.cat([blocks[name] for name in reversed(blocks) if not name.startswith("upright")])
+    moved = {name: int((opposite == rows[0]).nonzero()) for name, rows in blocks.items()}
+    apart = {name: slice(start, start + len(blocks[name])) for name, start in moved.items()}
+    anywhere = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    found = []
+    for order, rows in (
+        (each, views.rows),
+        (opposite, apart),
+        (anywhere, {name: anywhere.argsort()[rows] for name, rows in blocks.items()}),
+    ):
+        leaves = [drawn_images(count, width).flatten(1)[:, :width].requires_grad_() for width in (CLASSES, 9, DIM)]
+        outputs = StepOutputs(*(values[order] for values in leaves))
+        losses = rule.losses(replace(views, rows=rows), outputs, torch.Generator().manual_seed(1))
+        found.append((losses.terms, torch.autograd.grad(losses.total, leaves)))
+    (terms, gradients), *others = found
+    for other_terms, other_gradients in others:
+        for name, term in terms.items():
+            assert float(other_terms[name]) == pytest.approx(float(term), rel=1e-12)
+        for one, other in zip(gradients, other_gradients, strict=True):
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-13)
+
+
 def test_embeddings_as_wide_as_the_features_draw_no_offset() -> None:
     rule, given = ReplayRule(rotation="none"), Given()
     net, _ = networks()

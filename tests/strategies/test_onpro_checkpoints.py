@@ -207,7 +207,7 @@ def test_the_memory_of_a_file_is_that_of_the_run(whole: Path) -> None:
     run = torch.load(whole, weights_only=True)[STRATEGY]
     memory = onpro().memory
     assert memory is not None
-    memory.load_state_dict(run["memory"])
+    memory.load_state_dict(run["memory"][0])
     assert (memory.n_seen, memory.size) == (5 + 4 + 4 + 4 + 5 + 5 + 5, 20)
 
 

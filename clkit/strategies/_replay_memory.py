@@ -1,0 +1,127 @@
+"""The memory of a replay strategy: whole, or this process's part of it, and how it is saved and taken up."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from clkit.errors import ArgumentError, StateError
+from clkit.methods._replay_shares import even
+from clkit.methods.replay import ReservoirBuffer
+from clkit.saved import saved_entry, saved_list
+from clkit.strategies._replay_ranks import ReplayRanks, ShardedRanks
+
+__all__ = ["ReplayMemory"]
+
+_SHARDS = 5  # a purpose of draws that no step has
+
+
+class ReplayMemory:
+    """Holds ``rows``, the memory of this process: all that is kept, or an even part of it.
+
+    Args:
+        capacity: Rows in all processes; 0 for no memory.
+        scope: ``"replicated"`` or ``"sharded"``.
+        seed: Of the draws.
+        options: Further arguments of :class:`~clkit.methods.ReservoirBuffer`.
+    """
+
+    def __init__(
+        self, capacity: int, scope: Literal["replicated", "sharded"], seed: int, options: dict[str, Any]
+    ) -> None:
+        self.capacity = capacity
+        self.ranks: ReplayRanks = ShardedRanks() if scope == "sharded" else ReplayRanks()
+        self._seed, self._options = seed, options
+        self.rows = ReservoirBuffer(capacity, seed=seed, **options) if capacity else None
+        self._parts = 1  # of which `rows` is one
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other processes hold other rows."""
+        return self._parts > 1
+
+    def share_out(self) -> None:
+        """Makes of the memory the part that this process keeps, once it is known how many processes there are.
+
+        Raises:
+            ArgumentError: If there are more processes than rows to keep.
+        """
+        parts = self.ranks.shards
+        if self.rows is None or self._parts == parts:
+            return
+        if self.capacity < parts:
+            raise ArgumentError(
+                f"memory_scope='sharded' needs at least one image for each of the {parts} processes, got "
+                f"capacity={self.capacity}"
+            )
+        part = self._empty(parts)
+        if self.rows.n_seen:
+            part.take_share([self.rows], self.ranks.shard, even(self.capacity, parts), seed=self._seed)
+        self.rows, self._parts = part, parts
+
+    def saved(self) -> list[dict[str, Any]] | None:
+        """The states of all parts in rank order, in the first process; ``None`` without a memory."""
+        return None if self.rows is None else self.ranks.saved(self.rows)
+
+    def check(self, state: dict[str, Any], owner: str) -> None:
+        """Looks at what :meth:`saved` gave as far as :meth:`take_up` will not.
+
+        Raises:
+            StateError: If it does not fit.
+        """
+        memories = saved_entry(state, "memory", list | None, owner)
+        if (memories is None) != (self.rows is None):
+            raise StateError(
+                f"{owner}: the saved run has {'no memory' if memories is None else 'a memory'}, this strategy has "
+                f"capacity={self.capacity}; use the capacity of the saved run"
+            )
+        if memories is None:
+            return
+        if not saved_list(state, "memory", dict, owner):
+            raise StateError(f"{owner}: the list of saved memories is empty; the file is damaged")
+        for memory in memories:
+            images = memory.get("data")
+            if isinstance(images, Tensor) and images.is_floating_point() and not bool(images.isfinite().all()):
+                raise StateError(f"{owner}: images in the saved memory are not finite; the file is damaged")
+
+    def take_up(self, memories: list[dict[str, Any]] | None, owner: str) -> None:
+        """Takes the part of this process, or a share of all parts where there were more or fewer.
+
+        Raises:
+            StateError: If they do not fit; nothing is changed then.
+        """
+        self.share_out()
+        if self.rows is None or memories is None:
+            return
+        if len(memories) == self._parts:
+            self.rows.load_state_dict(memories[self.ranks.shard])
+            return
+        saved = [self._whole(state, f"{owner}: memory {position}") for position, state in enumerate(memories)]
+        total = sum(memory.capacity or 0 for memory in saved)
+        if total != self.capacity:
+            raise StateError(
+                f"{owner}: the {len(saved)} saved memories have a capacity of {total} rows together, this strategy of "
+                f"{self.capacity}; with another number of processes use the capacity of the saved run"
+            )
+        rows = self._empty(self._parts)
+        try:
+            rows.take_share(saved, self.ranks.shard, even(self.capacity, self._parts), seed=self._seed)
+        except ArgumentError as error:
+            raise StateError(f"{owner}: the saved memories do not fit together: {error}") from error
+        self.rows = rows
+
+    def _empty(self, parts: int) -> ReservoirBuffer:
+        """This process's one of so many."""
+        words = np.random.SeedSequence((self._seed, _SHARDS, self.ranks.shard)).generate_state(1, np.uint64)
+        seed = self._seed if parts == 1 else int(words[0] >> np.uint64(1))
+        return ReservoirBuffer(even(self.capacity, parts)[self.ranks.shard], seed=seed, **self._options)
+
+    def _whole(self, state: dict[str, Any], owner: str) -> ReservoirBuffer:
+        capacity = saved_entry(state, "capacity", Tensor, owner)
+        if capacity.numel() != 1 or capacity.is_floating_point() or capacity.is_complex() or int(capacity) < 1:
+            raise StateError(f"{owner} has the capacity {capacity.tolist()}; the file is damaged")
+        memory = ReservoirBuffer(int(capacity), **self._options)
+        memory.load_state_dict(state)
+        return memory
