@@ -20,6 +20,7 @@ __all__ = [
     "callbacks_of",
     "cap_max_epochs",
     "datamodule_of",
+    "in_step",
     "is_fast_dev_run",
     "is_last_batch",
     "keep_samplers",
@@ -84,9 +85,15 @@ def processed_batches(trainer: pl.Trainer) -> int:
 
 
 def accumulates(trainer: pl.Trainer) -> bool:
-    """Whether the gradients of the batch just done wait for further batches before the optimizer steps."""
-    batches = _seen(trainer, "fit_loop.epoch_loop.batch_progress.current.ready")
-    return bool(batches % trainer.accumulate_grad_batches) and not is_last_batch(trainer)
+    """Whether the gradients of the batches that are done wait for further ones before the optimizer steps."""
+    waits = bool(processed_batches(trainer) % trainer.accumulate_grad_batches)
+    return waits and (in_step(trainer) or not is_last_batch(trainer))
+
+
+def in_step(trainer: pl.Trainer) -> bool:
+    """Whether a training batch was handed out and is not done: a resume is given it again."""
+    progress = _seen(trainer, "fit_loop.epoch_loop.batch_progress.current")
+    return bool(progress.processed < progress.ready)
 
 
 def started_epochs(trainer: pl.Trainer) -> int:
@@ -179,6 +186,10 @@ def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     epoch = epochs[0]
     if validation["processed"] < validation["ready"]:  # saved inside a validation: run the whole validation again
         validation["completed"] = validation["processed"] = 0
+    if current["processed"] < current["ready"]:  # saved inside a step: the batch comes again, and counts once
+        for progress in (current, total):
+            progress["ready"] = progress["started"] = progress["processed"]
+        batch["is_last_batch"] = False
     if current["ready"] == 0:  # between two epochs: already whole
         return
     if epoch["processed"] == epoch["ready"] and not batch["is_last_batch"]:

@@ -12,20 +12,26 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from clkit._lightning import accumulates
+from clkit._lightning import accumulates, in_step
 from clkit.errors import StateError
 from clkit.processes import gathered
 from clkit.saved import saved_list
 
-__all__ = ["keep_gradients", "restore_gradients", "saved_gradients"]
+__all__ = ["keep_gradients", "lost_gradients", "restore_gradients", "saved_gradients"]
 
 _KEY = "clkit_gradients"
 _OWNER = "the gradients of an accumulation"
 
 
 def keep_gradients(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Adds the waiting gradients of each process to a checkpoint, once; a call on all processes."""
+    """Adds the waiting gradients of each process to a checkpoint, once; a call on all processes.
+
+    Inside a step there are none to keep: they may have a part of the batch in work, which comes again.
+    """
     if _KEY in checkpoint or trainer.state.fn != "fit" or not accumulates(trainer):
+        return
+    if in_step(trainer):
+        checkpoint[_KEY] = []
         return
     own = {
         name: parameter.grad.detach().cpu()
@@ -36,7 +42,7 @@ def keep_gradients(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: 
 
 
 def saved_gradients(checkpoint: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The gradients of each process that a checkpoint holds; none where nothing waited.
+    """The gradients of each process that a checkpoint holds; none where nothing waited, or could not be kept.
 
     Raises:
         StateError: If they are no tensors by name.
@@ -49,6 +55,11 @@ def saved_gradients(checkpoint: dict[str, Any]) -> list[dict[str, Tensor]]:
             if not isinstance(gradient, Tensor):
                 raise StateError(f"{_OWNER}: {name!r} in the saved state must be a Tensor: the file is damaged")
     return processes
+
+
+def lost_gradients(checkpoint: dict[str, Any]) -> bool:
+    """Whether gradients waited when a checkpoint was saved and are not in it."""
+    return checkpoint.get(_KEY) == []
 
 
 def restore_gradients(module: pl.LightningModule, own: dict[str, Tensor]) -> None:

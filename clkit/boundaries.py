@@ -18,10 +18,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit._lightning import callbacks_of, datamodule_of, is_last_batch
-from clkit.accumulation import restore_gradients, saved_gradients
+from clkit.accumulation import lost_gradients, restore_gradients, saved_gradients
 from clkit.errors import StateError
 from clkit.experience import Experience
 from clkit.processes import gathered
@@ -76,6 +77,7 @@ class Boundaries:
         self.was_over = False  # a loaded checkpoint was saved after the last batch of the experience that it says runs
         self._random: list[dict[str, Any]] | None = None  # of a loaded checkpoint, one a process
         self._gradients: list[dict[str, Tensor]] = []  # the same
+        self._lost = False  # gradients that waited are not in the loaded checkpoint
         self._epoch: int | None = None  # the last in which a batch's start was looked at
 
     @classmethod
@@ -107,8 +109,14 @@ class Boundaries:
             restore_random_state(self._random[trainer.global_rank])
         if len(self._gradients) == trainer.world_size:
             restore_gradients(module, self._gradients[trainer.global_rank])
+        if self._lost:
+            rank_zero_warn(
+                "the checkpoint was saved in the middle of a step, while gradients of earlier batches waited for it "
+                f"(accumulate_grad_batches={trainer.accumulate_grad_batches}): the next step of the optimizer is "
+                "without those batches"
+            )
         self._random = self._epoch = None
-        self._gradients = []
+        self._gradients, self._lost = [], False
         schedule = _schedule(trainer)
         was_over, self.was_over = self.was_over, False
         if not self.running or self.current is None:
@@ -196,7 +204,7 @@ class Boundaries:
         Raises:
             StateError: If they are damaged.
         """
-        self._gradients = saved_gradients(checkpoint)
+        self._gradients, self._lost = saved_gradients(checkpoint), lost_gradients(checkpoint)
 
     @staticmethod
     def saved_experience(state: Any) -> Experience | None:

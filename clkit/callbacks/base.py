@@ -212,7 +212,7 @@ class StreamCallback(pl.Callback):
         if observed < trained:
             raise StateError(
                 f"{self.state_key} had learned {observed} of {trained} batches when the checkpoint was saved: "
-                "a callback before it in the list saved in `on_train_batch_end`; move that callback behind it"
+                "a callback before it in the list saved or failed in `on_train_batch_end`; move that callback behind it"
             )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from enum import IntEnum
 from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from clkit._lightning import keep_samplers, make_loops_whole
+from clkit._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
 from clkit.accumulation import keep_gradients
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
@@ -28,6 +30,27 @@ __all__ = ["LearningStrategy"]
 FORMAT = 1
 
 
+class _Stage(IntEnum):
+    """How far the step of a batch came, by what could not be taken back if the batch came again."""
+
+    NONE = 0
+    FORWARD = 1  # buffers of the network, random draws
+    UPDATE = 2  # the optimizer may have begun
+    LEARNED = 3  # all of it
+
+
+_TWICE = {
+    _Stage.FORWARD: (
+        "what its forward changed in buffers of the network (running statistics) and drew at random is not taken back"
+    ),
+    _Stage.UPDATE: (
+        "what its forward changed in buffers of the network (running statistics) and drew at random is not taken back, "
+        "and the optimizer may have begun to step"
+    ),
+    _Stage.LEARNED: "the optimizer has stepped and the strategy has learned it, or a part of it: it counts twice",
+}
+
+
 class LearningStrategy(DDPStrategy):
     """A strategy that says in one method how a batch becomes a loss, on one device or many.
 
@@ -39,6 +62,9 @@ class LearningStrategy(DDPStrategy):
     it. The part is one object for the strategy's life, a child of the user's module while a fit runs, trained by the
     user's optimizer, and never among the keys of the user's own state. What else a strategy has learned it gives in
     :meth:`stream_state`; a whole checkpoint holds both, a weights-only one neither.
+
+    What it learns of a batch beside the weights it takes up in :meth:`on_batch_learned`, and not before: a checkpoint
+    that is written when a step fails or is interrupted then has nothing of the batch, which a resume is given again.
 
     Args:
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
@@ -81,6 +107,8 @@ class LearningStrategy(DDPStrategy):
         super().__init__(**ddp_options)
         self.batch_reader = batch_reader
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
+        self._reached = (-1, _Stage.NONE)  # batches done before the one in work, and how far its step came
+        self._stepping = False
 
     @property
     def state_key(self) -> str:
@@ -118,6 +146,7 @@ class LearningStrategy(DDPStrategy):
         if trainer.state.fn == "fit":
             self._follow(trainer)
             self._attach_part(trainer)
+            self._reached = (-1, _Stage.NONE)
         if self.single_device:
             keep_samplers(trainer)
             Strategy.setup(self, trainer)
@@ -190,6 +219,56 @@ class LearningStrategy(DDPStrategy):
             )
         return known
 
+    # ---- one batch
+
+    def on_batch_learned(self) -> None:
+        """The optimizer has stepped for the batch, or its gradients wait for further batches.
+
+        Nothing of the user's runs between this and the moment from which the trainer counts the batch as done.
+        """
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the backward pass; outside of a step of the optimizer it is the last thing that a batch needs."""
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if not self._stepping:
+            self._learned()
+        return loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the step, forward and backward pass within it."""
+
+        def watched() -> Any:
+            result = closure()
+            self._reach(_Stage.UPDATE)
+            return result
+
+        self._stepping = True
+        try:
+            output = super().optimizer_step(optimizer, watched, model, **kwargs)
+        finally:
+            self._stepping = False
+        self._learned()
+        return output
+
+    def _learned(self) -> None:
+        self._reach(_Stage.LEARNED)  # first: an interrupt while the strategy learns leaves a part of it
+        self.on_batch_learned()
+
+    def _reach(self, stage: _Stage) -> None:
+        self._reached = (trained_batches(self._trainer), stage)
+
+    def _stage(self) -> _Stage:
+        """How far the step came that a checkpoint of this moment cuts."""
+        batches, stage = self._reached
+        cut = self._trainer.state.fn == "fit" and in_step(self._trainer) and batches == trained_batches(self._trainer)
+        return stage if cut else _Stage.NONE
+
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
@@ -220,6 +299,7 @@ class LearningStrategy(DDPStrategy):
                 "position": self._boundaries.state_dict(),
                 "over": self._trainer.state.fn == "fit" and self._boundaries.is_over(self._trainer),
                 "part": None if self.part is None else dict(self.part.state_dict()),
+                "stage": int(self._stage()),
                 **self.stream_state(),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -282,6 +362,9 @@ class LearningStrategy(DDPStrategy):
         position.load_state_dict(saved_entry(state, "position", dict, self.state_key))
         position.load_gradients(dict(checkpoint))
         over = saved_entry(state, "over", bool, self.state_key)
+        stage = saved_entry(state, "stage", int, self.state_key)
+        if stage not in list(_Stage):
+            raise StateError(f"{self.state_key}: 'stage' in the saved state is {stage}; the file is damaged")
         if self.part is None:
             self.part = self.make_part(trainer, module)
         if self.part is not None:
@@ -299,6 +382,10 @@ class LearningStrategy(DDPStrategy):
         self._boundaries.load_state_dict(state["position"])
         self._boundaries.was_over = over
         self._boundaries.load_gradients(dict(checkpoint))
+        if stage != _Stage.NONE:
+            rank_zero_warn(
+                f"the checkpoint was saved in the middle of a step, and its batch comes again: {_TWICE[_Stage(stage)]}"
+            )
 
     def _check_part(self, saved: Mapping[str, Any] | None) -> None:
         if self.part is None or saved is None:
@@ -369,6 +456,7 @@ class LearningStrategy(DDPStrategy):
         """Notices the start of an experience where no callback follows the stream."""
         assert self.lightning_module is not None
         Boundaries.of(self._trainer).on_train_batch_start(self._trainer, self.lightning_module)
+        self._reach(_Stage.FORWARD if self.lightning_module.training else _Stage.NONE)
 
     def on_validation_start(self) -> None:
         """Notices the end of an experience where no callback follows the stream."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,7 +17,7 @@ from clkit.batch import BatchReader, read_batch
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.experience import Experience
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods.onpro import MixedBatch, OnlinePrototypes, PrototypeContrast
+from clkit.methods.onpro import MixedBatch, OnlinePrototypes
 from clkit.methods.projector import Projector
 from clkit.methods.replay import ReservoirBuffer
 from clkit.methods.replay_history import MemoryHistory, PrototypeHistory
@@ -437,9 +437,9 @@ class OnProStrategy(LearningStrategy):
             outputs = self._forward(work.views)
         joined = (work.views, outputs) if self.gather is None else self._ranks.joined(work.views, outputs)
         losses = self.rule.losses(*joined, self._generator(_OFFSET, work.step))
-        if not work.done:
-            work.done = True
-            self._finish(work, outputs, losses)
+        if work.learned is None:
+            work.learned = self._learned_of(work, outputs, losses)
+            self._report(work, losses)
         return losses.total
 
     def _prepared(self, batch: Any) -> _Work:
@@ -524,40 +524,51 @@ class OnProStrategy(LearningStrategy):
         assert self.model is not None
         return self.model(images)
 
-    def _finish(self, work: _Work, outputs: StepOutputs, losses: StepLosses) -> None:
+    def _learned_of(self, work: _Work, outputs: StepOutputs, losses: StepLosses) -> _Learned:
+        """What is taken up once the step is done; a call on all processes."""
+        extras = {}
+        if self.memory is not None and self.rule.logit_weight:
+            rows = work.views.rows["ce_new"]
+            extras["logits"] = self._ranks.offered_rows(outputs.logits[rows].detach().float())
+        prototypes = losses.prototypes
+        if prototypes is not None and self.gather is None:  # of all processes, as those of one checkpoint must be
+            assert outputs.embeddings is not None
+            prototypes = self._ranks.prototypes(work.views, outputs.embeddings, prototypes)
+        if prototypes is None or not bool(prototypes.means.isfinite().all()):
+            return _Learned(extras, None)
+        return _Learned(extras, (prototypes.ids, prototypes.means.detach()))
+
+    def on_batch_learned(self) -> None:
         """The memory gets the batch, whatever the loss."""
+        work = self._work
+        if work is None or work.learned is None or work.kept:  # a batch without rows, or a second step for one batch
+            return
+        work.kept = True
         if self.memory is not None:
-            extras = {}
-            if self.rule.logit_weight:
-                rows = work.views.rows["ce_new"]
-                extras["logits"] = self._ranks.offered_rows(outputs.logits[rows].detach().float())
-            self.memory.add(work.incoming.offered, work.incoming.offered_labels, self._experience, **extras)
+            offered = work.incoming.offered, work.incoming.offered_labels
+            self.memory.add(*offered, self._experience, **work.learned.extras)
         self._seen = work.seen
         self._step += 1
         self._batch_in_experience += 1
         if self.memory is not None and self._balance.due(self._step):
             self._balance.note(self._step, self._ranks.class_counts(self.memory))
-        prototypes = losses.prototypes
-        if prototypes is not None and self.gather is None:  # of all processes, as those of one checkpoint must be
-            assert outputs.embeddings is not None
-            prototypes = self._ranks.prototypes(work.views, outputs.embeddings, prototypes)
-        self._report(work, losses, prototypes)
+        if work.learned.prototypes is not None:
+            self.prototypes.keep(*work.learned.prototypes)
 
-    def _report(self, work: _Work, losses: StepLosses, prototypes: PrototypeContrast | None) -> None:
+    def _report(self, work: _Work, losses: StepLosses) -> None:
         bad = [name for name, term in losses.terms.items() if name not in self._said and not bool(term.isfinite())]
         if bad:  # once for each term: what follows is not finite either
             self._said.update(bad)
             rank_zero_warn(
-                f"batch {self._step - 1}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
+                f"batch {work.step}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
                 f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
             )
-        if prototypes is not None and bool(prototypes.means.isfinite().all()):
-            self.prototypes.keep(prototypes.ids, prototypes.means)
         module = self.lightning_module
         assert module is not None
         values: dict[str, Tensor | float] = {"loss": losses.total.detach(), **losses.terms}
         if self.memory is not None:
-            values["memory"] = float(self.memory.size)
+            rows, limit = self.memory.size + len(work.incoming.offered_labels), self.memory.capacity
+            values["memory"] = float(rows if limit is None else min(rows, limit))  # once it has the batch
         if self.apf and self.rule.replays:
             values["mixed_share"] = work.mixed_share
             if self.prototypes.pair_entropy is not None:
@@ -703,6 +714,13 @@ class OnProStrategy(LearningStrategy):
             rank_zero_warn(f"{key}: the checkpoint was saved with other settings: {', '.join(changed)}")
 
 
+class _Learned(NamedTuple):
+    """What a batch taught that is no weight."""
+
+    extras: dict[str, Tensor]  # beside the images, for the memory
+    prototypes: tuple[Tensor, Tensor] | None  # ids and means
+
+
 class _Work:
     """What a batch needs until it is learned."""
 
@@ -712,4 +730,5 @@ class _Work:
         self.incoming = incoming
         self.seen = seen
         self.mixed_share = mixed_share
-        self.done = False
+        self.learned: _Learned | None = None
+        self.kept = False  # whether it was taken up

@@ -268,6 +268,10 @@ class TwoMemories:
     def size(self) -> int:
         return sum(part.size for part in self.parts)
 
+    @property
+    def capacity(self) -> int:
+        return sum(PARTS)
+
     def class_counts(self) -> dict[int, int]:
         labels = torch.cat([part.label for part in self.parts])
         return dict(zip(*(each.tolist() for each in labels.unique(return_counts=True)), strict=True))

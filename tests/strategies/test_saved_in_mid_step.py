@@ -1,0 +1,358 @@
+"""Checkpoints that Lightning writes when a step fails or is interrupted: the batch comes again, and is learned once."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from onpro_runs import BATCHES, SAMPLES, Lit, differences, lit, onpro, stream, values
+from torch import Tensor
+
+from clkit.callbacks import AEFOCL, NMC
+from clkit.checkpoints import STRATEGY
+from clkit.errors import StateError
+from clkit.strategies import OnProStrategy
+
+IN_STEP = ["forward", "on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
+AT = [0, 3, 4, 11]  # the first of all, the last and the first of an experience, the last of all
+CUT = "in the middle of a step"
+LOST = "without those batches"
+
+
+class Failure(Exception):  # noqa: N818  not an error of the library
+    pass
+
+
+class Fail(pl.Callback):
+    """Fails once, in one hook of one batch, counted over the run."""
+
+    def __init__(self, where: str, at: int, error: type[BaseException] = Failure) -> None:
+        self.where, self.at, self.error = where, at, error
+        self.batch = -1
+
+    def arrive(self, where: str) -> None:
+        if where == self.where and self.batch == self.at:
+            raise self.error(where)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.batch += 1
+        self.arrive("on_train_batch_start")
+
+    def on_before_zero_grad(self, *args: Any) -> None:
+        self.arrive("on_before_zero_grad")
+
+    def on_after_backward(self, *args: Any) -> None:
+        self.arrive("on_after_backward")
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.arrive("on_before_optimizer_step")
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.arrive("on_train_batch_end")
+
+
+class Failing(Lit):
+    """Fails where no callback can: in its own forward, and after the step of its optimizer."""
+
+    fail: Fail | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and self.fail is not None:
+            self.fail.arrive("forward")
+        return super().forward(images)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.fail is not None:
+            self.fail.arrive("optimizer_step")
+
+
+class Gradients(pl.Callback):
+    """The gradient of one weight after each backward pass, and before each step."""
+
+    def __init__(self) -> None:
+        self.summed: list[Tensor] = []
+        self.stepped: list[Tensor] = []
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.summed.append(pl_module.net.conv.weight.grad.clone())
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.stepped.append(pl_module.net.conv.weight.grad.clone())
+
+
+class Run:
+    """A run with replay and two heads; ``said`` are its warnings."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fail: Fail | None = None,
+        *,
+        behind: bool = False,
+        heads: bool = True,
+        resume: bool = False,
+        accumulate: int = 1,
+        data: Any = None,
+        strategy: OnProStrategy | None = None,
+        **network: Any,
+    ) -> None:
+        self.module = lit(Failing, **{"norm": False, **network})
+        self.module.fail = fail
+        self.strategy = onpro() if strategy is None else strategy
+        self.heads: list[Any] = [NMC(), AEFOCL(balance="none")] if heads else []
+        self.gradients = Gradients()
+        failing = [] if fail is None else [fail]
+        listed = [*self.heads, *failing] if behind else [*failing, *self.heads]
+        self.trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=-1,
+            strategy=self.strategy,
+            callbacks=[self.gradients, *listed, OnExceptionCheckpoint(folder)],
+            accumulate_grad_batches=accumulate,
+            default_root_dir=str(folder),
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        torch.manual_seed(1 if not resume else 99)  # whoever resumes has drawn other numbers
+        path = str(folder / "on_exception.ckpt") if resume else None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.trainer.fit(
+                self.module,
+                datamodule=stream() if data is None else data,
+                ckpt_path=path,
+                weights_only=True if resume else None,
+            )
+        self.said = [str(each.message) for each in caught if CUT in str(each.message)]
+
+    def end(self) -> dict[str, Any]:
+        """All that the run has learned."""
+        assert self.strategy.projector is not None
+        return {
+            "weights": values(self.module),
+            "projector": values(self.strategy.projector),
+            "optimizer": self.trainer.optimizers[0].state_dict(),
+            "strategy": self.strategy.stream_state(),
+            "heads": {head.name: dict(head.head.state_dict()) for head in self.heads},
+            "steps": self.trainer.global_step,
+            "random": torch.get_rng_state(),
+        }
+
+
+def failed_and_resumed(folder: Path, fail: Fail, *, behind: bool = False, **options: Any) -> Run:
+    with pytest.raises(Failure):
+        Run(folder, fail, behind=behind, **options)
+    return Run(folder, resume=True, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing interrupted."""
+    return Run(tmp_path_factory.mktemp("whole"))
+
+
+# ---- before the optimizer steps
+
+
+@pytest.mark.parametrize("at", AT)
+@pytest.mark.parametrize("where", IN_STEP)
+def test_a_batch_whose_step_failed_is_learned_once(tmp_path: Path, whole: Run, where: str, at: int) -> None:
+    """Nothing of the batch is in the file, and that it might be, where a network has other parts, is said once."""
+    resumed = failed_and_resumed(tmp_path, Fail(where, at))
+    assert differences(resumed.end(), whole.end()) == []
+    assert len(resumed.said) == 1
+
+
+def test_the_file_of_a_failed_step_has_seen_the_batches_before_it(tmp_path: Path) -> None:
+    with pytest.raises(Failure):
+        Run(tmp_path, Fail("on_after_backward", 6))
+    strategy = onpro()
+    strategy.load_stream_state(torch.load(tmp_path / "on_exception.ckpt", weights_only=True)[STRATEGY])
+    assert strategy.memory is not None
+    seen = 5 + 4 + 4 + 4 + 5 + 5
+    assert strategy.memory.n_seen == seen
+    assert sum(strategy.memory.class_seen.values()) == seen
+    assert sorted(set(strategy.memory.arrival.tolist()))[-1] < seen
+
+
+@pytest.mark.parametrize("at", AT)
+def test_a_step_that_had_not_begun_leaves_nothing_to_say(tmp_path: Path, whole: Run, at: int) -> None:
+    resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_start", at))
+    assert differences(resumed.end(), whole.end()) == []
+    assert resumed.said == []
+
+
+@pytest.mark.parametrize("at", AT)
+def test_a_batch_that_could_not_be_fetched_comes_again(tmp_path: Path, whole: Run, at: int) -> None:
+    samples = sum(size for part in BATCHES for size in part[: max(0, at - done(part))])
+
+    class Broken:
+        """The images as they are, until one cannot be read."""
+
+        left = samples
+
+        def __call__(self, image: Tensor) -> Tensor:
+            if self.left == 0:
+                raise Failure("no such file")
+            self.left -= 1
+            return image
+
+    with pytest.raises(Failure):
+        Run(tmp_path, data=stream(train_transform=Broken()))
+    resumed = Run(tmp_path, resume=True)
+    assert differences(resumed.end(), whole.end()) == []
+    assert resumed.said == []
+
+
+def done(part: tuple[int, ...]) -> int:
+    """Batches of the experiences before this one."""
+    return sum(len(each) for each in BATCHES[: BATCHES.index(part)])
+
+
+def test_running_statistics_are_what_moves_twice(tmp_path: Path) -> None:
+    """As in plain Lightning; the warning says so. All that was trained is as if nothing had happened."""
+    straight = Run(tmp_path, norm=True).end()
+    resumed = failed_and_resumed(tmp_path, Fail("on_after_backward", 6), norm=True)
+    end = resumed.end()
+    for each in (straight, end):
+        del each["heads"]  # read in eval mode, by the running statistics
+    names = {"running_mean", "running_var", "num_batches_tracked"}
+    assert {path.rsplit(".", 1)[-1] for path in differences(end, straight)} == names
+    key = "net.norm.num_batches_tracked"
+    assert int(end["weights"][key]) > int(straight["weights"][key])
+    assert len(resumed.said) == 1
+    assert "running statistics" in resumed.said[0]
+
+
+def test_an_interrupt_in_a_step(tmp_path: Path, whole: Run) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            Run(tmp_path, Fail("on_before_optimizer_step", 6, KeyboardInterrupt))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+    resumed = Run(tmp_path, resume=True)
+    assert differences(resumed.end(), whole.end()) == []
+    assert len(resumed.said) == 1
+
+
+def test_a_strategy_whose_step_failed_has_not_learned_the_batch(tmp_path: Path) -> None:
+    strategy = onpro()
+    with pytest.raises(Failure):
+        Run(tmp_path, Fail("on_after_backward", 6), strategy=strategy)
+    assert strategy.memory is not None
+    assert strategy.memory.n_seen == 5 + 4 + 4 + 4 + 5 + 5
+
+
+@pytest.mark.parametrize("where", ["on_train_batch_start", "on_after_backward"])
+def test_a_resumed_run_counts_its_batches_as_if_nothing_had_failed(tmp_path: Path, whole: Run, where: str) -> None:
+    """What its own checkpoints say, from which it may be resumed again."""
+    resumed = failed_and_resumed(tmp_path, Fail(where, 6))
+    counts = [run.trainer.fit_loop.epoch_loop.state_dict()["batch_progress"] for run in (resumed, whole)]
+    assert counts[0] == counts[1]
+
+
+# ---- after the optimizer stepped
+
+
+def test_a_batch_that_was_learned_and_comes_again_is_said_to_count_twice(tmp_path: Path) -> None:
+    """The weights have it, and nothing takes it back."""
+    resumed = failed_and_resumed(tmp_path, Fail("optimizer_step", 6))
+    assert resumed.strategy.memory is not None
+    assert resumed.strategy.memory.n_seen == sum(SAMPLES) + 5
+    assert len(resumed.said) == 1
+    assert "counts twice" in resumed.said[0]
+
+
+def test_an_interrupt_while_the_batch_is_learned_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = onpro()
+    memory = strategy.memory
+    assert memory is not None
+    add = memory.add
+
+    def interrupted(images: Tensor, labels: Tensor, *rest: Any, **extras: Tensor) -> None:
+        if memory.n_seen >= 27:
+            raise Failure
+        add(images, labels, *rest, **extras)
+
+    monkeypatch.setattr(memory, "add", interrupted)
+    with pytest.raises(Failure):
+        Run(tmp_path, strategy=strategy)
+    resumed = Run(tmp_path, resume=True)
+    assert len(resumed.said) == 1
+    assert "counts twice" in resumed.said[0]
+
+
+@pytest.mark.parametrize("at", AT)
+def test_a_failure_behind_the_heads_loses_nothing(tmp_path: Path, whole: Run, at: int) -> None:
+    resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_end", at), behind=True)
+    assert differences(resumed.end(), whole.end()) == []
+    assert resumed.said == []
+
+
+@pytest.mark.parametrize("at", AT)
+def test_a_failure_before_the_heads_is_refused(tmp_path: Path, at: int) -> None:
+    """The trainer counts the batch as done, the heads have not learned it."""
+    with pytest.raises(StateError, match=f"had learned {at} of {at + 1} batches"):
+        failed_and_resumed(tmp_path, Fail("on_train_batch_end", at))
+
+
+@pytest.mark.parametrize("at", AT)
+def test_without_heads_the_strategy_has_learned_all_by_then(tmp_path: Path, at: int) -> None:
+    straight = Run(tmp_path, heads=False)
+    resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_end", at), heads=False)
+    assert differences(resumed.end(), straight.end()) == []
+    assert resumed.said == []
+
+
+# ---- accumulation: batches 4, 5, 6 and 7, 8, 9 of the second experience make a step
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("accumulated"), accumulate=3)
+
+
+@pytest.mark.parametrize("where", ["on_before_zero_grad", "on_after_backward"])
+@pytest.mark.parametrize("at", [0, 4, 7])
+def test_the_first_batch_of_an_accumulation_is_learned_once(
+    tmp_path: Path, accumulated: Run, where: str, at: int
+) -> None:
+    resumed = failed_and_resumed(tmp_path, Fail(where, at), accumulate=3)
+    assert differences(resumed.end(), accumulated.end()) == []
+    assert [LOST in each for each in resumed.said] == [False]
+
+
+@pytest.mark.parametrize(("where", "at"), [("on_after_backward", 5), ("on_after_backward", 6), ("forward", 6)])
+def test_gradients_that_wait_are_said_to_be_lost(tmp_path: Path, accumulated: Run, where: str, at: int) -> None:
+    """Those of this batch among them cannot be told from the others, and would count twice."""
+    resumed = failed_and_resumed(tmp_path, Fail(where, at), accumulate=3)
+    assert [LOST in each for each in resumed.said].count(True) == 1
+    # the step at the end of the accumulation is of the batches from the failed one on, each with its own gradient
+    expected = accumulated.gradients.summed[6] - accumulated.gradients.summed[at - 1]
+    torch.testing.assert_close(resumed.gradients.stepped[0], expected)
+    assert resumed.strategy.memory is not None
+    assert accumulated.strategy.memory is not None
+    for name in ("arrival", "label"):
+        one, two = (getattr(run.strategy.memory, name) for run in (resumed, accumulated))
+        assert torch.equal(one, two)
+    assert resumed.strategy.memory.class_seen == accumulated.strategy.memory.class_seen
+    assert resumed.trainer.global_step == accumulated.trainer.global_step
+
+
+def test_a_batch_that_waits_is_learned_with_its_gradient(tmp_path: Path, accumulated: Run) -> None:
+    """A failure at its very end: the batch does not come again, and its gradient is there."""
+    assert accumulated.strategy.memory is not None
+    assert accumulated.strategy.memory.n_seen == sum(SAMPLES)
+    resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_end", 5), behind=True, accumulate=3)
+    assert differences(resumed.end(), accumulated.end()) == []
+    assert resumed.said == []
