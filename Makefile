@@ -66,6 +66,8 @@ benchmarks: setup ## the benchmarks that need no data
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analytic.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trainer.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_stream.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/onpro.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/onpro_digits.py
 
 clean: ## remove what was built, and .venv
 	rm -rf $(VENV) dist build docs/_build docs/tutorials docs/api/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -238,3 +238,41 @@ def test_a_small_stem_is_refused_where_there_is_none_to_replace(tmp_path: Path) 
     for weights in ({"pretrained": True}, {"checkpoint_path": str(tmp_path / "weights.pt")}):
         with pytest.raises(ArgumentError, match=r"small_images=True replaces the first layer of 'resnet18'"):
             TimmClassifier("resnet18", small_images=True, **weights)
+
+
+def test_channels_last_is_the_same_network_in_another_layout() -> None:
+    one, two = (
+        TimmClassifier("resnet10t", num_classes=3, channels_last=channels_last).double()
+        for channels_last in (False, True)
+    )
+    two.load_state_dict(one.state_dict())
+    convolutions = [module for module in two.modules() if getattr(module, "kernel_size", None) == (3, 3)]
+    assert convolutions
+    for module in convolutions:
+        assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for model in (one, two):
+        model(images).square().sum().backward()
+    torch.testing.assert_close(two(images), one(images), rtol=0, atol=1e-10)
+    for own, other in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, own.grad, rtol=0, atol=1e-8)
+
+
+def test_a_run_in_channels_last_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    def run(epochs: int, start: str | None = None) -> dict[str, torch.Tensor]:
+        pl.seed_everything(1, verbose=False)
+        model = TimmClassifier("resnet10t", num_classes=3, channels_last=True)
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=epochs, logger=False, default_root_dir=tmp_path, enable_progress_bar=False
+        )
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(8, 3, 16, 16, generator=generator)
+        samples = torch.utils.data.TensorDataset(images, torch.arange(8) % 3)
+        trainer.fit(model, torch.utils.data.DataLoader(samples, batch_size=4), ckpt_path=start)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return dict(model.network.state_dict())
+
+    run(1)
+    resumed = run(2, str(tmp_path / "1.ckpt"))
+    for key, value in run(2).items():
+        assert torch.equal(value, resumed[key]), key
