@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from clkit.errors import ConfigurationError
 from clkit.saved import saved_entry
@@ -190,6 +191,12 @@ def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         for progress in (current, total):
             progress["ready"] = progress["started"] = progress["processed"]
         batch["is_last_batch"] = False
+        # the loaders of a stream have a state, too, but no position in it
+        if loader_states.get("combined_loader") and not hasattr(datamodule_of(trainer), "experience_at"):
+            rank_zero_warn(
+                "the checkpoint was saved in the middle of a step, and the data loader keeps a position of its own, "
+                "which counts the batch of that step as done: it does not come again"
+            )
     if current["ready"] == 0:  # between two epochs: already whole
         return
     if epoch["processed"] == epoch["ready"] and not batch["is_last_batch"]:

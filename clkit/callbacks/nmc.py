@@ -37,7 +37,8 @@ class NMC(HeadCallback):
     ``memory="replay"``: no batch is learned, the means are those of the memory's rows, read anew with the network as it
     is at the end of each experience, and for an evaluation in between. This is the read-out of SCR and of other
     contrastive learners, whose classifier is not trained. It costs one pass over the memory each time, and nothing a
-    batch. With several processes each must have the same memory.
+    batch. With several processes each must have the same memory, or, with ``memory_scope="sharded"``, a part of it:
+    then the sums are of all parts.
 
     Args:
         metric: ``"janson"``; ``"euclidean"``: nothing is normalised; ``"icarl"``: the means are normalised too;

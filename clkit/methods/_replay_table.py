@@ -34,6 +34,11 @@ class RowLayout:
     def __str__(self) -> str:
         return ", ".join(f"{name} {shape} {self.dtypes[name]}" for name, shape in self.shapes.items())
 
+    @property
+    def names(self) -> set[str]:
+        """Of the tensors."""
+        return set(self.shapes)
+
     def check_equal(self, fixed: RowLayout) -> None:
         if self != fixed:
             raise BatchError(f"the first batch fixed the rows to {fixed}, got {self}; nothing was changed")

@@ -166,6 +166,34 @@ class ReservoirBuffer(PlainState):
                     kept["data"] = self._codec.encode(kept["data"], check=False)
                 self._table.put(slots, kept, {name: values[rows] for name, values in numbers.items()})
 
+    def check(self, data: Tensor, label: Tensor, extras: Sequence[str] = ()) -> None:
+        """Refuse a batch that :meth:`add` would refuse, and change nothing; for who has to know before a step.
+
+        Args:
+            data: (B, …) as for :meth:`add`, like ``label``.
+            label: (B,) class ids.
+            extras: Names of the further tensors.
+
+        Raises:
+            BatchError: If such a batch cannot be added.
+        """
+        with exact():
+            _checked_rows(data, label, {})
+            layout = RowLayout(data, {})
+            if self._table is not None:
+                fixed = self._table.layout
+                if fixed.names != {"data", *extras}:
+                    raise BatchError(
+                        f"the rows in memory consist of {', '.join(sorted(fixed.names))}, those to be added of "
+                        f"{', '.join(sorted({'data', *extras}))}; begin with an empty memory, or with the settings "
+                        "with which it was filled"
+                    )
+                row = torch.empty((0, *fixed.shapes["data"]), dtype=fixed.dtypes["data"], device="cpu")
+                layout.check_equal(RowLayout(row, {}))
+            self._codec.stored_dtype(layout)
+            if len(data) and (self._table is None or data.device.type == "cpu"):
+                self._codec.encode(data, check=True)
+
     def merge(self, other: ReservoirBuffer, *, seed: int = 0) -> None:
         """Become the memory of both streams together, as if one had seen all rows of both.
 
@@ -478,7 +506,7 @@ class ReservoirBuffer(PlainState):
                 slot = table.size
                 table.size += 1
             else:
-                largest = max(stored.values())
+                largest = max(stored.values(), default=0)
                 # A class is full once it was the largest. The largest count never grows, so that a class that was
                 # the largest either still is, or has lost a row.
                 if incomplete or stored.get(c, 0) == largest:

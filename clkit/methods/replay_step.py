@@ -358,8 +358,8 @@ class ReplayRule:
                 terms.update(contrasts)
             if "logits" in views.rows:
                 now = _wide(outputs.logits[views.rows["logits"]])
-                distances = (now - views.labels["logits"].to(now)).square()
-                terms["logit"] = distances.mean() if len(now) else now.sum(), self.logit_weight
+                stored = views.labels["logits"].to(now)
+                terms["logit"] = (now - stored).square().mean() if len(now) else now.sum(), self.logit_weight
             # no rows, but a graph: every weight takes part in every step, so that DDP waits for none in vain
             start = _wide(outputs.logits[:0]).sum()
             if outputs.embeddings is not None:

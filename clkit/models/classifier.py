@@ -88,8 +88,9 @@ class TimmClassifier(pl.LightningModule):
         self.network = _build(backbone, pretrained, checkpoint_path, dict(self.model_kwargs), num_classes)
         if small_images:
             _replace_stem(self.network, backbone)
-        if channels_last:
-            self.network.to(memory_format=torch.channels_last)
+        for layer in self.network.modules():
+            if channels_last and isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)
 
     @property
     def data_config(self) -> dict[str, Any] | None:

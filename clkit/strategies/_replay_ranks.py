@@ -27,7 +27,7 @@ class Incoming(NamedTuple):
         offered: (m, …) images that the memory of this process is offered.
         offered_labels: (m,) theirs, on the host.
         stored: Rows in memory, of all processes where each has its own.
-        spare: (1, …) an image of some process, for one that has none; no row where nobody needs it.
+        spare: (1, …) an image of this process, or of another where it has none.
     """
 
     part: Part
@@ -68,7 +68,7 @@ class ReplayRanks:
         """The batches of all processes; a call on all of them."""
         stored = 0 if memory is None else memory.size
         if self.size == 1:
-            return Incoming(Part.whole(images, labels), labels, images, labels, stored, images[:0])
+            return Incoming(Part.whole(images, labels), labels, images, labels, stored, images[:1])
         part, all_labels, sizes, _ = self._parts(images, labels, stored)
         offered = _all_rows(images, sizes)
         return Incoming(part, all_labels, offered, all_labels, stored, offered[:1])
@@ -187,9 +187,9 @@ class ShardedRanks(ReplayRanks):
         return self.rank
 
     def incoming(self, images: Tensor, labels: Tensor, memory: ReservoirBuffer | None) -> Incoming:
-        """The batches of all processes; of the images each keeps its own to itself."""
+        """The batches of all processes; one image goes around where a process has none, all others stay."""
         part, all_labels, sizes, stored = self._parts(images, labels, 0 if memory is None else memory.size)
-        spare = images[:0]
+        spare = images[:1]
         if 0 in sizes and any(sizes):
             spare = _all_rows(images[:1], [min(size, 1) for size in sizes])[:1]
         return Incoming(part, all_labels, images, labels, stored, spare)
@@ -220,7 +220,9 @@ class ShardedRanks(ReplayRanks):
 
     def saved(self, memory: ReservoirBuffer) -> list[dict[str, Any]]:
         """In rank order, in the first process; the others get none."""
-        return gathered_at_first(dict(memory.state_dict()), "what they remember")
+        state = memory.state_dict()  # by the host: another process may not have the device
+        own = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+        return gathered_at_first(own, "what they remember")
 
     def _places(self, rows: int, wanted: int) -> tuple[Tensor, int]:
         """Each process has its stretch of them; where its memory has too few rows some are left out."""

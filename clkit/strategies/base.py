@@ -41,13 +41,17 @@ class _Stage(IntEnum):
 
 _TWICE = {
     _Stage.FORWARD: (
-        "what its forward changed in buffers of the network (running statistics) and drew at random is not taken back"
+        "what the forward of its batch changed in buffers of the network (running statistics) and drew at random is "
+        "not taken back"
     ),
     _Stage.UPDATE: (
-        "what its forward changed in buffers of the network (running statistics) and drew at random is not taken back, "
-        "and the optimizer may have begun to step"
+        "what the forward of its batch changed in buffers of the network (running statistics) and drew at random is "
+        "not taken back, and the optimizer may have begun to step"
     ),
-    _Stage.LEARNED: "the optimizer has stepped and the strategy has learned it, or a part of it: it counts twice",
+    _Stage.LEARNED: (
+        "the optimizer has stepped, or holds the gradient, and the strategy has learned the batch, or a part of it: "
+        "when it comes again it counts twice"
+    ),
 }
 
 
@@ -222,9 +226,10 @@ class LearningStrategy(DDPStrategy):
     # ---- one batch
 
     def on_batch_learned(self) -> None:
-        """The optimizer has stepped for the batch, or its gradients wait for further batches.
+        """The optimizer has stepped for the batch, or its gradients wait for further batches; called once a batch.
 
-        Nothing of the user's runs between this and the moment from which the trainer counts the batch as done.
+        Where the user's ``optimizer_step`` runs the closure itself, or steps by hand, this comes after the first
+        backward pass. The trainer counts the batch as done a little later, when the user's code has returned.
         """
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -257,11 +262,13 @@ class LearningStrategy(DDPStrategy):
         return output
 
     def _learned(self) -> None:
+        if self._reached == (trained_batches(self._trainer), _Stage.LEARNED):  # a second backward or step of the batch
+            return
         self._reach(_Stage.LEARNED)  # first: an interrupt while the strategy learns leaves a part of it
         self.on_batch_learned()
 
     def _reach(self, stage: _Stage) -> None:
-        self._reached = (trained_batches(self._trainer), stage)
+        self._reached = max(self._reached, (trained_batches(self._trainer), stage))
 
     def _stage(self) -> _Stage:
         """How far the step came that a checkpoint of this moment cuts."""
@@ -383,9 +390,7 @@ class LearningStrategy(DDPStrategy):
         self._boundaries.was_over = over
         self._boundaries.load_gradients(dict(checkpoint))
         if stage != _Stage.NONE:
-            rank_zero_warn(
-                f"the checkpoint was saved in the middle of a step, and its batch comes again: {_TWICE[_Stage(stage)]}"
-            )
+            rank_zero_warn(f"the checkpoint was saved in the middle of a step: {_TWICE[_Stage(stage)]}")
 
     def _check_part(self, saved: Mapping[str, Any] | None) -> None:
         if self.part is None or saved is None:
@@ -456,7 +461,8 @@ class LearningStrategy(DDPStrategy):
         """Notices the start of an experience where no callback follows the stream."""
         assert self.lightning_module is not None
         Boundaries.of(self._trainer).on_train_batch_start(self._trainer, self.lightning_module)
-        self._reach(_Stage.FORWARD if self.lightning_module.training else _Stage.NONE)
+        stage = _Stage.FORWARD if self.lightning_module.training else _Stage.NONE
+        self._reached = (trained_batches(self._trainer), stage)
 
     def on_validation_start(self) -> None:
         """Notices the end of an experience where no callback follows the stream."""

@@ -107,9 +107,9 @@ class OnProStrategy(LearningStrategy):
         memory_std: Likewise the standard deviation.
         memory_device: Where the memory is kept.
         memory_scope: With several processes: ``"replicated"``: each has the whole memory, and images go from each to
-            all in every step; ``"sharded"``: each has an even part of it, for its own stream, and images stay where
-            they are. Then images are equally likely to be kept where all processes have seen equally many, and the
-            classes of a mixed pair come from one process's part.
+            all in every step; ``"sharded"``: each has an even part of it, for its own stream, and images go only to
+            the first process for a checkpoint, and one to a process that has none. Then images are equally likely to
+            be kept where all processes have seen equally many, and mixed pairs come from one process's part.
         name: Prefix of what is logged.
         layer: Where features are read; see :class:`~clkit.FeatureTap`.
         seed: Of all draws of the strategy, at least 0; the global random states are left alone.
@@ -446,6 +446,9 @@ class OnProStrategy(LearningStrategy):
         """Everything that a step draws and reads before the forward; nothing that is kept changes."""
         x, y = self._checked(*read_batch(batch, self.batch_reader))
         incoming = self._ranks.incoming(x, y, self.memory)
+        if self.memory is not None:  # what it would refuse is known before the step
+            extras = ["logits"] if self.rule.logit_weight else []
+            self.memory.check(incoming.offered, incoming.offered_labels, extras)
         seen = self._seen | set(incoming.labels.tolist())
         stored = incoming.stored
         first = stored == 0 or (self.first_experience == "paper" and self._experience == 0)
@@ -456,18 +459,13 @@ class OnProStrategy(LearningStrategy):
         if self.memory is not None and stored and (not first or self._batch_in_experience):
             rows = self._ranks.sample(self.memory, wanted, self._memory_generator(_SAMPLE), x)
             images, labels = rows.data, rows.label.cpu()
-            if len(x) and images.shape[1:] != x.shape[1:]:
-                raise BatchError(
-                    f"the images of a batch have shape {tuple(x.shape[1:])}, and those in the memory "
-                    f"{tuple(images.shape[1:])}; resize them to one"
-                )
             mixed = MixedBatch.pure(images, labels) if self.rule.replays else None
             if mixed is not None and not first and self.apf and self._batch_in_experience:
                 size = self._ranks.drawn_here(wanted)
                 mixed = self.prototypes.mix(images, labels, self.memory, self._memory_generator(_MIX), size=size)
             sampled = self._ranks.share(images, labels, x, wanted)
-            if self.rule.logit_weight:
-                logits = self._ranks.mine(rows.extras["logits"]) if "logits" in rows.extras else torch.empty(0)
+            if self.rule.logit_weight:  # rows without them are refused above
+                logits = self._ranks.mine(rows.extras["logits"]) if len(images) else torch.empty(0)
             if not first and mixed is not None:
                 replayed = self._ranks.share_mixed(mixed, x, wanted)
             if self.rule.logit_ce_weight:

@@ -941,3 +941,44 @@ def test_on_a_gpu_it_keeps_the_same_rows(policy: str, storage: str) -> None:
     loaded = ReservoirBuffer(12, policy=policy, storage=storage, device="cuda")
     loaded.load_state_dict(memories[0].state_dict())
     assert torch.equal(loaded.sample(12).data.cpu(), memories[0].sample(12).data)
+
+
+# ---- asking before
+
+
+@pytest.mark.parametrize(
+    ("data", "label", "extras", "words"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3).long(), ["logits"], r"label must have shape \(2,\)"),
+        (torch.zeros(2, 3), -torch.ones(2).long(), ["logits"], "must not be negative"),
+        (torch.zeros(2, 4), torch.zeros(2).long(), ["logits"], "the first batch fixed the rows"),
+        (torch.zeros(2, 3).double(), torch.zeros(2).long(), ["logits"], "the first batch fixed the rows"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2).long(),
+            [],
+            "rows in memory consist of data, logits, those to be added of data",
+        ),
+        (torch.zeros(2, 3), torch.zeros(2).long(), ["mask"], "those to be added of data, mask"),
+        (torch.full((2, 3), 0.3), torch.zeros(2).long(), ["logits"], "storage='uint8' would lose"),
+    ],
+)
+def test_what_could_not_be_added_is_known_before(data: Tensor, label: Tensor, extras: list[str], words: str) -> None:
+    memory = ReservoirBuffer(4, storage="uint8")
+    memory.add(torch.ones(2, 3), torch.arange(2), logits=torch.zeros(2, 5))
+    before = memory.state_dict()
+    with pytest.raises(BatchError, match=words):
+        memory.check(data, label, extras)
+    memory.check(torch.ones(2, 3), torch.arange(2), ["logits"])
+    after = memory.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items() if isinstance(value, Tensor))
+
+
+def test_an_empty_memory_takes_any_rows_that_its_storage_can_hold() -> None:
+    memory = ReservoirBuffer(4, storage="uint8")
+    memory.check(torch.ones(2, 3), torch.arange(2), ["logits"])
+    with pytest.raises(BatchError, match="would lose"):
+        memory.check(torch.full((2, 3), 0.3), torch.arange(2))
+    with pytest.raises(BatchError, match="storage='uint8' is for"):
+        memory.check(torch.ones(2, 3).long(), torch.arange(2))
+    assert memory.n_seen == 0

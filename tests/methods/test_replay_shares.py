@@ -156,6 +156,17 @@ def test_class_balanced_parts_keep_the_share_of_each_class() -> None:
             assert abs(part.class_seen.get(c, 0) - all_seen * held.get(c, 0) / stored) <= 1
 
 
+def test_a_class_that_no_memory_holds_any_more_is_counted_and_the_parts_go_on() -> None:
+    shards = [ReservoirBuffer(1, policy="class_balanced", seed=part) for part in range(2)]
+    for c in (0, 1):  # the second class takes the place of the first, or is not kept
+        shards[0].add(torch.zeros(1, 2), torch.tensor([c]))
+    for part in dealt(shards, 2, 2, policy="class_balanced"):
+        before = part.n_seen
+        part.add(torch.zeros(3, 2), torch.tensor([0, 1, 2]))
+        assert part.n_seen == before + 3
+        assert part.size <= 1
+
+
 def test_the_same_seed_deals_the_same_and_another_one_otherwise() -> None:
     shards = [offer(ReservoirBuffer(10, seed=part), list(range(part, 80, 2))) for part in range(2)]
     found = []

@@ -276,3 +276,10 @@ def test_a_run_in_channels_last_resumes_with_the_same_bits(tmp_path: Path) -> No
     resumed = run(2, str(tmp_path / "1.ckpt"))
     for key, value in run(2).items():
         assert torch.equal(value, resumed[key]), key
+
+
+def test_channels_last_leaves_layers_alone_that_have_no_such_layout() -> None:
+    model = TimmClassifier("lambda_resnet26t", num_classes=2, channels_last=True)  # has a convolution in 3 dimensions
+    kinds = {parameter.ndim for parameter in model.parameters()}
+    assert 5 in kinds
+    assert model(torch.zeros(1, 3, 256, 256)).shape == (1, 2)

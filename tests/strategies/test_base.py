@@ -94,6 +94,42 @@ def test_the_users_own_loaders_keep_their_order(make_trainer: Make, shuffle: boo
         assert orders[2] == orders[0] == 2 * [i % 10 for i in range(90)]
 
 
+class ByHand(Module):
+    """Runs the closure and the step on its own."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+
+class Manual(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        for _ in range(2):  # two steps for one batch
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("kind", [Module, ByHand, Manual])
+def test_each_batch_is_learned_once(make_trainer: Make, kind: type[Module], accumulate: int) -> None:
+    learned: list[int] = []
+
+    class Counting(LearningStrategy):
+        def on_batch_learned(self) -> None:
+            learned.append(self._trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+
+    loader = DataLoader(TensorDataset(torch.randn(20, 64), torch.arange(20) % 10), batch_size=4)
+    options = {} if kind is Manual else {"accumulate_grad_batches": accumulate}
+    make_trainer(strategy=Counting(), max_epochs=1, **options).fit(kind(), loader)
+    assert learned == [0, 1, 2, 3, 4]
+
+
 def test_one_device_needs_no_process_group_and_no_wrapper(make_trainer: Make) -> None:
     class Look(pl.Callback):
         seen: tuple[bool, bool, bool]

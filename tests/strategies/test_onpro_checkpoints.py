@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from onpro_runs import (
+    BATCHES,
     ER,
     Lit,
     batch,
@@ -28,8 +29,8 @@ from torch import Tensor
 
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.checkpoints import STRATEGY
-from clkit.errors import StateError
-from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
+from clkit.errors import BatchError, StateError
+from clkit.strategies import REPLAY_METHODS, GradientFreeStrategy, LearningStrategy, OnProStrategy
 
 Make = Callable[..., Any]
 
@@ -347,6 +348,35 @@ def test_rules_without_the_projector_say_so(make_trainer: Make, whole: Path) -> 
 def test_other_settings_are_a_warning(make_trainer: Make, whole: Path) -> None:
     with pytest.warns(UserWarning, match=r"other settings: rotation='rot4' \(was 'none'\), ope_new=0.5 \(was 1.0\)"):
         fresh(make_trainer, onpro(rotation="rot4", ope_new=0.5), whole)
+
+
+def test_a_memory_without_logits_cannot_go_on_with_a_rule_that_compares_them(
+    make_trainer: Make, tmp_path: Path
+) -> None:
+    trainer = make_trainer(strategy=onpro(**ER), max_steps=5)
+    trainer.fit(lit(), datamodule=stream())
+    trainer.save_checkpoint(tmp_path / "er.ckpt")
+    strategy = onpro(**REPLAY_METHODS["der_pp"])
+    with pytest.raises(BatchError, match="rows in memory consist of data, those to be added of data, logits"):
+        fresh(make_trainer, strategy, tmp_path / "er.ckpt")
+    assert strategy.memory is not None
+    assert strategy.memory.n_seen == sum(sum(part) for part in BATCHES[:1]) + 5
+
+
+def test_a_batch_that_the_memory_cannot_hold_is_refused_before_it_trains(make_trainer: Make) -> None:
+    module, strategy = lit(), onpro(memory_storage="uint8")
+    start = values(module)
+    whole, uneven = torch.randint(0, 256, (3, 3, 4, 4)) / 255, torch.full((3, 3, 4, 4), 0.3)
+    with pytest.raises(BatchError, match="would lose"):
+        make_trainer(strategy=strategy, max_epochs=1).fit(module, loader((uneven, torch.arange(3))))
+    assert equal(values(module), start)
+    strategy = onpro(memory_storage="uint8")
+    fit = make_trainer(strategy=strategy, max_epochs=1)
+    with pytest.raises(BatchError, match="would lose"):
+        fit.fit(module, loader((whole, torch.arange(3)), (uneven, torch.arange(3))))
+    assert strategy.memory is not None
+    assert strategy.memory.n_seen == 3
+    assert fit.global_step == 1
 
 
 @pytest.mark.parametrize("other", ["auto", LearningStrategy, GradientFreeStrategy])

@@ -46,6 +46,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a rank without rows": {"apf": False, **GATHERED},
     "der without rows": {**DER, **GATHERED},
     "bytes without rows": {"memory_storage": "uint8"},
+    "der locally, without rows": DER,
+    "seen only": {
+        "apf": False,
+        "rotation": "none",
+        "instance_new": 0,
+        "instance_mem": 0,
+        "ope_new": 0,
+        "replay_batch": 1,
+    },
     "balanced": {"memory_policy": "class_balanced"},
     "saved": {},
     "whole": {"memory_scope": "replicated"},
@@ -75,7 +84,7 @@ OPTIONS |= {
 }
 QUICK = ("plain", "contrasts")
 SLOW = tuple(name for name in OPTIONS if name not in QUICK)
-UNLABELLED = ("a rank without rows", "der without rows", "bytes without rows")
+UNLABELLED = ("a rank without rows", "der without rows", "bytes without rows", "der locally, without rows")
 
 
 class Before(pl.Callback):
@@ -196,7 +205,7 @@ def labelled(rank: int, unlabelled: bool, tasks: int = len(TASKS)) -> list[tuple
 # ---- each rank keeps its own stream
 
 
-@names(*QUICK, "er", "der", "balanced", *UNLABELLED)
+@names(*QUICK, "er", "der", "balanced", "seen only", *UNLABELLED)
 def test_a_rank_keeps_what_a_memory_of_its_own_stream_keeps(ranks: Any, name: str) -> None:
     for rank, found in enumerate(ranks(name)):
         options = {key.removeprefix("memory_"): v for key, v in OPTIONS[name].items() if key.startswith("memory_")}
@@ -209,7 +218,7 @@ def test_a_rank_keeps_what_a_memory_of_its_own_stream_keeps(ranks: Any, name: st
         assert bool(extras) == ("der" in name)
 
 
-@names(*QUICK, "er", "der", "balanced", "saved", *UNLABELLED)
+@names(*QUICK, "er", "der", "balanced", "saved", "seen only", *UNLABELLED)
 def test_both_ranks_train_the_same_weights_and_know_the_same_prototypes(ranks: Any, name: str) -> None:
     first, second = ranks(name)
     for part in ("weights", "projector", "prototypes", "balance"):
@@ -263,6 +272,10 @@ class TwoMemories:
         given = [images.split(cut), labels.split(cut), *[rows.split(cut) for rows in extras.values()]]
         for part, own, own_labels, *more in zip(self.parts, *given, strict=True):
             part.add(own, own_labels, experience, **dict(zip(extras, more, strict=True)))
+
+    def check(self, *batch: Any) -> None:
+        for part in self.parts:
+            part.check(*batch)
 
     @property
     def size(self) -> int:

@@ -789,7 +789,7 @@ def test_a_term_that_is_not_finite_is_named_and_the_memory_gets_the_batch(make_t
 
 
 def test_images_of_another_size_than_the_memorys_are_named(make_trainer: Make) -> None:
-    with pytest.raises(BatchError, match=r"shape \(3, 6, 6\), and those in the memory \(3, 4, 4\)"):
+    with pytest.raises(BatchError, match=r"fixed the rows to data \(3, 4, 4\) torch.float32, got data \(3, 6, 6\)"):
         fitted(make_trainer, batch(0, 1), batch(0, 1), batch(0, 1, size=6))
 
 

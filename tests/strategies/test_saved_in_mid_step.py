@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from onpro_runs import BATCHES, SAMPLES, Lit, differences, lit, onpro, stream, values
+from onpro_runs import BATCHES, SAMPLES, Lit, batch, differences, lit, onpro, stream, values
 from torch import Tensor
 
 from clkit.callbacks import AEFOCL, NMC
@@ -259,6 +259,45 @@ def test_a_resumed_run_counts_its_batches_as_if_nothing_had_failed(tmp_path: Pat
     resumed = failed_and_resumed(tmp_path, Fail(where, 6))
     counts = [run.trainer.fit_loop.epoch_loop.state_dict()["batch_progress"] for run in (resumed, whole)]
     assert counts[0] == counts[1]
+
+
+class Positioned:
+    """Batches of a loader that saves how many it gave, as stateful data loaders do."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self.batches = [batch(n % 2, (n + 1) % 2, seed=n) for n in range(8)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        for number in range(self.at, len(self.batches)):
+            self.at = number + 1
+            yield self.batches[number]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def test_a_batch_that_the_loader_counts_as_done_is_said_to_be_lost(tmp_path: Path) -> None:
+    fail = Fail("on_after_backward", 3)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    callbacks = [fail, OnExceptionCheckpoint(tmp_path)]
+    with pytest.raises(Failure):
+        pl.Trainer(accelerator="cpu", strategy=onpro(), callbacks=callbacks, default_root_dir=tmp_path, **options).fit(
+            lit(norm=False), Positioned()
+        )
+    strategy = onpro()
+    resumed = pl.Trainer(accelerator="cpu", strategy=strategy, default_root_dir=tmp_path, **options)
+    with pytest.warns(UserWarning, match="counts the batch of that step as done: it does not come again"):
+        resumed.fit(lit(norm=False), Positioned(), ckpt_path=tmp_path / "on_exception.ckpt", weights_only=True)
+    assert strategy.memory is not None
+    assert strategy.memory.n_seen == 2 * 7
 
 
 # ---- after the optimizer stepped
