@@ -8,7 +8,7 @@ from typing import Any
 
 from clkit.errors import ClkitError, ProcessLostError
 
-__all__ = ["gathered", "gathered_at_first", "share_buffers", "together"]
+__all__ = ["gathered", "share_buffers", "together"]
 
 
 @contextmanager
@@ -39,12 +39,13 @@ def together(what: str) -> Iterator[None]:
         ) from error
 
 
-def gathered(value: Any, what: str) -> list[Any]:
+def gathered(value: Any, what: str, *, at_first: bool = False) -> list[Any]:
     """The values of all processes in rank order; a call on all of them. Alone, the one value.
 
     Args:
         value: Anything that can be pickled.
         what: What it is, for the message.
+        at_first: Only the first process gets them, the others an empty list; for values that are large together.
 
     Raises:
         ProcessLostError: If another process died or did not answer in time.
@@ -57,34 +58,14 @@ def gathered(value: Any, what: str) -> list[Any]:
 
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    receives = not at_first or dist.get_rank() == 0
+    values: list[Any] = [None] * dist.get_world_size() if receives else []
     with together(what):
-        dist.all_gather_object(values, value)
+        if at_first:
+            dist.gather_object(value, values if receives else None)
+        else:
+            dist.all_gather_object(values, value)
     return values
-
-
-def gathered_at_first(value: Any, what: str) -> list[Any]:
-    """The values of all processes in rank order, in the first one; nothing in the others. A call on all of them.
-
-    Args:
-        value: Anything that can be pickled; of a size that not every process should hold of all.
-        what: What it is, for the message.
-
-    Raises:
-        ProcessLostError: If another process died or did not answer in time.
-
-    Example:
-        >>> gathered_at_first(3, "the numbers")
-        [3]
-    """
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    with together(what):
-        dist.gather_object(value, values)
-    return values or []
 
 
 def share_buffers(model: Any) -> None:

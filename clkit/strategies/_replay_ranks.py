@@ -13,7 +13,7 @@ from clkit.methods._replay_shares import even
 from clkit.methods.onpro import MixedBatch, PrototypeContrast, prototype_contrast
 from clkit.methods.replay import MemoryRows, ReservoirBuffer
 from clkit.methods.replay_step import Part, StepOutputs, StepViews
-from clkit.processes import gathered, gathered_at_first, together
+from clkit.processes import gathered, together
 
 __all__ = ["Incoming", "ReplayRanks", "ShardedRanks"]
 
@@ -222,7 +222,7 @@ class ShardedRanks(ReplayRanks):
         """In rank order, in the first process; the others get none."""
         state = memory.state_dict()  # by the host: another process may not have the device
         own = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
-        return gathered_at_first(own, "what they remember")
+        return gathered(own, "what they remember", at_first=True)
 
     def _places(self, rows: int, wanted: int) -> tuple[Tensor, int]:
         """Each process has its stretch of them; where its memory has too few rows some are left out."""

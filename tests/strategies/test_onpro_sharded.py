@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_onpro_two_processes import ER, SIZES, TASKS, Net, assert_close, assert_same_bits, batches
+from test_onpro_two_processes import ER, SIZES, TASKS, Net, assert_close, assert_same_bits, batches, plain_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from two_ranks import drive, driven
@@ -114,20 +114,7 @@ def run(
     if name in writes:
         path = str(folder / f"{name}-{devices}")
         callbacks.append(ModelCheckpoint(path, filename="{epoch}", every_n_epochs=1, save_top_k=-1))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        max_epochs=1,
-        strategy=strategy,
-        callbacks=callbacks,
-        precision="64-true",
-        logger=False,
-        enable_checkpointing=name in writes,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-        use_distributed_sampler=False,
-    )
+    trainer = plain_trainer(devices, folder, strategy, callbacks)
     rank = None if devices == 1 else trainer.global_rank
     tasks = [DataLoader(task, batch_size=None) for task in batches(rank, name in UNLABELLED)]
     if name in STARTS:

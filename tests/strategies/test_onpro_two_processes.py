@@ -97,6 +97,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def plain_trainer(devices: int, folder: Path, strategy: Any, callbacks: list[Any]) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        max_epochs=1,
+        strategy=strategy,
+        callbacks=callbacks,
+        precision="64-true",
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        use_distributed_sampler=False,
+    )
+
+
 def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> dict[str, Any]:
     """One fit a task with one strategy, as users with plain loaders do; what it ended with."""
     module = Net(norm=name == "norm")
@@ -106,20 +123,7 @@ def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> di
     callbacks: list[Any] = []
     if name == "saved":
         callbacks = [ModelCheckpoint(str(saved), filename="{epoch}", every_n_epochs=1, save_top_k=-1)]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        max_epochs=1,
-        strategy=strategy,
-        callbacks=callbacks,
-        precision="64-true",
-        logger=False,
-        enable_checkpointing=bool(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-        use_distributed_sampler=False,
-    )
+    trainer = plain_trainer(devices, folder, strategy, callbacks)
     rank = None if devices == 1 else trainer.global_rank
     tasks = [
         DataLoader(task, batch_size=None) for task in batches(rank, "without rows" in name)
