@@ -29,8 +29,6 @@ class RowLayout:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowLayout) and (self.shapes, self.dtypes) == (other.shapes, other.dtypes)
 
-    __hash__ = None  # type: ignore[assignment]  # Python's own way to say that it cannot be hashed
-
     def __str__(self) -> str:
         return ", ".join(f"{name} {shape} {self.dtypes[name]}" for name, shape in self.shapes.items())
 

@@ -176,6 +176,12 @@ class ReservoirBuffer(PlainState):
 
         Raises:
             BatchError: If such a batch cannot be added.
+
+        Example:
+            >>> memory = ReservoirBuffer(5, storage="uint8")
+            >>> memory.check(torch.tensor([[0.5]]), torch.tensor([0]))  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            clkit.errors.BatchError: storage='uint8' would lose up to ...
         """
         with exact():
             _checked_rows(data, label, {})

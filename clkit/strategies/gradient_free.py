@@ -179,17 +179,11 @@ class GradientFreeStrategy(LearningStrategy):
             return closure_loss
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: pl.LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the step; no parameter moves once the network is frozen."""
         if self._learning:
             return closure()
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
+        return super().optimizer_step(optimizer, closure, *args, **kwargs)
 
 
 class _NoUpdate(Optimizer):

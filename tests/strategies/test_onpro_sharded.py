@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_onpro_two_processes import ER, SIZES, TASKS, Net, assert_close, assert_same_bits, batches, plain_trainer
+from test_onpro_two_processes import (
+    ER,
+    SIZES,
+    TASKS,
+    Net,
+    assert_close,
+    assert_same_bits,
+    batches,
+    fit_each,
+    plain_trainer,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from two_ranks import drive, driven
@@ -126,9 +136,7 @@ def run(
         trainer.fit_loop.max_epochs = 2
         trainer.fit(module, tasks[0])
     else:
-        for task, loader in enumerate(tasks):
-            trainer.fit_loop.max_epochs = task + 1
-            trainer.fit(module, loader)
+        fit_each(trainer, module, tasks)
     return {
         "weights": {key: value.detach().clone() for key, value in module.state_dict().items()},
         "projector": {} if strategy.part is None else {k: v.clone() for k, v in strategy.part.state_dict().items()},

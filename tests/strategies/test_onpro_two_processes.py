@@ -114,6 +114,13 @@ def plain_trainer(devices: int, folder: Path, strategy: Any, callbacks: list[Any
     )
 
 
+def fit_each(trainer: pl.Trainer, module: pl.LightningModule, tasks: list[Any]) -> None:
+    """One fit a task."""
+    for task, loader in enumerate(tasks):
+        trainer.fit_loop.max_epochs = task + 1
+        trainer.fit(module, loader)
+
+
 def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> dict[str, Any]:
     """One fit a task with one strategy, as users with plain loaders do; what it ended with."""
     module = Net(norm=name == "norm")
@@ -132,9 +139,7 @@ def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> di
         trainer.fit_loop.max_epochs = 2
         trainer.fit(module, tasks[1], ckpt_path=str(resume))
     else:
-        for task, loader in enumerate(tasks):
-            trainer.fit_loop.max_epochs = task + 1
-            trainer.fit(module, loader)
+        fit_each(trainer, module, tasks)
     memory = strategy.memory
     return {
         "weights": {key: value.detach().clone() for key, value in module.state_dict().items()},

@@ -25,14 +25,14 @@ CUT = "in the middle of a step"
 LOST = "without those batches"
 
 
-class Failure(Exception):  # noqa: N818  not an error of the library
+class PlannedError(Exception):
     pass
 
 
 class Fail(pl.Callback):
     """Fails once, in one hook of one batch, counted over the run."""
 
-    def __init__(self, where: str, at: int, error: type[BaseException] = Failure) -> None:
+    def __init__(self, where: str, at: int, error: type[BaseException] = PlannedError) -> None:
         self.where, self.at, self.error = where, at, error
         self.batch = -1
 
@@ -149,7 +149,7 @@ class Run:
 
 
 def failed_and_resumed(folder: Path, fail: Fail, *, behind: bool = False, **options: Any) -> Run:
-    with pytest.raises(Failure):
+    with pytest.raises(PlannedError):
         Run(folder, fail, behind=behind, **options)
     return Run(folder, resume=True, **options)
 
@@ -173,7 +173,7 @@ def test_a_batch_whose_step_failed_is_learned_once(tmp_path: Path, whole: Run, w
 
 
 def test_the_file_of_a_failed_step_has_seen_the_batches_before_it(tmp_path: Path) -> None:
-    with pytest.raises(Failure):
+    with pytest.raises(PlannedError):
         Run(tmp_path, Fail("on_after_backward", 6))
     strategy = onpro()
     strategy.load_stream_state(torch.load(tmp_path / "on_exception.ckpt", weights_only=True)[STRATEGY])
@@ -202,11 +202,11 @@ def test_a_batch_that_could_not_be_fetched_comes_again(tmp_path: Path, whole: Ru
 
         def __call__(self, image: Tensor) -> Tensor:
             if self.left == 0:
-                raise Failure("no such file")
+                raise PlannedError("no such file")
             self.left -= 1
             return image
 
-    with pytest.raises(Failure):
+    with pytest.raises(PlannedError):
         Run(tmp_path, data=stream(train_transform=Broken()))
     resumed = Run(tmp_path, resume=True)
     assert differences(resumed.end(), whole.end()) == []
@@ -247,7 +247,7 @@ def test_an_interrupt_in_a_step(tmp_path: Path, whole: Run) -> None:
 
 def test_a_strategy_whose_step_failed_has_not_learned_the_batch(tmp_path: Path) -> None:
     strategy = onpro()
-    with pytest.raises(Failure):
+    with pytest.raises(PlannedError):
         Run(tmp_path, Fail("on_after_backward", 6), strategy=strategy)
     assert strategy.memory is not None
     assert strategy.memory.n_seen == 5 + 4 + 4 + 4 + 5 + 5
@@ -288,7 +288,7 @@ def test_a_batch_that_the_loader_counts_as_done_is_said_to_be_lost(tmp_path: Pat
     fail = Fail("on_after_backward", 3)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
     callbacks = [fail, OnExceptionCheckpoint(tmp_path)]
-    with pytest.raises(Failure):
+    with pytest.raises(PlannedError):
         pl.Trainer(accelerator="cpu", strategy=onpro(), callbacks=callbacks, default_root_dir=tmp_path, **options).fit(
             lit(norm=False), Positioned()
         )
@@ -320,11 +320,11 @@ def test_an_interrupt_while_the_batch_is_learned_is_said(tmp_path: Path, monkeyp
 
     def interrupted(images: Tensor, labels: Tensor, *rest: Any, **extras: Tensor) -> None:
         if memory.n_seen >= 27:
-            raise Failure
+            raise PlannedError
         add(images, labels, *rest, **extras)
 
     monkeypatch.setattr(memory, "add", interrupted)
-    with pytest.raises(Failure):
+    with pytest.raises(PlannedError):
         Run(tmp_path, strategy=strategy)
     resumed = Run(tmp_path, resume=True)
     assert len(resumed.said) == 1
