@@ -16,6 +16,7 @@ from clkit._lightning import datamodule_of
 from clkit.batch import BatchReader, read_batch, read_inputs
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.models.identity import IdentityBackbone
+from clkit.models.layout import to_channels_last
 
 __all__ = ["TimmClassifier"]
 
@@ -42,8 +43,8 @@ class TimmClassifier(pl.LightningModule):
     Raises:
         ArgumentError: If timm has no such model or weights of that tag, it refuses ``model_kwargs``, the file of
             weights is not there, or ``small_images`` does not go with the network or the weights.
-        ConfigurationError: If published weights cannot be fetched; or ``num_classes`` contradicts the data module (in
-            ``setup``).
+        ConfigurationError: If published weights cannot be fetched; if ``channels_last`` is not safe for a layer of the
+            network; or ``num_classes`` contradicts the data module (in ``setup``).
         StateError: If the file of weights does not fit the model.
 
     Example:
@@ -88,9 +89,8 @@ class TimmClassifier(pl.LightningModule):
         self.network = _build(backbone, pretrained, checkpoint_path, dict(self.model_kwargs), num_classes)
         if small_images:
             _replace_stem(self.network, backbone)
-        for layer in self.network.modules():
-            if channels_last and isinstance(layer, nn.Conv2d):
-                layer.to(memory_format=torch.channels_last)
+        if channels_last:
+            to_channels_last(self.network)
 
     @property
     def data_config(self) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from clkit.boundaries import Boundaries
 from clkit.checkpoint_io import protect_checkpoints
 from clkit.checkpoints import STRATEGY
 from clkit.errors import ArgumentError, ConfigurationError, StateError
+from clkit.models.layout import refuse_unsafe_layout
 from clkit.processes import together
 from clkit.saved import check_format, saved_entry
 
@@ -151,6 +152,9 @@ class LearningStrategy(DDPStrategy):
             self._follow(trainer)
             self._attach_part(trainer)
             self._reached = (-1, _Stage.NONE)
+            if self.root_device.type == "cpu":
+                assert self.lightning_module is not None
+                refuse_unsafe_layout(self.lightning_module)
         if self.single_device:
             keep_samplers(trainer)
             Strategy.setup(self, trainer)

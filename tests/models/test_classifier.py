@@ -283,3 +283,30 @@ def test_channels_last_leaves_layers_alone_that_have_no_such_layout() -> None:
     kinds = {parameter.ndim for parameter in model.parameters()}
     assert 5 in kinds
     assert model(torch.zeros(1, 3, 256, 256)).shape == (1, 2)
+
+
+TINY = {
+    "layers": [1] * 4,
+    "channels": [4, 8, 16, 32],
+    "stem_type": "deep",
+    "stem_width": 2,
+    "zero_init_last": False,
+}
+
+
+def test_channels_last_is_refused_where_it_would_overwrite_memory() -> None:
+    with pytest.raises(ConfigurationError, match=r"channels_last is not safe .*'layer2.0.downsample.0'.* 4 input chan"):
+        TimmClassifier("resnet18", small_images=True, channels_last=True, model_kwargs=TINY)
+    safe = TimmClassifier(
+        "resnet18", small_images=True, channels_last=True, model_kwargs={**TINY, "channels": [16, 16, 16, 32]}
+    )
+    assert safe.network.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_run_refuses_an_unsafe_layout_that_the_user_chose(tmp_path: Path) -> None:
+    model = TimmClassifier("resnet18", num_classes=3, small_images=True, model_kwargs=TINY)
+    model.to(memory_format=torch.channels_last)
+    samples = torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 3)
+    trainer = pl.Trainer(accelerator="cpu", strategy="onpro", max_epochs=1, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ConfigurationError, match=r"channels_last is not safe .*'network.layer2.0.downsample.0'"):
+        trainer.fit(model, torch.utils.data.DataLoader(samples, batch_size=4))
