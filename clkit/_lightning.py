@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from clkit.errors import ConfigurationError
-from clkit.saved import saved_entry
+from clkit.schema import saved_entry
 
 __all__ = [
     "accumulates",

@@ -15,7 +15,7 @@ from torch import Tensor
 from clkit._lightning import accumulates, in_step
 from clkit.errors import StateError
 from clkit.processes import gathered
-from clkit.saved import saved_list
+from clkit.schema import saved_list
 
 __all__ = ["keep_gradients", "lost_gradients", "restore_gradients", "saved_gradients"]
 

@@ -27,7 +27,7 @@ from clkit.errors import StateError
 from clkit.experience import Experience
 from clkit.processes import gathered
 from clkit.random_state import capture_random_state, check_random_state, restore_random_state
-from clkit.saved import saved_entry, saved_list
+from clkit.schema import saved_entry, saved_list
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule"]
 

@@ -19,7 +19,7 @@ from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.methods._saved import check_saved, check_saved_ids
 from clkit.methods.head import FORMAT, Head
 from clkit.methods.linear_readout import LinearReadout
-from clkit.saved import check_format, saved_entry
+from clkit.schema import check_format, saved_entry
 
 __all__ = [
     "EXPORTED",

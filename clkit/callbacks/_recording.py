@@ -18,7 +18,7 @@ from clkit.callbacks.base import MODULE, Predictor, scores_of
 from clkit.errors import StateError
 from clkit.observer import BatchObserver
 from clkit.processes import gathered
-from clkit.saved import saved_entry
+from clkit.schema import saved_entry
 
 __all__ = [
     "Allowed",

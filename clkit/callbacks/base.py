@@ -16,7 +16,7 @@ from clkit.checkpoint_io import protect_checkpoints
 from clkit.errors import ConfigurationError, StateError
 from clkit.observer import BatchObserver
 from clkit.processes import share_buffers
-from clkit.saved import check_format, saved_entry
+from clkit.schema import check_format, saved_entry
 
 __all__ = [
     "MODULE",

@@ -36,7 +36,7 @@ from clkit.files import whole_file
 from clkit.kept_features import KeptFeatures
 from clkit.observer import BatchObserver, evaluating, forward
 from clkit.processes import share_buffers
-from clkit.saved import saved_entry
+from clkit.schema import saved_entry
 
 if TYPE_CHECKING:
     from clkit.report.results import ClassTable

@@ -22,7 +22,7 @@ from clkit.experience import Experience
 from clkit.methods.head import Head
 from clkit.observer import BatchObserver, FeaturesFrom
 from clkit.processes import together
-from clkit.saved import saved_entry
+from clkit.schema import saved_entry
 
 __all__ = ["GraftWhen", "HeadCallback"]
 

@@ -24,7 +24,7 @@ from clkit.checkpoints import STRATEGY
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.models.layout import refuse_unsafe_layout
 from clkit.processes import together
-from clkit.saved import check_format, saved_entry
+from clkit.schema import check_format, saved_entry
 
 __all__ = ["LearningStrategy"]
 

@@ -24,7 +24,7 @@ from clkit.methods.replay_history import MemoryHistory, PrototypeHistory
 from clkit.methods.replay_step import ReplayRule, StepBatch, StepLosses, StepOutputs, StepViews
 from clkit.methods.segments import BatchNormSegments
 from clkit.methods.views import Rotation
-from clkit.saved import saved_entry, saved_list
+from clkit.schema import saved_entry, saved_list
 from clkit.strategies._augmentation import Augmentation
 from clkit.strategies._replay_memory import ReplayMemory
 from clkit.strategies._replay_ranks import Incoming
