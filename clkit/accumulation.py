@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from clkit._lightning import accumulates, in_step
+from clkit.distributed import gathered
 from clkit.errors import StateError
-from clkit.processes import gathered
 from clkit.schema import saved_list
 
 __all__ = ["keep_gradients", "lost_gradients", "restore_gradients", "saved_gradients"]

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from clkit.batch import BatchReader, read_batch, read_inputs
+from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
-from clkit.processes import share_buffers
 from clkit.tap import FeatureTap, Tapped
 
 __all__ = ["BatchObserver", "FeaturesFrom"]
@@ -158,7 +158,7 @@ class BatchObserver:
     def extract(self, trainer: pl.Trainer, module: pl.LightningModule, inputs: Any) -> Tensor:
         """Features (B, D) of inputs of one's own, in eval mode and without gradients; the open batch stays as it is.
 
-        Call :func:`~clkit.processes.share_buffers` before the first, with several processes.
+        Call :func:`~clkit.distributed.share_buffers` before the first, with several processes.
         """
         with evaluating(module), trainer.precision_plugin.forward_context():
             return self.tap.extract(inputs, lambda given: forward(module, self.tap.network, given))

@@ -47,11 +47,11 @@ from clkit.checkpoint_io import WholeCheckpointIO
 from clkit.checkpoints import read_checkpoint, write_checkpoint
 from clkit.cli import main
 from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModule
+from clkit.distributed import gathered
 from clkit.errors import ArgumentError, ClkitError, DataError, ProcessLostError, StateError, WriteError
 from clkit.files import whole_file
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
 from clkit.models import TimmClassifier
-from clkit.processes import gathered
 from clkit.recipes import read_recipe
 from clkit.report.figures import draw_figures
 from clkit.report.results import write_results

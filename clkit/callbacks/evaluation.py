@@ -30,12 +30,12 @@ from clkit.callbacks._recording import (
     unpacked,
 )
 from clkit.callbacks.base import MODULE, Predictor, StreamCallback, evaluation_key
+from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
 from clkit.files import whole_file
 from clkit.kept_features import KeptFeatures
 from clkit.observer import BatchObserver, evaluating, forward
-from clkit.processes import share_buffers
 from clkit.schema import saved_entry
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from clkit._lightning import trained_batches
 from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
 from clkit.callbacks.head import GraftWhen, HeadCallback
+from clkit.distributed import gathered, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
 from clkit.methods import NearestMeanHead
 from clkit.observer import FeaturesFrom
-from clkit.processes import gathered, share_buffers
 
 __all__ = ["NMC"]
 

@@ -21,9 +21,9 @@ from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
 from clkit.checkpoint_io import protect_checkpoints
 from clkit.checkpoints import STRATEGY
+from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.models.layout import refuse_unsafe_layout
-from clkit.processes import together
 from clkit.schema import check_format, saved_entry
 
 __all__ = ["LearningStrategy"]

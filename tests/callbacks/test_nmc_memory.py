@@ -17,9 +17,9 @@ from two_ranks import drive, driven
 
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
+from clkit.distributed import gathered
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.methods import ReservoirBuffer
-from clkit.processes import gathered
 from clkit.strategies import LearningStrategy, OnProStrategy
 
 Make = Callable[..., Any]
