@@ -53,6 +53,6 @@ def __dir__() -> list[str]:
 
 
 if "lightning.pytorch" in sys.modules:  # then Trainer(strategy="gradient_free") shall work after `import clkit`
-    from clkit.registry import register_strategies
+    from clkit._registry import register_strategies
 
     register_strategies()

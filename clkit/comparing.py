@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from rich.console import Console
 
 from clkit import __version__
+from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
 from clkit.callbacks.base import MODULE
 from clkit.data import StreamDataModule
@@ -34,7 +35,6 @@ from clkit.errors import ArgumentError, ClkitError, ConfigurationError, ProcessL
 from clkit.files import whole_file
 from clkit.metrics.functional import staged_counts, summarize
 from clkit.recipes import read_recipe, recipe_folder, recipe_names
-from clkit.registry import STRATEGIES
 from clkit.report.tables import seeds_table
 from clkit.strategies import GradientFreeStrategy
 from clkit.trainer_cli import run as run_trainer

@@ -19,10 +19,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import StrategyRegistry
 
 from clkit._lightning import callbacks_of
+from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
 from clkit.checkpoint_io import read_run
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError
-from clkit.registry import STRATEGIES
 
 __all__ = ["StreamCLI", "refusal", "run", "summary"]
 

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import Strategy
 import clkit.callbacks
 import clkit.methods
 import clkit.strategies
-from clkit.registry import STRATEGIES
+from clkit._registry import STRATEGIES
 from clkit.testing import Check, clkit_entries, contract, contract_together
 
 CHECKS = [check for entry in clkit_entries() for check in contract(entry)] + contract_together()

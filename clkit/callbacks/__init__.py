@@ -1,5 +1,7 @@
 """Callbacks: what is learned and watched beside the training. Any number run together, in any order."""
 
+# whoever has a callback may also write Trainer(strategy="gradient_free")
+from clkit._registry import register_strategies
 from clkit.callbacks.aef_ocl import AEFOCL
 from clkit.callbacks.base import Predictor, StreamCallback
 from clkit.callbacks.evaluation import StreamEvaluation
@@ -9,9 +11,6 @@ from clkit.callbacks.head import HeadCallback
 from clkit.callbacks.lda import LDA
 from clkit.callbacks.nmc import NMC
 from clkit.callbacks.progress import StreamProgressBar
-
-# whoever has a callback may also write Trainer(strategy="gradient_free")
-from clkit.registry import register_strategies
 
 __all__ = [
     "AEFOCL",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clkit._registry import register_strategies
 from clkit.data.class_orders import PUBLISHED_ORDERS, published_order
 from clkit.data.preprocessing import Preprocessing
 from clkit.data.scenarios import (
@@ -29,7 +30,6 @@ from clkit.data.sources import (
     resolve_source,
 )
 from clkit.data.stream import StreamDataModule
-from clkit.registry import register_strategies
 
 __all__ = [
     "PUBLISHED_ORDERS",

@@ -1,8 +1,8 @@
 """A LightningModule around any timm backbone, for users who have none of their own."""
 
+from clkit._registry import register_strategies
 from clkit.models.classifier import TimmClassifier
 from clkit.models.identity import IdentityBackbone
-from clkit.registry import register_strategies
 
 __all__ = ["IdentityBackbone", "TimmClassifier"]
 

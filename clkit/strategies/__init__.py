@@ -4,7 +4,7 @@ Importing this package registers the names ``"gradient_free"`` … with Lightnin
 ``Trainer(strategy="gradient_free")`` and YAML files find them.
 """
 
-from clkit.registry import register_strategies
+from clkit._registry import register_strategies
 from clkit.strategies.base import LearningStrategy
 from clkit.strategies.gradient_free import GradientFreeStrategy
 from clkit.strategies.onpro import OnProStrategy
