@@ -17,9 +17,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from clkit.batch import BatchReader, read_batch, read_inputs
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
+from clkit.features.batch import BatchReader, read_batch, read_inputs
 from clkit.tap import FeatureTap, Tapped
 
 __all__ = ["BatchObserver", "FeaturesFrom"]

@@ -22,11 +22,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from clkit._lightning import callbacks_of
-from clkit.batch import BatchReader
 from clkit.callbacks import HeadCallback
 from clkit.callbacks.base import evaluation_key
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
+from clkit.features.batch import BatchReader
 from clkit.observer import BatchObserver
 from clkit.strategies import GradientFreeStrategy
 from clkit.trainer_cli import StreamCLI, refusal

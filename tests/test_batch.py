@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clkit.batch import INPUT_KEYS, TARGET_KEYS, read_batch, read_inputs
 from clkit.errors import BatchError
+from clkit.features.batch import INPUT_KEYS, TARGET_KEYS, read_batch, read_inputs
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([4, 0, 7])
 Pair = namedtuple("Pair", "features labels")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clkit.batch import read_batch
 from clkit.callbacks import NMC, FeatureCallback
 from clkit.errors import ArgumentError, BatchError, ClkitError, NotFittedError, StateError
+from clkit.features.batch import read_batch
 from clkit.strategies import GradientFreeStrategy, LearningStrategy
 from clkit.testing import Check, ContractError, Entry, check_contract, clkit_entries, contract, contract_together
 

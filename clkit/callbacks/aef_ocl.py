@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from clkit.batch import BatchReader
 from clkit.callbacks.head import GraftWhen, HeadCallback
+from clkit.features.batch import BatchReader
 from clkit.methods import AnalyticHead
 from clkit.observer import FeaturesFrom
 

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
-from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries, BoundaryPhase
 from clkit.callbacks._recording import (
     ModulePredictor,
@@ -33,6 +32,7 @@ from clkit.callbacks.base import MODULE, Predictor, StreamCallback, evaluation_k
 from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
+from clkit.features.batch import BatchReader
 from clkit.files import whole_file
 from clkit.kept_features import KeptFeatures
 from clkit.observer import BatchObserver, evaluating, forward

@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
 from clkit.callbacks.base import StreamCallback
 from clkit.errors import BatchError
+from clkit.features.batch import BatchReader
 from clkit.methods._checks import check_batch
 from clkit.observer import BatchObserver, FeaturesFrom
 

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
-from clkit.batch import BatchReader
 from clkit.callbacks.base import MODULE, StreamCallback, check_names, evaluation_key, reduction_device, scores_of
 from clkit.callbacks.graft import Graft
 from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.experience import Experience
+from clkit.features.batch import BatchReader
 from clkit.methods.head import Head
 from clkit.observer import BatchObserver, FeaturesFrom
 from clkit.schema import saved_entry

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from clkit.batch import BatchReader
 from clkit.callbacks.head import GraftWhen, HeadCallback
+from clkit.features.batch import BatchReader
 from clkit.methods import LDAHead
 from clkit.observer import FeaturesFrom
 

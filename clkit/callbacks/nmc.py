@@ -7,12 +7,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from clkit._lightning import trained_batches
-from clkit.batch import BatchReader
 from clkit.boundaries import Boundaries
 from clkit.callbacks.head import GraftWhen, HeadCallback
 from clkit.distributed import gathered, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
+from clkit.features.batch import BatchReader
 from clkit.methods import NearestMeanHead
 from clkit.observer import FeaturesFrom
 

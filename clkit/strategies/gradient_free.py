@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit._lightning import is_last_batch
-from clkit.batch import read_batch
 from clkit.boundaries import Boundaries
 from clkit.distributed import together
 from clkit.errors import ArgumentError
 from clkit.experience import Experience
+from clkit.features.batch import read_batch
 from clkit.strategies.base import LearningStrategy
 from clkit.tap import FeatureTap
 

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from clkit._lightning import datamodule_of
-from clkit.batch import BatchReader, read_batch
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.experience import Experience
+from clkit.features.batch import BatchReader, read_batch
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods.onpro import MixedBatch, OnlinePrototypes
 from clkit.methods.projector import Projector
