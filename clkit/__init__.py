@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from clkit.checkpoints import load_head as load_head
     from clkit.experience import Experience as Experience
     from clkit.exporting import export as export
+    from clkit.features.tap import FeatureTap as FeatureTap
     from clkit.forgetting import forget_samples as forget_samples
     from clkit.merging import merge_checkpoints as merge_checkpoints
-    from clkit.tap import FeatureTap as FeatureTap
 
 __version__ = "0.1.0.dev0"
 
 _PLACES = {
     "Experience": "clkit.experience",
-    "FeatureTap": "clkit.tap",
+    "FeatureTap": "clkit.features.tap",
     "export": "clkit.exporting",
     "forget_samples": "clkit.forgetting",
     "load_head": "clkit.checkpoints",

@@ -24,6 +24,7 @@ from clkit.callbacks import HeadCallback, ungraft
 from clkit.checkpoints import EXPORTED, build_head, head_entries, name_of, read_checkpoint
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
+from clkit.features.tap import FeatureTap, Tapped
 from clkit.files import whole_file
 from clkit.methods.head import Head
 from clkit.methods.nearest_mean import NearestMeanHead
@@ -31,7 +32,6 @@ from clkit.methods.readout import NEVER, readout_module
 from clkit.models import IdentityBackbone
 from clkit.observer import forward
 from clkit.outputs import check_output
-from clkit.tap import FeatureTap, Tapped
 
 __all__ = ["Exported", "export", "export_checkpoint"]
 

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from clkit.tap import FeatureTap, Handle, Tapped
+from clkit.features.tap import FeatureTap, Handle, Tapped
 
 __all__ = ["KeptFeatures"]
 

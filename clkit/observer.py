@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
 from clkit.features.batch import BatchReader, read_batch, read_inputs
-from clkit.tap import FeatureTap, Tapped
+from clkit.features.tap import FeatureTap, Tapped
 
 __all__ = ["BatchObserver", "FeaturesFrom"]
 

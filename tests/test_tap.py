@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.errors import TapError
-from clkit.tap import FeatureTap, Tapped
+from clkit.features.tap import FeatureTap, Tapped
 
 timm = pytest.importorskip("timm")
 

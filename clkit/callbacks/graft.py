@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clkit.errors import ConfigurationError
+from clkit.features.tap import FeatureTap
 from clkit.methods.readout import is_linear, layer_values, linear_of, readout_module
-from clkit.tap import FeatureTap
 
 __all__ = ["Graft", "ungraft"]
 

@@ -18,8 +18,8 @@ from clkit.distributed import together
 from clkit.errors import ArgumentError
 from clkit.experience import Experience
 from clkit.features.batch import read_batch
+from clkit.features.tap import FeatureTap
 from clkit.strategies.base import LearningStrategy
-from clkit.tap import FeatureTap
 
 __all__ = ["GradientFreeStrategy"]
 
