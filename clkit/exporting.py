@@ -24,13 +24,13 @@ from clkit.callbacks import HeadCallback, ungraft
 from clkit.checkpoints import EXPORTED, build_head, head_entries, name_of, read_checkpoint
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
+from clkit.features.observer import forward
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.files import whole_file
 from clkit.methods.head import Head
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.readout import NEVER, readout_module
 from clkit.models import IdentityBackbone
-from clkit.observer import forward
 from clkit.outputs import check_output
 
 __all__ = ["Exported", "export", "export_checkpoint"]

@@ -27,7 +27,7 @@ from clkit.callbacks.base import evaluation_key
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
 from clkit.features.batch import BatchReader
-from clkit.observer import BatchObserver
+from clkit.features.observer import BatchObserver
 from clkit.strategies import GradientFreeStrategy
 from clkit.trainer_cli import StreamCLI, refusal
 

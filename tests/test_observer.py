@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import BatchError
-from clkit.observer import BatchObserver, evaluating
+from clkit.features.observer import BatchObserver, evaluating
 from clkit.strategies import LearningStrategy
 
 Make = Callable[..., Any]

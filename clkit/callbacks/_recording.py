@@ -17,7 +17,7 @@ from clkit._lightning import datamodule_of
 from clkit.callbacks.base import MODULE, Predictor, scores_of
 from clkit.distributed import gathered
 from clkit.errors import StateError
-from clkit.observer import BatchObserver
+from clkit.features.observer import BatchObserver
 from clkit.schema import saved_entry
 
 __all__ = [

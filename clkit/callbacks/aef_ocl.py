@@ -6,8 +6,8 @@ from typing import Literal
 
 from clkit.callbacks.head import GraftWhen, HeadCallback
 from clkit.features.batch import BatchReader
+from clkit.features.observer import FeaturesFrom
 from clkit.methods import AnalyticHead
-from clkit.observer import FeaturesFrom
 
 __all__ = ["AEFOCL"]
 

@@ -15,7 +15,7 @@ from clkit.boundaries import Boundaries, BoundaryPhase
 from clkit.checkpoint_io import protect_checkpoints
 from clkit.distributed import share_buffers
 from clkit.errors import ConfigurationError, StateError
-from clkit.observer import BatchObserver
+from clkit.features.observer import BatchObserver
 from clkit.schema import check_format, saved_entry
 
 __all__ = [

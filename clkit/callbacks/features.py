@@ -12,8 +12,8 @@ from clkit.boundaries import Boundaries
 from clkit.callbacks.base import StreamCallback
 from clkit.errors import BatchError
 from clkit.features.batch import BatchReader
+from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods._checks import check_batch
-from clkit.observer import BatchObserver, FeaturesFrom
 
 __all__ = ["FeatureCallback"]
 

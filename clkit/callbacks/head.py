@@ -20,8 +20,8 @@ from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.experience import Experience
 from clkit.features.batch import BatchReader
+from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods.head import Head
-from clkit.observer import BatchObserver, FeaturesFrom
 from clkit.schema import saved_entry
 
 __all__ = ["GraftWhen", "HeadCallback"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from clkit.callbacks.head import GraftWhen, HeadCallback
 from clkit.features.batch import BatchReader
+from clkit.features.observer import FeaturesFrom
 from clkit.methods import LDAHead
-from clkit.observer import FeaturesFrom
 
 __all__ = ["LDA"]
 

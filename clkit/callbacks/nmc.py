@@ -13,8 +13,8 @@ from clkit.distributed import gathered, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
 from clkit.features.batch import BatchReader
+from clkit.features.observer import FeaturesFrom
 from clkit.methods import NearestMeanHead
-from clkit.observer import FeaturesFrom
 
 __all__ = ["NMC"]
 
