@@ -127,8 +127,8 @@ def test_an_error_in_a_step_gives_the_forward_back(make_trainer: Callable[..., p
 
 
 def test_the_limit_is_kept() -> None:
+    from clkit.features.kept import KeptFeatures
     from clkit.features.tap import FeatureTap
-    from clkit.kept_features import KeptFeatures
 
     torch.manual_seed(0)
     module = Lit()

@@ -33,9 +33,9 @@ from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.experience import Experience
 from clkit.features.batch import BatchReader
+from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, evaluating, forward
 from clkit.files import whole_file
-from clkit.kept_features import KeptFeatures
 from clkit.schema import saved_entry
 
 if TYPE_CHECKING:
