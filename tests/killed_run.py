@@ -30,9 +30,9 @@ import clkit.boundaries
 import clkit.callbacks.base
 import clkit.data.stream
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamCallback, StreamEvaluation
-from clkit.callbacks.graft import Graft
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
+from clkit.surgery.classifier import Graft
 
 # experiences of 25, 11 and 21 samples: 7, 3 and 6 batches of 4, the next one being once shorter and once longer
 TRAINED = (13, 12, 6, 5, 11, 10)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from clkit import FeatureTap, export, load_head
 from clkit.callbacks import NMC
-from clkit.callbacks.graft import Graft
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.models import TimmClassifier
+from clkit.surgery.classifier import Graft
 
 LEARNED = (0, 2, 3)  # of five outputs
 COLUMNS = 5

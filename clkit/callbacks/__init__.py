@@ -6,11 +6,11 @@ from clkit.callbacks.aef_ocl import AEFOCL
 from clkit.callbacks.base import Predictor, StreamCallback
 from clkit.callbacks.evaluation import StreamEvaluation
 from clkit.callbacks.features import FeatureCallback
-from clkit.callbacks.graft import ungraft
 from clkit.callbacks.head import HeadCallback
 from clkit.callbacks.lda import LDA
 from clkit.callbacks.nmc import NMC
 from clkit.callbacks.progress import StreamProgressBar
+from clkit.surgery.classifier import ungraft
 
 __all__ = [
     "AEFOCL",

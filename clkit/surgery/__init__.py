@@ -1,0 +1,1 @@
+"""Changes of the user's network that can be taken back."""
