@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clkit.checkpoints import load_head as load_head
-    from clkit.experience import Experience as Experience
     from clkit.exporting import export as export
     from clkit.features.tap import FeatureTap as FeatureTap
     from clkit.forgetting import forget_samples as forget_samples
     from clkit.merging import merge_checkpoints as merge_checkpoints
+    from clkit.stream.experience import Experience as Experience
 
 __version__ = "0.1.0.dev0"
 
 _PLACES = {
-    "Experience": "clkit.experience",
+    "Experience": "clkit.stream.experience",
     "FeatureTap": "clkit.features.tap",
     "export": "clkit.exporting",
     "forget_samples": "clkit.forgetting",

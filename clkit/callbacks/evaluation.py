@@ -31,12 +31,12 @@ from clkit.callbacks._recording import (
 from clkit.callbacks.base import MODULE, Predictor, StreamCallback, evaluation_key
 from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
-from clkit.experience import Experience
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, evaluating, forward
 from clkit.files import whole_file
 from clkit.schema import saved_entry
+from clkit.stream.experience import Experience
 
 if TYPE_CHECKING:
     from clkit.report.results import ClassTable

@@ -17,11 +17,11 @@ from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.callbacks.base import MODULE, StreamCallback, check_names, evaluation_key, reduction_device, scores_of
 from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
-from clkit.experience import Experience
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods.head import Head
 from clkit.schema import saved_entry
+from clkit.stream.experience import Experience
 from clkit.surgery.classifier import Graft
 
 __all__ = ["GraftWhen", "HeadCallback"]

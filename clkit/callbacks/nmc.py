@@ -11,10 +11,10 @@ from clkit.boundaries import Boundaries
 from clkit.callbacks.head import GraftWhen, HeadCallback
 from clkit.distributed import gathered, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
-from clkit.experience import Experience
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
 from clkit.methods import NearestMeanHead
+from clkit.stream.experience import Experience
 
 __all__ = ["NMC"]
 

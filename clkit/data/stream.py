@@ -31,8 +31,8 @@ from clkit.data.preprocessing import Preprocessing
 from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
 from clkit.data.sources import Part, Source, data_root, resolve_source
 from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
-from clkit.experience import Experience
 from clkit.schema import check_format, saved_entry, saved_list
+from clkit.stream.experience import Experience
 
 __all__ = ["StreamDataModule"]
 

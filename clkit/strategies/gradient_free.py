@@ -16,10 +16,10 @@ from clkit._lightning import is_last_batch
 from clkit.boundaries import Boundaries
 from clkit.distributed import together
 from clkit.errors import ArgumentError
-from clkit.experience import Experience
 from clkit.features.batch import read_batch
 from clkit.features.tap import FeatureTap
 from clkit.strategies.base import LearningStrategy
+from clkit.stream.experience import Experience
 
 __all__ = ["GradientFreeStrategy"]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from clkit._lightning import datamodule_of
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
-from clkit.experience import Experience
 from clkit.features.batch import BatchReader, read_batch
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_choice, check_count
@@ -30,6 +29,7 @@ from clkit.strategies._augmentation import Augmentation
 from clkit.strategies._replay_memory import ReplayMemory
 from clkit.strategies._replay_ranks import Incoming
 from clkit.strategies.base import LearningStrategy
+from clkit.stream.experience import Experience
 
 __all__ = ["OnProStrategy"]
 
