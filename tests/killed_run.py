@@ -26,9 +26,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-import clkit.boundaries
 import clkit.callbacks.base
 import clkit.data.stream
+import clkit.stream.boundaries
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamCallback, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
@@ -318,10 +318,10 @@ def break_clkit(part: str) -> None:
             (clkit.callbacks.base, "make_loops_whole", nothing),
             (clkit.data.stream, "make_loops_whole", nothing),
         ],
-        "random": [(clkit.boundaries, "restore_random_state", nothing)],
+        "random": [(clkit.stream.boundaries, "restore_random_state", nothing)],
         "position": [(StreamDataModule, "_start_of", none_done)],
         "row": [(StreamEvaluation, "_flush", nothing)],
-        "gradients": [(clkit.boundaries, "restore_gradients", nothing)],
+        "gradients": [(clkit.stream.boundaries, "restore_gradients", nothing)],
         "graft": [(Graft, "restore", Graft.apply)],
         "end": [(StreamCallback, "on_fit_end", nothing)],
         "memory": [(OnProStrategy, "load_stream_state", nothing)],

@@ -15,11 +15,11 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit import Experience
-from clkit.boundaries import Boundaries, BoundaryPhase
 from clkit.callbacks import AEFOCL, NMC, StreamCallback, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.models import TimmClassifier
 from clkit.strategies import GradientFreeStrategy
+from clkit.stream.boundaries import Boundaries, BoundaryPhase
 
 Make = Callable[..., Any]
 EXPERIENCES = 3

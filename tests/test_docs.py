@@ -32,7 +32,7 @@ PACKAGES = (
     "clkit.models",
     "clkit.testing",
 )
-MODULES = ("clkit", "clkit.errors", "clkit.boundaries", "clkit.features.tap")
+MODULES = ("clkit", "clkit.errors", "clkit.stream.boundaries", "clkit.features.tap")
 
 
 class Block(NamedTuple):

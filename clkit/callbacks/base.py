@@ -11,12 +11,12 @@ from torch import Tensor
 
 from clkit._lightning import callbacks_of, make_loops_whole, trained_batches
 from clkit.accumulation import keep_gradients
-from clkit.boundaries import Boundaries, BoundaryPhase
 from clkit.checkpoint_io import protect_checkpoints
 from clkit.distributed import share_buffers
 from clkit.errors import ConfigurationError, StateError
 from clkit.features.observer import BatchObserver
 from clkit.schema import check_format, saved_entry
+from clkit.stream.boundaries import Boundaries, BoundaryPhase
 
 __all__ = [
     "MODULE",

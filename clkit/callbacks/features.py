@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from clkit.boundaries import Boundaries
 from clkit.callbacks.base import StreamCallback
 from clkit.errors import BatchError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods._checks import check_batch
+from clkit.stream.boundaries import Boundaries
 
 __all__ = ["FeatureCallback"]
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
 from clkit._lightning import datamodule_of
-from clkit.boundaries import Boundaries
+from clkit.stream.boundaries import Boundaries
 
 __all__ = ["StreamProgressBar"]
 

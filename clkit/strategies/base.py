@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from clkit._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
 from clkit.accumulation import keep_gradients
-from clkit.boundaries import Boundaries
 from clkit.checkpoint_io import protect_checkpoints
 from clkit.checkpoints import STRATEGY
 from clkit.distributed import together
@@ -25,6 +24,7 @@ from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
 from clkit.schema import check_format, saved_entry
+from clkit.stream.boundaries import Boundaries
 
 __all__ = ["LearningStrategy"]
 

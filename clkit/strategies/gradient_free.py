@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit._lightning import is_last_batch
-from clkit.boundaries import Boundaries
 from clkit.distributed import together
 from clkit.errors import ArgumentError
 from clkit.features.batch import read_batch
 from clkit.features.tap import FeatureTap
 from clkit.strategies.base import LearningStrategy
+from clkit.stream.boundaries import Boundaries
 from clkit.stream.experience import Experience
 
 __all__ = ["GradientFreeStrategy"]
