@@ -12,10 +12,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from clkit._lightning import accumulates, in_step
 from clkit.distributed import gathered
 from clkit.errors import StateError
 from clkit.schema import saved_list
+from clkit.stream._lightning import accumulates, in_step
 
 __all__ = ["keep_gradients", "lost_gradients", "restore_gradients", "saved_gradients"]
 

@@ -21,7 +21,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from clkit._lightning import callbacks_of
 from clkit.callbacks import HeadCallback
 from clkit.callbacks.base import evaluation_key
 from clkit.data import StreamDataModule
@@ -29,6 +28,7 @@ from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataErro
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver
 from clkit.strategies import GradientFreeStrategy
+from clkit.stream._lightning import callbacks_of
 from clkit.trainer_cli import StreamCLI, refusal
 
 __all__ = ["SavedRun"]

@@ -18,11 +18,11 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
-from clkit._lightning import callbacks_of
 from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
 from clkit.checkpoint_io import read_run
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError
+from clkit.stream._lightning import callbacks_of
 
 __all__ = ["StreamCLI", "refusal", "run", "summary"]
 

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clkit._lightning import datamodule_of
 from clkit.callbacks.base import MODULE, Predictor, scores_of
 from clkit.distributed import gathered
 from clkit.errors import StateError
 from clkit.features.observer import BatchObserver
 from clkit.schema import saved_entry
+from clkit.stream._lightning import datamodule_of
 
 __all__ = [
     "Allowed",

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.callbacks._recording import (
     ModulePredictor,
     Recorded,
@@ -35,6 +34,7 @@ from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, evaluating, forward
 from clkit.files import whole_file
 from clkit.schema import saved_entry
+from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
 from clkit.stream.experience import Experience
 

@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.callbacks.base import MODULE, StreamCallback, check_names, evaluation_key, reduction_device, scores_of
 from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
@@ -21,6 +20,7 @@ from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods.head import Head
 from clkit.schema import saved_entry
+from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.stream.experience import Experience
 from clkit.surgery.classifier import Graft
 

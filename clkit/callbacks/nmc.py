@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from clkit._lightning import trained_batches
 from clkit.callbacks.head import GraftWhen, HeadCallback
 from clkit.distributed import gathered, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
 from clkit.methods import NearestMeanHead
+from clkit.stream._lightning import trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.experience import Experience
 

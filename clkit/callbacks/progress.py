@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
-from clkit._lightning import datamodule_of
+from clkit.stream._lightning import datamodule_of
 from clkit.stream.boundaries import Boundaries
 
 __all__ = ["StreamProgressBar"]

@@ -15,7 +15,13 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from clkit._lightning import (
+from clkit.data.loader import EvaluationLoader, Fetcher, ReplayLoader, TrainLoader, Workers, cut_batches, epoch_order
+from clkit.data.preprocessing import Preprocessing
+from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
+from clkit.data.sources import Part, Source, data_root, resolve_source
+from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
+from clkit.schema import check_format, saved_entry, saved_list
+from clkit.stream._lightning import (
     callbacks_of,
     cap_max_epochs,
     is_fast_dev_run,
@@ -26,12 +32,6 @@ from clkit._lightning import (
     started_epochs,
     stream_position,
 )
-from clkit.data.loader import EvaluationLoader, Fetcher, ReplayLoader, TrainLoader, Workers, cut_batches, epoch_order
-from clkit.data.preprocessing import Preprocessing
-from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
-from clkit.data.sources import Part, Source, data_root, resolve_source
-from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
-from clkit.schema import check_format, saved_entry, saved_list
 from clkit.stream.experience import Experience
 
 __all__ = ["StreamDataModule"]

@@ -12,11 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clkit._lightning import datamodule_of
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader, read_batch, read_inputs
 from clkit.models.identity import IdentityBackbone
 from clkit.models.layout import to_channels_last
+from clkit.stream._lightning import datamodule_of
 
 __all__ = ["TimmClassifier"]
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clkit._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
 from clkit.accumulation import keep_gradients
 from clkit.checkpoint_io import protect_checkpoints
 from clkit.checkpoints import STRATEGY
@@ -24,6 +23,7 @@ from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
 from clkit.schema import check_format, saved_entry
+from clkit.stream._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
 from clkit.stream.boundaries import Boundaries
 
 __all__ = ["LearningStrategy"]

@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clkit._lightning import is_last_batch
 from clkit.distributed import together
 from clkit.errors import ArgumentError
 from clkit.features.batch import read_batch
 from clkit.features.tap import FeatureTap
 from clkit.strategies.base import LearningStrategy
+from clkit.stream._lightning import is_last_batch
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.experience import Experience
 

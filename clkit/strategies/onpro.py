@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from clkit._lightning import datamodule_of
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader, read_batch
 from clkit.features.tap import FeatureTap, Tapped
@@ -29,6 +28,7 @@ from clkit.strategies._augmentation import Augmentation
 from clkit.strategies._replay_memory import ReplayMemory
 from clkit.strategies._replay_ranks import Incoming
 from clkit.strategies.base import LearningStrategy
+from clkit.stream._lightning import datamodule_of
 from clkit.stream.experience import Experience
 
 __all__ = ["OnProStrategy"]

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from clkit._lightning import callbacks_of
 from clkit.callbacks import NMC
 from clkit.checkpoints import STRATEGY
 from clkit.errors import ClkitError, ContractError
+from clkit.stream._lightning import callbacks_of
 from clkit.testing import processes
 from clkit.testing._compare import PLAIN, changed, far, leaves, require, same, snapshot
 from clkit.testing._runs import (
