@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.data import ClassIncremental, Custom, StreamDataModule
-from clkit.random_state import capture_random_state, restore_random_state
+from clkit.stream.resume import capture_random_state, restore_random_state
 
 __all__ = ["SmallModule", "batch_of", "fit", "isolated", "loader", "probe", "seed", "stream", "trainer"]
 
