@@ -20,9 +20,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
-from clkit.checkpoint_io import read_run
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError
 from clkit.stream._lightning import callbacks_of
+from clkit.stream.checkpoint_io import read_run
 
 __all__ = ["StreamCLI", "refusal", "run", "summary"]
 

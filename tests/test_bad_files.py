@@ -43,7 +43,6 @@ from torch import Tensor, nn
 
 import clkit
 from clkit.callbacks import NMC, StreamEvaluation
-from clkit.checkpoint_io import WholeCheckpointIO
 from clkit.checkpoints import read_checkpoint, write_checkpoint
 from clkit.cli import main
 from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModule
@@ -55,6 +54,7 @@ from clkit.models import TimmClassifier
 from clkit.recipes import read_recipe
 from clkit.report.figures import draw_figures
 from clkit.report.results import write_results
+from clkit.stream.checkpoint_io import WholeCheckpointIO
 
 COMMANDS = ("fit", "validate", "test", "predict")
 D = 3

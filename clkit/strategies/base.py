@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.accumulation import keep_gradients
-from clkit.checkpoint_io import protect_checkpoints
 from clkit.checkpoints import STRATEGY
 from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, StateError
@@ -25,6 +24,7 @@ from clkit.models.layout import refuse_unsafe_layout
 from clkit.schema import check_format, saved_entry
 from clkit.stream._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
 from clkit.stream.boundaries import Boundaries
+from clkit.stream.checkpoint_io import protect_checkpoints
 
 __all__ = ["LearningStrategy"]
 
