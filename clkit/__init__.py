@@ -10,11 +10,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clkit.checkpoints import load_head as load_head
     from clkit.exporting import export as export
     from clkit.features.tap import FeatureTap as FeatureTap
     from clkit.forgetting import forget_samples as forget_samples
     from clkit.merging import merge_checkpoints as merge_checkpoints
+    from clkit.runs.heads import load_head as load_head
     from clkit.stream.experience import Experience as Experience
 
 __version__ = "0.1.0.dev0"
@@ -24,7 +24,7 @@ _PLACES = {
     "FeatureTap": "clkit.features.tap",
     "export": "clkit.exporting",
     "forget_samples": "clkit.forgetting",
-    "load_head": "clkit.checkpoints",
+    "load_head": "clkit.runs.heads",
     "merge_checkpoints": "clkit.merging",
 }
 _SUBPACKAGES = ("callbacks", "data", "methods", "metrics", "models", "report", "strategies", "testing")

@@ -20,7 +20,6 @@ from torch.nn.functional import pad
 
 from clkit import __version__
 from clkit.callbacks import HeadCallback, ungraft
-from clkit.checkpoints import EXPORTED, build_head, head_entries, name_of, read_checkpoint
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.observer import forward
@@ -31,6 +30,7 @@ from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.readout import NEVER, readout_module
 from clkit.models import IdentityBackbone
 from clkit.outputs import check_output
+from clkit.runs.heads import EXPORTED, build_head, head_entries, name_of, read_checkpoint
 from clkit.stream._lightning import datamodule_of
 
 __all__ = ["Exported", "export", "export_checkpoint"]

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clkit.checkpoints import MERGED, STRATEGY, build_head, head_entries, read_checkpoint, write_checkpoint
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.methods.head import Head
 from clkit.methods.readout import layer_values
 from clkit.outputs import check_output
+from clkit.runs.heads import MERGED, STRATEGY, build_head, head_entries, read_checkpoint, write_checkpoint
 
 __all__ = ["Learned", "hand_over", "merge_checkpoints", "save_checkpoint"]
 

@@ -43,7 +43,6 @@ from torch import Tensor, nn
 
 import clkit
 from clkit.callbacks import NMC, StreamEvaluation
-from clkit.checkpoints import read_checkpoint, write_checkpoint
 from clkit.cli import main
 from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModule
 from clkit.distributed import gathered
@@ -54,6 +53,7 @@ from clkit.models import TimmClassifier
 from clkit.recipes import read_recipe
 from clkit.report.figures import draw_figures
 from clkit.report.results import write_results
+from clkit.runs.heads import read_checkpoint, write_checkpoint
 from clkit.stream.checkpoint_io import WholeCheckpointIO
 
 COMMANDS = ("fit", "validate", "test", "predict")

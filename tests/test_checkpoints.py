@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import clkit
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
-from clkit.checkpoints import read_checkpoint
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, StateError
 from clkit.methods import NearestMeanHead
 from clkit.models import TimmClassifier
+from clkit.runs.heads import read_checkpoint
 
 Make = Callable[..., Any]
 

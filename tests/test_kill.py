@@ -23,8 +23,8 @@ import torch
 from killed_run import CONFIGS
 from torch import Tensor
 
-from clkit.checkpoints import STRATEGY, read_checkpoint
 from clkit.methods import ReservoirBuffer
+from clkit.runs.heads import STRATEGY, read_checkpoint
 
 # every batch has these; the others exist where their name says
 PLACES = (

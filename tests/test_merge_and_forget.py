@@ -24,13 +24,13 @@ from torch.utils.data import TensorDataset
 
 from clkit import forget_samples, load_head, merge_checkpoints
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
-from clkit.checkpoints import MERGED, STRATEGY, read_checkpoint
 from clkit.cli import main
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
 from clkit.forgetting import read_samples
 from clkit.merging import Learned, classifier_keys
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.runs.heads import MERGED, STRATEGY, read_checkpoint
 
 Make = Callable[..., Any]
 

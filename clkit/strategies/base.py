@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.accumulation import keep_gradients
-from clkit.checkpoints import STRATEGY
 from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
+from clkit.runs.heads import STRATEGY
 from clkit.schema import check_format, saved_entry
 from clkit.stream._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
 from clkit.stream.boundaries import Boundaries

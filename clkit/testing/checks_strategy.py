@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from clkit.callbacks import NMC
-from clkit.checkpoints import STRATEGY
 from clkit.errors import ClkitError, ContractError
+from clkit.runs.heads import STRATEGY
 from clkit.stream._lightning import callbacks_of
 from clkit.testing import processes
 from clkit.testing._compare import PLAIN, changed, far, leaves, require, same, snapshot

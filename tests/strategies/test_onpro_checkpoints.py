@@ -28,8 +28,8 @@ from onpro_runs import (
 from torch import Tensor
 
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
-from clkit.checkpoints import STRATEGY
 from clkit.errors import BatchError, StateError
+from clkit.runs.heads import STRATEGY
 from clkit.strategies import REPLAY_METHODS, GradientFreeStrategy, LearningStrategy, OnProStrategy
 
 Make = Callable[..., Any]

@@ -15,8 +15,8 @@ from onpro_runs import BATCHES, SAMPLES, Lit, batch, differences, lit, onpro, st
 from torch import Tensor
 
 from clkit.callbacks import AEFOCL, NMC
-from clkit.checkpoints import STRATEGY
 from clkit.errors import StateError
+from clkit.runs.heads import STRATEGY
 from clkit.strategies import OnProStrategy
 
 IN_STEP = ["forward", "on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
