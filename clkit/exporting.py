@@ -167,7 +167,7 @@ def export_checkpoint(
         asked = "one must be named (--head)" if head is None else f"there is none named {head!r}"
         raise ArgumentError(f"{path} has the heads {sorted(named) or 'none'}; {asked}")
     key = named[head]
-    from clkit.saved_run import SavedRun  # builds a whole run
+    from clkit.runs.saved_run import SavedRun  # builds a whole run
 
     run = SavedRun.of(path, config)
     if key not in run.callbacks:

@@ -200,7 +200,7 @@ def _learned_again(
     checkpoint: dict[str, Any], path: Path, keys: list[str], rows: npt.NDArray[np.int64], config: str | Path | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Features and targets of some rows for each head, from their batches given to the network once more."""
-    from clkit.saved_run import SavedRun  # builds a whole run, which only this way of forgetting needs
+    from clkit.runs.saved_run import SavedRun  # builds a whole run, which only this way of forgetting needs
 
     if MERGED in checkpoint:
         raise ConfigurationError(
