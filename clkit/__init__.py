@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from clkit.exporting import export as export
     from clkit.features.tap import FeatureTap as FeatureTap
     from clkit.forgetting import forget_samples as forget_samples
-    from clkit.merging import merge_checkpoints as merge_checkpoints
     from clkit.runs.heads import load_head as load_head
+    from clkit.runs.merging import merge_checkpoints as merge_checkpoints
     from clkit.stream.experience import Experience as Experience
 
 __version__ = "0.1.0.dev0"
@@ -25,7 +25,7 @@ _PLACES = {
     "export": "clkit.exporting",
     "forget_samples": "clkit.forgetting",
     "load_head": "clkit.runs.heads",
-    "merge_checkpoints": "clkit.merging",
+    "merge_checkpoints": "clkit.runs.merging",
 }
 _SUBPACKAGES = ("callbacks", "data", "methods", "metrics", "models", "report", "strategies", "testing")
 

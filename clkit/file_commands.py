@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from clkit.errors import ClkitError
-from clkit.merging import Learned
+from clkit.runs.merging import Learned
 
 __all__ = ["run_file_command"]
 
@@ -31,7 +31,7 @@ def run_file_command(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> list[str]:
-    from clkit.merging import merge_checkpoints
+    from clkit.runs.merging import merge_checkpoints
 
     learned = merge_checkpoints(options.checkpoints, options.output, overwrite=options.force)
     return [

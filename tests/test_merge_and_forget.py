@@ -28,9 +28,9 @@ from clkit.cli import main
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
 from clkit.forgetting import read_samples
-from clkit.merging import Learned, classifier_keys
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.runs.heads import MERGED, STRATEGY, read_checkpoint
+from clkit.runs.merging import Learned, classifier_keys
 
 Make = Callable[..., Any]
 
