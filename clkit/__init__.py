@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clkit.exporting import export as export
     from clkit.features.tap import FeatureTap as FeatureTap
-    from clkit.forgetting import forget_samples as forget_samples
+    from clkit.runs.forgetting import forget_samples as forget_samples
     from clkit.runs.heads import load_head as load_head
     from clkit.runs.merging import merge_checkpoints as merge_checkpoints
     from clkit.stream.experience import Experience as Experience
@@ -23,7 +23,7 @@ _PLACES = {
     "Experience": "clkit.stream.experience",
     "FeatureTap": "clkit.features.tap",
     "export": "clkit.exporting",
-    "forget_samples": "clkit.forgetting",
+    "forget_samples": "clkit.runs.forgetting",
     "load_head": "clkit.runs.heads",
     "merge_checkpoints": "clkit.runs.merging",
 }

@@ -42,7 +42,7 @@ def _merge(options: argparse.Namespace) -> list[str]:
 
 
 def _forget(options: argparse.Namespace) -> list[str]:
-    from clkit.forgetting import forget_samples, read_samples
+    from clkit.runs.forgetting import forget_samples, read_samples
 
     samples = read_samples(options.samples)
     learned = forget_samples(

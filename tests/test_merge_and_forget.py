@@ -27,8 +27,8 @@ from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.cli import main
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
-from clkit.forgetting import read_samples
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.runs.forgetting import read_samples
 from clkit.runs.heads import MERGED, STRATEGY, read_checkpoint
 from clkit.runs.merging import Learned, classifier_keys
 
