@@ -10,8 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clkit.exporting import export as export
     from clkit.features.tap import FeatureTap as FeatureTap
+    from clkit.runs.exporting import export as export
     from clkit.runs.forgetting import forget_samples as forget_samples
     from clkit.runs.heads import load_head as load_head
     from clkit.runs.merging import merge_checkpoints as merge_checkpoints
@@ -22,7 +22,7 @@ __version__ = "0.1.0.dev0"
 _PLACES = {
     "Experience": "clkit.stream.experience",
     "FeatureTap": "clkit.features.tap",
-    "export": "clkit.exporting",
+    "export": "clkit.runs.exporting",
     "forget_samples": "clkit.runs.forgetting",
     "load_head": "clkit.runs.heads",
     "merge_checkpoints": "clkit.runs.merging",

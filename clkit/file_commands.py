@@ -61,7 +61,7 @@ def _forget(options: argparse.Namespace) -> list[str]:
 
 
 def _export(options: argparse.Namespace) -> list[str]:
-    from clkit.exporting import export_checkpoint
+    from clkit.runs.exporting import export_checkpoint
 
     exported = export_checkpoint(
         options.checkpoint, options.output, head=options.head, config=options.config, overwrite=options.force
