@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if override.partition("=")[0].startswith(OWN_SETTINGS):
                 sys.stderr.write(f"clkit: {override} is what clkit compare sets for each of its runs; leave it out\n")
                 return 2
-        from clkit.comparing import run_compare
+        from clkit.runs.comparing import run_compare
 
         return run_compare(options, overrides)
     if options.command in FILE_COMMANDS:

@@ -22,21 +22,21 @@ import torch
 import yaml
 from scipy.stats import ttest_1samp
 
-import clkit.comparing
+import clkit.runs.comparing
 from clkit import trainer_cli
 from clkit.cli import main
-from clkit.comparing import t_interval
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError
 from clkit.models import TimmClassifier
 from clkit.recipes import read_recipe
+from clkit.runs.comparing import t_interval
 
 METRICS = ("average_accuracy", "final_accuracy", "average_incremental_accuracy", "forgetting")
 STREAM = ("digits:flat", 5, 32)  # of the recipes below: source, experiences, batch size
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 QUIET = {"class_path": "StreamEvaluation", "init_args": {"figures": False, "table": False}}
 
-in_a_process = clkit.comparing._fit
+in_a_process = clkit.runs.comparing._fit
 fitted: list[str] = []  # folders of the runs that were done, in order
 
 
@@ -54,7 +54,7 @@ def fit_here(arguments: Sequence[str], log: Path, inherited: tuple[int, ...]) ->
 @pytest.fixture(autouse=True)
 def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted.clear()
-    monkeypatch.setattr(clkit.comparing, "_fit", fit_here)
+    monkeypatch.setattr(clkit.runs.comparing, "_fit", fit_here)
     monkeypatch.setitem(sys.modules, "own_code", sys.modules[__name__])
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -133,7 +133,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A trained recipe and one of two heads, two seeds, with both outer rows: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        patch.setattr(clkit.comparing, "_fit", fit_here)
+        patch.setattr(clkit.runs.comparing, "_fit", fit_here)
         patch.setenv("COLUMNS", "100")
         recipe("linear.yaml")
         recipe("heads.yaml", heads)
@@ -500,9 +500,9 @@ class Drawing(pl.strategies.SingleDeviceStrategy):
 
 
 def test_a_strategy_gets_the_seed_by_class_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from clkit.comparing import _seeded
+    from clkit.runs.comparing import _seeded
 
-    monkeypatch.setitem(clkit.comparing.STRATEGIES, "drawing", ("own_code", "Drawing", ""))
+    monkeypatch.setitem(clkit.runs.comparing.STRATEGIES, "drawing", ("own_code", "Drawing", ""))
     for strategy in ("drawing", {"class_path": "own_code.Drawing", "init_args": {"seed": 0}}):
         settings = {"model": {}, "data": {}, "trainer": {"strategy": strategy, "callbacks": None}}
         seeded = _seeded(settings, 4)
@@ -588,7 +588,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_run_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clkit.comparing, "_fit", in_a_process)
+    monkeypatch.setattr(clkit.runs.comparing, "_fit", in_a_process)
     monkeypatch.chdir(tmp_path)
     Path("nmc.yaml").write_text(read_recipe("nmc"))
     assert main(["compare", "nmc", "--seeds", "1", "--no-outer", "--out", "out", "--config", "nmc.yaml"]) == 0
