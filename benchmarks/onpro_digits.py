@@ -39,7 +39,7 @@ from torch import nn
 
 from clkit.callbacks import StreamEvaluation
 from clkit.recipes import read_recipe
-from clkit.trainer_cli import StreamCLI
+from clkit.runs.settings import StreamCLI
 
 FIGURES = ("last", "average incremental", "forgetting")
 TOLERANCE = 5.0  # points

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in TRAINER_COMMANDS:
-        from clkit.trainer_cli import run
+        from clkit.runs.settings import run
 
         return run(None if arguments is None else given)
     parser = _parser()

@@ -18,7 +18,7 @@ import yaml
 import clkit
 from clkit.cli import main
 from clkit.recipes import read_recipe, recipe_names
-from clkit.trainer_cli import StreamCLI, summary
+from clkit.runs.settings import StreamCLI, summary
 
 Change = Callable[[dict[str, Any]], object]
 

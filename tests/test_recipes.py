@@ -19,7 +19,7 @@ from clkit.cli import main
 from clkit.data import Preprocessing, StreamDataModule, published_order
 from clkit.methods import RandomViews, ReplayRule
 from clkit.recipes import read_recipe, recipe_folder, recipe_lines, recipe_names
-from clkit.trainer_cli import StreamCLI
+from clkit.runs.settings import StreamCLI
 
 PAPERS = ["paper/core50", "paper/nmc_cifar100", "paper/soda10m", "paper/split_cifar100"]
 REPLAY = ["er", "er_ace", "der_pp", "scr", "onpro"]

@@ -37,7 +37,7 @@ from clkit.metrics.functional import staged_counts, summarize
 from clkit.recipes import read_recipe, recipe_folder, recipe_names
 from clkit.report.tables import seeds_table
 from clkit.strategies import GradientFreeStrategy
-from clkit.trainer_cli import run as run_trainer
+from clkit.runs.settings import run as run_trainer
 
 __all__ = ["Interval", "run_compare", "t_interval"]
 
