@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import nn
 
 from clkit.callbacks import StreamEvaluation
-from clkit.recipes import read_recipe
+from clkit.runs.recipes import read_recipe
 from clkit.runs.settings import StreamCLI
 
 FIGURES = ("last", "average incremental", "forgetting")

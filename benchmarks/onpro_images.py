@@ -43,7 +43,7 @@ from clkit.data.sources import data_root
 from clkit.errors import DataError
 from clkit.methods import RandomViews
 from clkit.models import TimmClassifier
-from clkit.recipes import read_recipe
+from clkit.runs.recipes import read_recipe
 from clkit.strategies import OnProStrategy
 
 FILE = "cifar10_subset.npz"

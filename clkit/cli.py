@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from clkit import __version__
-from clkit.recipes import read_recipe, recipe_lines
+from clkit.runs.recipes import read_recipe, recipe_lines
 
 __all__ = ["main"]
 

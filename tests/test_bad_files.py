@@ -50,10 +50,10 @@ from clkit.errors import ArgumentError, ClkitError, DataError, ProcessLostError,
 from clkit.files import whole_file
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
 from clkit.models import TimmClassifier
-from clkit.recipes import read_recipe
 from clkit.report.figures import draw_figures
 from clkit.report.results import write_results
 from clkit.runs.heads import read_checkpoint, write_checkpoint
+from clkit.runs.recipes import read_recipe
 from clkit.stream.checkpoint_io import WholeCheckpointIO
 
 COMMANDS = ("fit", "validate", "test", "predict")

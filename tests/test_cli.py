@@ -17,7 +17,7 @@ import yaml
 
 import clkit
 from clkit.cli import main
-from clkit.recipes import read_recipe, recipe_names
+from clkit.runs.recipes import read_recipe, recipe_names
 from clkit.runs.settings import StreamCLI, summary
 
 Change = Callable[[dict[str, Any]], object]

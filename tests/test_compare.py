@@ -28,8 +28,8 @@ from clkit.cli import main
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError
 from clkit.models import TimmClassifier
-from clkit.recipes import read_recipe
 from clkit.runs.comparing import t_interval
+from clkit.runs.recipes import read_recipe
 
 METRICS = ("average_accuracy", "final_accuracy", "average_incremental_accuracy", "forgetting")
 STREAM = ("digits:flat", 5, 32)  # of the recipes below: source, experiences, batch size

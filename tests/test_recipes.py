@@ -14,11 +14,11 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import clkit.recipes
+import clkit.runs.recipes
 from clkit.cli import main
 from clkit.data import Preprocessing, StreamDataModule, published_order
 from clkit.methods import RandomViews, ReplayRule
-from clkit.recipes import read_recipe, recipe_folder, recipe_lines, recipe_names
+from clkit.runs.recipes import read_recipe, recipe_folder, recipe_lines, recipe_names
 from clkit.runs.settings import StreamCLI
 
 PAPERS = ["paper/core50", "paper/nmc_cifar100", "paper/soda10m", "paper/split_cifar100"]
@@ -67,7 +67,7 @@ def test_an_unknown_recipe_is_named_with_its_neighbour() -> None:
 def test_the_folder_of_an_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clkit" / "configs").mkdir(parents=True)
     (tmp_path / "clkit" / "configs" / "mine.yaml").write_text("# my own\n")
-    monkeypatch.setattr(clkit.recipes, "__file__", str(tmp_path / "clkit" / "recipes.py"))
+    monkeypatch.setattr(clkit.runs.recipes, "__file__", str(tmp_path / "clkit" / "recipes.py"))
     assert recipe_names() == ["mine"]
     assert recipe_lines() == ["mine  my own"]
 

@@ -34,7 +34,7 @@ from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, ProcessLostError, StateError
 from clkit.files import whole_file
 from clkit.metrics.functional import staged_counts, summarize
-from clkit.recipes import read_recipe, recipe_folder, recipe_names
+from clkit.runs.recipes import read_recipe, recipe_folder, recipe_names
 from clkit.report.tables import seeds_table
 from clkit.strategies import GradientFreeStrategy
 from clkit.runs.settings import run as run_trainer
