@@ -23,7 +23,7 @@ import yaml
 from scipy.stats import ttest_1samp
 
 import clkit.runs.comparing
-from clkit import trainer_cli
+from clkit.runs import settings
 from clkit.cli import main
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError
@@ -45,7 +45,7 @@ def fit_here(arguments: Sequence[str], log: Path, inherited: tuple[int, ...]) ->
     fitted.append(log.parent.relative_to(log.parents[2]).as_posix())
     with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            return trainer_cli.run(["fit", *arguments])
+            return settings.run(["fit", *arguments])
         except Exception:  # as a process ends that nobody catches anything in
             traceback.print_exc()
             return 1

@@ -1,9 +1,9 @@
 """The metrics of continual learning as ``torchmetrics.Metric`` objects that watch a whole stream.
 
 All of them are fed in the same way: ``update(predictions, targets, experience)`` with the test samples of an experience
-(``experience`` counts from 0, as :class:`clkit.stream.experience.Experience` does), and :meth:`~_StreamMetric.next_stage` each
-time an experience was learned. Stage 0 is before any training (only :class:`ForwardTransfer` reads it), stage ``i`` is
-after the ``i``-th experience. The definitions stand in :mod:`clkit.metrics.functional`, the values are those of
+(``experience`` counts from 0, as :class:`clkit.Experience` does), and :meth:`~_StreamMetric.next_stage` each time an
+experience was learned. Stage 0 is before any training (only :class:`ForwardTransfer` reads it), stage ``i`` is after
+the ``i``-th experience. The definitions stand in :mod:`clkit.metrics.functional`, the values are those of
 ``results.json``; what is not defined is ``NaN``.
 
 The state is a list of exact integer counts, one row for every combination of stage, experience and class that really
