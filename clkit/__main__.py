@@ -1,5 +1,5 @@
 """``python -m clkit`` is the ``clkit`` command."""
 
-from clkit.cli import main
+from clkit.cli.main import main
 
 raise SystemExit(main())

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 import clkit
 from clkit.callbacks import NMC, StreamEvaluation
-from clkit.cli import main
+from clkit.cli.main import main
 from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModule
 from clkit.distributed import gathered
 from clkit.errors import ArgumentError, ClkitError, DataError, ProcessLostError, StateError, WriteError

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import clkit
-from clkit.cli import main
+from clkit.cli.main import main
 from clkit.runs.recipes import read_recipe, recipe_names
 from clkit.runs.settings import StreamCLI, summary
 
@@ -98,7 +98,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_help_and_recipes_import_nothing_heavy() -> None:
     code = (
-        "import sys; from clkit.cli import main; main(['recipes']); main([]); "
+        "import sys; from clkit.cli.main import main; main(['recipes']); main([]); "
         "print([name for name in ('torch', 'lightning', 'timm', 'sklearn') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

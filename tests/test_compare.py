@@ -23,11 +23,11 @@ import yaml
 from scipy.stats import ttest_1samp
 
 import clkit.runs.comparing
-from clkit.runs import settings
-from clkit.cli import main
+from clkit.cli.main import main
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError
 from clkit.models import TimmClassifier
+from clkit.runs import settings
 from clkit.runs.comparing import t_interval
 from clkit.runs.recipes import read_recipe
 
@@ -576,7 +576,7 @@ def test_bad_usage_is_one_line(
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom clkit.cli import main\n"
+        "import sys\nfrom clkit.cli.main import main\n"
         "for arguments in (['--help'], [], ['nmc', '--seeds', 'x'], ['nmc', '--data.seed', '1']):\n"
         "    try:\n        main(['compare', *arguments])\n    except SystemExit as stopped:\n        pass\n"
         "print([name for name in ('torch', 'lightning', 'timm', 'scipy', 'numpy') if name in sys.modules])"

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from clkit import forget_samples, load_head, merge_checkpoints
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
-from clkit.cli import main
+from clkit.cli.main import main
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead

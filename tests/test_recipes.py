@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import clkit.runs.recipes
-from clkit.cli import main
+from clkit.cli.main import main
 from clkit.data import Preprocessing, StreamDataModule, published_order
 from clkit.methods import RandomViews, ReplayRule
 from clkit.runs.recipes import read_recipe, recipe_folder, recipe_lines, recipe_names

@@ -239,8 +239,8 @@ def _loaded_by(code: str) -> set[str]:
     "code",
     [
         "import clkit",
-        "from clkit.cli import main; main([])",
-        "from clkit.cli import main; main(['recipes'])",
+        "from clkit.cli.main import main; main([])",
+        "from clkit.cli.main import main; main(['recipes'])",
     ],
 )
 def test_heavy_packages_wait_until_they_are_needed(code: str) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, ungraft
-from clkit.cli import main
+from clkit.cli.main import main
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
 from clkit.models import TimmClassifier
