@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run_compare(options, overrides)
     if options.command in FILE_COMMANDS:
-        from clkit.file_commands import run_file_command
+        from clkit.cli.file_commands import run_file_command
 
         return run_file_command(options)
     parser.print_help()
