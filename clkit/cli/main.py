@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "recipes":
         return _recipes(options.name)
     if options.command == "demo":
-        from clkit.demo import run_demo
+        from clkit.cli.demo import run_demo
 
         return run_demo(options.folder)
     if options.command == "compare":
