@@ -28,7 +28,7 @@ import torch
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import DomainIncremental, NpzFeatures, StreamDataModule
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
-from clkit.methods.head import Head
+from clkit.methods.heads.base import Head
 from clkit.models import TimmClassifier
 
 PAGE = 4096

@@ -18,7 +18,7 @@ from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, FeaturesFrom
-from clkit.methods.head import Head
+from clkit.methods.heads.base import Head
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.stream.experience import Experience

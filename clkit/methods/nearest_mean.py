@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 
 from clkit.methods._checks import Batch, check_choice
 from clkit.methods.feature_map import FeatureMap
-from clkit.methods.head import Head, Readout
+from clkit.methods.heads.base import Head, Readout
 from clkit.methods.statistics import FeatureStatistics
 
 __all__ = ["NearestMeanHead"]

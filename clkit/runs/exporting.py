@@ -25,7 +25,7 @@ from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.observer import forward
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.files import whole_file
-from clkit.methods.head import Head
+from clkit.methods.heads.base import Head
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.readout import NEVER, readout_module
 from clkit.models import IdentityBackbone

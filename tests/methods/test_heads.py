@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, ClkitError, ConfigurationError, NotFittedError, StateError
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead, _checks
-from clkit.methods.head import Head
+from clkit.methods.heads.base import Head
 
 D = 6
 MAKERS: dict[str, Callable[..., Head]] = {

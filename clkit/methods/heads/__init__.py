@@ -1,0 +1,1 @@
+"""What a head is: its base, its read-out as plain layers, its feature map."""
