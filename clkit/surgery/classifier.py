@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clkit.errors import ConfigurationError
 from clkit.features.tap import FeatureTap
-from clkit.methods.readout import is_linear, layer_values, linear_of, readout_module
+from clkit.methods.heads.readout import is_linear, layer_values, linear_of, readout_module
 
 __all__ = ["Graft", "ungraft"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, NotFittedError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
-from clkit.methods.readout import L2Normalize, readout_module, readout_tensors
+from clkit.methods.heads.readout import L2Normalize, readout_module, readout_tensors
 
 HEADS: dict[str, Callable[[int], Any]] = {
     "ridge": lambda d: AnalyticHead(d, gamma=1.0),
