@@ -1,6 +1,6 @@
 """Methods as plain PyTorch: modules and functions on tensors, no trainer needed."""
 
-from clkit.methods.feature_map import FeatureMap
+from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.lda import LDAHead
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.onpro import (

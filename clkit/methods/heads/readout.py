@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clkit.errors import ArgumentError
-from clkit.methods.feature_map import FeatureMap
 from clkit.methods.heads.base import Head
+from clkit.methods.heads.feature_map import FeatureMap
 
 __all__ = ["NEVER", "L2Normalize", "is_linear", "layer_values", "linear_of", "readout_module", "readout_tensors"]
 
