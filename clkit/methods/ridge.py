@@ -17,7 +17,7 @@ from clkit.methods._saved import check_keys, check_saved, check_saved_ids
 from clkit.methods._state import PlainState, exact, world_size
 from clkit.methods.heads.base import Head, Readout, first_equal
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
-from clkit.methods.pseudo_features import missing_counts, pseudo_features
+from clkit.methods.heads.pseudo_features import missing_counts, pseudo_features
 from clkit.methods.statistics import FeatureStatistics
 
 __all__ = ["AnalyticHead"]

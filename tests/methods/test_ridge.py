@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError
 from clkit.methods import AnalyticHead, FeatureMap
-from clkit.methods.pseudo_features import pseudo_features
+from clkit.methods.heads.pseudo_features import pseudo_features
 from clkit.methods.ridge import absorbed
 
 Digits = tuple[Tensor, Tensor, Tensor, Tensor]
