@@ -12,7 +12,7 @@ from clkit.methods.onpro import (
     variant_labels,
 )
 from clkit.methods.projector import Projector
-from clkit.methods.replay import MemoryRows, ReservoirBuffer
+from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
 from clkit.methods.replay_step import ReplayRule
 from clkit.methods.ridge import AnalyticHead
 from clkit.methods.segments import BatchNormSegments
