@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_number
-from clkit.methods._replay_table import RowLayout
+from clkit.methods.replay.rows import RowLayout
 
 __all__ = ["RowCodec"]
 

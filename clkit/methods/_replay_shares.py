@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clkit.methods._replay_table import Ids
+from clkit.methods.replay.rows import Ids
 
 __all__ = ["Share", "dealt", "even", "numbered"]
 

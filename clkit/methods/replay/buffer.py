@@ -15,8 +15,8 @@ from clkit.methods._checks import check_choice, check_count
 from clkit.methods._replay_codec import RowCodec
 from clkit.methods._replay_saved import FORMAT, SavedMemory
 from clkit.methods._replay_shares import dealt, even, numbered
-from clkit.methods._replay_table import EXPERIENCE_LIMIT, NUMBERS, Ids, RowLayout, RowTable, host_tensor, taken
 from clkit.methods._state import PlainState, exact
+from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, Ids, RowLayout, RowTable, host_tensor, taken
 
 __all__ = ["MemoryRows", "ReservoirBuffer"]
 
