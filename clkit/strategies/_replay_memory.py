@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
-from clkit.methods._replay_shares import even
 from clkit.methods.replay.buffer import ReservoirBuffer
+from clkit.methods.replay.shares import even
 from clkit.schema import saved_entry, saved_list
 from clkit.strategies._replay_ranks import ReplayRanks, ShardedRanks
 
