@@ -34,7 +34,7 @@ from clkit import FeatureTap
 from clkit.methods import BatchNormSegments, OnlinePrototypes, RandomViews, ReservoirBuffer, rotate_views
 from clkit.methods.onpro import MixedBatch, draw_offset
 from clkit.methods.projector import Projector
-from clkit.methods.replay_step import Part, ReplayRule, StepBatch, StepOutputs
+from clkit.methods.replay.rule import Part, ReplayRule, StepBatch, StepOutputs
 from clkit.methods.views import VARIANTS
 from clkit.models import TimmClassifier
 

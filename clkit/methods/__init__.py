@@ -13,7 +13,7 @@ from clkit.methods.onpro import (
 )
 from clkit.methods.projector import Projector
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
-from clkit.methods.replay_step import ReplayRule
+from clkit.methods.replay.rule import ReplayRule
 from clkit.methods.ridge import AnalyticHead
 from clkit.methods.segments import BatchNormSegments
 from clkit.methods.statistics import FeatureStatistics

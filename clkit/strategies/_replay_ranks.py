@@ -12,8 +12,8 @@ from torch import Tensor
 from clkit.distributed import gathered, together
 from clkit.methods.onpro import MixedBatch, PrototypeContrast, prototype_contrast
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
+from clkit.methods.replay.rule import Part, StepOutputs, StepViews
 from clkit.methods.replay.shares import even
-from clkit.methods.replay_step import Part, StepOutputs, StepViews
 
 __all__ = ["Incoming", "ReplayRanks", "ShardedRanks"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError
 from clkit.methods import BatchNormSegments, MixedBatch, Projector, ReplayRule
-from clkit.methods.replay_step import Part, StepBatch, StepLosses, StepOutputs, StepViews
+from clkit.methods.replay.rule import Part, StepBatch, StepLosses, StepOutputs, StepViews
 
 CLASSES, WIDTH, DIM = 7, 6, 4
 OFFSET_SEED = 5

@@ -34,7 +34,7 @@ from clkit.callbacks import NMC
 from clkit.errors import ArgumentError, ClkitError, StateError
 from clkit.methods import NearestMeanHead, ReservoirBuffer
 from clkit.methods.replay.buffer import MemoryRows
-from clkit.methods.replay_step import Part
+from clkit.methods.replay.rule import Part
 from clkit.strategies import OnProStrategy
 from clkit.strategies._replay_ranks import Incoming, ReplayRanks
 

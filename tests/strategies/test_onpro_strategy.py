@@ -173,7 +173,7 @@ def test_rows_know_their_experience(make_trainer: Make) -> None:
 def test_a_closure_that_is_called_again_sees_the_same_views_and_draws(
     make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import clkit.methods.replay_step as used
+    import clkit.methods.replay.rule as used
 
     module, calls, offsets = lit(LBFGS), [], []
     module.net.register_forward_hook(lambda m, args, out: calls.append((module.trainer.fit_loop.total_batch_idx, args)))
