@@ -19,8 +19,8 @@ from clkit.methods._checks import check_choice, check_count
 from clkit.methods.onpro import MixedBatch, OnlinePrototypes
 from clkit.methods.projector import Projector
 from clkit.methods.replay.buffer import ReservoirBuffer
+from clkit.methods.replay.history import MemoryHistory, PrototypeHistory
 from clkit.methods.replay.rule import ReplayRule, StepBatch, StepLosses, StepOutputs, StepViews
-from clkit.methods.replay_history import MemoryHistory, PrototypeHistory
 from clkit.methods.segments import BatchNormSegments
 from clkit.methods.views import Rotation
 from clkit.schema import saved_entry, saved_list

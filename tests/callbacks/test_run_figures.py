@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clkit.callbacks import NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.methods import ReservoirBuffer
-from clkit.methods.replay_history import MemoryHistory, PrototypeHistory
+from clkit.methods.replay.history import MemoryHistory, PrototypeHistory
 from clkit.metrics.figures import plot_memory_balance, plot_prototype_history
 from clkit.report.figures import HasFigures
 from clkit.strategies import LearningStrategy

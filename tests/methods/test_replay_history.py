@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit.errors import ArgumentError, StateError
-from clkit.methods.replay_history import MemoryHistory, PrototypeHistory
+from clkit.methods.replay.history import MemoryHistory, PrototypeHistory
 
 
 def counts_of(step: int) -> dict[int, int]:
