@@ -35,7 +35,7 @@ from clkit.methods import BatchNormSegments, OnlinePrototypes, RandomViews, Rese
 from clkit.methods.onpro import MixedBatch, draw_offset
 from clkit.methods.projector import Projector
 from clkit.methods.replay.rule import Part, ReplayRule, StepBatch, StepOutputs
-from clkit.methods.views import VARIANTS
+from clkit.methods.replay.views import VARIANTS
 from clkit.models import TimmClassifier
 
 CLASSES, NEW, REPLAYED = 10, 10, 64

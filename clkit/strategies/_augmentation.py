@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods.views import RandomViews
+from clkit.methods.replay.views import RandomViews
 
 __all__ = ["Augmentation"]
 
