@@ -14,9 +14,9 @@ from clkit.methods.onpro import (
 from clkit.methods.projector import Projector
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
 from clkit.methods.replay.rule import ReplayRule
+from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.views import RandomViews, rotate_views
 from clkit.methods.ridge import AnalyticHead
-from clkit.methods.segments import BatchNormSegments
 from clkit.methods.statistics import FeatureStatistics
 from clkit.methods.supervised import supervised_contrast
 

@@ -21,8 +21,8 @@ from clkit.methods.projector import Projector
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.history import MemoryHistory, PrototypeHistory
 from clkit.methods.replay.rule import ReplayRule, StepBatch, StepLosses, StepOutputs, StepViews
+from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.views import Rotation
-from clkit.methods.segments import BatchNormSegments
 from clkit.schema import saved_entry, saved_list
 from clkit.strategies._augmentation import Augmentation
 from clkit.strategies._replay_memory import ReplayMemory
