@@ -15,10 +15,10 @@ from clkit.methods.projector import Projector
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
 from clkit.methods.replay.rule import ReplayRule
 from clkit.methods.replay.segments import BatchNormSegments
+from clkit.methods.replay.supervised import supervised_contrast
 from clkit.methods.replay.views import RandomViews, rotate_views
 from clkit.methods.ridge import AnalyticHead
 from clkit.methods.statistics import FeatureStatistics
-from clkit.methods.supervised import supervised_contrast
 
 __all__ = [
     "AnalyticHead",

@@ -24,8 +24,8 @@ from clkit.methods.onpro import (
     prototype_contrast,
     variant_labels,
 )
+from clkit.methods.replay.supervised import supervised_contrast
 from clkit.methods.replay.views import VARIANTS, Rotation, rotate_views
-from clkit.methods.supervised import supervised_contrast
 
 __all__ = ["Part", "ReplayRule", "StepBatch", "StepLosses", "StepOutputs", "StepViews", "Transform"]
 
