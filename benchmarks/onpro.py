@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from clkit import FeatureTap
 from clkit.methods import BatchNormSegments, OnlinePrototypes, RandomViews, ReservoirBuffer, rotate_views
 from clkit.methods.onpro import MixedBatch, draw_offset
-from clkit.methods.projector import Projector
+from clkit.methods.replay.projector import Projector
 from clkit.methods.replay.rule import Part, ReplayRule, StepBatch, StepOutputs
 from clkit.methods.replay.views import VARIANTS
 from clkit.models import TimmClassifier

@@ -11,8 +11,8 @@ from clkit.methods.onpro import (
     prototype_contrast,
     variant_labels,
 )
-from clkit.methods.projector import Projector
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
+from clkit.methods.replay.projector import Projector
 from clkit.methods.replay.rule import ReplayRule
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.supervised import supervised_contrast

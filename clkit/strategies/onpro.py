@@ -17,9 +17,9 @@ from clkit.features.batch import BatchReader, read_batch
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods.onpro import MixedBatch, OnlinePrototypes
-from clkit.methods.projector import Projector
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.history import MemoryHistory, PrototypeHistory
+from clkit.methods.replay.projector import Projector
 from clkit.methods.replay.rule import ReplayRule, StepBatch, StepLosses, StepOutputs, StepViews
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.views import Rotation
