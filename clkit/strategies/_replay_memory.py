@@ -11,7 +11,7 @@ from clkit.errors import ArgumentError, StateError
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.shares import even
 from clkit.schema import saved_entry, saved_list
-from clkit.strategies._replay_ranks import ReplayRanks, ShardedRanks
+from clkit.strategies._ranks import ReplayRanks, ShardedRanks
 
 __all__ = ["ReplayMemory"]
 

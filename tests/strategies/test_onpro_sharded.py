@@ -36,7 +36,7 @@ from clkit.methods import NearestMeanHead, ReservoirBuffer
 from clkit.methods.replay.buffer import MemoryRows
 from clkit.methods.replay.rule import Part
 from clkit.strategies import OnProStrategy
-from clkit.strategies._replay_ranks import Incoming, ReplayRanks
+from clkit.strategies._ranks import Incoming, ReplayRanks
 
 CAPACITY = 7
 PARTS = [4, 3]
