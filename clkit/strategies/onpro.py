@@ -25,8 +25,8 @@ from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.views import Rotation
 from clkit.schema import saved_entry, saved_list
 from clkit.strategies._augmentation import Augmentation
+from clkit.strategies._memory import ReplayMemory
 from clkit.strategies._ranks import Incoming
-from clkit.strategies._replay_memory import ReplayMemory
 from clkit.strategies.base import LearningStrategy
 from clkit.stream._lightning import datamodule_of
 from clkit.stream.experience import Experience
