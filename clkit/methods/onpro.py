@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from clkit.errors import ArgumentError, BatchError, StateError
 from clkit.methods._checks import check_choice, check_number, check_probability
-from clkit.methods._saved import check_saved, check_saved_ids
 from clkit.methods._state import exact
+from clkit.schema import check_saved, check_saved_ids
 
 __all__ = [
     "ClassMemory",

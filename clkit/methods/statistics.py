@@ -14,8 +14,8 @@ from clkit.distributed import together
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.methods._checks import Array, Batch, check_batch, check_count
 from clkit.methods._gram import add_gram_, mirrored, new_gram
-from clkit.methods._saved import check_keys, check_saved, check_saved_ids
 from clkit.methods._state import PlainState, exact, world_size
+from clkit.schema import check_keys, check_saved, check_saved_ids
 
 __all__ = ["FeatureStatistics"]
 

@@ -16,7 +16,7 @@ import torch
 from clkit.errors import ArgumentError, StateError
 from clkit.files import whole_file
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
-from clkit.methods._saved import check_saved, check_saved_ids
+from clkit.schema import check_saved, check_saved_ids
 from clkit.methods.heads.base import FORMAT, Head
 from clkit.methods.linear_readout import LinearReadout
 from clkit.schema import check_format, saved_entry

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
-from clkit.methods._saved import check_keys
 from clkit.methods._state import exact
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.statistics import FeatureStatistics, raise_for_batch
+from clkit.schema import check_keys
 
 __all__ = ["FORMAT", "Head", "Readout", "first_equal"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clkit.errors import StateError
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods._saved import check_keys, check_saved
 from clkit.methods._state import PlainState, exact
+from clkit.schema import check_keys, check_saved
 
 __all__ = ["FeatureMap"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
 from clkit.methods._checks import check_count
-from clkit.methods._saved import check_keys, check_saved, check_saved_ids
+from clkit.schema import check_keys, check_saved, check_saved_ids
 
 __all__ = ["MemoryHistory", "PrototypeHistory", "PrototypeSnapshot"]
 
