@@ -29,7 +29,7 @@ from clkit.methods.heads.base import Head
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.heads.readout import NEVER, readout_module
 from clkit.models import IdentityBackbone
-from clkit.outputs import check_output
+from clkit.files import check_output
 from clkit.runs.heads import EXPORTED, build_head, head_entries, name_of, read_checkpoint
 from clkit.stream._lightning import datamodule_of
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
 from clkit.methods.heads.base import Head
-from clkit.outputs import check_output
+from clkit.files import check_output
 from clkit.runs.heads import MERGED, STRATEGY, build_head, head_entries, name_of, read_checkpoint
 from clkit.runs.merging import Learned, hand_over, save_checkpoint
 
