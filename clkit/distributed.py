@@ -8,7 +8,7 @@ from typing import Any
 
 from clkit.errors import ClkitError, ProcessLostError
 
-__all__ = ["gathered", "share_buffers", "together"]
+__all__ = ["gathered", "share_buffers", "together", "world_size"]
 
 
 @contextmanager
@@ -89,3 +89,10 @@ def share_buffers(model: Any) -> None:
     with together("the buffers of the network"):
         for buffer in model.module.buffers():
             dist.broadcast(buffer, src=0, group=model.process_group)
+
+
+def world_size(group: Any = None) -> int:
+    """Number of processes that learn together, 1 where none are set up."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(group)
+    return 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Self
+from typing import Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["PlainState", "exact", "world_size"]
+__all__ = ["PlainState", "exact"]
 
 
 class PlainState(nn.Module):
@@ -57,10 +56,3 @@ def exact() -> AbstractContextManager[None]:
 def _outside_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def world_size(group: Any = None) -> int:
-    """Number of processes that learn together, 1 where none are set up."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(group)
-    return 1

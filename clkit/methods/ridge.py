@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clkit.distributed import world_size
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_choice, check_count, check_number
 from clkit.methods._gram import add_gram_
-from clkit.methods._state import PlainState, exact, world_size
+from clkit.methods._state import PlainState, exact
 from clkit.methods.heads.base import Head, Readout, first_equal
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
 from clkit.methods.heads.pseudo_features import missing_counts, pseudo_features

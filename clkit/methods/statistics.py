@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clkit.distributed import together
+from clkit.distributed import together, world_size
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.methods._checks import Array, Batch, check_batch, check_count
 from clkit.methods._gram import add_gram_, mirrored, new_gram
-from clkit.methods._state import PlainState, exact, world_size
+from clkit.methods._state import PlainState, exact
 from clkit.schema import check_keys, check_saved, check_saved_ids
 
 __all__ = ["FeatureStatistics"]
