@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit.accumulation import keep_gradients
 from clkit.distributed import share_buffers
 from clkit.errors import ConfigurationError, StateError
 from clkit.features.observer import BatchObserver
@@ -17,6 +16,7 @@ from clkit.schema import check_format, saved_entry
 from clkit.stream._lightning import callbacks_of, make_loops_whole, trained_batches
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
 from clkit.stream.checkpoint_io import protect_checkpoints
+from clkit.stream.resume import keep_gradients
 
 __all__ = [
     "MODULE",

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clkit.accumulation import keep_gradients
 from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader
@@ -25,6 +24,7 @@ from clkit.schema import check_format, saved_entry
 from clkit.stream._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.checkpoint_io import protect_checkpoints
+from clkit.stream.resume import keep_gradients
 
 __all__ = ["LearningStrategy"]
 

@@ -21,13 +21,19 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit.accumulation import lost_gradients, restore_gradients, saved_gradients
 from clkit.distributed import gathered
 from clkit.errors import StateError
 from clkit.schema import saved_entry, saved_list
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_last_batch
 from clkit.stream.experience import Experience
-from clkit.stream.resume import capture_random_state, check_random_state, restore_random_state
+from clkit.stream.resume import (
+    capture_random_state,
+    check_random_state,
+    lost_gradients,
+    restore_gradients,
+    restore_random_state,
+    saved_gradients,
+)
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule"]
 
