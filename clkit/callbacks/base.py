@@ -13,10 +13,10 @@ from clkit.distributed import share_buffers
 from clkit.errors import ConfigurationError, StateError
 from clkit.features.observer import BatchObserver
 from clkit.schema import check_format, saved_entry
-from clkit.stream._lightning import callbacks_of, make_loops_whole, trained_batches
+from clkit.stream._lightning import callbacks_of, trained_batches
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
 from clkit.stream.checkpoint_io import protect_checkpoints
-from clkit.stream.resume import keep_gradients
+from clkit.stream.resume import keep_gradients, make_loops_whole
 
 __all__ = [
     "MODULE",

@@ -27,12 +27,12 @@ from clkit.stream._lightning import (
     is_fast_dev_run,
     loaded_checkpoint,
     longest_validation_interval,
-    make_loops_whole,
     reload_loaders_every_epoch,
     started_epochs,
     stream_position,
 )
 from clkit.stream.experience import Experience
+from clkit.stream.resume import make_loops_whole
 
 __all__ = ["StreamDataModule"]
 

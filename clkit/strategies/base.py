@@ -21,10 +21,10 @@ from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
 from clkit.runs.heads import STRATEGY
 from clkit.schema import check_format, saved_entry
-from clkit.stream._lightning import in_step, keep_samplers, make_loops_whole, trained_batches
+from clkit.stream._lightning import in_step, keep_samplers, trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.checkpoint_io import protect_checkpoints
-from clkit.stream.resume import keep_gradients
+from clkit.stream.resume import keep_gradients, make_loops_whole
 
 __all__ = ["LearningStrategy"]
 

@@ -11,10 +11,8 @@ from importlib.metadata import version
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
 from clkit.errors import ConfigurationError
-from clkit.schema import saved_entry
 
 __all__ = [
     "accumulates",
@@ -27,15 +25,12 @@ __all__ = [
     "keep_samplers",
     "loaded_checkpoint",
     "longest_validation_interval",
-    "make_loops_whole",
     "processed_batches",
     "reload_loaders_every_epoch",
     "started_epochs",
     "stream_position",
     "trained_batches",
 ]
-
-_LOOPS = "the checkpoint's loops, which are not those of a Lightning release that clkit knows"
 
 
 def _seen(owner: object, path: str) -> Any:
@@ -154,77 +149,3 @@ def keep_samplers(trainer: pl.Trainer) -> None:
     """
     _seen(trainer, "_accelerator_connector.use_distributed_sampler")
     trainer._accelerator_connector.use_distributed_sampler = False
-
-
-def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Rewrites the saved progress of the fit loop so that a resume loses and repeats nothing.
-
-    Lightning saves a checkpoint while an epoch is neither running nor over: on its last batch, inside the validation
-    after it, or where ``max_steps`` cut it. Resumed as it stands, such a checkpoint skips batches of the next epoch
-    when that is longer, or counts a cut epoch as done. Here the progress is brought to the nearest state that Lightning
-    resumes exactly: "the epoch is over" or "in the middle of the epoch". Applying it twice changes nothing.
-
-    Args:
-        trainer: The trainer that loads the checkpoint.
-        checkpoint: The checkpoint's dictionary; ``checkpoint["loops"]`` is changed in place.
-
-    Raises:
-        StateError: If the saved loops do not have the form that Lightning 2.6 writes.
-    """
-    loops = checkpoint.get("loops")
-    if not loops:  # a weights-only file has no loops
-        return
-    fit = saved_entry(loops, "fit_loop", dict, _LOOPS)
-    batch = saved_entry(fit, "epoch_loop.batch_progress", dict, _LOOPS)
-    validation = _saved_progress(saved_entry(fit, "epoch_loop.val_loop.batch_progress", dict, _LOOPS), "current")
-    both = saved_entry(fit, "epoch_progress", dict, _LOOPS)
-    epochs = [_saved_progress(both, "current"), _saved_progress(both, "total")]
-    inner = saved_entry(fit, "epoch_loop.state_dict", dict, _LOOPS)
-    current, total = _saved_progress(batch, "current"), _saved_progress(batch, "total")
-    loader_states = saved_entry(fit, "state_dict", dict, _LOOPS)
-    saved_entry(batch, "is_last_batch", bool, _LOOPS)
-    saved_entry(inner, "_batches_that_stepped", int, _LOOPS)
-    epoch = epochs[0]
-    if validation["processed"] < validation["ready"]:  # saved inside a validation: run the whole validation again
-        validation["completed"] = validation["processed"] = 0
-    if current["processed"] < current["ready"]:  # saved inside a step: the batch comes again, and counts once
-        for progress in (current, total):
-            progress["ready"] = progress["started"] = progress["processed"]
-        batch["is_last_batch"] = False
-        # the loaders of a stream have a state, too, but no position in it
-        if loader_states.get("combined_loader") and not hasattr(datamodule_of(trainer), "experience_at"):
-            rank_zero_warn(
-                "the checkpoint was saved in the middle of a step, and the data loader keeps a position of its own, "
-                "which counts the batch of that step as done: it does not come again"
-            )
-    if current["ready"] == 0:  # between two epochs: already whole
-        return
-    if epoch["processed"] == epoch["ready"] and not batch["is_last_batch"]:
-        # `max_steps` cut the epoch, and Lightning counted it as done: it still runs
-        for progress in epochs:
-            progress["processed"] = progress["completed"] = progress["ready"] - 1
-        return
-    begins = epoch["started"] < epoch["ready"]  # in `on_train_epoch_start`: the batches are those of the epoch before
-    on_last_batch = (
-        batch["is_last_batch"] and epoch["processed"] < epoch["ready"] and current["completed"] < current["processed"]
-    )
-    if on_last_batch and epoch["ready"] == trainer.max_epochs:  # nothing comes after: Lightning's own path is right
-        return
-    if on_last_batch:
-        inner["_batches_that_stepped"] += 1
-        total["completed"] = total["processed"]
-    over = on_last_batch or epoch["processed"] == epoch["ready"]
-    if over:  # say so
-        for progress in epochs:
-            progress["started"] = progress["processed"] = progress["completed"] = progress["ready"]
-    if over or begins:
-        batch["is_last_batch"] = False
-        current.update(dict.fromkeys(current, 0))
-        loader_states.pop("combined_loader", None)
-
-
-def _saved_progress(state: dict[str, Any], name: str) -> dict[str, int]:
-    progress: dict[str, int] = saved_entry(state, name, dict, _LOOPS)
-    for count in {"ready", "started", "processed", "completed", *progress}:
-        saved_entry(progress, count, int, _LOOPS)
-    return progress
