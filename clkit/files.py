@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from clkit.errors import ArgumentError, WriteError
+import torch
 
-__all__ = ["check_output", "whole_file"]
+from clkit.errors import ArgumentError, StateError, WriteError
+
+__all__ = ["check_output", "read_checkpoint", "whole_file", "write_checkpoint"]
 
 
 @contextmanager
@@ -76,3 +85,94 @@ def check_output(output: str | Path, inputs: Iterable[Path] = (), overwrite: boo
         read = any(path.samefile(file) for file in inputs if file.exists())
         what = "is one of the files that are read" if read else "exists"
         raise ArgumentError(f"output={str(output)!r} {what}; give another name, or --force (overwrite=True)")
+
+
+# what torch.load and zipfile raise for damaged bytes, found by flipping them
+DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    TypeError,
+)
+
+
+_FOLDER = 0x10  # of a zip entry's external attributes
+
+
+_REFUSED = re.compile(r"Unsupported global: GLOBAL (\S+)|Trying to call reduce for unrecognized function (.+)")
+
+
+def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+    """Loads a checkpoint file without executing anything in it.
+
+    The checksums of the file are compared first: torch alone would take flipped bytes in a tensor for its values.
+
+    Args:
+        path: A file that Lightning wrote.
+        map_location: Where tensors go, as :func:`torch.load` takes it.
+        weights_only: ``False`` trusts the file, whose objects may then execute anything.
+
+    Raises:
+        ArgumentError: If there is no such file.
+        StateError: If it is damaged, or holds objects other than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        what = "a folder" if Path(path).is_dir() else "not a file"
+        raise ArgumentError(f"path={str(path)!r} is {what}; give the path of a checkpoint")
+    try:
+        if weights_only or zipfile.is_zipfile(path):  # trusted files may be of torch's oldest form, which has no sums
+            _compare_checksums(path)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+    except DAMAGED as error:
+        if refused := _REFUSED.search(str(error)):
+            name = (refused.group(1) or refused.group(2)).strip()
+            raise StateError(
+                f"{path} holds more than tensors and plain values: reading it would call {name}; nothing in it was "
+                "executed. Take files from somebody you trust, and save plain values only"
+            ) from error
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise StateError(
+            f"{path} cannot be read as a checkpoint: it is damaged or of another kind ({reason}); take an earlier one"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise StateError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
+    return checkpoint
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Saves a dictionary as Lightning does, whole or not at all.
+
+    Args:
+        checkpoint: Tensors and plain values.
+        path: The file; replaced where it exists.
+
+    Raises:
+        WriteError: If it cannot be written; the file of that name from before is unchanged.
+    """
+    buffer = io.BytesIO()  # torch itself, writing to a full disk, says "unexpected pos 704 vs 598"
+    torch.save(checkpoint, buffer)
+    with whole_file(path) as draft:
+        draft.write_bytes(buffer.getbuffer())
+
+
+def _compare_checksums(path: str | Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        folders = [entry.filename for entry in entries if entry.external_attr & _FOLDER]
+        if folders:  # torch reads no bytes for them, and takes what happens to be in memory
+            raise ValueError(f"{folders[0]} is marked as a folder")
+        if not any(entry.CRC for entry in entries):  # saved after `set_crc32_options(False)`
+            return
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from clkit.errors import StateError
 
-__all__ = ["check_format", "check_keys", "check_saved", "check_saved_ids", "saved_entry", "saved_list"]
+__all__ = [
+    "EXPORTED",
+    "MERGED",
+    "STRATEGY",
+    "check_format",
+    "check_keys",
+    "check_saved",
+    "check_saved_ids",
+    "saved_entry",
+    "saved_list",
+]
 
 
 def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> Any:
@@ -128,3 +138,15 @@ def check_saved_ids(name: str, value: Any) -> np.ndarray[tuple[int], np.dtype[np
         raise StateError(f"{name} must be sorted, distinct int64 ids from 0, the saved state has {value}")
     ids: np.ndarray[tuple[int], np.dtype[np.int64]] = value.detach().cpu().numpy().copy()
     return ids
+
+
+EXPORTED = "clkit_export"
+"""Marks an exported file; the value is its format."""
+
+
+MERGED = "clkit_merged"
+"""Marks a checkpoint made of several, which no fit can go on from; the value lists their names."""
+
+
+STRATEGY = "clkit_strategy"
+"""The entry of a whole checkpoint that holds what the strategy has learned."""

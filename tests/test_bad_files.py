@@ -47,12 +47,11 @@ from clkit.cli.main import main
 from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModule
 from clkit.distributed import gathered
 from clkit.errors import ArgumentError, ClkitError, DataError, ProcessLostError, StateError, WriteError
-from clkit.files import whole_file
+from clkit.files import read_checkpoint, whole_file, write_checkpoint
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
 from clkit.models import TimmClassifier
 from clkit.report.figures import draw_figures
 from clkit.report.results import write_results
-from clkit.runs.heads import read_checkpoint, write_checkpoint
 from clkit.runs.recipes import read_recipe
 from clkit.stream.checkpoint_io import WholeCheckpointIO
 

@@ -18,9 +18,9 @@ import clkit
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, StateError
+from clkit.files import read_checkpoint
 from clkit.methods import NearestMeanHead
 from clkit.models import TimmClassifier
-from clkit.runs.heads import read_checkpoint
 
 Make = Callable[..., Any]
 

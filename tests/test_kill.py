@@ -23,8 +23,9 @@ import torch
 from killed_run import CONFIGS
 from torch import Tensor
 
+from clkit.files import read_checkpoint
 from clkit.methods import ReservoirBuffer
-from clkit.runs.heads import STRATEGY, read_checkpoint
+from clkit.schema import STRATEGY
 
 # every batch has these; the others exist where their name says
 PLACES = (

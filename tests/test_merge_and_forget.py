@@ -27,10 +27,11 @@ from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.cli.main import main
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
+from clkit.files import read_checkpoint
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.runs.forgetting import read_samples
-from clkit.runs.heads import MERGED, STRATEGY, read_checkpoint
 from clkit.runs.merging import Learned, classifier_keys
+from clkit.schema import MERGED, STRATEGY
 
 Make = Callable[..., Any]
 

@@ -30,7 +30,9 @@ from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.heads.readout import NEVER, readout_module
 from clkit.models import IdentityBackbone
 from clkit.files import check_output
-from clkit.runs.heads import EXPORTED, build_head, head_entries, name_of, read_checkpoint
+from clkit.runs.heads import build_head, head_entries, name_of
+from clkit.schema import EXPORTED
+from clkit.files import read_checkpoint
 from clkit.stream._lightning import datamodule_of
 
 __all__ = ["Exported", "export", "export_checkpoint"]

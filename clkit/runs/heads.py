@@ -20,115 +20,22 @@ from clkit.schema import check_saved, check_saved_ids
 from clkit.methods.heads.base import FORMAT, Head
 from clkit.methods.linear_readout import LinearReadout
 from clkit.schema import check_format, saved_entry
+from clkit.files import read_checkpoint
+from clkit.schema import EXPORTED
 
-__all__ = [
-    "EXPORTED",
-    "MERGED",
-    "STRATEGY",
-    "build_head",
-    "head_entries",
-    "load_head",
-    "name_of",
-    "read_checkpoint",
-    "write_checkpoint",
-]
+__all__ = ["build_head", "head_entries", "load_head", "name_of"]
 
 HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnalyticHead, LDAHead, NearestMeanHead)}
 
-EXPORTED = "clkit_export"
-"""Marks an exported file; the value is its format."""
-
-MERGED = "clkit_merged"
-"""Marks a checkpoint made of several, which no fit can go on from; the value lists their names."""
-
-STRATEGY = "clkit_strategy"
-"""The entry of a whole checkpoint that holds what the strategy has learned."""
-
-# what torch.load and zipfile raise for damaged bytes, found by flipping them
-DAMAGED = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AssertionError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    TypeError,
-)
-_FOLDER = 0x10  # of a zip entry's external attributes
-_REFUSED = re.compile(r"Unsupported global: GLOBAL (\S+)|Trying to call reduce for unrecognized function (.+)")
 
 
-def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """Loads a checkpoint file without executing anything in it.
-
-    The checksums of the file are compared first: torch alone would take flipped bytes in a tensor for its values.
-
-    Args:
-        path: A file that Lightning wrote.
-        map_location: Where tensors go, as :func:`torch.load` takes it.
-        weights_only: ``False`` trusts the file, whose objects may then execute anything.
-
-    Raises:
-        ArgumentError: If there is no such file.
-        StateError: If it is damaged, or holds objects other than tensors and plain values.
-    """
-    if not Path(path).is_file():
-        what = "a folder" if Path(path).is_dir() else "not a file"
-        raise ArgumentError(f"path={str(path)!r} is {what}; give the path of a checkpoint")
-    try:
-        if weights_only or zipfile.is_zipfile(path):  # trusted files may be of torch's oldest form, which has no sums
-            _compare_checksums(path)
-        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
-    except DAMAGED as error:
-        if refused := _REFUSED.search(str(error)):
-            name = (refused.group(1) or refused.group(2)).strip()
-            raise StateError(
-                f"{path} holds more than tensors and plain values: reading it would call {name}; nothing in it was "
-                "executed. Take files from somebody you trust, and save plain values only"
-            ) from error
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise StateError(
-            f"{path} cannot be read as a checkpoint: it is damaged or of another kind ({reason}); take an earlier one"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise StateError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
-    return checkpoint
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Saves a dictionary as Lightning does, whole or not at all.
-
-    Args:
-        checkpoint: Tensors and plain values.
-        path: The file; replaced where it exists.
-
-    Raises:
-        WriteError: If it cannot be written; the file of that name from before is unchanged.
-    """
-    buffer = io.BytesIO()  # torch itself, writing to a full disk, says "unexpected pos 704 vs 598"
-    torch.save(checkpoint, buffer)
-    with whole_file(path) as draft:
-        draft.write_bytes(buffer.getbuffer())
 
 
-def _compare_checksums(path: str | Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        folders = [entry.filename for entry in entries if entry.external_attr & _FOLDER]
-        if folders:  # torch reads no bytes for them, and takes what happens to be in memory
-            raise ValueError(f"{folders[0]} is marked as a folder")
-        if not any(entry.CRC for entry in entries):  # saved after `set_crc32_options(False)`
-            return
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+
 
 
 def load_head(path: str | Path, name: str) -> Any:

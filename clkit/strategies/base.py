@@ -19,8 +19,7 @@ from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
-from clkit.runs.heads import STRATEGY
-from clkit.schema import check_format, saved_entry
+from clkit.schema import STRATEGY, check_format, saved_entry
 from clkit.stream._lightning import in_step, keep_samplers, trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.checkpoint_io import protect_checkpoints

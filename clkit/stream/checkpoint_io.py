@@ -10,7 +10,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from clkit.errors import StateError
-from clkit.runs.heads import read_checkpoint, write_checkpoint
+from clkit.files import read_checkpoint, write_checkpoint
 
 __all__ = ["WholeCheckpointIO", "protect_checkpoints", "read_run"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clkit.callbacks import NMC
 from clkit.errors import ClkitError, ContractError
-from clkit.runs.heads import STRATEGY
+from clkit.schema import STRATEGY
 from clkit.stream._lightning import callbacks_of
 from clkit.testing import processes
 from clkit.testing._compare import PLAIN, changed, far, leaves, require, same, snapshot

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.errors import BatchError, StateError
-from clkit.runs.heads import STRATEGY
+from clkit.schema import STRATEGY
 from clkit.strategies import REPLAY_METHODS, GradientFreeStrategy, LearningStrategy, OnProStrategy
 
 Make = Callable[..., Any]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clkit.callbacks import AEFOCL, NMC
 from clkit.errors import StateError
-from clkit.runs.heads import STRATEGY
+from clkit.schema import STRATEGY
 from clkit.strategies import OnProStrategy
 
 IN_STEP = ["forward", "on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
