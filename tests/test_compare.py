@@ -27,8 +27,8 @@ from clkit.cli.main import main
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError
 from clkit.models import TimmClassifier
+from clkit.report.intervals import t_interval
 from clkit.runs import settings
-from clkit.runs.comparing import t_interval
 from clkit.runs.recipes import read_recipe
 
 METRICS = ("average_accuracy", "final_accuracy", "average_incremental_accuracy", "forgetting")

@@ -38,13 +38,15 @@ from clkit.runs.recipes import read_recipe, recipe_folder, recipe_names
 from clkit.report.tables import seeds_table
 from clkit.strategies import GradientFreeStrategy
 from clkit.runs.settings import run as run_trainer
+from clkit.report.intervals import CONFIDENCE
+from clkit.report.intervals import Interval
+from clkit.report.intervals import t_interval
 
-__all__ = ["Interval", "run_compare", "t_interval"]
+__all__ = ["run_compare"]
 
 Settings = dict[str, Any]
 
 FORMAT = 1
-CONFIDENCE = 0.95
 METRICS = ("average_accuracy", "final_accuracy", "average_incremental_accuracy", "forgetting")
 HEADS = ("average\naccuracy", "final\naccuracy", "average\nincremental", "\nforgetting")
 FINE_TUNING, JOINT = "fine-tuning", "joint"
@@ -53,38 +55,8 @@ FINE_TUNING, JOINT = "fine-tuning", "joint"
 # ---- the mathematics
 
 
-class Interval(NamedTuple):
-    """A mean and half the width of its confidence interval (``None`` where one value gives none)."""
-
-    mean: float
-    half_width: float | None
 
 
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Mean of independent runs and Student's confidence interval of it, ``mean ± t · s / √n``.
-
-    Args:
-        values: One number a run.
-        confidence: Share of such intervals that hold the true mean, if runs were normally distributed.
-
-    Raises:
-        ArgumentError: If there is no value.
-
-    Example:
-        >>> mean, half_width = t_interval([0.8, 0.9])
-        >>> round(mean, 6), round(half_width, 6)  # t = 12.706205 with one degree of freedom
-        (0.85, 0.63531)
-    """
-    if not values:
-        raise ArgumentError("values is empty: a mean needs at least one run")
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Interval(mean, None)
-    from scipy.stats import t
-
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return Interval(mean, float(t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n))
 
 
 # ---- what is compared
