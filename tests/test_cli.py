@@ -17,8 +17,9 @@ import yaml
 
 import clkit
 from clkit.cli.main import main
+from clkit.runs._messages import summary
 from clkit.runs.recipes import read_recipe, recipe_names
-from clkit.runs.settings import StreamCLI, summary
+from clkit.runs.settings import StreamCLI
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -29,7 +29,8 @@ from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver
 from clkit.strategies import GradientFreeStrategy
 from clkit.stream._lightning import callbacks_of
-from clkit.runs.settings import StreamCLI, refusal
+from clkit.runs.settings import StreamCLI
+from clkit.runs._messages import refusal
 
 __all__ = ["SavedRun"]
 
