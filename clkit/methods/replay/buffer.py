@@ -12,9 +12,8 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, NotFittedError
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods._replay_codec import RowCodec
 from clkit.methods._state import PlainState, exact
-from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, Ids, RowLayout, RowTable, host_tensor, taken
+from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, Ids, RowCodec, RowLayout, RowTable, host_tensor, taken
 from clkit.methods.replay.saved import FORMAT, SavedMemory
 from clkit.methods.replay.shares import dealt, even, numbered
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from clkit.errors import BatchError, StateError
-from clkit.methods._replay_codec import RowCodec
-from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, RowLayout, RowTable, host_tensor
+from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, RowCodec, RowLayout, RowTable, host_tensor
 from clkit.schema import check_keys, check_saved, check_saved_ids
 
 __all__ = ["FORMAT", "SavedMemory"]
