@@ -18,7 +18,7 @@ from clkit.files import whole_file
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.schema import check_saved, check_saved_ids
 from clkit.methods.heads.base import FORMAT, Head
-from clkit.methods.linear_readout import LinearReadout
+from clkit.methods.heads.readout import LinearReadout
 from clkit.schema import check_format, saved_entry
 from clkit.files import read_checkpoint
 from clkit.schema import EXPORTED
