@@ -39,7 +39,7 @@ from rich.table import Table
 
 from clkit.callbacks import StreamEvaluation
 from clkit.data import ClassIncremental, NpzImages, Preprocessing, StreamDataModule
-from clkit.data.sources import data_root
+from clkit.data.sources.base import data_root
 from clkit.errors import DataError
 from clkit.methods import RandomViews
 from clkit.models import TimmClassifier

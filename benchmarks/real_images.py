@@ -40,7 +40,7 @@ from torch.nn.functional import interpolate
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.callbacks.head import HeadCallback
 from clkit.data import ClassIncremental, NpzImages, Preprocessing, Source, StreamDataModule
-from clkit.data.sources import data_root
+from clkit.data.sources.base import data_root
 from clkit.errors import DataError
 from clkit.models import TimmClassifier
 

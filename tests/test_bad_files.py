@@ -863,7 +863,7 @@ def test_a_damaged_image_is_named(run: Path, tmp_path: Path, capsys: pytest.Capt
     cut=st.booleans(),
 )
 def test_damaged_pictures_never_give_another_error(kind: str, place: float, value: int, cut: bool) -> None:
-    from clkit.data.sources import _JpegPart
+    from clkit.data.sources.npz import _JpegPart
 
     whole = _picture(kind)
     at = int(place * len(whole))
@@ -877,7 +877,7 @@ def test_damaged_pictures_never_give_another_error(kind: str, place: float, valu
 
 
 def test_a_picture_of_absurd_size_is_refused(tmp_path: Path) -> None:
-    from clkit.data.sources import _JpegPart
+    from clkit.data.sources.npz import _JpegPart
 
     whole = bytearray(_picture("BMP"))
     whole[18:26] = (60000).to_bytes(4, "little") * 2

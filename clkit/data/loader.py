@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clkit.data.sources import Part
+from clkit.data.sources.base import Part
 from clkit.errors import DataError
 
 __all__ = ["EvaluationLoader", "Fetcher", "ReplayLoader", "TrainLoader", "cut_batches", "epoch_order"]

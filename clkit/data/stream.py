@@ -18,7 +18,8 @@ from torch import Tensor
 from clkit.data.loader import EvaluationLoader, Fetcher, ReplayLoader, TrainLoader, Workers, cut_batches, epoch_order
 from clkit.data.preprocessing import Preprocessing
 from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
-from clkit.data.sources import Part, Source, data_root, resolve_source
+from clkit.data.sources import resolve_source
+from clkit.data.sources.base import Part, Source, data_root
 from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
 from clkit.schema import check_format, saved_entry, saved_list
 from clkit.stream._lightning import (

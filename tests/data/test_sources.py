@@ -15,18 +15,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from clkit.data.sources import (
-    Custom,
-    Digits,
-    ImageFolder,
-    NpzFeatures,
-    NpzImages,
-    Part,
-    Source,
-    Torchvision,
-    data_root,
-    resolve_source,
-)
+from clkit.data.sources import resolve_source
+from clkit.data.sources.base import Part, Source, data_root
+from clkit.data.sources.custom import Custom
+from clkit.data.sources.digits import Digits
+from clkit.data.sources.folder import ImageFolder
+from clkit.data.sources.npz import NpzFeatures, NpzImages
+from clkit.data.sources.torchvision import Torchvision
 from clkit.errors import ArgumentError, DataError
 
 RNG = np.random.default_rng(0)

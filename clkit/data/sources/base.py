@@ -1,0 +1,255 @@
+"""What a source of data is, where its files are found, and how images are read."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clkit.data.sources import Int64, RowRange
+from clkit.errors import ArgumentError, DataError
+
+__all__ = ["Part", "Source", "data_root"]
+
+
+DATA_VARIABLE = "CLKIT_DATA"
+
+
+LARGEST = int(np.iinfo(np.int64).max)
+
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class Part(ABC):
+    """One part, training or test, of a source.
+
+    Parts can be pickled, so loader workers may hold them.
+
+    Attributes:
+        targets: (N,) int64 class ids as the user numbers them; -1 is a row without a label.
+        domains: (N,) int64 domain ids, or ``None``.
+    """
+
+    targets: Int64
+    domains: Int64 | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @abstractmethod
+    def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
+        """The inputs of some rows, in the order asked for.
+
+        Args:
+            indices: (B,) row numbers; a row may be asked for twice.
+
+        Returns:
+            uint8 images (B, C, H, W) with values 0..255; or, where their sizes differ, a list of uint8 (C, H, W); or
+            float32 (B, ...) that goes into the network as it is.
+        """
+
+
+class Source(ABC):
+    """Where samples come from. Constructor arguments are plain values, so a source can stand in a YAML file.
+
+    To write a new one, subclass, set the three attributes and implement :meth:`load`.
+
+    Attributes:
+        name: What a person calls it.
+        class_names: Names by class id; may be empty. Complete after :meth:`load`.
+        domain_names: Names by domain id; may be empty. Complete after :meth:`load`.
+    """
+
+    name: str
+    class_names: dict[int, str]
+    domain_names: dict[int, str]
+
+    @abstractmethod
+    def load(self, root: Path | None) -> tuple[Part, Part]:
+        """Open the data: the training and the test part.
+
+        Args:
+            root: The data folder in which names are looked up, or ``None`` where there is none.
+
+        Raises:
+            DataError: The data is not there or malformed.
+        """
+
+
+@dataclass
+class _NamedSource(Source):
+    """A source with names that are empty until it is loaded."""
+
+    class_names: dict[int, str] = field(init=False, repr=False, compare=False, default_factory=dict)
+    domain_names: dict[int, str] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+
+def data_root(explicit: str | Path | None = None) -> Path | None:
+    """The data folder: ``explicit``, else the environment variable ``CLKIT_DATA``, else ``None``.
+
+    Args:
+        explicit: A folder; ``~`` is the home folder.
+
+    Raises:
+        DataError: The folder is not there; the message names the setting it came from.
+
+    Example:
+        >>> str(data_root(".."))
+        '..'
+    """
+    setting, value = "data.root", explicit
+    if explicit is None:
+        setting, value = f"the environment variable {DATA_VARIABLE}", os.environ.get(DATA_VARIABLE) or None
+    if value is None:
+        return None
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        raise DataError(
+            f"{setting} is {str(value)!r}, which is not a folder; set it to the folder that holds your data"
+        )
+    return folder
+
+
+def _unknown(problem: str, seen: str, known: Sequence[str], shown: Sequence[str]) -> ArgumentError:
+    near = difflib.get_close_matches(seen, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ArgumentError(f"{problem}; allowed: {', '.join(shown)}.{hint}")
+
+
+class _FloatPart(Part):
+    """Arrays that go into the network as they are."""
+
+    def __init__(self, inputs: npt.NDArray[Any], targets: Int64, domains: Int64 | None = None) -> None:
+        self._inputs = inputs
+        self.targets = targets
+        self.domains = domains
+
+    def get_many(self, indices: Int64) -> torch.Tensor:
+        return torch.from_numpy(self._inputs[indices].astype(np.float32, copy=False))
+
+
+class _PixelPart(Part):
+    """Images of one size, (N, H, W) or (N, H, W, C) in memory."""
+
+    def __init__(self, pixels: npt.NDArray[np.uint8], targets: Int64, domains: Int64 | None) -> None:
+        self._pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+        self.targets = targets
+        self.domains = domains
+
+    def get_many(self, indices: Int64) -> torch.Tensor:
+        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2).contiguous()
+
+
+class _Rows(Part):
+    """Some rows of another part."""
+
+    def __init__(self, part: Part, rows: Int64) -> None:
+        self._part = part
+        self._rows = rows
+        self.targets = part.targets[rows]
+        self.domains = None if part.domains is None else part.domains[rows]
+
+    def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
+        return self._part.get_many(self._rows[indices])
+
+
+def _locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
+    """The file or folder that a spec names."""
+    if "/" in name or os.sep in name:
+        places = [Path(name).expanduser()]
+    elif root is None:
+        raise DataError(_no_root(f"{kind}:{name}") + f"; or write a path with a slash, e.g. {kind}:./{name}")
+    else:
+        places = [root / name]
+    if suffix and not name.endswith(suffix):
+        places.append(places[0].with_name(places[0].name + suffix))
+    for place in places:
+        if place.exists():
+            return place
+    parent = places[0].parent
+    there = [entry.name.removesuffix(suffix) for entry in _listing(parent)] if parent.is_dir() else []
+    near = difflib.get_close_matches(name.removesuffix(suffix), there, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise DataError(f"{kind}:{name}: nothing is at {' or '.join(map(str, places))}{hint}")
+
+
+def _no_root(spec: str) -> str:
+    return (
+        f"{spec} is looked up in the data folder, and none is set; set data.root or the environment variable "
+        f"{DATA_VARIABLE}"
+    )
+
+
+def _listing(folder: Path) -> list[Path]:
+    return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _check_rows(*ranges: RowRange | None) -> None:
+    for rows in ranges:
+        if rows is None:
+            continue
+        whole = len(rows) == 3 and all(entry is None or isinstance(entry, int) for entry in rows)
+        if not whole or (rows[2] is not None and rows[2] < 1):
+            raise ArgumentError(
+                f"train_rows or test_rows is {rows!r}; expected [start, stop, step], each an integer or null, with a "
+                "step of at least 1"
+            )
+
+
+def _select(part: Part, rows: RowRange | None, argument: str) -> Part:
+    if rows is None:
+        return part
+    chosen = np.arange(len(part))[slice(*rows)]
+    if not len(chosen):
+        raise DataError(f"{argument}={rows} selects none of {len(part)} rows")
+    return _Rows(part, chosen)
+
+
+def _stack(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    """One tensor where shapes agree, else a list, which only images may be."""
+    if len({item.dtype for item in items}) > 1:
+        raise DataError("some inputs of a batch are uint8 images and some are floating point; expected one kind")
+    if len({item.shape for item in items}) == 1:
+        return torch.stack(items)
+    if any(item.dtype != torch.uint8 for item in items):
+        shapes = sorted({tuple(item.shape) for item in items})
+        raise DataError(f"floating-point inputs of a batch have different shapes {shapes}; make them equal")
+    return items
+
+
+def _read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
+    from PIL import Image
+
+    # found by flipping bytes; an image of absurd size is refused by Pillow before it asks for the memory
+    damaged = (OSError, EOFError, IndexError, MemoryError, OverflowError, SyntaxError, TypeError, ValueError)
+    try:
+        with Image.open(file) as image:
+            return _pixels(image.convert("RGB"))
+    except (*damaged, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise DataError(f"{described} cannot be decoded: {error}") from error
+
+
+def _pil_to_tensor(image: Any, described: str) -> torch.Tensor:
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise DataError(f"{described} is a {type(image).__name__}; expected a PIL image, an array or a tensor")
+    return _pixels(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def _pixels(image: Any) -> torch.Tensor:
+    """A PIL image as uint8 (C, H, W)."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()

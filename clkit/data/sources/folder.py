@@ -1,0 +1,130 @@
+"""A folder of images, one sub-folder a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clkit.data.sources import Int64, RowRange
+from clkit.data.sources.base import (
+    IMAGE_SUFFIXES,
+    Part,
+    _check_rows,
+    _listing,
+    _locate,
+    _NamedSource,
+    _read_image,
+    _select,
+    _stack,
+)
+from clkit.errors import DataError
+
+__all__ = ["ImageFolder"]
+
+
+@dataclass
+class ImageFolder(_NamedSource):
+    """Image files in ``path/train/<class>/`` and ``path/test/<class>/``, decoded to RGB when asked for.
+
+    Classes are numbered by the sorted names of their folders (of both parts together), and files are listed in sorted
+    order, so the rows are the same on every machine. With ``domains=True`` the folders are
+    ``path/train/<domain>/<class>/``, and domains are numbered by their sorted names too. Folders and files whose name
+    starts with a dot are left out.
+
+    Args:
+        path: The folder; a name without a slash is looked up in the data folder.
+        domains: There is a level of domains above the classes.
+        numeric_ids: Class folders are called by numbers, which are the ids: SODA10M's ``1`` to ``6`` stay 1 to 6.
+        train_rows: Take only the training rows ``[start, stop, step]``, as a slice.
+        test_rows: The same for the test part.
+
+    Raises:
+        DataError: A folder is missing or has no images, or a class folder is no number where ``numeric_ids`` says so.
+
+    Example:
+        >>> ImageFolder("objects", numeric_ids=True).name
+        'objects'
+    """
+
+    path: str
+    domains: bool = False
+    numeric_ids: bool = False
+    train_rows: RowRange | None = None
+    test_rows: RowRange | None = None
+
+    def __post_init__(self) -> None:
+        _check_rows(self.train_rows, self.test_rows)
+        self.name = Path(self.path).name
+
+    def load(self, root: Path | None) -> tuple[Part, Part]:
+        """List both parts; images are read later."""
+        folder = _locate(self.path, root, "folder")
+        if not folder.is_dir():
+            raise DataError(f"folder:{self.path}: there is no folder {folder}")
+        listings = [self._list(folder / part) for part in ("train", "test")]
+        class_ids = self._number({row[1] for rows in listings for row in rows}, folder)
+        domain_ids = {name: i for i, name in enumerate(sorted({row[0] for rows in listings for row in rows}))}
+        self.class_names = {i: name for name, i in class_ids.items()}
+        self.domain_names = {i: name for name, i in domain_ids.items()} if self.domains else {}
+        train, test = (
+            _FilePart(
+                [row[2] for row in rows],
+                np.array([class_ids[row[1]] for row in rows], dtype=np.int64),
+                np.array([domain_ids[row[0]] for row in rows], dtype=np.int64) if self.domains else None,
+            )
+            for rows in listings
+        )
+        return _select(train, self.train_rows, "train_rows"), _select(test, self.test_rows, "test_rows")
+
+    def _list(self, folder: Path) -> list[tuple[str, str, str]]:
+        """(domain, class, file) of each image of a part; the domain is "" where there are none."""
+        groups = [(domain.name, domain) for domain in _folders(folder)] if self.domains else [("", folder)]
+        rows = []
+        for domain, parent in groups:
+            for class_folder in _folders(parent):
+                files = [file for file in _listing(class_folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+                if not files:
+                    levels = "<domain>/<class>" if self.domains else "<class>"
+                    raise DataError(
+                        f"{class_folder} has no image files; the images must lie in {folder.name}/{levels}/ "
+                        f"(domains={self.domains}) and end in one of {sorted(IMAGE_SUFFIXES)}"
+                    )
+                rows += [(domain, class_folder.name, str(file)) for file in files]
+        return rows
+
+    def _number(self, names: set[str], folder: Path) -> dict[str, int]:
+        if not self.numeric_ids:
+            return {name: i for i, name in enumerate(sorted(names))}
+        wrong = sorted(name for name in names if not (name.isascii() and name.isdigit()))
+        if wrong:
+            raise DataError(f"{folder}: numeric_ids=True, but these class folders are not called by numbers: {wrong}")
+        ids = {name: int(name) for name in sorted(names)}
+        if len(set(ids.values())) < len(ids):
+            raise DataError(f"{folder}: two class folders have the same number: {sorted(names)}")
+        return ids
+
+
+class _FilePart(Part):
+    """Image files."""
+
+    def __init__(self, files: list[str], targets: Int64, domains: Int64 | None) -> None:
+        self._files = files
+        self.targets = targets
+        self.domains = domains
+
+    def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
+        return _stack([_read_image(self._files[i], self._files[i]) for i in indices])
+
+
+def _folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        raise DataError(
+            f"there is no folder {parent}; an image folder has train/ and test/, each with a folder a class"
+        )
+    found = [entry for entry in _listing(parent) if entry.is_dir()]
+    if not found:
+        raise DataError(f"{parent} has no folders; expected one a class (or a domain, with domains=True)")
+    return found
