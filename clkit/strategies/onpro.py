@@ -397,7 +397,7 @@ class OnProStrategy(LearningStrategy):
         if self.memory is None or not self.memory.size:
             return {}
         now = (self._step, self.memory.class_counts()) if not self._memory.is_part else self._counted or (None, None)
-        from clkit.metrics.figures import plot_memory_balance, plot_prototype_history
+        from clkit.report.replay_figures import plot_memory_balance, plot_prototype_history
 
         steps, counts = self._balance.points(*now)
         figures = {"memory_balance": plot_memory_balance(steps, counts, boundaries=self._balance.boundaries)[0]}

@@ -17,8 +17,8 @@ from clkit.callbacks import NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.methods import ReservoirBuffer
 from clkit.methods.replay.history import MemoryHistory, PrototypeHistory
-from clkit.metrics.figures import plot_memory_balance, plot_prototype_history
 from clkit.report.figures import HasFigures
+from clkit.report.replay_figures import plot_memory_balance, plot_prototype_history
 from clkit.strategies import LearningStrategy
 
 Make = Callable[..., Any]
