@@ -93,6 +93,8 @@ def share_buffers(model: Any) -> None:
 
 def world_size(group: Any = None) -> int:
     """Number of processes that learn together, 1 where none are set up."""
+    import torch.distributed as dist
+
     if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(group)
+        return int(dist.get_world_size(group))
     return 1

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from clkit.errors import ArgumentError
 from clkit.metrics.figures import LARGEST_WITH_NUMBERS, Values, _axes, _floats, _heat_map, _names, _shades, _thinned
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Floats: TypeAlias = npt.NDArray[np.float64]
 
 __all__ = ["plot_memory_balance", "plot_prototype_history", "plot_prototype_similarity"]
 

@@ -12,7 +12,6 @@ import copy
 import csv
 import io
 import json
-import math
 import subprocess
 import sys
 import time
@@ -34,13 +33,11 @@ from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, ProcessLostError, StateError
 from clkit.files import whole_file
 from clkit.metrics.functional import staged_counts, summarize
-from clkit.runs.recipes import read_recipe, recipe_folder, recipe_names
+from clkit.report.intervals import CONFIDENCE, Interval, t_interval
 from clkit.report.tables import seeds_table
-from clkit.strategies import GradientFreeStrategy
+from clkit.runs.recipes import read_recipe, recipe_folder, recipe_names
 from clkit.runs.settings import run as run_trainer
-from clkit.report.intervals import CONFIDENCE
-from clkit.report.intervals import Interval
-from clkit.report.intervals import t_interval
+from clkit.strategies import GradientFreeStrategy
 
 __all__ = ["run_compare"]
 
@@ -53,10 +50,6 @@ FINE_TUNING, JOINT = "fine-tuning", "joint"
 
 
 # ---- the mathematics
-
-
-
-
 
 
 # ---- what is compared

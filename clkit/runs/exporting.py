@@ -24,15 +24,13 @@ from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.observer import forward
 from clkit.features.tap import FeatureTap, Tapped
-from clkit.files import whole_file
+from clkit.files import check_output, read_checkpoint, whole_file
 from clkit.methods.heads.base import Head
-from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.heads.readout import NEVER, readout_module
+from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.models import IdentityBackbone
-from clkit.files import check_output
 from clkit.runs.heads import build_head, head_entries, name_of
 from clkit.schema import EXPORTED
-from clkit.files import read_checkpoint
 from clkit.stream._lightning import datamodule_of
 
 __all__ = ["Exported", "export", "export_checkpoint"]

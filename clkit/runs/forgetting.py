@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
+from clkit.files import check_output, read_checkpoint
 from clkit.methods.heads.base import Head
-from clkit.files import check_output
 from clkit.runs.heads import build_head, head_entries, name_of
-from clkit.schema import MERGED, STRATEGY
-from clkit.files import read_checkpoint
 from clkit.runs.merging import Learned, hand_over, save_checkpoint
+from clkit.schema import MERGED, STRATEGY
 
 __all__ = ["forget_samples", "read_samples"]
 

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-import re
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clkit.errors import ArgumentError, StateError
-from clkit.files import whole_file
+from clkit.files import read_checkpoint
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
-from clkit.schema import check_saved, check_saved_ids
 from clkit.methods.heads.base import FORMAT, Head
 from clkit.methods.heads.readout import LinearReadout
-from clkit.schema import check_format, saved_entry
-from clkit.files import read_checkpoint
-from clkit.schema import EXPORTED
+from clkit.schema import EXPORTED, check_format, check_saved, check_saved_ids, saved_entry
 
 __all__ = ["build_head", "head_entries", "load_head", "name_of"]
 
 HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnalyticHead, LDAHead, NearestMeanHead)}
-
-
-
-
-
-
-
-
-
-
 
 
 def load_head(path: str | Path, name: str) -> Any:

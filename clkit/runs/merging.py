@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, ConfigurationError, StateError
+from clkit.files import check_output, read_checkpoint, write_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import layer_values
-from clkit.files import check_output
 from clkit.runs.heads import build_head, head_entries
 from clkit.schema import MERGED, STRATEGY
-from clkit.files import read_checkpoint, write_checkpoint
 
 __all__ = ["Learned", "hand_over", "merge_checkpoints", "save_checkpoint"]
 

@@ -27,10 +27,10 @@ from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver
+from clkit.runs._messages import refusal
+from clkit.runs.settings import StreamCLI
 from clkit.strategies import GradientFreeStrategy
 from clkit.stream._lightning import callbacks_of
-from clkit.runs.settings import StreamCLI
-from clkit.runs._messages import refusal
 
 __all__ = ["SavedRun"]
 

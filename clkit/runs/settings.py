@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import inspect
-import re
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,27 +16,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError
+from clkit.runs._messages import near_match, said_of, summary
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.checkpoint_io import read_run
-from clkit.runs._messages import _near
-from clkit.runs._messages import _said_of
-from clkit.runs._messages import summary
 
 __all__ = ["StreamCLI", "run"]
-
-# Short names in YAML are looked up among the classes that are imported; these are offered where a name is misspelt.
-_NAMESPACES = [
-    import_module(name)
-    for name in (
-        "clkit.callbacks",
-        "clkit.data",
-        "clkit.models",
-        "clkit.strategies",
-        "lightning.pytorch.callbacks",
-        "lightning.pytorch.loggers",
-        "lightning.pytorch.strategies",
-    )
-]
 
 
 class _Parser(LightningArgumentParser):
@@ -167,7 +146,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         StreamCLI(arguments)
     except (ValueError, KeyError, RuntimeError, OSError, ClkitError) as error:
-        said = _said_of(error)
+        said = said_of(error)
         if said is None:
             raise
         sys.stderr.write(f"clkit: {said}\n")
@@ -175,28 +154,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-
-
-
-
-
-
 def _check_name(key: str, value: Any, known: Sequence[str], otherwise: str) -> None:
     if isinstance(value, str) and value not in known:
-        raise ConfigurationError(f"{key}: there is no {value!r}{_near(value, known) or f'; {otherwise}'}")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+        raise ConfigurationError(f"{key}: there is no {value!r}{near_match(value, known) or f'; {otherwise}'}")

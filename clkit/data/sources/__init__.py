@@ -20,55 +20,28 @@ folder, a path with a slash is taken as it is. See :func:`resolve_source` and :f
 
 from __future__ import annotations
 
-import difflib
-import io
-import os
-import struct
-import tokenize
-import zipfile
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from clkit.data.sources.base import (
-    DATA_VARIABLE,
-    IMAGE_SUFFIXES,
-    LARGEST,
-    Part,
-    Source,
-    _check_rows,
-    _FloatPart,
-    _listing,
-    _locate,
-    _NamedSource,
-    _no_root,
-    _pil_to_tensor,
-    _PixelPart,
-    _read_image,
-    _Rows,
-    _select,
-    _stack,
-    _unknown,
-)
-from clkit.data.sources.digits import Digits, _digits_options
+from clkit.data.sources.base import SPECS, Part, Source, data_root, unknown_spec
+from clkit.data.sources.custom import Custom
+from clkit.data.sources.digits import Digits, digits_options
 from clkit.data.sources.folder import ImageFolder
 from clkit.data.sources.npz import NpzFeatures, NpzImages
 from clkit.data.sources.torchvision import Torchvision
-from clkit.errors import ArgumentError, DataError
+from clkit.errors import ArgumentError
 
-__all__ = ["resolve_source"]
-
-Int64 = npt.NDArray[np.int64]
-RowRange = list[int | None]
-Inputs = torch.Tensor | list[torch.Tensor]
+__all__ = [
+    "Custom",
+    "Digits",
+    "ImageFolder",
+    "NpzFeatures",
+    "NpzImages",
+    "Part",
+    "Source",
+    "Torchvision",
+    "data_root",
+    "resolve_source",
+]
 
 
 def resolve_source(spec: str | Source) -> Source:
@@ -87,16 +60,16 @@ def resolve_source(spec: str | Source) -> Source:
     if isinstance(spec, Source):
         return spec
     if not isinstance(spec, str):
-        raise ArgumentError(f"source={spec!r} must be a spec (one of {', '.join(_SPECS)}) or a Source")
+        raise ArgumentError(f"source={spec!r} must be a spec (one of {', '.join(SPECS)}) or a Source")
     kind, colon, rest = spec.partition(":")
     if kind == "digits":
-        return Digits(**dict.fromkeys(_digits_options(spec, rest, bool(colon)), True))
+        return Digits(**dict.fromkeys(digits_options(spec, rest, bool(colon)), True))
     if kind == "custom":
         raise ArgumentError("source='custom' has no spec; pass Custom(train, test) with your data sets")
     if kind not in _NAMED_KINDS:
-        raise _unknown(f"source={spec!r} is not known", kind, ["digits", *_NAMED_KINDS], _SPECS)
+        raise unknown_spec(f"source={spec!r} is not known", kind, ["digits", *_NAMED_KINDS], SPECS)
     if not rest:
-        raise ArgumentError(f"source={spec!r} lacks what comes after the colon; write one of {', '.join(_SPECS)}")
+        raise ArgumentError(f"source={spec!r} lacks what comes after the colon; write one of {', '.join(SPECS)}")
     return _NAMED_KINDS[kind](rest)
 
 
@@ -106,13 +79,3 @@ _NAMED_KINDS: dict[str, Callable[[str], Source]] = {
     "npz": NpzImages,
     "features": NpzFeatures,
 }
-_SPECS = (
-    "'digits'",
-    "'digits:flat'",
-    "'digits:shifts'",
-    "'digits:flat,shifts'",
-    "'torchvision:NAME'",
-    "'folder:PATH'",
-    "'npz:NAME'",
-    "'features:NAME'",
-)

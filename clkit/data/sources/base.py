@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clkit.data.sources import Int64, RowRange
 from clkit.errors import ArgumentError, DataError
 
 __all__ = ["Part", "Source", "data_root"]
@@ -89,7 +88,7 @@ class Source(ABC):
 
 
 @dataclass
-class _NamedSource(Source):
+class NamedSource(Source):
     """A source with names that are empty until it is loaded."""
 
     class_names: dict[int, str] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -122,13 +121,13 @@ def data_root(explicit: str | Path | None = None) -> Path | None:
     return folder
 
 
-def _unknown(problem: str, seen: str, known: Sequence[str], shown: Sequence[str]) -> ArgumentError:
+def unknown_spec(problem: str, seen: str, known: Sequence[str], shown: Sequence[str]) -> ArgumentError:
     near = difflib.get_close_matches(seen, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ArgumentError(f"{problem}; allowed: {', '.join(shown)}.{hint}")
 
 
-class _FloatPart(Part):
+class FloatPart(Part):
     """Arrays that go into the network as they are."""
 
     def __init__(self, inputs: npt.NDArray[Any], targets: Int64, domains: Int64 | None = None) -> None:
@@ -140,7 +139,7 @@ class _FloatPart(Part):
         return torch.from_numpy(self._inputs[indices].astype(np.float32, copy=False))
 
 
-class _PixelPart(Part):
+class PixelPart(Part):
     """Images of one size, (N, H, W) or (N, H, W, C) in memory."""
 
     def __init__(self, pixels: npt.NDArray[np.uint8], targets: Int64, domains: Int64 | None) -> None:
@@ -152,7 +151,7 @@ class _PixelPart(Part):
         return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2).contiguous()
 
 
-class _Rows(Part):
+class SelectedRows(Part):
     """Some rows of another part."""
 
     def __init__(self, part: Part, rows: Int64) -> None:
@@ -165,12 +164,12 @@ class _Rows(Part):
         return self._part.get_many(self._rows[indices])
 
 
-def _locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
+def locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
     """The file or folder that a spec names."""
     if "/" in name or os.sep in name:
         places = [Path(name).expanduser()]
     elif root is None:
-        raise DataError(_no_root(f"{kind}:{name}") + f"; or write a path with a slash, e.g. {kind}:./{name}")
+        raise DataError(no_root(f"{kind}:{name}") + f"; or write a path with a slash, e.g. {kind}:./{name}")
     else:
         places = [root / name]
     if suffix and not name.endswith(suffix):
@@ -179,24 +178,24 @@ def _locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
         if place.exists():
             return place
     parent = places[0].parent
-    there = [entry.name.removesuffix(suffix) for entry in _listing(parent)] if parent.is_dir() else []
+    there = [entry.name.removesuffix(suffix) for entry in listing(parent)] if parent.is_dir() else []
     near = difflib.get_close_matches(name.removesuffix(suffix), there, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise DataError(f"{kind}:{name}: nothing is at {' or '.join(map(str, places))}{hint}")
 
 
-def _no_root(spec: str) -> str:
+def no_root(spec: str) -> str:
     return (
         f"{spec} is looked up in the data folder, and none is set; set data.root or the environment variable "
         f"{DATA_VARIABLE}"
     )
 
 
-def _listing(folder: Path) -> list[Path]:
+def listing(folder: Path) -> list[Path]:
     return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def _check_rows(*ranges: RowRange | None) -> None:
+def check_rows(*ranges: RowRange | None) -> None:
     for rows in ranges:
         if rows is None:
             continue
@@ -208,16 +207,16 @@ def _check_rows(*ranges: RowRange | None) -> None:
             )
 
 
-def _select(part: Part, rows: RowRange | None, argument: str) -> Part:
+def select_rows(part: Part, rows: RowRange | None, argument: str) -> Part:
     if rows is None:
         return part
     chosen = np.arange(len(part))[slice(*rows)]
     if not len(chosen):
         raise DataError(f"{argument}={rows} selects none of {len(part)} rows")
-    return _Rows(part, chosen)
+    return SelectedRows(part, chosen)
 
 
-def _stack(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+def stack_inputs(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     """One tensor where shapes agree, else a list, which only images may be."""
     if len({item.dtype for item in items}) > 1:
         raise DataError("some inputs of a batch are uint8 images and some are floating point; expected one kind")
@@ -229,7 +228,7 @@ def _stack(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     return items
 
 
-def _read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
+def read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
     from PIL import Image
 
     # found by flipping bytes; an image of absurd size is refused by Pillow before it asks for the memory
@@ -241,7 +240,7 @@ def _read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
         raise DataError(f"{described} cannot be decoded: {error}") from error
 
 
-def _pil_to_tensor(image: Any, described: str) -> torch.Tensor:
+def pil_to_tensor(image: Any, described: str) -> torch.Tensor:
     from PIL import Image
 
     if not isinstance(image, Image.Image):
@@ -253,3 +252,24 @@ def _pixels(image: Any) -> torch.Tensor:
     """A PIL image as uint8 (C, H, W)."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+Int64 = npt.NDArray[np.int64]
+
+
+RowRange = list[int | None]
+
+
+Inputs = torch.Tensor | list[torch.Tensor]
+
+
+SPECS = (
+    "'digits'",
+    "'digits:flat'",
+    "'digits:shifts'",
+    "'digits:flat,shifts'",
+    "'torchvision:NAME'",
+    "'folder:PATH'",
+    "'npz:NAME'",
+    "'features:NAME'",
+)

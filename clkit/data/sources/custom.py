@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clkit.data.sources import Int64
-from clkit.data.sources.base import Part, Source, _pil_to_tensor, _stack
+from clkit.data.sources.base import Int64, Part, Source, pil_to_tensor, stack_inputs
 from clkit.errors import ArgumentError, DataError
 
 __all__ = ["Custom"]
@@ -65,10 +64,10 @@ class Custom(Source):
         """Both parts, each item fetched when it is asked for; ``root`` is not used."""
         if not self.class_names:
             self.class_names = dict(enumerate(map(str, getattr(self.train, "classes", ()))))
-        return _DatasetPart(self.train), _DatasetPart(self.test)
+        return DatasetPart(self.train), DatasetPart(self.test)
 
 
-class _DatasetPart(Part):
+class DatasetPart(Part):
     """A map-style torch data set."""
 
     def __init__(self, dataset: Any, target_attributes: Sequence[str] = ("targets", "labels")) -> None:
@@ -78,7 +77,7 @@ class _DatasetPart(Part):
         self.domains = None if domains is None else self._vector("domains", domains)
 
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
-        return _stack([self._input(int(i)) for i in indices])
+        return stack_inputs([self._input(int(i)) for i in indices])
 
     def _find_targets(self, attributes: Sequence[str]) -> Any:
         if getattr(self._dataset, "target_transform", None) is None:
@@ -98,7 +97,7 @@ class _DatasetPart(Part):
     def _input(self, i: int) -> torch.Tensor:
         x = self._item(i)[0]
         if not isinstance(x, torch.Tensor | np.ndarray):
-            return _pil_to_tensor(x, f"the input of item {i} of {type(self._dataset).__name__}")
+            return pil_to_tensor(x, f"the input of item {i} of {type(self._dataset).__name__}")
         x = torch.as_tensor(x)
         if x.dtype == torch.uint8:
             return x

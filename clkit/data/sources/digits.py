@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clkit.data.sources import _SPECS
-from clkit.data.sources.base import Part, _FloatPart, _NamedSource, _unknown
+from clkit.data.sources.base import SPECS, FloatPart, NamedSource, Part, unknown_spec
 
 __all__ = ["Digits"]
 
 
 @dataclass
-class Digits(_NamedSource):
+class Digits(NamedSource):
     """Handwritten digits, 8 x 8 grey: 1797 images of ten classes that ship with scikit-learn. Needs no files.
 
     The embedded data set of every example. Pixels are divided by 16. Training rows are the even indices of
@@ -51,19 +50,19 @@ class Digits(_NamedSource):
             train, train_targets = np.concatenate(moved), np.tile(train_targets, len(moved))
         shape = (-1, 64) if self.flat else (-1, 1, 8, 8)
         return (
-            _FloatPart(train.reshape(shape), train_targets),
-            _FloatPart(images[1::2].reshape(shape), targets[1::2]),
+            FloatPart(train.reshape(shape), train_targets),
+            FloatPart(images[1::2].reshape(shape), targets[1::2]),
         )
 
 
 _DIGITS_OPTIONS = ("flat", "shifts")
 
 
-def _digits_options(spec: str, rest: str, colon: bool) -> list[str]:
+def digits_options(spec: str, rest: str, colon: bool) -> list[str]:
     options = [option.strip() for option in rest.split(",")] if colon else []
     for option in options:
         if option not in _DIGITS_OPTIONS:
-            raise _unknown(f"source={spec!r} has the unknown option {option!r}", option, _DIGITS_OPTIONS, _SPECS[:4])
+            raise unknown_spec(f"source={spec!r} has the unknown option {option!r}", option, _DIGITS_OPTIONS, SPECS[:4])
     return options
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clkit.data.sources import Int64, RowRange
 from clkit.data.sources.base import (
     IMAGE_SUFFIXES,
+    Int64,
+    NamedSource,
     Part,
-    _check_rows,
-    _listing,
-    _locate,
-    _NamedSource,
-    _read_image,
-    _select,
-    _stack,
+    RowRange,
+    check_rows,
+    listing,
+    locate,
+    read_image,
+    select_rows,
+    stack_inputs,
 )
 from clkit.errors import DataError
 
@@ -26,7 +27,7 @@ __all__ = ["ImageFolder"]
 
 
 @dataclass
-class ImageFolder(_NamedSource):
+class ImageFolder(NamedSource):
     """Image files in ``path/train/<class>/`` and ``path/test/<class>/``, decoded to RGB when asked for.
 
     Classes are numbered by the sorted names of their folders (of both parts together), and files are listed in sorted
@@ -56,12 +57,12 @@ class ImageFolder(_NamedSource):
     test_rows: RowRange | None = None
 
     def __post_init__(self) -> None:
-        _check_rows(self.train_rows, self.test_rows)
+        check_rows(self.train_rows, self.test_rows)
         self.name = Path(self.path).name
 
     def load(self, root: Path | None) -> tuple[Part, Part]:
         """List both parts; images are read later."""
-        folder = _locate(self.path, root, "folder")
+        folder = locate(self.path, root, "folder")
         if not folder.is_dir():
             raise DataError(f"folder:{self.path}: there is no folder {folder}")
         listings = [self._list(folder / part) for part in ("train", "test")]
@@ -77,7 +78,7 @@ class ImageFolder(_NamedSource):
             )
             for rows in listings
         )
-        return _select(train, self.train_rows, "train_rows"), _select(test, self.test_rows, "test_rows")
+        return select_rows(train, self.train_rows, "train_rows"), select_rows(test, self.test_rows, "test_rows")
 
     def _list(self, folder: Path) -> list[tuple[str, str, str]]:
         """(domain, class, file) of each image of a part; the domain is "" where there are none."""
@@ -85,7 +86,7 @@ class ImageFolder(_NamedSource):
         rows = []
         for domain, parent in groups:
             for class_folder in _folders(parent):
-                files = [file for file in _listing(class_folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+                files = [file for file in listing(class_folder) if file.suffix.lower() in IMAGE_SUFFIXES]
                 if not files:
                     levels = "<domain>/<class>" if self.domains else "<class>"
                     raise DataError(
@@ -116,7 +117,7 @@ class _FilePart(Part):
         self.domains = domains
 
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
-        return _stack([_read_image(self._files[i], self._files[i]) for i in indices])
+        return stack_inputs([read_image(self._files[i], self._files[i]) for i in indices])
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -124,7 +125,7 @@ def _folders(parent: Path) -> list[Path]:
         raise DataError(
             f"there is no folder {parent}; an image folder has train/ and test/, each with a folder a class"
         )
-    found = [entry for entry in _listing(parent) if entry.is_dir()]
+    found = [entry for entry in listing(parent) if entry.is_dir()]
     if not found:
         raise DataError(f"{parent} has no folders; expected one a class (or a domain, with domains=True)")
     return found

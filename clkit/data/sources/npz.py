@@ -18,19 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clkit.data.sources import Int64, RowRange
 from clkit.data.sources.base import (
     LARGEST,
+    FloatPart,
+    Int64,
+    NamedSource,
     Part,
-    _check_rows,
-    _FloatPart,
-    _locate,
-    _NamedSource,
-    _PixelPart,
-    _read_image,
-    _Rows,
-    _select,
-    _stack,
+    PixelPart,
+    RowRange,
+    SelectedRows,
+    check_rows,
+    locate,
+    read_image,
+    select_rows,
+    stack_inputs,
 )
 from clkit.errors import ArgumentError, DataError
 
@@ -38,7 +39,7 @@ __all__ = ["NpzFeatures", "NpzImages"]
 
 
 @dataclass
-class _NpzSource(_NamedSource):
+class _NpzSource(NamedSource):
     """What images and features in an ``.npz`` file have in common."""
 
     name: str
@@ -48,7 +49,7 @@ class _NpzSource(_NamedSource):
     test_rows: RowRange | None = None
 
     def __post_init__(self) -> None:
-        _check_rows(self.train_rows, self.test_rows)
+        check_rows(self.train_rows, self.test_rows)
         if not 0 < self.test_fraction < 1:
             raise ArgumentError(f"test_fraction={self.test_fraction} must lie strictly between 0 and 1")
         if self.split_seed < 0:
@@ -56,13 +57,13 @@ class _NpzSource(_NamedSource):
 
     def load(self, root: Path | None) -> tuple[Part, Part]:
         """Read the arrays of both parts into memory, each once."""
-        path = _locate(self.name, root, self._kind(), suffix=".npz")
+        path = locate(self.name, root, self._kind(), suffix=".npz")
         with _readable(path), _open_npz(path) as archive:
             arrays = _Arrays(path, archive)
             self.class_names = arrays.names("class_names")
             self.domain_names = arrays.names("domain_names")
             train, test = self._parts(arrays)
-        return _select(train, self.train_rows, "train_rows"), _select(test, self.test_rows, "test_rows")
+        return select_rows(train, self.train_rows, "train_rows"), select_rows(test, self.test_rows, "test_rows")
 
     def _parts(self, arrays: _Arrays) -> tuple[Part, Part]:
         if "y_train" in arrays or "y_test" in arrays:
@@ -75,7 +76,7 @@ class _NpzSource(_NamedSource):
         train, test = _stratified(whole.targets, self.test_fraction, self.split_seed)
         if not len(test):
             raise arrays.error(f"test_fraction={self.test_fraction} of its {len(whole)} rows leaves no test part")
-        return _Rows(whole, train), _Rows(whole, test)
+        return SelectedRows(whole, train), SelectedRows(whole, test)
 
     @abstractmethod
     def _kind(self) -> str:
@@ -133,7 +134,7 @@ class NpzImages(_NpzSource):
                     f"{x} is {pixels.dtype} of shape {pixels.shape}; expected uint8 of shape (N, H, W), (N, H, W, 1) "
                     "or (N, H, W, 3)"
                 )
-            return _PixelPart(pixels, *arrays.labels(suffix, len(pixels), x))
+            return PixelPart(pixels, *arrays.labels(suffix, len(pixels), x))
         if jpeg not in arrays:
             raise arrays.error(f"it has neither {x} nor {jpeg}; found {', '.join(arrays.names_found)}")
         data, offsets = arrays.read(jpeg), arrays.integers(f"offsets{suffix}")
@@ -182,7 +183,7 @@ class NpzFeatures(_NpzSource):
                 f"{f} has values that are not finite (or beyond float32) in {len(bad)} of {len(features)} rows, the "
                 f"first is row {bad[0]}; compute these features again, or leave the rows out"
             )
-        return _FloatPart(features, *arrays.labels(suffix, len(features), f))
+        return FloatPart(features, *arrays.labels(suffix, len(features), f))
 
 
 class _JpegPart(Part):
@@ -195,12 +196,12 @@ class _JpegPart(Part):
         self.domains = domains
 
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
-        return _stack([self._decode(int(i)) for i in indices])
+        return stack_inputs([self._decode(int(i)) for i in indices])
 
     def _decode(self, i: int) -> torch.Tensor:
         # Negative numbers count from the end elsewhere; here they would silently cut the wrong bytes.
         start, stop = self._offsets[:-1][i], self._offsets[1:][i]
-        return _read_image(io.BytesIO(self._data[start:stop].tobytes()), f"image {i} of the file's JPEG bytes")
+        return read_image(io.BytesIO(self._data[start:stop].tobytes()), f"image {i} of the file's JPEG bytes")
 
 
 class _Arrays:

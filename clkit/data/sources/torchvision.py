@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clkit.data.sources import RowRange
-from clkit.data.sources.base import DATA_VARIABLE, Part, _check_rows, _NamedSource, _no_root, _select
-from clkit.data.sources.custom import _DatasetPart
+from clkit.data.sources.base import DATA_VARIABLE, NamedSource, Part, RowRange, check_rows, no_root, select_rows
+from clkit.data.sources.custom import DatasetPart
 from clkit.errors import ArgumentError, DataError
 
 __all__ = ["Torchvision"]
 
 
 @dataclass
-class Torchvision(_NamedSource):
+class Torchvision(NamedSource):
     """A labelled image set of ``torchvision.datasets``, by the name of its class, from the data folder.
 
     Args:
@@ -47,17 +46,17 @@ class Torchvision(_NamedSource):
     test_rows: RowRange | None = None
 
     def __post_init__(self) -> None:
-        _check_rows(self.train_rows, self.test_rows)
+        check_rows(self.train_rows, self.test_rows)
 
     def load(self, root: Path | None) -> tuple[Part, Part]:
         """Both parts, each image decoded when it is asked for."""
         kind = _torchvision_class(self.name)
         if root is None:
-            raise DataError(_no_root(f"torchvision:{self.name}"))
+            raise DataError(no_root(f"torchvision:{self.name}"))
         datasets = [self._open(kind, root, training) for training in (True, False)]
         self.class_names = dict(enumerate(map(str, getattr(datasets[0], "classes", ()))))
-        train, test = (_DatasetPart(dataset, ("targets", "labels", "_labels")) for dataset in datasets)
-        return _select(train, self.train_rows, "train_rows"), _select(test, self.test_rows, "test_rows")
+        train, test = (DatasetPart(dataset, ("targets", "labels", "_labels")) for dataset in datasets)
+        return select_rows(train, self.train_rows, "train_rows"), select_rows(test, self.test_rows, "test_rows")
 
     def _open(self, kind: Any, root: Path, training: bool) -> Any:
         arguments = dict(self.options)

@@ -11,9 +11,9 @@ from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
 
 __all__ = [
+    "NEVER",
     "L2Normalize",
     "LinearReadout",
-    "NEVER",
     "is_linear",
     "layer_values",
     "linear_of",

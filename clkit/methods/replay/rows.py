@@ -12,7 +12,7 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_number
 
-__all__ = ["EXPERIENCE_LIMIT", "Ids", "NUMBERS", "RowCodec", "RowLayout", "RowTable", "host_tensor", "taken"]
+__all__ = ["EXPERIENCE_LIMIT", "NUMBERS", "Ids", "RowCodec", "RowLayout", "RowTable", "host_tensor", "taken"]
 
 NUMBERS = {"label": np.int64, "arrival": np.int64, "experience": np.int32, "origin": np.int32}
 EXPERIENCE_LIMIT = 2**31 - 1  # kept in 4 bytes
@@ -39,6 +39,7 @@ class RowLayout:
         return set(self.shapes)
 
     def check_equal(self, fixed: RowLayout) -> None:
+        """Refuses rows of another layout than the one that the first batch fixed."""
         if self != fixed:
             raise BatchError(f"the first batch fixed the rows to {fixed}, got {self}; nothing was changed")
 
@@ -73,6 +74,7 @@ class RowTable:
         return self.numbers[name][: self.size]
 
     def class_counts(self) -> dict[int, int]:
+        """Rows in memory by class id."""
         ids, counts = np.unique(self.now("label"), return_counts=True)
         return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
@@ -100,10 +102,12 @@ class RowTable:
 
 
 def host_tensor(values: int | list[int]) -> Tensor:
+    """An int64 tensor on the host."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def taken(tensor: Tensor, rows: Ids) -> Tensor:
+    """Rows of a tensor, on its own device."""
     return tensor.index_select(0, torch.from_numpy(rows).to(tensor.device))
 
 

@@ -1,0 +1,1 @@
+"""A run as settings and files: built, loaded, merged, corrected, exported and compared."""
