@@ -9,6 +9,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from clkit._version import __version__
+
 if TYPE_CHECKING:
     from clkit.features.tap import FeatureTap as FeatureTap
     from clkit.runs.exporting import export as export
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from clkit.runs.heads import load_head as load_head
     from clkit.runs.merging import merge_checkpoints as merge_checkpoints
     from clkit.stream.experience import Experience as Experience
-
-__version__ = "0.1.0.dev0"
 
 _PLACES = {
     "Experience": "clkit.stream.experience",

@@ -123,52 +123,17 @@ PUBLIC = {
     },
 }
 
-# layer -> what it may import of clkit, beside itself
-LEAVES = {
-    "_lightning",
-    "batch",
-    "errors",
-    "experience",
-    "files",
-    "processes",
-    "random_state",
-    "registry",
-    "saved",
-}
-MAY_IMPORT = {
-    "methods": {"errors", "processes"},
-    "metrics": {"errors"},
-    "tap": {"errors"},
-    "data": {"errors", "experience", "_lightning", "registry", "saved"},
-    "accumulation": LEAVES,
-    "boundaries": LEAVES | {"accumulation"},
-    "observer": LEAVES | {"tap"},
-    "kept_features": LEAVES | {"tap"},
-    "strategies": LEAVES
-    | {"checkpoint_io", "methods", "metrics", "tap", "boundaries", "observer", "accumulation", "checkpoints"},
-    "callbacks": LEAVES
-    | {
-        "accumulation",
-        "checkpoint_io",
-        "methods",
-        "metrics",
-        "tap",
-        "boundaries",
-        "observer",
-        "kept_features",
-        "report",
-        "",
-    },
-    "report": {"errors", "files", "metrics"},
-    "models": LEAVES | {"tap"},
-    "checkpoints": {"errors", "files", "methods", "saved"},
-    "checkpoint_io": LEAVES | {"checkpoints"},
-    "outputs": {"errors"},
-    "merging": {"checkpoints", "errors", "methods", "outputs"},
-    "forgetting": {"checkpoints", "errors", "merging", "methods", "outputs", "saved_run"},
-    "testing": LEAVES | {"callbacks", "checkpoints", "data", "methods", "strategies"},
-    **dict.fromkeys(LEAVES, LEAVES),
-}
+# The floors of the house, from the ground up. A room imports from floors below its own, never from its own or above.
+FLOORS: list[set[str]] = [
+    {"errors", "_version"},
+    {"schema", "distributed", "files", "_registry"},
+    {"methods", "metrics", "features", "stream"},
+    {"surgery", "data", "models", "report"},
+    {"callbacks", "strategies"},
+    {"runs"},
+    {"testing", "cli"},
+    {"__init__", "__main__"},
+]
 
 
 @pytest.mark.parametrize("module", PUBLIC)
@@ -184,44 +149,48 @@ def test_unknown_name_is_an_attribute_error() -> None:
         clkit.nonsense  # noqa: B018
 
 
-def _layer_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
+def _room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def _imports(path: Path) -> set[str]:
-    """The layers of clkit that a file imports, anywhere in it; "" for the package itself."""
-    layers = set()
+def _imported_modules(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
+            assert node.module is not None
+            names = [f"clkit.{alias.name}" for alias in node.names] if node.module == "clkit" else [node.module]
+            modules.update(names)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            if name == "clkit" or name.startswith("clkit."):
-                layers.add(name.split(".")[1] if "." in name else "")
-    return layers
+            modules.update(alias.name for alias in node.names)
+    return modules
 
 
-@pytest.mark.parametrize("layer", MAY_IMPORT)
-def test_imports_go_one_way(layer: str) -> None:
-    files = [path for path in PACKAGE.rglob("*.py") if _layer_of(path) == layer]
-    assert files
-    for path in files:
-        beyond = _imports(path) - {layer} - MAY_IMPORT[layer]
-        assert not beyond, f"{path.name} imports {beyond}"
+def _imported_rooms(path: Path) -> set[str]:
+    parts = [module.split(".") for module in _imported_modules(path)]
+    return {([*names, "__init__"])[1] for names in parts if names[0] == "clkit"}
 
 
-@pytest.mark.parametrize("layer", ["methods", "metrics", "tap"])
-def test_methods_know_nothing_of_lightning(layer: str) -> None:
+def test_every_room_is_on_one_floor() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert sorted(rooms) == sorted({_room_of(path) for path in PACKAGE.rglob("*.py")})
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_go_down(floor: int) -> None:
+    below = set().union(*FLOORS[:floor])
     for path in PACKAGE.rglob("*.py"):
-        if _layer_of(path) == layer:
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ImportFrom):
-                    assert not (node.module or "").startswith("lightning"), path
-                elif isinstance(node, ast.Import):
-                    assert not any(alias.name.startswith("lightning") for alias in node.names), path
+        if _room_of(path) in FLOORS[floor]:
+            upward = _imported_rooms(path) - below - {_room_of(path)}
+            assert not upward, f"{path.relative_to(PACKAGE)} imports {upward}"
+
+
+@pytest.mark.parametrize("room", ["methods", "metrics", "schema", "distributed", "files"])
+def test_mathematics_and_ground_know_nothing_of_lightning(room: str) -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if _room_of(path) == room:
+            assert not any(module.split(".")[0] == "lightning" for module in _imported_modules(path)), path
 
 
 def _loaded_by(code: str) -> set[str]:

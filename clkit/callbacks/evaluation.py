@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from clkit._version import __version__
 from clkit.callbacks._recording import (
     ModulePredictor,
     Recorded,
@@ -484,13 +485,12 @@ class StreamEvaluation(StreamCallback):
         self._written = (time.perf_counter(), time.perf_counter() - start)
 
     def _document(self, trainer: pl.Trainer, results: Results) -> dict[str, Any]:
-        import clkit
 
         datamodule = datamodule_of(trainer)
         experiences = getattr(datamodule, "experiences", None) or []
         return {
             "format": 1,
-            "clkit": clkit.__version__,
+            "clkit": __version__,
             "seed": getattr(datamodule, "seed", None),
             "config": self.config,
             "evaluated_on": getattr(datamodule, "evaluated_on", None),

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clkit import __version__
+from clkit._version import __version__
 from clkit.runs.recipes import read_recipe, recipe_lines
 
 __all__ = ["main"]

@@ -25,8 +25,8 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from rich.console import Console
 
-from clkit import __version__
 from clkit._registry import STRATEGIES
+from clkit._version import __version__
 from clkit.callbacks import StreamEvaluation
 from clkit.callbacks.base import MODULE
 from clkit.data import StreamDataModule

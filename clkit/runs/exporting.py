@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from clkit import __version__
+from clkit._version import __version__
 from clkit.callbacks import HeadCallback, ungraft
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
