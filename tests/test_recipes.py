@@ -67,7 +67,7 @@ def test_an_unknown_recipe_is_named_with_its_neighbour() -> None:
 def test_the_folder_of_an_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clkit" / "configs").mkdir(parents=True)
     (tmp_path / "clkit" / "configs" / "mine.yaml").write_text("# my own\n")
-    monkeypatch.setattr(clkit.runs.recipes, "__file__", str(tmp_path / "clkit" / "recipes.py"))
+    monkeypatch.setattr(clkit.runs.recipes, "__file__", str(tmp_path / "clkit" / "runs" / "recipes.py"))
     assert recipe_names() == ["mine"]
     assert recipe_lines() == ["mine  my own"]
 

@@ -10,7 +10,7 @@ __all__ = ["read_recipe", "recipe_folder", "recipe_lines", "recipe_names"]
 
 def recipe_folder() -> Path:
     """Where the recipes lie: inside the installed package, or ``configs/`` of a source checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
