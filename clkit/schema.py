@@ -16,6 +16,7 @@ __all__ = [
     "EXPORTED",
     "MERGED",
     "STRATEGY",
+    "STREAM",
     "check_format",
     "check_keys",
     "check_saved",
@@ -147,6 +148,9 @@ EXPORTED = "clkit_export"
 MERGED = "clkit_merged"
 """Marks a checkpoint made of several, which no fit can go on from; the value lists their names."""
 
+
+STREAM = "clkit_stream"
+"""The key of a checkpoint under which a run keeps its place in the stream."""
 
 STRATEGY = "clkit_strategy"
 """The entry of a whole checkpoint that holds what the strategy has learned."""

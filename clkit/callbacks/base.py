@@ -13,10 +13,10 @@ from clkit.distributed import share_buffers
 from clkit.errors import ConfigurationError, StateError
 from clkit.features.observer import BatchObserver
 from clkit.schema import check_format, saved_entry
+from clkit.stream import resume
 from clkit.stream._lightning import callbacks_of, trained_batches
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
 from clkit.stream.checkpoint_io import protect_checkpoints
-from clkit.stream.resume import keep_gradients, make_loops_whole
 
 __all__ = [
     "MODULE",
@@ -59,7 +59,7 @@ class StreamCallback(pl.Callback):
     def __init__(self) -> None:
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
         self._trained = False  # whether this fit came to `on_train_start`
-        self._observed = 0  # training batches that passed `on_train_batch_end`, as the trainer counts them
+        self._batches = 0  # training batches that passed `on_train_batch_end`, as the trainer counts them
 
     @property
     def state_key(self) -> str:
@@ -72,16 +72,13 @@ class StreamCallback(pl.Callback):
         """Brings the position that an earlier fit left, where each experience is a fit of its own."""
         protect_checkpoints(trainer.strategy)
         self._trained = False
-        boundaries = Boundaries.of(trainer)
-        if boundaries.current is None:
-            boundaries.current, boundaries.running = self._boundaries.current, self._boundaries.running
-        self._boundaries = boundaries
+        self._boundaries = Boundaries.join(trainer, self._boundaries)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Passes the moment on."""
+        """Take up what a resumed run left."""
         self._trained = True
-        self._observed = trained_batches(trainer)
-        Boundaries.of(trainer).on_train_start(trainer, pl_module)
+        self._batches = trained_batches(trainer)
+        resume.begin(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -93,7 +90,7 @@ class StreamCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch, so that a checkpoint can be checked for a lost one."""
-        self._observed += 1
+        self._batches += 1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Passes the moment on, once all processes have the same network to evaluate."""
@@ -140,12 +137,7 @@ class StreamCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The callback's whole state, loadable with ``weights_only=True``."""
-        return {
-            "format": FORMAT,
-            "position": self._boundaries.state_dict(),
-            "observed": self._observed,
-            **self.stream_state(),
-        }
+        return {"format": FORMAT, "batches": self._batches, **self.stream_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a saved state.
@@ -154,18 +146,15 @@ class StreamCallback(pl.Callback):
             StateError: If it was written by a newer format, or does not fit this callback.
         """
         check_format(state_dict, FORMAT, self.state_key)
-        observed = saved_entry(state_dict, "observed", int, self.state_key)
-        position = Boundaries()  # tried on one that nobody follows, so that a bad state changes nothing
-        position.load_state_dict(state_dict.get("position", {}))
+        batches = saved_entry(state_dict, "batches", int, self.state_key)
         self.load_stream_state(state_dict)
-        self._boundaries.load_state_dict(state_dict["position"])
-        self._observed = observed
+        self._batches = batches
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds gradients that wait for further batches (``accumulate_grad_batches``), which Lightning would lose."""
-        keep_gradients(trainer, pl_module, checkpoint)
+        """Add where the run stands in its stream."""
+        resume.save(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -178,9 +167,8 @@ class StreamCallback(pl.Callback):
         """
         self._refuse_merged(trainer, checkpoint)
         self._check_entry(checkpoint)
-        make_loops_whole(trainer, checkpoint)
+        resume.load(trainer, checkpoint)
         self._check_lost_batch(checkpoint)
-        self._boundaries.load_gradients(checkpoint)
 
     def _refuse_merged(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         files = checkpoint.get("clkit_merged")
@@ -208,10 +196,10 @@ class StreamCallback(pl.Callback):
         if saved is None or not loops:
             return
         trained = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
-        observed = saved_entry(saved, "observed", int, self.state_key)
-        if observed < trained:
+        batches = saved_entry(saved, "batches", int, self.state_key)
+        if batches < trained:
             raise StateError(
-                f"{self.state_key} had learned {observed} of {trained} batches when the checkpoint was saved: "
+                f"{self.state_key} had learned {batches} of {trained} batches when the checkpoint was saved: "
                 "a callback before it in the list saved or failed in `on_train_batch_end`; move that callback behind it"
             )
 

@@ -37,7 +37,7 @@ from clkit.files import whole_file
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
-from clkit.stream.experience import Experience
+from clkit.stream.experience import Experience, experience_state, saved_experience
 
 if TYPE_CHECKING:
     from clkit.report.results import ClassTable
@@ -539,7 +539,7 @@ class StreamEvaluation(StreamCallback):
         """Rows and clocks: integer tensors and plain types."""
         return {
             "rows": {name: packed(rows) for name, rows in self._rows.items()},
-            "pending": self._pending is not None,
+            "pending": experience_state(self._pending),
             "seconds": dict(self._seconds),
         }
 
@@ -549,8 +549,7 @@ class StreamEvaluation(StreamCallback):
         rows = {name: unpacked(table, f"{self.state_key}, rows of {name!r}") for name, table in saved.items()}
         clocks = saved_entry(state, "seconds", dict, self.state_key)
         seconds = {name: float(saved_entry(clocks, name, int | float, self.state_key)) for name in self._seconds}
-        pending = saved_entry(state, "pending", bool, self.state_key)
-        self._pending = Boundaries.saved_experience(state.get("position")) if pending else None
+        self._pending = saved_experience(state, "pending", self.state_key)
         self._rows, self._seconds = rows, seconds
 
 

@@ -22,6 +22,7 @@ from clkit.data.sources import resolve_source
 from clkit.data.sources.base import Part, Source, data_root
 from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
 from clkit.schema import check_format, saved_entry, saved_list
+from clkit.stream import resume
 from clkit.stream._lightning import (
     callbacks_of,
     cap_max_epochs,
@@ -33,7 +34,6 @@ from clkit.stream._lightning import (
     stream_position,
 )
 from clkit.stream.experience import Experience
-from clkit.stream.resume import make_loops_whole
 
 __all__ = ["StreamDataModule"]
 
@@ -587,7 +587,7 @@ class StreamDataModule(pl.LightningDataModule):
         self._position = dict(state_dict)
         checkpoint = loaded_checkpoint(self.trainer)
         if checkpoint is not None:  # a run without callbacks of clkit resumes exactly, too
-            make_loops_whole(self.trainer, checkpoint)
+            resume.load(self.trainer, checkpoint)
 
     def _schedule_settings(self) -> dict[str, int]:
         """What says which epoch belongs to which experience."""

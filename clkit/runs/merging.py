@@ -14,7 +14,7 @@ from clkit.files import check_output, read_checkpoint, write_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import layer_values
 from clkit.runs.heads import build_head, head_entries
-from clkit.schema import MERGED, STRATEGY
+from clkit.schema import MERGED, STRATEGY, STREAM
 
 __all__ = ["Learned", "hand_over", "merge_checkpoints", "save_checkpoint"]
 
@@ -218,21 +218,23 @@ def _widen_position(merged: dict[str, Any], entries: dict[str, dict[str, Any]], 
             del merged[key]  # of different streams: all of the stream in hand is evaluated
         elif theirs["reached"] > mine["reached"]:
             merged[key] = theirs
+    if _index(other) > _index(merged):
+        merged[STREAM] = other[STREAM]
+    if STREAM in merged:  # random states and gradients are of one run
+        merged[STREAM] = {**merged[STREAM], "running": False, "over": False, "random": [], "gradients": None}
     for key, entry in entries.items():
-        there = head_entries(other)[key]
-        if _index(there) > _index(entry):
-            entry["position"] = there["position"]
-        if "observed" in entry:
-            entry["observed"] += there["observed"]
+        if "batches" in entry:
+            entry["batches"] += head_entries(other)[key]["batches"]
 
 
-def _index(entry: dict[str, Any]) -> int:
-    experience = (entry.get("position") or {}).get("experience")
+def _index(checkpoint: dict[str, Any]) -> int:
+    """How far a checkpoint's run came in its stream, -1 where it does not say so."""
+    experience = (checkpoint.get(STREAM) or {}).get("experience")
     return -1 if experience is None else int(experience["index"])
 
 
 def _nothing_measured(entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "rows": {}, "pending": False, "seconds": {"fit": 0.0, "evaluate": 0.0}}
+    return {**entry, "rows": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
 
 
 def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from enum import IntEnum
 from inspect import signature
 from typing import Any
 
@@ -20,39 +19,14 @@ from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
 from clkit.schema import STRATEGY, check_format, saved_entry
+from clkit.stream import resume
 from clkit.stream._lightning import in_step, keep_samplers, trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.checkpoint_io import protect_checkpoints
-from clkit.stream.resume import keep_gradients, make_loops_whole
 
 __all__ = ["LearningStrategy"]
 
 FORMAT = 1
-
-
-class _Stage(IntEnum):
-    """How far the step of a batch came, by what could not be taken back if the batch came again."""
-
-    NONE = 0
-    FORWARD = 1  # buffers of the network, random draws
-    UPDATE = 2  # the optimizer may have begun
-    LEARNED = 3  # all of it
-
-
-_TWICE = {
-    _Stage.FORWARD: (
-        "what the forward of its batch changed in buffers of the network (running statistics) and drew at random is "
-        "not taken back"
-    ),
-    _Stage.UPDATE: (
-        "what the forward of its batch changed in buffers of the network (running statistics) and drew at random is "
-        "not taken back, and the optimizer may have begun to step"
-    ),
-    _Stage.LEARNED: (
-        "the optimizer has stepped, or holds the gradient, and the strategy has learned the batch, or a part of it: "
-        "when it comes again it counts twice"
-    ),
-}
 
 
 class LearningStrategy(DDPStrategy):
@@ -111,7 +85,9 @@ class LearningStrategy(DDPStrategy):
         super().__init__(**ddp_options)
         self.batch_reader = batch_reader
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
-        self._reached = (-1, _Stage.NONE)  # batches done before the one in work, and how far its step came
+        self._begun = -1  # batches that were done when the forward of the one in work began
+        self._updated = -1  # the same when its update began
+        self._learned = -1  # the same when the strategy learned it
         self._stepping = False
 
     @property
@@ -148,9 +124,9 @@ class LearningStrategy(DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Prepares the module; on one device as the simplest of Lightning's strategies does."""
         if trainer.state.fn == "fit":
-            self._follow(trainer)
+            self._boundaries = Boundaries.join(trainer, self._boundaries)
             self._attach_part(trainer)
-            self._reached = (-1, _Stage.NONE)
+            self._begun = self._updated = self._learned = -1
             if self.root_device.type == "cpu":
                 assert self.lightning_module is not None
                 refuse_unsafe_layout(self.lightning_module)
@@ -239,7 +215,7 @@ class LearningStrategy(DDPStrategy):
         """Runs the backward pass; outside of a step of the optimizer it is the last thing that a batch needs."""
         loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         if not self._stepping:
-            self._learned()
+            self._learn()
         return loss
 
     def optimizer_step(
@@ -253,7 +229,7 @@ class LearningStrategy(DDPStrategy):
 
         def watched() -> Any:
             result = closure()
-            self._reach(_Stage.UPDATE)
+            self._updated = trained_batches(self._trainer)
             return result
 
         self._stepping = True
@@ -261,23 +237,15 @@ class LearningStrategy(DDPStrategy):
             output = super().optimizer_step(optimizer, watched, model, **kwargs)
         finally:
             self._stepping = False
-        self._learned()
+        self._learn()
         return output
 
-    def _learned(self) -> None:
-        if self._reached == (trained_batches(self._trainer), _Stage.LEARNED):  # a second backward or step of the batch
+    def _learn(self) -> None:
+        batches = trained_batches(self._trainer)
+        if self._learned == batches:  # a second backward pass or step for the batch
             return
-        self._reach(_Stage.LEARNED)  # first: an interrupt while the strategy learns leaves a part of it
+        self._learned = self._updated = batches  # first: an interrupt while the strategy learns leaves a part of it
         self.on_batch_learned()
-
-    def _reach(self, stage: _Stage) -> None:
-        self._reached = max(self._reached, (trained_batches(self._trainer), stage))
-
-    def _stage(self) -> _Stage:
-        """How far the step came that a checkpoint of this moment cuts."""
-        batches, stage = self._reached
-        cut = self._trainer.state.fn == "fit" and in_step(self._trainer) and batches == trained_batches(self._trainer)
-        return stage if cut else _Stage.NONE
 
     # ---- state
 
@@ -302,14 +270,15 @@ class LearningStrategy(DDPStrategy):
         """Adds what the strategy has learned to a whole checkpoint; a weights-only one stays the user's own."""
         if "optimizer_states" in checkpoint:
             assert self.lightning_module is not None
-            keep_gradients(self._trainer, self.lightning_module, checkpoint)
+            resume.save(self._trainer, checkpoint)
+            batches = trained_batches(self._trainer)
+            cut = self._trainer.state.fn == "fit" and in_step(self._trainer) and self._begun == batches
             checkpoint[STRATEGY] = {
                 "format": FORMAT,
                 "strategy": self.state_key,
-                "position": self._boundaries.state_dict(),
-                "over": self._trainer.state.fn == "fit" and self._boundaries.is_over(self._trainer),
                 "part": None if self.part is None else dict(self.part.state_dict()),
-                "stage": int(self._stage()),
+                "cut": cut,  # the forward of a batch has begun that comes again
+                "cut_in_update": cut and self._updated == batches,
                 **self.stream_state(),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -318,7 +287,7 @@ class LearningStrategy(DDPStrategy):
         """Reads a checkpoint; a fit goes on from it without losing or repeating a batch."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         if self._trainer.state.fn == "fit":
-            make_loops_whole(self._trainer, checkpoint)
+            resume.load(self._trainer, checkpoint)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -368,13 +337,7 @@ class LearningStrategy(DDPStrategy):
             return
         check_format(state, FORMAT, self.state_key)
         saved = saved_entry(state, "part", dict | None, self.state_key)
-        position = Boundaries()  # tried on one that nobody follows, so that a bad state changes nothing
-        position.load_state_dict(saved_entry(state, "position", dict, self.state_key))
-        position.load_gradients(dict(checkpoint))
-        over = saved_entry(state, "over", bool, self.state_key)
-        stage = saved_entry(state, "stage", int, self.state_key)
-        if stage not in list(_Stage):
-            raise StateError(f"{self.state_key}: 'stage' in the saved state is {stage}; the file is damaged")
+        cut, in_update = (saved_entry(state, name, bool, self.state_key) for name in ("cut", "cut_in_update"))
         if self.part is None:
             self.part = self.make_part(trainer, module)
         if self.part is not None:
@@ -388,12 +351,12 @@ class LearningStrategy(DDPStrategy):
         self.load_stream_state(state)
         if self.part is not None:
             self.part.load_state_dict(saved)
-        self._follow(trainer)
-        self._boundaries.load_state_dict(state["position"])
-        self._boundaries.was_over = over
-        self._boundaries.load_gradients(dict(checkpoint))
-        if stage != _Stage.NONE:
-            rank_zero_warn(f"the checkpoint was saved in the middle of a step: {_TWICE[_Stage(stage)]}")
+        if cut:
+            twice = ", and counts twice as far as the optimizer and the strategy had learned it" if in_update else ""
+            rank_zero_warn(
+                f"the checkpoint was saved in the middle of a step: its batch comes again{twice}. What its forward "
+                "changed in buffers of the network (running statistics) and drew at random is not taken back"
+            )
 
     def _check_part(self, saved: Mapping[str, Any] | None) -> None:
         if self.part is None or saved is None:
@@ -411,13 +374,6 @@ class LearningStrategy(DDPStrategy):
                 f"{self.state_key}: the saved {self.part_name} has numbers that are not finite in {spoiled}; go on "
                 "from an earlier checkpoint"
             )
-
-    def _follow(self, trainer: pl.Trainer) -> None:
-        """Brings the position that an earlier fit left, where each experience is a fit of its own."""
-        boundaries = Boundaries.of(trainer)
-        if boundaries.current is None:
-            boundaries.current, boundaries.running = self._boundaries.current, self._boundaries.running
-        self._boundaries = boundaries
 
     # ---- several devices: a process that is lost is said in words, not in those of the backend
 
@@ -458,14 +414,13 @@ class LearningStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Lets the trainer's boundaries look at a resumed run."""
         assert self.lightning_module is not None
-        Boundaries.of(self._trainer).on_train_start(self._trainer, self.lightning_module)
+        resume.begin(self._trainer, self.lightning_module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Notices the start of an experience where no callback follows the stream."""
         assert self.lightning_module is not None
         Boundaries.of(self._trainer).on_train_batch_start(self._trainer, self.lightning_module)
-        stage = _Stage.FORWARD if self.lightning_module.training else _Stage.NONE
-        self._reached = (trained_batches(self._trainer), stage)
+        self._begun = trained_batches(self._trainer) if self.lightning_module.training else -1
 
     def on_validation_start(self) -> None:
         """Notices the end of an experience where no callback follows the stream."""

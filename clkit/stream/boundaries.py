@@ -12,28 +12,16 @@ Where no data module gives a schedule (plain loaders), one ``fit`` is one experi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from clkit.distributed import gathered
 from clkit.errors import StateError
-from clkit.schema import saved_entry, saved_list
+from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_last_batch
-from clkit.stream.experience import Experience
-from clkit.stream.resume import (
-    capture_random_state,
-    check_random_state,
-    lost_gradients,
-    restore_gradients,
-    restore_random_state,
-    saved_gradients,
-)
+from clkit.stream.experience import Experience, experience_state, saved_experience
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule"]
 
@@ -80,10 +68,7 @@ class Boundaries:
     def __init__(self) -> None:
         self.current: Experience | None = None
         self.running = False
-        self.was_over = False  # a loaded checkpoint was saved after the last batch of the experience that it says runs
-        self._random: list[dict[str, Any]] | None = None  # of a loaded checkpoint, one a process
-        self._gradients: list[dict[str, Tensor]] = []  # the same
-        self._lost = False  # gradients that waited are not in the loaded checkpoint
+        self._was_over = False  # a loaded checkpoint was saved after the last batch of the experience that it says runs
         self._epoch: int | None = None  # the last in which a batch's start was looked at
 
     @classmethod
@@ -93,6 +78,19 @@ class Boundaries:
         if found is None:
             found = cls._of_trainer[trainer] = cls()
         return found
+
+    @classmethod
+    def join(cls, trainer: pl.Trainer, earlier: Boundaries) -> Boundaries:
+        """Return the object of a trainer, at the position of an earlier one where each experience is a fit of its own.
+
+        Args:
+            trainer: The trainer of this run.
+            earlier: What a part followed before.
+        """
+        own = cls.of(trainer)
+        if own.current is None:
+            own.current, own.running = earlier.current, earlier.running
+        return own
 
     def upcoming(self, trainer: pl.Trainer) -> Experience:
         """The experience, with its phase, to which the next training batch belongs."""
@@ -110,21 +108,10 @@ class Boundaries:
     # ---- the moments, in the order in which Lightning has them
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A resumed run takes up random state and gradients, and the end of an experience whose hooks were lost."""
-        if self._random is not None and len(self._random) == trainer.world_size:
-            restore_random_state(self._random[trainer.global_rank])
-        if len(self._gradients) == trainer.world_size:
-            restore_gradients(module, self._gradients[trainer.global_rank])
-        if self._lost:
-            rank_zero_warn(
-                "the checkpoint was saved in the middle of a step, while gradients of earlier batches waited for it "
-                f"(accumulate_grad_batches={trainer.accumulate_grad_batches}): the next step of the optimizer is "
-                "without those batches"
-            )
-        self._random = self._epoch = None
-        self._gradients, self._lost = [], False
+        """Announce the end of an experience whose hooks a resumed run has lost."""
+        self._epoch = None
         schedule = _schedule(trainer)
-        was_over, self.was_over = self.was_over, False
+        was_over, self._was_over = self._was_over, False
         if not self.running or self.current is None:
             return
         if schedule is None:  # one fit was one experience, and this is another fit
@@ -182,57 +169,26 @@ class Boundaries:
             return schedule.is_last_epoch(trainer.current_epoch)
         return trainer.max_epochs is not None and trainer.max_epochs == trainer.current_epoch + 1
 
-    # ---- state: plain types, kept by every follower
+    # ---- state: plain types
 
     def state_dict(self) -> dict[str, Any]:
-        """The experience's fields, whether it runs, and the random state of each process; a call on all processes."""
-        current = None if self.current is None else {**asdict(self.current), "classes": list(self.current.classes)}
-        random = gathered(capture_random_state(), "their random states")
-        return {"experience": current, "running": self.running, "random": random}
+        """Return the experience's fields and whether it runs."""
+        return {"experience": experience_state(self.current), "running": self.running}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where :meth:`state_dict` left off; every follower of a trainer holds the same.
+    def load_state_dict(self, state: dict[str, Any], *, over: bool = False) -> None:
+        """Take the position that :meth:`state_dict` gave.
+
+        Args:
+            state: A dictionary with its entries.
+            over: Whether it was saved after the last batch of the experience that it says runs.
 
         Raises:
             StateError: If it is none; nothing is changed then.
         """
-        current, running = self.saved_experience(state), saved_entry(state, "running", bool, _OWNER)
+        current, running = saved_experience(state, "experience", _OWNER), saved_entry(state, "running", bool, _OWNER)
         if running and current is None:
             raise StateError(f"{_OWNER}: the saved state says that an experience runs, and names none")
-        states = saved_list(state, "random", dict, _OWNER)
-        for each in states:
-            check_random_state(each)
-        self.current, self.running, self._random = current, running, states
-
-    def load_gradients(self, checkpoint: dict[str, Any]) -> None:
-        """Takes gradients that wait for further batches from a whole checkpoint; they are not a callback's own.
-
-        Raises:
-            StateError: If they are damaged.
-        """
-        self._gradients, self._lost = saved_gradients(checkpoint), lost_gradients(checkpoint)
-
-    @staticmethod
-    def saved_experience(state: Any) -> Experience | None:
-        """The experience of a saved position.
-
-        Raises:
-            StateError: If the position is none.
-        """
-        saved = saved_entry(state, "experience", dict | None, _OWNER)
-        if saved is None:
-            return None
-        phase = saved_entry(saved, "phase", str, _OWNER)
-        if phase not in ("warmup", "learn") or saved.keys() != {field.name for field in fields(Experience)}:
-            raise StateError(f"{_OWNER}: the saved state has an experience {saved!r}, which this clkit does not know")
-        return Experience(
-            index=saved_entry(saved, "index", int, _OWNER),
-            name=saved_entry(saved, "name", str, _OWNER),
-            phase="warmup" if phase == "warmup" else "learn",
-            classes=tuple(saved_list(saved, "classes", int, _OWNER)),
-            train_samples=saved_entry(saved, "train_samples", int | None, _OWNER),
-            eval_samples=saved_entry(saved, "eval_samples", int | None, _OWNER),
-        )
+        self.current, self.running, self._was_over = current, running, over
 
     # ----
 

@@ -1,15 +1,17 @@
 """What a stream is made of: one :class:`Experience` after the other.
 
-A leaf like :mod:`clkit.errors`: data modules make experiences, callbacks and strategies read them, and neither needs
-to import the other.
+Data modules make experiences, callbacks and strategies read them, and neither needs to import the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
-__all__ = ["Experience"]
+from clkit.errors import StateError
+from clkit.schema import saved_entry, saved_list
+
+__all__ = ["Experience", "experience_state", "saved_experience"]
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,40 @@ class Experience:
     classes: tuple[int, ...] = ()
     train_samples: int | None = None
     eval_samples: int | None = None
+
+
+def experience_state(experience: Experience | None) -> dict[str, Any] | None:
+    """Return an experience as plain types, for a saved state."""
+    return None if experience is None else {**asdict(experience), "classes": list(experience.classes)}
+
+
+def saved_experience(state: Any, name: str, owner: str) -> Experience | None:
+    """Return the experience that stands in a saved state.
+
+    Args:
+        state: The saved state.
+        name: The entry, as :func:`experience_state` gave it.
+        owner: Whose state it is, for the message.
+
+    Raises:
+        StateError: If it is none.
+
+    Example:
+        >>> state = {"pending": experience_state(Experience(index=0, name="first", classes=(1, 2)))}
+        >>> saved_experience(state, "pending", "the evaluation").classes
+        (1, 2)
+    """
+    saved = saved_entry(state, name, dict | None, owner)
+    if saved is None:
+        return None
+    phase = saved_entry(saved, "phase", str, owner)
+    if phase not in ("warmup", "learn") or saved.keys() != {field.name for field in fields(Experience)}:
+        raise StateError(f"{owner}: the saved state has an experience {saved!r}, which this clkit does not know")
+    return Experience(
+        index=saved_entry(saved, "index", int, owner),
+        name=saved_entry(saved, "name", str, owner),
+        phase="warmup" if phase == "warmup" else "learn",
+        classes=tuple(saved_list(saved, "classes", int, owner)),
+        train_samples=saved_entry(saved, "train_samples", int | None, owner),
+        eval_samples=saved_entry(saved, "eval_samples", int | None, owner),
+    )

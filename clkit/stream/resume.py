@@ -1,9 +1,17 @@
-"""The global random states of a process as tensors and plain types, for checkpoints."""
+"""Where a run stands, saved once a checkpoint, so that a run that goes on from it loses and repeats nothing.
+
+Lightning's own checkpoint lacks four things: the position in the stream, the global random states, gradients that wait
+for further batches (``accumulate_grad_batches``), and a fit loop that is either in the middle of an epoch or past it.
+The first three stand under one key of the checkpoint, whichever part of clkit comes first to save; the loop's saved
+progress is corrected when it is loaded.
+"""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,19 +21,110 @@ from torch import Tensor
 
 from clkit.distributed import gathered
 from clkit.errors import StateError
-from clkit.schema import saved_entry, saved_list
+from clkit.schema import STREAM, check_format, saved_entry, saved_list
 from clkit.stream._lightning import accumulates, datamodule_of, in_step
+from clkit.stream.boundaries import Boundaries
 
 __all__ = [
+    "begin",
     "capture_random_state",
     "check_random_state",
-    "keep_gradients",
-    "lost_gradients",
+    "load",
     "make_loops_whole",
-    "restore_gradients",
     "restore_random_state",
-    "saved_gradients",
+    "save",
 ]
+
+FORMAT = 1
+
+_OWNER = "the saved place in the stream"
+_LOOPS = "the checkpoint's loops, which are not those of a Lightning release that clkit knows"
+
+
+@dataclass
+class _Waiting:
+    """What a loaded checkpoint holds for the moment at which training begins; one entry a process."""
+
+    random: list[dict[str, Any]]
+    gradients: list[dict[str, Tensor]]
+    lost: bool  # whether gradients waited when it was saved, and are not in it
+
+
+_waiting: WeakKeyDictionary[pl.Trainer, _Waiting] = WeakKeyDictionary()
+
+
+def save(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Add where the run stands to a checkpoint; a call on all processes, of which only the first does anything.
+
+    Args:
+        trainer: The trainer that saves.
+        checkpoint: Its dictionary, changed in place.
+    """
+    if STREAM in checkpoint:
+        return
+    boundaries = Boundaries.of(trainer)
+    checkpoint[STREAM] = {
+        "format": FORMAT,
+        **boundaries.state_dict(),
+        "over": trainer.state.fn == "fit" and boundaries.is_over(trainer),
+        "random": gathered(capture_random_state(), "their random states"),
+        "gradients": _waiting_gradients(trainer),
+    }
+
+
+def load(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Take the place in the stream from a checkpoint and correct its loops; a second call changes nothing.
+
+    Args:
+        trainer: The trainer that loads.
+        checkpoint: Its dictionary; ``checkpoint["loops"]`` is changed in place.
+
+    Raises:
+        StateError: If the saved state is damaged; nothing is changed then.
+    """
+    make_loops_whole(trainer, checkpoint)
+    state = checkpoint.get(STREAM)
+    if state is not None:
+        check_format(state, FORMAT, _OWNER)
+        over = saved_entry(state, "over", bool, _OWNER)
+        states = saved_list(state, "random", dict, _OWNER)
+        for each in states:
+            check_random_state(each)
+        gradients = saved_entry(state, "gradients", list | None, _OWNER)
+        for own in [] if gradients is None else saved_list(state, "gradients", dict, _OWNER):
+            for name in own:
+                saved_entry(own, name, Tensor, _OWNER)
+        Boundaries.of(trainer).load_state_dict(state, over=over)
+        if trainer.state.fn == "fit":
+            _waiting[trainer] = _Waiting(states, gradients or [], lost=gradients == [])
+
+
+def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Begin training: random states and gradients of a loaded checkpoint are taken up, lost hooks are made up for.
+
+    Args:
+        trainer: The trainer, in ``on_train_start``.
+        module: The user's module.
+
+    Raises:
+        StateError: If saved gradients do not belong to the module.
+    """
+    waiting = _waiting.pop(trainer, None)
+    if waiting is not None:
+        if len(waiting.random) == trainer.world_size:
+            restore_random_state(waiting.random[trainer.global_rank])
+        if len(waiting.gradients) == trainer.world_size:
+            _restore_gradients(module, waiting.gradients[trainer.global_rank])
+        if waiting.lost:
+            rank_zero_warn(
+                "the checkpoint was saved in the middle of a step, while gradients of earlier batches waited for it "
+                f"(accumulate_grad_batches={trainer.accumulate_grad_batches}): the next step of the optimizer is "
+                "without those batches"
+            )
+    Boundaries.of(trainer).on_train_start(trainer, module)
+
+
+# ---- random states
 
 
 def capture_random_state() -> dict[str, Any]:
@@ -93,68 +192,42 @@ def _numpy_state(state: dict[str, Any]) -> tuple[Any, ...]:
     return name, keys.numpy().astype(np.uint32), position, has_gauss, cached
 
 
-_KEY = "clkit_gradients"
+# ---- gradients that wait for further batches
 
 
-_OWNER = "the gradients of an accumulation"
+def _waiting_gradients(trainer: pl.Trainer) -> list[dict[str, Tensor]] | None:
+    """Gather the gradients of each process; ``None`` where nothing waits.
 
-
-def keep_gradients(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Adds the waiting gradients of each process to a checkpoint, once; a call on all processes.
-
-    Inside a step there are none to keep: they may have a part of the batch in work, which comes again.
+    Inside a step there are none to keep: they may have a part of the batch in work, which comes again. The list is
+    empty then, which says that they are lost.
     """
-    if _KEY in checkpoint or trainer.state.fn != "fit" or not accumulates(trainer):
-        return
+    if trainer.state.fn != "fit" or not accumulates(trainer):
+        return None
     if in_step(trainer):
-        checkpoint[_KEY] = []
-        return
+        return []
     own = {
         name: parameter.grad.detach().cpu()
-        for name, parameter in module.named_parameters()
+        for name, parameter in trainer.lightning_module.named_parameters()
         if parameter.grad is not None
     }
-    checkpoint[_KEY] = gathered(own, "their gradients")
+    return gathered(own, "their gradients")
 
 
-def saved_gradients(checkpoint: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The gradients of each process that a checkpoint holds; none where nothing waited, or could not be kept.
-
-    Raises:
-        StateError: If they are no tensors by name.
-    """
-    if _KEY not in checkpoint:
-        return []
-    processes: list[dict[str, Tensor]] = saved_list(checkpoint, _KEY, dict, _OWNER)
-    for own in processes:
-        for name, gradient in own.items():
-            if not isinstance(gradient, Tensor):
-                raise StateError(f"{_OWNER}: {name!r} in the saved state must be a Tensor: the file is damaged")
-    return processes
-
-
-def lost_gradients(checkpoint: dict[str, Any]) -> bool:
-    """Whether gradients waited when a checkpoint was saved and are not in it."""
-    return checkpoint.get(_KEY) == []
-
-
-def restore_gradients(module: pl.LightningModule, own: dict[str, Tensor]) -> None:
-    """Has the parameters wait with these gradients.
-
-    Raises:
-        StateError: If they do not belong to this module.
-    """
+def _restore_gradients(module: pl.LightningModule, own: dict[str, Tensor]) -> None:
     parameters = dict(module.named_parameters())
     for name, gradient in own.items():
         if name not in parameters or parameters[name].shape != gradient.shape:
-            raise StateError(f"{_OWNER}: the module has no parameter {name!r} of shape {tuple(gradient.shape)}")
+            raise StateError(
+                f"the gradients of an accumulation: the module has no parameter {name!r} of shape "
+                f"{tuple(gradient.shape)}"
+            )
     with torch.no_grad():
         for name, gradient in own.items():
             parameter = parameters[name]
             parameter.grad = gradient.to(parameter.device, parameter.dtype, copy=True)
 
 
-_LOOPS = "the checkpoint's loops, which are not those of a Lightning release that clkit knows"
+# ---- the loops
 
 
 def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

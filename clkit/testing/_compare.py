@@ -17,7 +17,7 @@ from clkit.testing.entries import Entry
 __all__ = ["bits", "changed", "far", "leaves", "require", "same", "snapshot"]
 
 PLAIN = (Tensor, int, float, str, bool, type(None))
-FOLLOWED = ("format", "position", "observed")  # what every StreamCallback saves of the stream
+FOLLOWED = ("format", "batches")  # what every StreamCallback saves of the stream
 
 
 def require(holds: bool, seen: str, advice: str) -> None:
@@ -92,10 +92,8 @@ def snapshot(entry: Entry, callback: Any, *, followed: bool = False) -> dict[str
         followed: Whether to keep its place in the stream, too.
     """
     state = dict(copy.deepcopy(callback.state_dict()))
-    if isinstance(callback, StreamCallback):
-        state["position"] = {key: value for key, value in state["position"].items() if key != "random"}
-        if not followed:
-            state = {key: value for key, value in state.items() if key not in FOLLOWED}
+    if isinstance(callback, StreamCallback) and not followed:
+        state = {key: value for key, value in state.items() if key not in FOLLOWED}
     state = {key: value for key, value in state.items() if key not in entry.volatile}
     if isinstance(callback, Predictor):
         state["scores(features)"] = callback.scores(probe()).detach().clone()

@@ -35,7 +35,7 @@ from clkit.testing.entries import Entry
 
 __all__ = ["CHECKS"]
 
-FOLLOWED = ("position", "over", "stage")  # where in the stream a strategy of clkit's base says it is
+FOLLOWED = ("cut", "cut_in_update")  # where in the stream a strategy of clkit's base says it is
 BESIDE = Entry("a head beside it", "callback", NMC)
 
 
