@@ -23,7 +23,6 @@ __all__ = [
     "Predictor",
     "StreamCallback",
     "check_names",
-    "evaluation_key",
     "reduction_device",
     "scores_of",
 ]
@@ -214,11 +213,6 @@ def check_names(trainer: pl.Trainer) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigurationError(f"two callbacks have the name {name!r}; give one another: name='…'")
-
-
-def evaluation_key(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
-    """What tells an evaluation batch from the last one, the same for every callback."""
-    return (str(trainer.state.stage), trainer.global_step, trainer.current_epoch, dataloader_idx, batch_idx)
 
 
 def scores_of(observer: BatchObserver, predictor: Predictor) -> Tensor:

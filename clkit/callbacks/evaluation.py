@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Hashable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,12 +27,13 @@ from clkit.callbacks._recording import (
     tables,
     unpacked,
 )
-from clkit.callbacks.base import MODULE, Predictor, StreamCallback, evaluation_key
+from clkit.callbacks.base import MODULE, Predictor
+from clkit.callbacks.features import FeatureCallback, Stage
 from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
-from clkit.features.observer import BatchObserver, evaluating, forward
+from clkit.features.observer import evaluating, forward
 from clkit.files import whole_file
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
@@ -47,7 +48,7 @@ __all__ = ["StreamEvaluation"]
 Results = dict[str, dict[str, Any]]
 
 
-class StreamEvaluation(StreamCallback):
+class StreamEvaluation(FeatureCallback):
     """Fills the accuracy matrix of every predictor and shows it: table, files, figures, logs.
 
     Predictors are the module's own classifier, read at its output in the same pass, and every callback that answers
@@ -84,6 +85,7 @@ class StreamEvaluation(StreamCallback):
     """
 
     boundary_phase = BoundaryPhase.EVALUATE
+    stages = frozenset({"validate", "test", "predict"})
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class StreamEvaluation(StreamCallback):
         layer: str = "auto",
         batch_reader: BatchReader | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(layer=layer, batch_reader=batch_reader)
         if module not in ("auto", True, False):
             raise ArgumentError(f"module must be 'auto', True or False, got {module!r}")
         if figures not in ("auto", True, False):
@@ -107,13 +109,11 @@ class StreamEvaluation(StreamCallback):
         self.table = table
         self.files = files
         self.figures = figures
-        self.layer = layer
-        self.batch_reader = batch_reader
         self.config: dict[str, Any] = {}  # what a person set, for results.json; the command line fills it in
         self._rows: dict[str, Rows] = {}  # predictor -> stage (0 = before training) -> row
         self._pending: Experience | None = None
         self._seconds = {"fit": 0.0, "evaluate": 0.0}
-        self._observer: BatchObserver | None = None
+        self._active = ExitStack()  # what other callbacks keep up for the experience of the batch in work
         self._kept = KeptFeatures(keep_features * 2**20)
         self._recorder = Recorder()
         self._clock = 0.0
@@ -153,25 +153,24 @@ class StreamEvaluation(StreamCallback):
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Taps the user's network, before it may be compiled or wrapped."""
-        super().setup(trainer, pl_module, stage)
+        """Tap the user's network, once it is known that figures can be drawn."""
         if stage == "fit" and self.figures and self.files and find_spec("matplotlib") is None:
             missing = 'figures need matplotlib, which is not installed: pip install "clkit[report]"'
             if self.figures != "auto":
                 raise ConfigurationError(f"{missing}, or set figures=False")
             rank_zero_info(f"clkit: {missing}")
-        self._observer = BatchObserver.attach(trainer, pl_module, self.layer)
+        super().setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes every hook off the user's network again."""
+        """Take every hook off the user's network."""
+        self._active.close()
         self._kept.end()
         self._kept.clear()
-        if self._observer is not None:
-            self._observer.detach(trainer)
-            self._observer = None
+        super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
+        super().on_fit_start(trainer, pl_module)
         self._fit_clock = time.perf_counter() - self._seconds["fit"]
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
@@ -198,103 +197,58 @@ class StreamEvaluation(StreamCallback):
                 _show(trainer, f"results: {folder}")
         self._draw_others(trainer, folder)  # what others do wrong costs no results
 
-    # ---- Lightning's validation
+    # ---- one evaluation
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins recording; the end of an experience is noticed first."""
-        super().on_validation_start(trainer, pl_module)
-        self._begin(trainer)
-        self._begin_keeping(pl_module)
+    def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Begin recording."""
+        self._clock = time.perf_counter()
+        self._recorder = Recorder()
+        if stage == "validate":
+            self._begin_keeping(trainer, module)
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Opens the observation of the batch."""
-        self._open(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._kept.before_batch(_batch_key(trainer.val_dataloaders, batch_idx))
-
-    def on_validation_batch_end(
+    def open_batch(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
+        module: pl.LightningModule,
+        stage: Stage,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Records what each predictor says."""
-        self._kept.after_batch()
-        self._record(trainer, trainer.val_dataloaders, batch_idx, dataloader_idx)
+        """Open a batch with everything in place that belongs to its experience."""
+        super().open_batch(trainer, module, stage, batch, batch_idx, dataloader_idx)
+        loaders = _loaders(trainer, stage)
+        self._activate(trainer, _experience_of(trainer, loaders, batch_idx, dataloader_idx))
+        if stage == "validate":
+            self._kept.before_batch(_batch_key(loaders, batch_idx))
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fills the pending row, or shows a validation that the user asked for."""
-        if trainer.sanity_checking:
-            return
-        if trainer.state.fn == "fit":
-            if self._pending is not None:
-                complete = self._complete(trainer.val_dataloaders, trainer.num_val_batches)
-                self._fill(trainer, pl_module, self._pending.index + 1, complete)
-                self._pending = None
-        else:
-            self._show_evaluation(trainer, pl_module, "validate")
+    def on_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Record what each predictor says."""
+        if stage == "validate":
+            self._kept.after_batch()
+        self._record(trainer, _loaders(trainer, stage), batch_idx, dataloader_idx)
+        self._active.close()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the clock."""
+    def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Fill the pending row, show an evaluation that the user asked for, or write ``predictions.csv``."""
         self._kept.end()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
+        if stage == "predict":
+            self._predicted(trainer)
+        elif trainer.state.fn != "fit":
+            self._show_evaluation(trainer, module, stage)
+        elif self._pending is not None and not trainer.sanity_checking:
+            complete = self._complete(trainer.val_dataloaders, trainer.num_val_batches)
+            self._fill(trainer, module, self._pending.index + 1, complete)
+            self._pending = None
 
-    # ---- test and predict
+    def on_backbone_changed(self, trainer: pl.Trainer, module: pl.LightningModule, reason: str) -> None:
+        """Let go of features that were kept of the network as it was."""
+        self._kept.clear()
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins recording."""
-        self._begin(trainer)
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Opens the observation of the batch."""
-        self._open(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Records what each predictor says."""
-        self._record(trainer, trainer.test_dataloaders, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Shows the test."""
-        self._show_evaluation(trainer, pl_module, "test")
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins recording."""
-        self._begin(trainer)
-
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Opens the observation of the batch; targets are not needed."""
-        self._open(trainer, pl_module, batch, batch_idx, dataloader_idx, needs_targets=False)
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Records what each predictor says."""
-        self._record(trainer, trainer.predict_dataloaders, batch_idx, dataloader_idx)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes ``predictions.csv``."""
+    def _predicted(self, trainer: pl.Trainer) -> None:
         recorded = self._recorder.gathered()
         folder = self._folder(trainer)
         if trainer.is_global_zero and self.files:
@@ -302,53 +256,30 @@ class StreamEvaluation(StreamCallback):
             _write_predictions(path, recorded, _class_names(trainer))
             _show(trainer, f"predictions: {path}")
 
-    # ---- recording one evaluation
+    def _begin_keeping(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # where a callback changes the network for each experience, its features tell nothing of the next evaluation
+        if not any(hasattr(callback, "activated") for callback in callbacks_of(trainer)):
+            self._kept.begin(module, self.observer.tap)
 
-    def _begin_keeping(self, module: pl.LightningModule) -> None:
-        assert self._observer is not None
-        self._kept.begin(module, self._observer.tap)
-
-    def _begin(self, trainer: pl.Trainer) -> None:
-        assert self._observer is not None
-        self._clock = time.perf_counter()
-        self._recorder = Recorder()
-        self._observer.refresh()
-        self._observer.forget()
-
-    def _open(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-        needs_targets: bool = True,
-    ) -> None:
-        assert self._observer is not None
-        key = evaluation_key(trainer, batch_idx, dataloader_idx)
-        self._observer.open(trainer, module, batch, key, reader=self.batch_reader, needs_targets=needs_targets)
+    def _activate(self, trainer: pl.Trainer, experience: int) -> None:
+        """Have each callback that has ``activated(experience)`` keep it up until the batch was recorded."""
+        self._active.close()
+        for callback in callbacks_of(trainer):
+            if hasattr(callback, "activated"):
+                self._active.enter_context(callback.activated(experience))
 
     def _record(self, trainer: pl.Trainer, loaders: Any, batch_idx: int, dataloader_idx: int) -> None:
-        assert self._observer is not None
         loader = _loader(loaders, dataloader_idx)
-        if hasattr(loader, "experience_of"):
-            experience = loader.experience_of(batch_idx)
-        else:  # plain loaders: one for each experience, or one for the current experience alone
-            several = isinstance(loaders, list | tuple) and len(loaders) > 1
-            current = Boundaries.of(trainer).current
-            experience = dataloader_idx if several or current is None else current.index
+        experience = _experience_of(trainer, loaders, batch_idx, dataloader_idx)
         rows = loader.batches[batch_idx][1] if hasattr(loader, "experience_of") else None
-        self._recorder.add(
-            self._observer, self._predictors(trainer), experience, allowed_for(trainer, experience), rows
-        )
+        self._recorder.add(self.observer, self._predictors(trainer), experience, allowed_for(trainer, experience), rows)
 
     def _predictors(self, trainer: pl.Trainer) -> list[Predictor]:
-        assert self._observer is not None
         found: list[Predictor] = [
             callback for callback in callbacks_of(trainer) if callback is not self and isinstance(callback, Predictor)
         ]
-        if self._module_predicts(trainer) and self._observer.logits is not None:
-            found.insert(0, ModulePredictor(self._observer))
+        if self._module_predicts(trainer) and self.observer.logits is not None:
+            found.insert(0, ModulePredictor(self.observer))
         return found
 
     def _module_predicts(self, trainer: pl.Trainer) -> bool:
@@ -379,22 +310,22 @@ class StreamEvaluation(StreamCallback):
 
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
         share_buffers(trainer.strategy.model)
-        self._begin(trainer)
-        self._begin_keeping(module)
+        self.observer.refresh()
+        self.on_evaluation_start(trainer, module, "validate")
         loader = datamodule_of(trainer).evaluation_loader(max(stage - 1, 0))
-        assert self._observer is not None
         with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             for batch_idx, host_batch in enumerate(loader):
                 converted = trainer.precision_plugin.convert_input(host_batch)
                 batch = trainer.strategy.batch_to_device(converted)
-                key = ("own", stage, batch_idx)
-                self._observer.open(trainer, module, batch, key, reader=self.batch_reader)
+                self.observer.open(trainer, module, batch, ("own", stage, batch_idx), reader=self.batch_reader)
+                self._activate(trainer, _experience_of(trainer, loader, batch_idx, 0))
                 self._kept.before_batch(_batch_key(loader, batch_idx))
-                forward(module, self._observer.tap.network, self._observer.inputs)
+                forward(module, self.observer.tap.network, self.observer.inputs)
                 self._kept.after_batch()
                 self._record(trainer, loader, batch_idx, 0)
+                self._active.close()
         self._kept.end()
-        self._observer.forget()
+        self.observer.forget()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
         self._fill(trainer, module, stage, complete=True, log_with_module=False)
 
@@ -564,11 +495,30 @@ METRICS = (
 )
 
 
+def _loaders(trainer: pl.Trainer, stage: Stage) -> Any:
+    return {
+        "validate": trainer.val_dataloaders,
+        "test": trainer.test_dataloaders,
+        "predict": trainer.predict_dataloaders,
+    }[stage]
+
+
+def _experience_of(trainer: pl.Trainer, loaders: Any, batch_idx: int, dataloader_idx: int) -> int:
+    """Return the index of the experience that a batch of an evaluation belongs to."""
+    loader = _loader(loaders, dataloader_idx)
+    if hasattr(loader, "experience_of"):
+        return int(loader.experience_of(batch_idx))
+    # plain loaders: one for each experience, or one for the current experience alone
+    several = isinstance(loaders, list | tuple) and len(loaders) > 1
+    current = Boundaries.of(trainer).current
+    return dataloader_idx if several or current is None else current.index
+
+
 def _loader(loaders: Any, index: int) -> Any:
     return loaders[index] if isinstance(loaders, list | tuple) else loaders
 
 
-def _batch_key(loaders: Any, batch_idx: int) -> Hashable:
+def _batch_key(loaders: Any, batch_idx: int) -> tuple[int, ...] | None:
     """What tells an evaluation batch by its samples, or ``None`` where the loader is not a stream's."""
     loader = _loader(loaders, 0)
     if not hasattr(loader, "experience_of"):

@@ -13,11 +13,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit.callbacks.base import MODULE, StreamCallback, check_names, evaluation_key, reduction_device, scores_of
+from clkit.callbacks.base import MODULE, check_names, reduction_device, scores_of
+from clkit.callbacks.features import FeatureCallback, Stage
 from clkit.distributed import together
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.features.batch import BatchReader
-from clkit.features.observer import BatchObserver, FeaturesFrom
+from clkit.features.observer import FeaturesFrom
 from clkit.methods.heads.base import Head
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
@@ -31,7 +32,7 @@ _WIDEST = 2**31  # features that nobody has, where a damaged file names more tha
 GraftWhen = Literal["never", "experience_end", "fit_end"]
 
 
-class HeadCallback(StreamCallback):
+class HeadCallback(FeatureCallback):
     """A callback that learns a head from the features of the user's network.
 
     Subclasses say how a head is made. Everything else is here: which features, when to learn, the running accuracy,
@@ -48,6 +49,8 @@ class HeadCallback(StreamCallback):
         reset_each_task: Whether to start anew with each experience, for a backbone that still trains.
     """
 
+    stages = frozenset({"train", "validate", "test"})
+
     counts_epochs: bool = False
     """Whether a second epoch over the same samples changes the head (sums that count twice, not means)."""
 
@@ -61,7 +64,7 @@ class HeadCallback(StreamCallback):
         graft: GraftWhen = "never",
         reset_each_task: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(layer=layer, forward=forward, batch_reader=batch_reader)
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == MODULE:
             raise ArgumentError(
                 f"name must be letters, digits, '_', '-' and '.', since it names logs and files, and not {MODULE!r}, "
@@ -74,15 +77,11 @@ class HeadCallback(StreamCallback):
         if graft not in ("never", "experience_end", "fit_end"):
             raise ArgumentError(f"graft must be 'never', 'experience_end' or 'fit_end', got {graft!r}")
         self.name = name
-        self.layer = layer
-        self.forward = forward
-        self.batch_reader = batch_reader
         self.graft_when = graft
         self.reset_each_task = reset_each_task
         self._head: Head | None = None
         self._evaluated_head: Head | None = None  # a copy summed over ranks, while an evaluation runs
         self._tap_point: str | None = None
-        self._observer: BatchObserver | None = None
         self._graft: Graft | None = None
         self._correct = 0
         self._counted = 0
@@ -121,8 +120,7 @@ class HeadCallback(StreamCallback):
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Taps the user's network, before it may be compiled or wrapped."""
-        super().setup(trainer, pl_module, stage)
+        """Tap the user's network, and refuse what cannot be read or told apart."""
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ConfigurationError(
                 f"{self.state_key} cannot read features under {type(trainer.strategy).__name__}, which splits the "
@@ -131,18 +129,17 @@ class HeadCallback(StreamCallback):
         check_names(trainer)
         if stage == "fit" and self.graft_when == "fit_end":  # before the optimizer collects parameters
             self.ungraft(pl_module)
-        self._observer = BatchObserver.attach(trainer, pl_module, self.layer)
+        super().setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes every hook off the user's network again."""
-        if self._observer is not None:
-            self._observer.detach(trainer)
-            self._observer = None
+        """Take every hook off the user's network."""
+        super().teardown(trainer, pl_module, stage)
         self._evaluated_head = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks for the classifier again, puts a restored graft back, and checks what could fail at the end."""
-        self._arrive(pl_module)
+        super().on_fit_start(trainer, pl_module)
+        self._restore_graft(pl_module)
         self._learned_in_fit = False
         if self.graft_when != "never":
             self._look_for_rivals(trainer)
@@ -160,27 +157,30 @@ class HeadCallback(StreamCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Opens the observation of the batch."""
+        """Open the batch, and look which epoch of its experience it belongs to."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._learns(trainer):
+        if self.learns(trainer):
             self._look_at_epoch(trainer)
-            self._open(trainer, pl_module, batch, ("train", trainer.current_epoch, batch_idx), self.forward)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
-        """Learns the batch."""
-        if self._learns(trainer):
-            assert self._observer is not None
-            features = self._observer.features(self.forward)
-            targets = self._observer.targets
-            assert targets is not None
+        """Learn a training batch; count the hits in one of an evaluation."""
+        observer = self.observer
+        targets = observer.known_targets
+        if stage == "train":
+            features = observer.features(self.forward)
             head = self._ensure_head(features)
             # what is wrong with a batch is asked once for all heads
-            key = ("checked", self._observer.source(self.forward), head.statistics.device)
-            head.learn(self._observer.remember(key, lambda: head.checked(features, targets)))
+            key = ("checked", observer.source(self.forward), head.statistics.device)
+            head.learn(observer.remember(key, lambda: head.checked(features, targets)))
             self._learned_in_fit = True
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        scores = scores_of(observer, self)
+        labelled = targets >= 0
+        self._counted += int(labelled.sum())
+        if scores.shape[1]:
+            self._correct += int(((scores.argmax(dim=1).to(targets.device) == targets) & labelled).sum())
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Forgets the last experience where the user asked for that."""
@@ -196,6 +196,11 @@ class HeadCallback(StreamCallback):
                 "the backbone still trains, so what was learned of earlier experiences no longer fits its features; "
                 "freeze it, use strategy='gradient_free', or pass reset_each_task=True"
             )
+
+    def on_backbone_changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
+        """Say that what was learned of the features from before may no longer fit."""
+        if self._head is not None and self._head.classes.numel():
+            self._say(f"the backbone changed: {reason}; what was learned before may no longer fit its features")
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Sums over processes, and grafts where the user asked for that."""
@@ -224,10 +229,6 @@ class HeadCallback(StreamCallback):
                 "more), or hold the warm-up alone"
             )
 
-    def _learns(self, trainer: pl.Trainer) -> bool:
-        current = self._boundaries.current
-        return current is None or current.phase == "learn"
-
     def _look_at_epoch(self, trainer: pl.Trainer) -> None:
         if self._first_epoch is None:
             self._first_epoch = trainer.current_epoch
@@ -244,8 +245,7 @@ class HeadCallback(StreamCallback):
         return trains and len(getattr(datamodule_of(trainer), "experiences", ())) > 1
 
     def _backbone_trains(self) -> bool:
-        assert self._observer is not None
-        tap = self._observer.tap
+        tap = self.observer.tap
         own = set() if tap.classifier is None else {id(parameter) for parameter in tap.classifier.parameters()}
         return any(parameter.requires_grad and id(parameter) not in own for parameter in tap.network.parameters())
 
@@ -254,16 +254,9 @@ class HeadCallback(StreamCallback):
             self._said.add(message)
             rank_zero_warn(f"{self.state_key}: {message}")
 
-    def _open(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Any, source: FeaturesFrom
-    ) -> None:
-        assert self._observer is not None
-        self._observer.open(trainer, module, batch, key, source=source, reader=self.batch_reader)
-
     def _ensure_head(self, features: Tensor) -> Head:
         """The head, made for the first features, and checked to be one for features like these."""
-        assert self._observer is not None
-        width, point = features.shape[1], self._observer.tap.point
+        width, point = features.shape[1], self.observer.tap.point
         if self._head is None:
             self._head, self._tap_point = self.make_head(width), point
         if self._head.in_features != width or self._tap_point != point:
@@ -288,18 +281,19 @@ class HeadCallback(StreamCallback):
         if trainer.state.fn != "fit" and (self._head is None or not self._head.classes.numel()):
             self._say("it has learned nothing, so it is left out; pass ckpt_path, the checkpoint of a fit")
 
-    def _arrive(self, module: pl.LightningModule) -> None:
+    def _restore_graft(self, module: pl.LightningModule) -> None:
         if self._graft is not None and not self._graft.applied and self._head is not None:
             self._graft.restore(module, self.layer, self._head)
-        assert self._observer is not None
-        self._observer.refresh()
-        self._observer.forget()
+            self.observer.refresh()
 
     # ---- evaluation: the head's own running accuracy
 
-    def _evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._arrive(module)
+    def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Put a loaded graft back, and begin the running accuracy."""
+        self._restore_graft(module)
         self._look_for_knowledge(trainer)
+        if stage == "predict":
+            return
         self._correct = self._counted = 0
         self._evaluated_head = self._head
         if trainer.world_size > 1 and self._head is not None:
@@ -308,91 +302,16 @@ class HeadCallback(StreamCallback):
             self._evaluated_head = copy.deepcopy(self._head)
             self._evaluated_head.synchronize()
 
-    def _evaluation_batch_end(self, trainer: pl.Trainer) -> None:
-        assert self._observer is not None
-        targets = self._observer.targets
-        scores = scores_of(self._observer, self)
-        assert targets is not None
-        labelled = targets >= 0
-        self._counted += int(labelled.sum())
-        if scores.shape[1]:
-            self._correct += int(((scores.argmax(dim=1).to(targets.device) == targets) & labelled).sum())
-
-    def _evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Log ``<name>/accuracy``."""
+        if stage == "predict":
+            return
         counts = torch.tensor([self._correct, self._counted], dtype=torch.float64, device=reduction_device(trainer))
         with together("their accuracies"):
             correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         if counted and self._evaluated_head is not None:
             module.log(f"{self.name}/accuracy", correct / counted, rank_zero_only=False)
-
-    def _evaluation_end(self) -> None:
         self._evaluated_head = None
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins the running accuracy; the end of an experience is noticed first."""
-        super().on_validation_start(trainer, pl_module)
-        self._evaluation_start(trainer, pl_module)
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Opens the observation of the batch."""
-        self._open(trainer, pl_module, batch, evaluation_key(trainer, batch_idx, dataloader_idx), "shared")
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Counts the head's hits."""
-        self._evaluation_batch_end(trainer)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs ``<name>/accuracy``."""
-        self._evaluation_epoch_end(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Back to learning."""
-        self._evaluation_end()
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins the running accuracy."""
-        self._evaluation_start(trainer, pl_module)
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Opens the observation of the batch."""
-        self._open(trainer, pl_module, batch, evaluation_key(trainer, batch_idx, dataloader_idx), "shared")
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Counts the head's hits."""
-        self._evaluation_batch_end(trainer)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs ``<name>/accuracy``."""
-        self._evaluation_epoch_end(trainer, pl_module)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Done."""
-        self._evaluation_end()
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts a restored graft back, so that the user's ``predict_step`` uses the head."""
-        self._arrive(pl_module)
-        self._look_for_knowledge(trainer)
 
     # ---- graft
 

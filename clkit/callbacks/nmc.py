@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
+from clkit.callbacks.features import Stage
 from clkit.callbacks.head import GraftWhen, HeadCallback
 from clkit.distributed import gathered, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
@@ -133,11 +134,13 @@ class NMC(HeadCallback):
             self._learn_memory(trainer, pl_module)
         super().on_train_end(trainer, pl_module)
 
-    def _learns(self, trainer: pl.Trainer) -> bool:
-        return not self.memory and super()._learns(trainer)
+    def learns(self, trainer: pl.Trainer) -> bool:
+        """Whether the batch in work is learned; none is where the means are those of a memory."""
+        return not self.memory and super().learns(trainer)
 
-    def _evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        super()._evaluation_start(trainer, module)
+    def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Begin the running accuracy; where a memory has changed since it was read, read it anew."""
+        super().on_evaluation_start(trainer, module, stage)
         if trainer.state.fn == "fit" and self._is_out_of_date(trainer):
             # for this evaluation alone: what is learned does not depend on how often somebody looks
             self._evaluated_head = self._head_of_memory(trainer, module)
@@ -152,7 +155,6 @@ class NMC(HeadCallback):
 
     def _head_of_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> NearestMeanHead | None:
         """A new head that has learned the memory's rows in stored order; none where it is empty."""
-        assert self._observer is not None
         strategy: Any = trainer.strategy
         memory = strategy.memory  # looked for in `setup`
         size = sum(memory.class_counts().values())
@@ -164,11 +166,11 @@ class NMC(HeadCallback):
         rows = memory.sample(size) if size else None  # all of them, so that nothing is drawn
         for data, label in () if rows is None else zip(rows.data.split(_ROWS), rows.label.split(_ROWS), strict=True):
             inputs = trainer.precision_plugin.convert_input(data).to(module.device)
-            features = self._observer.extract(trainer, module, inputs)
+            features = self.observer.extract(trainer, module, inputs)
             if head is None:
                 head = self.make_head(features.shape[1]).to(features.device)
             head.update(features, label)
-        self._tap_point = self._observer.tap.point
+        self._tap_point = self.observer.tap.point
         if parts:  # each process adds the rows of its own part
             width = max(gathered(0 if head is None else head.in_features, "the width of their features"))
             head = self.make_head(width).to(module.device) if head is None else head

@@ -4,6 +4,10 @@ Evaluating after each of T experiences runs the network on T(T+1)/2 shares of th
 features of a share never change, so they are kept, and in later evaluations the network's ``forward`` answers with
 ``classifier(kept features)`` for the length of one step. The user's own ``validation_step`` and metrics see the same
 bits. This is one of two places where clkit overrides something of the user's, for a stated moment and undone.
+
+A changed weight or buffer is noticed by its version, and whoever changes the network otherwise announces it
+(:func:`clkit.stream.boundaries.backbone_changed`). For what nobody announces, such as a plain attribute that switches
+an adapter, a few rows of each experience are computed afresh in each evaluation and compared.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from clkit.features.tap import FeatureTap, Handle, Tapped
 
 __all__ = ["KeptFeatures"]
+
+_COMPARED = 4  # rows of a batch
 
 
 class KeptFeatures:
@@ -39,6 +45,8 @@ class KeptFeatures:
         self._made_by: tuple[tuple[int, int], ...] = ()
         self._usable = True  # until the network is seen to do more with its features than its classifier says
         self._told = False
+        self._warned = False
+        self._compared: set[Hashable] = set()  # experiences of which rows were compared in this evaluation
         self._tap: FeatureTap | None = None
         self._handle: Handle | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
@@ -59,6 +67,7 @@ class KeptFeatures:
             self._made_by = made_by
         self._handle = tap.listen(self._hear)
         self._hook = tap.network.register_forward_hook(self._see)
+        self._compared.clear()
 
     def end(self) -> None:
         """After the last batch, or where something went wrong: the network is the user's own again."""
@@ -71,21 +80,64 @@ class KeptFeatures:
 
     # ---- one batch
 
-    def before_batch(self, key: Hashable) -> None:
-        """Has the network answer with what was kept for this batch, if anything was."""
+    def before_batch(self, key: tuple[int, ...] | None) -> None:
+        """Have the network answer with what was kept for this batch, if anything was.
+
+        Args:
+            key: What tells the batch by its samples, the index of its experience first.
+        """
         self._key, self._heard = key, None
         if self._tap is None or key is None or key not in self._features:
             return
-        classifier, kept, network = self._tap.classifier, self._features[key], self._tap.network
-        network.forward = lambda *_, **__: _classified(classifier, kept)
-        self._overridden = network
+        self._overridden = self._tap.network
+        self._override(key, self._features[key])
+
+    def _override(self, key: tuple[int, ...], kept: Tensor) -> None:
+        assert self._tap is not None
+        tap, network = self._tap, self._tap.network
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            if key[0] not in self._compared:
+                self._compared.add(key[0])
+                if not self._is_fresh(kept, args, kwargs):
+                    self._drop()
+                    return type(network).forward(network, *args, **kwargs)
+                network.forward = answer
+            return _classified(tap.classifier, kept)
+
+        network.forward = answer
+
+    def _is_fresh(self, kept: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the network as it is gives what was kept, within rounding; its own forward shows through then."""
+        assert self._tap is not None
+        network = self._tap.network
+        del network.forward
+        few = _COMPARED if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs else len(kept)
+        inputs = (args[0][:few],) if few < len(kept) else args
+        fresh = self._tap.extract(inputs, lambda given: network(*given, **kwargs))
+        tolerance = torch.finfo(kept.dtype).eps ** 0.5
+        return torch.allclose(fresh, kept[:few], rtol=tolerance, atol=tolerance * float(kept.abs().max()))
+
+    def _drop(self) -> None:
+        """Let go of everything: the network changed in a way that nobody announced."""
+        self._features.clear()
+        self._bytes = 0
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "clkit: evaluation features that were kept differ from fresh ones, so all are computed again. The "
+                "network changed without a change of its weights (an attribute, a mode, a hook); announce such changes "
+                "by clkit.stream.boundaries.backbone_changed, or set StreamEvaluation(keep_features=0)"
+            )
 
     def after_batch(self) -> None:
         """Gives the network its own forward back, and keeps what a real one gave."""
         if self._overridden is not None:
-            del self._overridden.forward  # the class's own shows through again
+            served = "forward" in vars(self._overridden)
+            if served:
+                del self._overridden.forward  # the class's own shows through again
             self._overridden = None
-            self.served += 1
+            self.served += served
         elif self._usable and self._heard is not None and self._key is not None and self._key not in self._features:
             self._keep(self._heard.features)
         self._key = self._heard = None

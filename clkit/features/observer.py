@@ -46,6 +46,8 @@ class BatchObserver:
         self._batch: Hashable = None
         self._armed = False  # a plain flag: compiled code would be compiled anew for each key it reads
         self._shared: Tapped | None = None
+        self._live: Tensor | None = None  # features with their graph, until the batch is done
+        self._wants_graph = False
         self._evaluated: Tapped | None = None
         self._memo: dict[Hashable, Any] = {}
         self._strategy: Any = None
@@ -77,9 +79,10 @@ class BatchObserver:
             del observers[layer]
 
     def refresh(self) -> None:
-        """Looks for the classifier again: at each start of fitting or evaluating, and after a replacement."""
+        """Look for the classifier again, at each start of fitting or evaluating and after it was replaced."""
         self.tap.resolve()
         self._sensitive = self.tap.mode_sensitive()
+        self.forget()
 
     # ---- one batch
 
@@ -93,8 +96,9 @@ class BatchObserver:
         source: FeaturesFrom = "shared",
         reader: BatchReader | None = None,
         needs_targets: bool = True,
+        graph: bool = False,
     ) -> None:
-        """Begins a batch; every callback calls it with the same ``key`` before the step.
+        """Begin a batch; every callback calls it with the same ``key`` before the step.
 
         Args:
             trainer: The trainer.
@@ -106,15 +110,18 @@ class BatchObserver:
                 ``"eval"`` always does.
             reader: The user's batch reader, if any.
             needs_targets: Whether a batch without targets is an error; prediction needs none.
+            graph: Whether features will be asked for with their graph.
         """
         if key != self._batch:
             self._batch = key
             self._armed = True
-            self._shared = self._evaluated = None
+            self._shared = self._evaluated = self._live = None
+            self._wants_graph = False
             self._memo.clear()
             self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
             self._strategy = trainer.strategy
             self._left_out = trainer.training and self._leaves_out()
+        self._wants_graph |= graph
         if self._evaluated is None and (source == "eval" or (source == "auto" and (self._left_out or self._differs()))):
             if source == "auto" and not self._told and not self._left_out:
                 self._told = True
@@ -128,12 +135,31 @@ class BatchObserver:
         """Which pass answers: the extra one, where there was one and it is wanted, or that which happens anyway."""
         return "eval" if wanted != "shared" and self._evaluated is not None else "shared"
 
-    def features(self, source: FeaturesFrom = "shared") -> Tensor:
-        """Features (B, D) of the open batch, detached, in the dtype of the forward pass.
+    @property
+    def known_targets(self) -> Tensor:
+        """The targets (B,) of a batch that has some."""
+        assert self.targets is not None
+        return self.targets
+
+    def features(self, source: FeaturesFrom = "shared", *, graph: bool = False) -> Tensor:
+        """Return the features (B, D) of the open batch, in the dtype of the forward pass.
+
+        Args:
+            source: Which pass they come from, as it was said to :meth:`open`.
+            graph: Whether they carry their graph, for a loss that is added before the backward pass; they are those of
+                the pass that happens anyway. Detached otherwise.
 
         Raises:
-            TapError: If nothing passed the tap, or another number of rows than the batch has.
+            TapError: If nothing passed the tap, or another number of rows than the batch has; or for ``graph=True``
+                where the batch was opened without, or is done.
         """
+        if graph:
+            if self._live is None:
+                raise TapError(
+                    f"features at {self.tap.point!r} have no graph: the batch was not opened with graph=True, its "
+                    "forward has not run, or it is done"
+                )
+            return self._rows(self._live)
         evaluated = self.source(source) == "eval"
         if self._left_out and not evaluated:
             raise BatchError(
@@ -163,6 +189,10 @@ class BatchObserver:
         with evaluating(module), trainer.precision_plugin.forward_context():
             return self.tap.extract(inputs, lambda given: forward(module, self.tap.network, given))
 
+    def release_graph(self) -> None:
+        """Let go of the graph of the open batch: its step is done."""
+        self._live = None
+
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A value computed once for the open batch, whoever asks first."""
         if key not in self._memo:
@@ -172,7 +202,7 @@ class BatchObserver:
     def forget(self) -> None:
         """Lets go of the batch, so that nothing outlives a run."""
         self._batch, self._armed = None, False
-        self._shared = self._evaluated = None
+        self._shared = self._evaluated = self._live = None
         self._memo.clear()
         self.inputs = self.targets = self._strategy = None
 
@@ -182,6 +212,7 @@ class BatchObserver:
         if self._armed:  # of several forwards in a batch the first counts
             self._armed = False
             self._shared = _detached(tapped)
+            self._live = tapped.features if self._wants_graph else None
 
     def _leaves_out(self) -> bool:
         if not getattr(self._strategy, "skips_unlabelled", False) or self.targets is None:

@@ -22,11 +22,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from clkit.callbacks import HeadCallback
-from clkit.callbacks.base import evaluation_key
+from clkit.callbacks.features import FeatureCallback, Stage
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
-from clkit.features.batch import BatchReader
-from clkit.features.observer import BatchObserver
 from clkit.runs._messages import refusal
 from clkit.runs.settings import StreamCLI
 from clkit.strategies import GradientFreeStrategy
@@ -194,66 +192,48 @@ class SavedRun:
             )
 
 
-class _Collector(pl.Callback):
-    """Keeps features and targets of some rows of each batch, as a head callback would read them."""
+class _Collector(FeatureCallback):
+    """Keep features and targets of some rows of each batch, as a head callback would read them."""
+
+    stages = frozenset({"validate"})
 
     def __init__(self, callback: HeadCallback, point: str | None, plan: Plan, rows: Rows) -> None:
-        self._layer = callback.layer
-        self._reader: BatchReader | None = callback.batch_reader
+        super().__init__(layer=callback.layer, batch_reader=callback.batch_reader)
+        self.name = callback.name  # what tells two collectors of one trainer apart
         self._point = point
         self._plan = plan
         self._rows = rows
-        self._observer: BatchObserver | None = None
         self._features: list[Tensor] = []
         self._targets: list[Tensor] = []
         self.inputs: Any = None
 
     def samples(self) -> tuple[Tensor, Tensor]:
-        """What was kept: features (N, D) and targets (N,)."""
+        """Return what was kept: features (N, D) and targets (N,)."""
         return torch.cat(self._features), torch.cat(self._targets)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._observer = BatchObserver.attach(trainer, pl_module, self._layer)
-        point = self._observer.tap.point
+        super().setup(trainer, pl_module, stage)
+        point = self.observer.tap.point
         if self._point not in (None, point):
             raise StateError(
                 f"the heads of the checkpoint read features at {self._point!r}, and the network of the settings has "
                 f"them at {point!r}; give the config.yaml that belongs to the checkpoint"
             )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._observer is not None:
-            self._observer.detach(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._observer is not None
-        self._observer.refresh()
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        assert self._observer is not None
-        self._observer.open(
-            trainer, pl_module, batch, evaluation_key(trainer, batch_idx, dataloader_idx), reader=self._reader
-        )
+        """Take nothing: only the weights are of interest."""
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
-        assert self._observer is not None
-        targets = self._observer.targets
-        assert targets is not None
-        self.inputs = self._observer.inputs
+        """Keep the rows that are asked for."""
+        self.inputs = self.observer.inputs
         if self._rows.size:
             asked = torch.from_numpy(np.isin(self._plan[batch_idx][1], self._rows))
-            self._features.append(self._observer.features().cpu()[asked])
-            self._targets.append(targets.cpu()[asked])
+            self._features.append(self.observer.features().cpu()[asked])
+            self._targets.append(self.observer.known_targets.cpu()[asked])
 
 
 def _refuse_unlearned(rows: Rows, plan: Plan, keys: list[str]) -> None:

@@ -18,7 +18,7 @@ from clkit.features.batch import read_batch
 from clkit.features.tap import FeatureTap
 from clkit.strategies.base import LearningStrategy
 from clkit.stream._lightning import is_last_batch
-from clkit.stream.boundaries import Boundaries
+from clkit.stream.boundaries import Boundaries, backbone_changed
 from clkit.stream.experience import Experience
 
 __all__ = ["GradientFreeStrategy"]
@@ -103,9 +103,10 @@ class GradientFreeStrategy(LearningStrategy):
             self._freeze()
 
     def on_experience_phase(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
-        """The warm-up is over."""
+        """Freeze the network when the warm-up is over."""
         if experience.phase == "learn":
             self._freeze()
+            backbone_changed(trainer, "its warm-up is over and it is frozen")
 
     def _freeze(self) -> None:
         if self._learning:

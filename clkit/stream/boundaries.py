@@ -23,7 +23,7 @@ from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_last_batch
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
-__all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule"]
+__all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule", "backbone_changed"]
 
 _OWNER = "the position in the stream"
 
@@ -198,6 +198,20 @@ class Boundaries:
         _announce(trainer, module, "on_experience_end", self.current)
 
 
+def backbone_changed(trainer: pl.Trainer, reason: str) -> None:
+    """Announce that the network was changed other than by the optimizer, so that what was read of it grows stale.
+
+    Whoever switches a mask, edits a weight, replaces a model or freezes it calls this; the strategy and every callback
+    that has ``on_backbone_changed(trainer, pl_module, reason)`` hear of it, in the order of :class:`BoundaryPhase`.
+    Kept evaluation features are dropped, and heads say that what they learned may no longer fit.
+
+    Args:
+        trainer: The trainer of the run.
+        reason: What was changed, in words that complete "the backbone changed: ...".
+    """
+    _announce(trainer, trainer.lightning_module, "on_backbone_changed", reason)
+
+
 def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:
     # `datamodule_of(trainer)` exists only once something was attached
     datamodule = datamodule_of(trainer)
@@ -206,11 +220,11 @@ def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:
     return datamodule if follows else None
 
 
-def _announce(trainer: pl.Trainer, module: pl.LightningModule, what: str, experience: Experience) -> None:
+def _announce(trainer: pl.Trainer, module: pl.LightningModule, what: str, news: Experience | str) -> None:
     for part in _parts(trainer, what):
         hear = getattr(part, what, None)
         if hear is not None:
-            hear(trainer, module, experience)
+            hear(trainer, module, news)
 
 
 def _parts(trainer: pl.Trainer, what: str) -> Iterator[Any]:
