@@ -64,6 +64,7 @@ class FeatureCallback(StreamCallback):
         self.forward = forward
         self.batch_reader = batch_reader
         self._observer: BatchObserver | None = None
+        self._reads = False  # whether the training batch in work is read
 
     # ---- what a subclass says
 
@@ -129,7 +130,8 @@ class FeatureCallback(StreamCallback):
     ) -> None:
         """Open the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if "train" in self.stages and self.learns(trainer):
+        self._reads = "train" in self.stages and self.learns(trainer)
+        if self._reads:
             key = ("train", trainer.current_epoch, batch_idx)
             reading: dict[str, Any] = {"source": self.forward, "reader": self.batch_reader, "graph": self.needs_graph}
             self.observer.open(trainer, pl_module, batch, key, **reading)
@@ -138,9 +140,10 @@ class FeatureCallback(StreamCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Handle the batch."""
-        if "train" in self.stages and self.learns(trainer):
+        if self._reads:
             self.on_batch(trainer, pl_module, "train", batch_idx, 0)
-            self.observer.release_graph()
+            if self.needs_graph:
+                self.observer.release_graph()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     # ---- evaluations: Lightning's hooks of three stages, which all do the same

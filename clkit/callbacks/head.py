@@ -154,23 +154,18 @@ class HeadCallback(FeatureCallback):
         if self.graft_when == "fit_end":
             self.ungraft(pl_module)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Open the batch, and look which epoch of its experience it belongs to."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.learns(trainer):
-            self._look_at_epoch(trainer)
-
     def on_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Learn a training batch; count the hits in one of an evaluation."""
         observer = self.observer
-        targets = observer.known_targets
+        targets = observer.targets
+        assert targets is not None
         if stage == "train":
+            if trainer.current_epoch != self._first_epoch:
+                self._look_at_epoch(trainer)
             features = observer.features(self.forward)
-            head = self._ensure_head(features)
+            head = self._ensure_head(features, observer.tap.point)
             # what is wrong with a batch is asked once for all heads
             key = ("checked", observer.source(self.forward), head.statistics.device)
             head.learn(observer.remember(key, lambda: head.checked(features, targets)))
@@ -254,9 +249,9 @@ class HeadCallback(FeatureCallback):
             self._said.add(message)
             rank_zero_warn(f"{self.state_key}: {message}")
 
-    def _ensure_head(self, features: Tensor) -> Head:
+    def _ensure_head(self, features: Tensor, point: str) -> Head:
         """The head, made for the first features, and checked to be one for features like these."""
-        width, point = features.shape[1], self.observer.tap.point
+        width = features.shape[1]
         if self._head is None:
             self._head, self._tap_point = self.make_head(width), point
         if self._head.in_features != width or self._tap_point != point:

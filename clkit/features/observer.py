@@ -120,7 +120,8 @@ class BatchObserver:
             self._memo.clear()
             self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
             self._strategy = trainer.strategy
-            self._left_out = trainer.training and self._leaves_out()
+            skips = trainer.training and getattr(self._strategy, "skips_unlabelled", False)
+            self._left_out = skips and self.targets is not None and self._leaves_out(self.targets)
         self._wants_graph |= graph
         if self._evaluated is None and (source == "eval" or (source == "auto" and (self._left_out or self._differs()))):
             if source == "auto" and not self._told and not self._left_out:
@@ -160,7 +161,7 @@ class BatchObserver:
                     "forward has not run, or it is done"
                 )
             return self._rows(self._live)
-        evaluated = self.source(source) == "eval"
+        evaluated = source != "shared" and self._evaluated is not None
         if self._left_out and not evaluated:
             raise BatchError(
                 "the batch has rows without a label, which the step of this strategy leaves out of its forward; "
@@ -172,7 +173,8 @@ class BatchObserver:
                 f"no features passed the tap at {self.tap.point!r} in this batch: the step did not run the tapped "
                 "network; pass `layer=`, the dotted path of a layer that it does run"
             )
-        return self._rows(tapped.features)
+        rows = tapped.features
+        return rows if self.targets is None or len(rows) == len(self.targets) else self._rows(rows)
 
     @property
     def logits(self) -> Tensor | None:
@@ -214,10 +216,9 @@ class BatchObserver:
             self._shared = _detached(tapped)
             self._live = tapped.features if self._wants_graph else None
 
-    def _leaves_out(self) -> bool:
-        if not getattr(self._strategy, "skips_unlabelled", False) or self.targets is None:
-            return False
-        return not len(self.targets) or bool((self.targets == -1).any())
+    @staticmethod
+    def _leaves_out(targets: Tensor) -> bool:
+        return not len(targets) or bool((targets == -1).any())
 
     def _differs(self) -> bool:
         augments = getattr(self._strategy, "augments_stream", False)

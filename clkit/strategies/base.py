@@ -412,22 +412,26 @@ class LearningStrategy(DDPStrategy):
         return self.lightning_module.trainer
 
     def on_train_start(self) -> None:
-        """Lets the trainer's boundaries look at a resumed run."""
-        assert self.lightning_module is not None
-        resume.begin(self._trainer, self.lightning_module)
+        """Take up what a resumed run left."""
+        module = self.lightning_module
+        assert module is not None
+        resume.begin(module.trainer, module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Notices the start of an experience where no callback follows the stream."""
-        assert self.lightning_module is not None
-        Boundaries.of(self._trainer).on_train_batch_start(self._trainer, self.lightning_module)
-        self._begun = trained_batches(self._trainer) if self.lightning_module.training else -1
+        """Notice the start of an experience where no callback follows the stream."""
+        module = self.lightning_module
+        assert module is not None
+        self._boundaries.on_train_batch_start(module.trainer, module)
+        self._begun = trained_batches(module.trainer) if self.trains_module and module.training else -1
 
     def on_validation_start(self) -> None:
-        """Notices the end of an experience where no callback follows the stream."""
-        assert self.lightning_module is not None
-        Boundaries.of(self._trainer).on_validation_start(self._trainer, self.lightning_module)
+        """Notice the end of an experience where no callback follows the stream."""
+        module = self.lightning_module
+        assert module is not None
+        Boundaries.of(module.trainer).on_validation_start(module.trainer, module)
 
     def on_train_end(self) -> None:
-        """Notices the end of an experience where no callback follows the stream."""
-        assert self.lightning_module is not None
-        Boundaries.of(self._trainer).on_train_end(self._trainer, self.lightning_module)
+        """Notice the end of an experience where no callback follows the stream."""
+        module = self.lightning_module
+        assert module is not None
+        self._boundaries.on_train_end(module.trainer, module)

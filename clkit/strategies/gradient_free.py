@@ -168,7 +168,8 @@ class GradientFreeStrategy(LearningStrategy):
         if loss is not None:
             summed, known = self._loss or (0, 0)
             self._loss = summed + loss[0], known + loss[1]
-        last = is_last_batch(self._trainer) or self._trainer.global_step + 1 == self._trainer.max_steps
+        trainer = module.trainer
+        last = is_last_batch(trainer) or trainer.global_step + 1 == trainer.max_steps
         if last and self._loss is not None:
             summed, known = self._loss
             module.log("gradient_free/loss", summed / known.clamp(min=1), on_step=False, on_epoch=True, batch_size=1)
