@@ -72,7 +72,8 @@ def test_frozen_network_runs_each_test_sample_once(make_trainer: Callable[..., p
     assert kept.logged == plain.logged  # the user's own metric sees the same bits
     assert torch.equal(nmc.head.statistics.sums, plain_nmc.head.statistics.sums)
     train, sizes = 899, [177, 184, 179, 181, 177]
-    assert kept.network.rows == train + sum(sizes)
+    compared = 4 * sum(range(EXPERIENCES))  # rows of each experience whose features were kept, in each evaluation
+    assert kept.network.rows == train + sum(sizes) + compared
     assert plain.network.rows == train + sum(size * (EXPERIENCES - j) for j, size in enumerate(sizes))
     assert "forward" not in vars(kept.network)
     assert not kept.network._forward_hooks
@@ -137,10 +138,10 @@ def test_the_limit_is_kept() -> None:
         for _ in range(2):
             kept.begin(module, tap)
             for batch in range(5):
-                kept.before_batch(batch)
+                kept.before_batch((0, batch))
                 with torch.no_grad():
                     module(torch.ones(8, 64) * batch)
                 kept.after_batch()
             kept.end()
     assert kept.served == 3
-    assert module.network.rows == 8 * (5 + 2)
+    assert module.network.rows == 8 * (5 + 2) + 4  # four are compared

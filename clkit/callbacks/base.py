@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -60,7 +61,7 @@ class StreamCallback(pl.Callback):
         self._trained = False  # whether this fit came to `on_train_start`
         self._batches = 0  # training batches that passed `on_train_batch_end`, as the trainer counts them
 
-    @property
+    @cached_property  # Lightning asks for it around each hook
     def state_key(self) -> str:
         """Class and name: what tells two callbacks of one class apart in a checkpoint."""
         return f"{type(self).__qualname__}({self.name})" if self.name else type(self).__qualname__
@@ -94,15 +95,15 @@ class StreamCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Passes the moment on, once all processes have the same network to evaluate."""
         share_buffers(trainer.strategy.model)
-        Boundaries.of(trainer).on_validation_start(trainer, pl_module)
+        self._boundaries.on_validation_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Passes the moment on."""
-        Boundaries.of(trainer).on_train_epoch_end(trainer, pl_module)
+        self._boundaries.on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Passes the moment on."""
-        Boundaries.of(trainer).on_train_end(trainer, pl_module)
+        self._boundaries.on_train_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Does what the end of training owes where Lightning skips training.

@@ -162,7 +162,7 @@ class FeatureCallback(StreamCallback):
         self.observer.open(trainer, module, batch, key, reader=self.batch_reader, needs_targets=stage != "predict")
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
-        self.observer.refresh()
+        self.observer.refresh((stage, trainer.state.stage, trainer.global_step))
         self.on_evaluation_start(trainer, module, stage)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

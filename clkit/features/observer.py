@@ -43,6 +43,7 @@ class BatchObserver:
         self._handle = self.tap.listen(self._hear)
         self._sensitive: list[nn.Module] = self.tap.mode_sensitive()
         self._users = 0
+        self._refreshed: Hashable = None
         self._batch: Hashable = None
         self._armed = False  # a plain flag: compiled code would be compiled anew for each key it reads
         self._shared: Tapped | None = None
@@ -78,8 +79,15 @@ class BatchObserver:
         for layer in [name for name, observer in observers.items() if observer is self]:
             del observers[layer]
 
-    def refresh(self) -> None:
-        """Look for the classifier again, at each start of fitting or evaluating and after it was replaced."""
+    def refresh(self, moment: Hashable = None) -> None:
+        """Look for the classifier again, at each start of fitting or evaluating and after it was replaced.
+
+        Args:
+            moment: What tells this moment from others; of several calls with the same one the first looks.
+        """
+        if moment is not None and moment == self._refreshed:
+            return
+        self._refreshed = moment
         self.tap.resolve()
         self._sensitive = self.tap.mode_sensitive()
         self.forget()
