@@ -1,35 +1,62 @@
-"""Talking to the other processes of a run."""
+"""Talking to the other processes of a run; every function here also works in a run of one process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
 from clkit.errors import ClkitError, ProcessLostError
 
-__all__ = ["gathered", "share_buffers", "together", "world_size"]
+__all__ = [
+    "broadcast",
+    "gather_objects",
+    "gather_rows",
+    "rank",
+    "report_lost_process",
+    "share_buffers",
+    "world_size",
+]
+
+
+def world_size(group: Any = None) -> int:
+    """Return the number of processes that learn together, 1 where none are set up."""
+    return int(dist.get_world_size(group)) if _is_set_up() else 1
+
+
+def rank(group: Any = None) -> int:
+    """Return the number of this process, counted from 0; 0 where none are set up."""
+    return int(dist.get_rank(group)) if _is_set_up() else 0
+
+
+def _is_set_up() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
-    """Around a call that all processes make together: says it in words when one of them is gone.
+def report_lost_process(what: str) -> Iterator[None]:
+    """Turn a backend's failure inside the block into an error that says which exchange failed, and what to do.
 
     Args:
-        what: What the call is for.
+        what: What the processes exchange in the block.
 
     Raises:
         ProcessLostError: If the backend fails, because another process died or did not answer in time.
 
     Example:
-        >>> with together("the sums"):  # doctest: +ELLIPSIS
+        >>> with report_lost_process("the sums"):  # doctest: +ELLIPSIS
         ...     raise RuntimeError("Connection closed by peer")
         Traceback (most recent call last):
         clkit.errors.ProcessLostError: the processes could not exchange the sums: another one died, or answers no ...
     """
     try:
         yield
-    except ClkitError:  # one of ours, which all processes raise alike
+    except ClkitError:  # clkit's own errors are raised on all processes alike
         raise
     except RuntimeError as error:  # what torch.distributed and all its backends raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
@@ -39,62 +66,90 @@ def together(what: str) -> Iterator[None]:
         ) from error
 
 
-def gathered(value: Any, what: str, *, at_first: bool = False) -> list[Any]:
-    """The values of all processes in rank order; a call on all of them. Alone, the one value.
+def gather_objects(value: Any, what: str, *, first_only: bool = False) -> list[Any]:
+    """Return the values of all processes in the order of their ranks; all processes must call it.
 
     Args:
         value: Anything that can be pickled.
-        what: What it is, for the message.
-        at_first: Only the first process gets them, the others an empty list; for values that are large together.
+        what: A name of the values for the error message.
+        first_only: Whether only the first process gets the values and the others an empty list, where the values are
+            large.
 
     Raises:
         ProcessLostError: If another process died or did not answer in time.
 
     Example:
-        >>> gathered(3, "the numbers")
+        >>> gather_objects(3, "the numbers")
         [3]
     """
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_set_up():
         return [value]
-    receives = not at_first or dist.get_rank() == 0
-    values: list[Any] = [None] * dist.get_world_size() if receives else []
-    with together(what):
-        if at_first:
+    receives = not first_only or rank() == 0
+    values: list[Any] = [None] * world_size() if receives else []
+    with report_lost_process(what):
+        if first_only:
             dist.gather_object(value, values if receives else None)
         else:
             dist.all_gather_object(values, value)
     return values
 
 
-def share_buffers(model: Any) -> None:
-    """Gives all processes the buffers of the first one (running means of a batch norm), a little before DDP would.
+def gather_rows(rows: Tensor, sizes: Sequence[int], what: str = "their rows", group: Any = None) -> list[Tensor]:
+    """Return the rows of all processes in the order of their ranks; all processes must call it.
 
-    DDP does it when the next training forward begins. What a network says in between, to heads and in an evaluation,
-    would otherwise be said by another network in each process, of which a checkpoint holds only the first.
+    Args:
+        rows: The rows of this process, (N, ...), on a device that the backend reaches.
+        sizes: The number N of rows of each process.
+        what: A name of the rows for the error message.
+        group: The process group, the default one if ``None``.
+
+    Raises:
+        ProcessLostError: If another process died or did not answer in time.
+
+    Example:
+        >>> gather_rows(torch.tensor([[1.0], [2.0]]), [2])
+        [tensor([[1.],
+                [2.]])]
+    """
+    if not _is_set_up():
+        return [rows]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # all_gather takes equal shapes only
+    padded[: len(rows)] = rows
+    received = [torch.empty_like(padded) for _ in sizes]
+    with report_lost_process(what):
+        dist.all_gather(received, padded, group=group)
+    return [part[:size] for part, size in zip(received, sizes, strict=True)]
+
+
+def broadcast(tensors: Iterable[Tensor], what: str, group: Any = None) -> None:
+    """Overwrite tensors with those of the first process; all processes must call it.
+
+    Args:
+        tensors: Tensors of the same shapes on all processes, changed in place.
+        what: A name of the tensors for the error message.
+        group: The process group, the default one if ``None``.
+
+    Raises:
+        ProcessLostError: If another process died or did not answer in time.
+    """
+    if not _is_set_up():
+        return
+    with report_lost_process(what):
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0, group=group)
+
+
+def share_buffers(model: Any) -> None:
+    """Give all processes the buffers of the first one (running means of a batch norm), a little before DDP would.
+
+    DDP shares them when the next training forward begins. Heads and evaluations that read the network before that
+    would see another network in each process, and a checkpoint holds only the first.
 
     Args:
         model: What the strategy runs; nothing happens if it is not wrapped for DDP, or DDP will not share buffers.
     """
-    from torch.nn.parallel import DistributedDataParallel
-
     if not isinstance(model, DistributedDataParallel):
         return
     wrapped: Any = model  # torch gives the method no types
-    if not wrapped.will_sync_module_buffers():
-        return
-    import torch.distributed as dist
-
-    with together("the buffers of the network"):
-        for buffer in model.module.buffers():
-            dist.broadcast(buffer, src=0, group=model.process_group)
-
-
-def world_size(group: Any = None) -> int:
-    """Number of processes that learn together, 1 where none are set up."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return int(dist.get_world_size(group))
-    return 1
+    if wrapped.will_sync_module_buffers():
+        broadcast(model.module.buffers(), "the buffers of the network", group=model.process_group)

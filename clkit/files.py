@@ -18,11 +18,11 @@ import torch
 
 from clkit.errors import ArgumentError, StateError, WriteError
 
-__all__ = ["check_output", "read_checkpoint", "whole_file", "write_checkpoint"]
+__all__ = ["atomic_write", "check_output", "read_checkpoint", "write_checkpoint"]
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A place beside a file to write its new content to; moved over the old one at the end, or removed.
 
     Whoever reads ``path`` sees the old content or the new, never a part: not when the disk is full, nor when the
@@ -40,7 +40,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with whole_file(f"{folder}/numbers.txt") as draft:
+        ...     with atomic_write(f"{folder}/numbers.txt") as draft:
         ...         _ = draft.write_text("1 2 3")
         ...     Path(folder, "numbers.txt").read_text(), len(list(Path(folder).iterdir()))
         ('1 2 3', 1)
@@ -161,7 +161,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """
     buffer = io.BytesIO()  # torch itself, writing to a full disk, says "unexpected pos 704 vs 598"
     torch.save(checkpoint, buffer)
-    with whole_file(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_bytes(buffer.getbuffer())
 
 

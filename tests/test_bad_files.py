@@ -45,9 +45,9 @@ import clkit
 from clkit.callbacks import NMC, StreamEvaluation
 from clkit.cli.main import main
 from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModule
-from clkit.distributed import gathered
+from clkit.distributed import gather_objects
 from clkit.errors import ArgumentError, ClkitError, DataError, ProcessLostError, StateError, WriteError
-from clkit.files import read_checkpoint, whole_file, write_checkpoint
+from clkit.files import atomic_write, read_checkpoint, write_checkpoint
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
 from clkit.models import TimmClassifier
 from clkit.report.figures import draw_figures
@@ -1049,7 +1049,7 @@ def test_a_result_that_finds_no_room_leaves_the_last_one(name: str, tmp_path: Pa
     write()
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(files) == (2 if name.endswith(".png") else 4)
-    with whole_file(tmp_path / name) as draft:  # where it will write
+    with atomic_write(tmp_path / name) as draft:  # where it will write
         draft.write_bytes(files[name])
     draft.symlink_to("/dev/full")
     with pytest.raises(WriteError, match=f"{name} could not be written: No space left on device; .* is unchanged"):
@@ -1067,7 +1067,7 @@ def test_predictions_that_find_no_room_leave_the_last_ones(run: Path, tmp_path: 
     predict()
     path = tmp_path / "predictions.csv"
     before = path.read_bytes()
-    with whole_file(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_bytes(before)
     draft.symlink_to("/dev/full")
     with pytest.raises(WriteError, match=r"predictions\.csv"):
@@ -1077,14 +1077,14 @@ def test_predictions_that_find_no_room_leave_the_last_ones(run: Path, tmp_path: 
 
 
 def _fail_while_writing(path: Path, error: type[BaseException]) -> None:
-    with whole_file(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text("two")
         raise error
 
 
 def test_a_whole_file_appears_at_once_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
-    with whole_file(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text("one")
         assert not path.exists()
     for error in (KeyboardInterrupt, ValueError):
@@ -1092,13 +1092,13 @@ def test_a_whole_file_appears_at_once_or_not_at_all(tmp_path: Path) -> None:
             _fail_while_writing(path, error)
     assert path.read_text() == "one"
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(WriteError, match=r"file\.txt"), whole_file(path / "below.txt") as draft:
+    with pytest.raises(WriteError, match=r"file\.txt"), atomic_write(path / "below.txt") as draft:
         draft.write_text("three")
-    with pytest.raises(WriteError, match="nothing was left there"), whole_file(tmp_path / "none.txt"):
+    with pytest.raises(WriteError, match="nothing was left there"), atomic_write(tmp_path / "none.txt"):
         pass  # nothing written
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(WriteError, match="folder"), whole_file(folder) as draft:
+    with pytest.raises(WriteError, match="folder"), atomic_write(folder) as draft:
         draft.write_text("four")
     assert folder.is_dir()
 
@@ -1294,7 +1294,7 @@ def test_a_rank_that_dies_ends_the_other(way: str, deaths: Callable[[str], Path]
 
 
 def test_alone_nobody_is_lost() -> None:
-    assert gathered({"a": 1}, "a value") == [{"a": 1}]
+    assert gather_objects({"a": 1}, "a value") == [{"a": 1}]
     assert issubclass(ProcessLostError, RuntimeError)
     assert issubclass(WriteError, OSError)
     assert issubclass(WriteError, ClkitError)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clkit.callbacks.base import MODULE, Predictor, scores_of
-from clkit.distributed import gathered
+from clkit.distributed import gather_objects
 from clkit.errors import StateError
 from clkit.features.observer import BatchObserver
 from clkit.schema import saved_entry
@@ -227,7 +227,7 @@ class Recorder:
             {name: _joined(parts) for name, parts in self._predicted.items()},
             {name: np.concatenate(parts) for name, parts in self._scores.items()},
         )
-        shares = gathered(own, "what they evaluated")
+        shares = gather_objects(own, "what they evaluated")
         if len(shares) == 1:
             return Recorded(*own)
         names = list(shares[0][3])

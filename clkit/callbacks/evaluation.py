@@ -34,7 +34,7 @@ from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
 from clkit.features.observer import evaluating, forward
-from clkit.files import whole_file
+from clkit.files import atomic_write
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
@@ -543,7 +543,7 @@ def _show(trainer: pl.Trainer, what: Any) -> None:
 
 def _write_predictions(path: Path, recorded: Recorded, names: dict[int, str]) -> None:
     order = np.argsort(recorded.rows, kind="stable")
-    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         header = ["row", "target", "target_name"]
         for name in recorded.predicted:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clkit.callbacks.base import MODULE, check_names, reduction_device, scores_of
 from clkit.callbacks.features import FeatureCallback, Stage
-from clkit.distributed import together
+from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
@@ -302,7 +302,7 @@ class HeadCallback(FeatureCallback):
         if stage == "predict":
             return
         counts = torch.tensor([self._correct, self._counted], dtype=torch.float64, device=reduction_device(trainer))
-        with together("their accuracies"):
+        with report_lost_process("their accuracies"):
             correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         if counted and self._evaluated_head is not None:
             module.log(f"{self.name}/accuracy", correct / counted, rank_zero_only=False)

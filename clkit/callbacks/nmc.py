@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from clkit.callbacks.features import Stage
 from clkit.callbacks.head import GraftWhen, HeadCallback
-from clkit.distributed import gathered, share_buffers
+from clkit.distributed import gather_objects, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
@@ -159,7 +159,7 @@ class NMC(HeadCallback):
         memory = strategy.memory  # looked for in `setup`
         size = sum(memory.class_counts().values())
         parts = getattr(strategy, "memory_scope", "replicated") == "sharded"
-        if not (sum(gathered(size, "how much they remember")) if parts else size):
+        if not (sum(gather_objects(size, "how much they remember")) if parts else size):
             return None
         share_buffers(strategy.model)
         head: NearestMeanHead | None = None
@@ -172,7 +172,7 @@ class NMC(HeadCallback):
             head.update(features, label)
         self._tap_point = self.observer.tap.point
         if parts:  # each process adds the rows of its own part
-            width = max(gathered(0 if head is None else head.in_features, "the width of their features"))
+            width = max(gather_objects(0 if head is None else head.in_features, "the width of their features"))
             head = self.make_head(width).to(module.device) if head is None else head
             head.synchronize()
             return head

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clkit.distributed import together, world_size
+from clkit.distributed import gather_rows, report_lost_process, world_size
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.methods._checks import Array, Batch, check_batch, check_count
 from clkit.methods._gram import add_gram_, mirrored, new_gram
@@ -196,7 +196,7 @@ class FeatureStatistics(PlainState):
             return
         with exact():
             own = self._own if self._own is not None else self._new_part()
-            with together("what they learned"):
+            with report_lost_process("what they learned"):
                 total = _exchange(own, self._take_bad(), group, _communication_device(group, self._device))
             if total is not None:
                 self._shared.merge(total.to(self._device))
@@ -649,8 +649,7 @@ def _communication_device(group: Any, own: torch.device) -> torch.device:
 
 def _exchange(own: _Part, bad: int, group: Any, device: torch.device) -> _Part | None:
     """The sum of all ranks' parts with the same bits on every rank, or ``None`` if nobody has anything."""
-    ranks = world_size(group)
-    headers = _gather(torch.tensor([own.ids.size, bad], device=device), ranks, group)
+    headers = gather_rows(torch.tensor([own.ids.size, bad], device=device), [2] * world_size(group), group=group)
     sizes = [int(header[0]) for header in headers]
     for rank, header in enumerate(headers):
         raise_for_batch(int(header[1]), rank)
@@ -659,16 +658,12 @@ def _exchange(own: _Part, bad: int, group: Any, device: torch.device) -> _Part |
     part = own.to(device)
     names = [name for name in part.tables if name != "class_grams"]
     rows = {"ids": torch.from_numpy(part.ids).to(device), **{name: part.tables[name] for name in names}}
-    gathered = {}
-    for name, table in rows.items():
-        padded = table.new_zeros((max(sizes), *table.shape[1:]))
-        padded[: table.shape[0]] = table
-        gathered[name] = _gather(padded, ranks, group)
+    gathered = {name: gather_rows(table, sizes, group=group) for name, table in rows.items()}
     total = _empty_part(part, names)
-    for rank, size in enumerate(sizes):
+    for rank in range(len(sizes)):
         share = _empty_part(part, names)
-        share.ids = gathered["ids"][rank][:size].cpu().numpy()
-        share.tables = {name: gathered[name][rank][:size] for name in names}
+        share.ids = gathered["ids"][rank].cpu().numpy()
+        share.tables = {name: gathered[name][rank] for name in names}
         total.merge(share)
     if part.gram is not None:
         total.gram = part.gram.clone()
@@ -685,12 +680,6 @@ def _reduce_class_grams(part: _Part, ids: _Ids, group: Any) -> Tensor:
     for one in total:  # class by class: the whole is too large for one message
         dist.all_reduce(one, group=group)
     return total
-
-
-def _gather(tensor: Tensor, ranks: int, group: Any) -> list[Tensor]:
-    received = [torch.empty_like(tensor) for _ in range(ranks)]
-    dist.all_gather(received, tensor.contiguous(), group=group)
-    return received
 
 
 def _empty_part(part: _Part, names: list[str]) -> _Part:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from clkit.files import whole_file
+from clkit.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def save_figures(folder: Path, parts: Iterable[Any]) -> list[Path]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with whole_file(path) as draft:
+    with atomic_write(path) as draft:
         figure.savefig(draft, dpi=150, format="png")
 
 

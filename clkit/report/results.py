@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clkit.files import whole_file
+from clkit.files import atomic_write
 
 __all__ = ["ClassTable", "write_results"]
 
@@ -28,7 +28,7 @@ def write_results(
             class and samples of each pair.
         names: Class names by id; may be empty.
     """
-    with whole_file(folder / "results.json") as draft:
+    with atomic_write(folder / "results.json") as draft:
         draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _write_accuracy(folder / "accuracy.csv", document["predictors"])
     with _table(folder / "per_class.csv") as writer:
@@ -48,7 +48,7 @@ def write_results(
 
 @contextmanager
 def _table(path: Path) -> Iterator[Any]:
-    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         yield csv.writer(file)
 
 

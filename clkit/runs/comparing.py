@@ -31,7 +31,7 @@ from clkit.callbacks import StreamEvaluation
 from clkit.callbacks.base import MODULE
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, ProcessLostError, StateError
-from clkit.files import whole_file
+from clkit.files import atomic_write
 from clkit.metrics.functional import staged_counts, summarize
 from clkit.report.intervals import CONFIDENCE, Interval, t_interval
 from clkit.report.tables import seeds_table
@@ -377,7 +377,7 @@ def _do(run: _Run, inherited: tuple[int, ...]) -> str:
     """Runs or resumes one run; gives what a person reads of it."""
     start = time.perf_counter()
     folder, checkpoint = run.folder, run.checkpoint()
-    with whole_file(folder / "settings.yaml") as draft:
+    with atomic_write(folder / "settings.yaml") as draft:
         draft.write_text(yaml.safe_dump(run.settings, sort_keys=False), encoding="utf-8")
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -480,9 +480,9 @@ def _class_counts(file: Path) -> dict[int, tuple[int, int]]:
 
 
 def _write(folder: Path, document: Mapping[str, Any]) -> None:
-    with whole_file(folder / "compare.json") as draft:
+    with atomic_write(folder / "compare.json") as draft:
         draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with whole_file(folder / "compare.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(folder / "compare.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
         writer.writerow(["name", "recipe", "predictor", "seeds", *columns])

@@ -24,7 +24,7 @@ from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.observer import forward
 from clkit.features.tap import FeatureTap, Tapped
-from clkit.files import check_output, read_checkpoint, whole_file
+from clkit.files import atomic_write, check_output, read_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import NEVER, readout_module
 from clkit.methods.nearest_mean import NearestMeanHead
@@ -217,7 +217,7 @@ def _export(
         buffer = io.BytesIO()
         torch.export.save(work.program(), buffer, extra_files={"clkit.json": json.dumps(about)})
         content = buffer.getvalue()
-    with whole_file(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_bytes(content)
     return Exported(work.title, name, len(columns), work.columns, _reading(path))
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clkit.distributed import gathered, together
+from clkit.distributed import gather_objects, report_lost_process
 from clkit.methods.onpro import MixedBatch, PrototypeContrast, prototype_contrast
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
 from clkit.methods.replay.rule import Part, StepOutputs, StepViews
@@ -111,13 +111,13 @@ class ReplayRanks:
         """The rows of all processes in rank order, without a graph; a call on all of them."""
         if self.size == 1:
             return rows
-        return _all_rows(rows, gathered(len(rows), "how many rows they have"))
+        return _all_rows(rows, gather_objects(len(rows), "how many rows they have"))
 
     def prototypes(self, views: StepViews, embeddings: Tensor, own: PrototypeContrast) -> PrototypeContrast:
         """The class means over the memory samples of all processes; a call on all of them."""
         if self.size == 1:
             return own
-        labels = [label for each in gathered(views.labels["seen"].tolist(), "their labels") for label in each]
+        labels = [label for each in gather_objects(views.labels["seen"].tolist(), "their labels") for label in each]
         first, second = (self.all_rows(embeddings[views.rows[name]].detach()) for name in ("seen1", "seen2"))
         return prototype_contrast(first, second, torch.tensor(labels, dtype=torch.int64))
 
@@ -125,7 +125,7 @@ class ReplayRanks:
         """What one process would have for the rows of all, with a graph to the own ones; a call on all processes."""
         if self.size == 1:
             return views, outputs
-        told = gathered((len(views.images), views.rows, views.labels), "the labels of a step")
+        told = gather_objects((len(views.images), views.rows, views.labels), "the labels of a step")
         sizes = [rows for rows, _, _ in told]
         starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
         order: list[Tensor] = []
@@ -149,7 +149,7 @@ class ReplayRanks:
 
     def _parts(self, images: Tensor, labels: Tensor, stored: int) -> tuple[Part, Tensor, list[int], int]:
         """The own batch among all of them, the labels of all, how many each has, and the rows in all memories."""
-        told = gathered((labels.tolist(), stored), "their labels")
+        told = gather_objects((labels.tolist(), stored), "their labels")
         all_labels = [each for each, _ in told]
         sizes = [len(each) for each in all_labels]
         start = sum(sizes[: self.rank])
@@ -215,14 +215,14 @@ class ShardedRanks(ReplayRanks):
 
     def class_counts(self, memory: ReservoirBuffer) -> dict[int, int]:
         """Summed over all memories."""
-        counts = sum(map(Counter, gathered(memory.class_counts(), "what they remember")), Counter[int]())
+        counts = sum(map(Counter, gather_objects(memory.class_counts(), "what they remember")), Counter[int]())
         return dict(sorted(counts.items()))
 
     def saved(self, memory: ReservoirBuffer) -> list[dict[str, Any]]:
         """In rank order, in the first process; the others get none."""
         state = memory.state_dict()  # by the host: another process may not have the device
         own = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
-        return gathered(own, "what they remember", at_first=True)
+        return gather_objects(own, "what they remember", first_only=True)
 
     def _places(self, rows: int, wanted: int) -> tuple[Tensor, int]:
         """Each process has its stretch of them; where its memory has too few rows some are left out."""
@@ -239,7 +239,7 @@ def _all_rows(rows: Tensor, sizes: list[int]) -> Tensor:
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
-    with together("the rows of a step"):
+    with report_lost_process("the rows of a step"):
         dist.all_gather(parts, padded.contiguous())
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
@@ -260,7 +260,7 @@ class _GatheredRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         summed = gradients[0].contiguous().clone()
-        with together("the gradients of a step"):
+        with report_lost_process("the gradients of a step"):
             dist.all_reduce(summed)
         start = sum(ctx.sizes[: dist.get_rank()])
         return summed[start : start + ctx.sizes[dist.get_rank()]], None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clkit.distributed import together
+from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
@@ -383,7 +383,7 @@ class LearningStrategy(DDPStrategy):
         Raises:
             ProcessLostError: If one of them died.
         """
-        with together("that they are there"):
+        with report_lost_process("that they are there"):
             super().barrier(*args, **options)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -392,7 +392,7 @@ class LearningStrategy(DDPStrategy):
         Raises:
             ProcessLostError: If one of them died.
         """
-        with together("what one of them has"):
+        with report_lost_process("what one of them has"):
             return super().broadcast(obj, src)
 
     def reduce(self, *args: Any, **options: Any) -> Any:
@@ -401,7 +401,7 @@ class LearningStrategy(DDPStrategy):
         Raises:
             ProcessLostError: If one of them died.
         """
-        with together("a value"):
+        with report_lost_process("a value"):
             return super().reduce(*args, **options)
 
     # ---- following the stream: a strategy is one of the parts that notice boundaries

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clkit.distributed import together
+from clkit.distributed import broadcast
 from clkit.errors import ArgumentError
 from clkit.features.batch import read_batch
 from clkit.features.tap import FeatureTap
@@ -117,7 +117,7 @@ class GradientFreeStrategy(LearningStrategy):
         if isinstance(self.model, DistributedDataParallel):
             self.model = module
         if not self.single_device:  # batch statistics differ between ranks when a warm-up ends
-            _broadcast_states(module)
+            broadcast([*module.parameters(), *module.buffers()], "the network's weights")
         for parameter in module.parameters():
             parameter.grad = None
             if parameter.requires_grad:
@@ -207,9 +207,3 @@ def _module_loss(output: Any, targets: Tensor) -> tuple[Tensor, Tensor] | None:
     known = (targets >= 0) & (targets < output.shape[1])
     labels = torch.where(known, targets, -100).long()
     return cross_entropy(output.float(), labels, ignore_index=-100, reduction="sum"), known.sum()
-
-
-def _broadcast_states(module: nn.Module) -> None:
-    with together("the network's weights"):
-        for tensor in [*module.parameters(), *module.buffers()]:
-            torch.distributed.broadcast(tensor.data, src=0)

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit.distributed import gathered
+from clkit.distributed import gather_objects
 from clkit.errors import StateError
 from clkit.schema import STREAM, check_format, saved_entry, saved_list
 from clkit.stream._lightning import accumulates, datamodule_of, in_step
@@ -67,7 +67,7 @@ def save(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         "format": FORMAT,
         **boundaries.state_dict(),
         "over": trainer.state.fn == "fit" and boundaries.is_over(trainer),
-        "random": gathered(capture_random_state(), "their random states"),
+        "random": gather_objects(capture_random_state(), "their random states"),
         "gradients": _waiting_gradients(trainer),
     }
 
@@ -210,7 +210,7 @@ def _waiting_gradients(trainer: pl.Trainer) -> list[dict[str, Tensor]] | None:
         for name, parameter in trainer.lightning_module.named_parameters()
         if parameter.grad is not None
     }
-    return gathered(own, "their gradients")
+    return gather_objects(own, "their gradients")
 
 
 def _restore_gradients(module: pl.LightningModule, own: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from two_ranks import drive, driven
 
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
-from clkit.distributed import gathered
+from clkit.distributed import gather_objects
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.methods import ReservoirBuffer
 from clkit.strategies import LearningStrategy, OnProStrategy
@@ -40,7 +40,7 @@ class Remembering(LearningStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
         assert self.memory is not None
-        for data, label in gathered((args[0][0], args[0][1]), "the batches"):
+        for data, label in gather_objects((args[0][0], args[0][1]), "the batches"):
             self.memory.add(data, label)
         return loss
 
