@@ -8,6 +8,9 @@ This module is a leaf: it imports nothing of clkit, so every other module may us
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
 
 __all__ = [
@@ -23,6 +26,21 @@ __all__ = [
     "TapError",
     "WriteError",
 ]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint for an error message that ends with a misspelt name, empty where no known name is near.
+
+    Args:
+        name: The name that was seen.
+        known: The names that there are.
+
+    Example:
+        >>> "no layer 'blok'" + did_you_mean("blok", ["block", "head"])
+        "no layer 'blok', did you mean 'block'?"
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 class ClkitError(Exception):

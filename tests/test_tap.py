@@ -325,7 +325,7 @@ def test_modules_of_this_library_are_no_classifiers_but_its_heads_are() -> None:
 @pytest.mark.parametrize(
     ("layer", "match"),
     [
-        ("net.9", r"no layer 'net\.9'; near it are net\.\d"),
+        ("net.9", r"no layer 'net\.9', did you mean 'net\.\d'"),
         ("net.3:inside", "stands 'in' or 'out', not 'inside'"),
     ],
 )

@@ -6,11 +6,9 @@ depends on it, the accuracy after the last stage much less. Give a name from her
 
 from __future__ import annotations
 
-import difflib
-
 import numpy as np
 
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, did_you_mean
 
 __all__ = ["PUBLISHED_ORDERS", "published_order"]
 
@@ -53,8 +51,8 @@ def published_order(name: str) -> tuple[int, ...]:
         (87, 0, 52, 58)
     """
     if name not in PUBLISHED_ORDERS:
-        near = difflib.get_close_matches(name, PUBLISHED_ORDERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(repr(known) for known in PUBLISHED_ORDERS)
-        raise ArgumentError(f"class_order {name!r} is not the name of a published order; known: {known}.{hint}")
+        hint = did_you_mean(name, PUBLISHED_ORDERS)
+        raise ArgumentError(
+            f"class_order {name!r} is not the name of a published order; known: {', '.join(PUBLISHED_ORDERS)}{hint}"
+        )
     return PUBLISHED_ORDERS[name]

@@ -8,7 +8,6 @@ and costs next to nothing while nobody listens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from clkit.errors import TapError
+from clkit.errors import TapError, did_you_mean
 
 __all__ = ["FeatureTap", "Handle", "Tapped"]
 
@@ -284,8 +283,8 @@ class FeatureTap:
     def _explicit(self, path: str, side: str) -> _Place:
         if not _has_submodule(self._module, path):
             names = [name for name, _ in self._module.named_modules() if name]
-            near = get_close_matches(path, names, n=3) or names[-3:]
-            raise TapError(f"layer={self.layer!r}: the module has no layer {path!r}; near it are {', '.join(near)}")
+            hint = did_you_mean(path, names) or f"; its last ones are {', '.join(names[-3:])}"
+            raise TapError(f"layer={self.layer!r}: the module has no layer {path!r}{hint}")
         target = self._module.get_submodule(path)
         found = list(_networks(self._module))
         around = [network for network in found if any(inner is target for inner in network.modules())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clkit.errors import ArgumentError, ConfigurationError, StateError
+from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
 from clkit.features.batch import BatchReader, read_batch, read_inputs
 from clkit.models.identity import IdentityBackbone
 from clkit.models.layout import to_channels_last
@@ -196,8 +195,7 @@ def _build(
 
     architecture, _, tag = backbone.partition(".")
     if not timm.is_model(architecture) and not backbone.startswith(("hf-hub:", "local-dir:")):
-        near = get_close_matches(backbone, timm.list_models(), n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
+        hint = did_you_mean(backbone, timm.list_models())
         raise ArgumentError(f"backbone={backbone!r} is neither 'identity' nor a model of timm {timm.__version__}{hint}")
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if tag and timm.is_model(architecture) and tag not in tags:

@@ -6,10 +6,9 @@ import errno
 import inspect
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
-from clkit.errors import ClkitError
+from clkit.errors import ClkitError, did_you_mean
 
 __all__ = ["refusal", "summary"]
 
@@ -97,7 +96,7 @@ def summary(message: str, known: Iterable[str] = ()) -> str:
         name = found.group(1) or found.group(2)
         known = list(known)
         top = ", ".join(key for key in known if "." not in key and key not in ("help", "print_config"))
-        return f"there is no setting {name!r}{near_match(name, known) or f'; at the top there are {top}'}"
+        return f"there is no setting {name!r}{did_you_mean(name, known) or f'; at the top there are {top}'}"
     lines = message.splitlines()
     for pattern, tell in ((_OPTION, _tell_option), (_NO_IMPORT, _tell_import), (_NO_CLASS, _tell_class)):
         for number, line in enumerate(lines):
@@ -118,7 +117,7 @@ def _tell_option(name: str, lines: Sequence[str]) -> str:
     path = next(found.group(1) for line in reversed(lines) if (found := _CLASS.search(line)))
     module, _, attribute = path.rpartition(".")
     accepted = inspect.signature(getattr(import_module(module), attribute)).parameters
-    return f"{attribute} has no setting {name!r}{near_match(name, accepted) or '; it has ' + ', '.join(accepted)}"
+    return f"{attribute} has no setting {name!r}{did_you_mean(name, accepted) or '; it has ' + ', '.join(accepted)}"
 
 
 def _tell_import(problem: str, lines: Sequence[str]) -> str:
@@ -127,7 +126,7 @@ def _tell_import(problem: str, lines: Sequence[str]) -> str:
 
 def _tell_class(name: str, lines: Sequence[str]) -> str:
     classes = [exported for namespace in NAMESPACES for exported in namespace.__all__]
-    return f"there is no class {name!r}{near_match(name, classes) or '; give its dotted path, package.module.Class'}"
+    return f"there is no class {name!r}{did_you_mean(name, classes) or '; give its dotted path, package.module.Class'}"
 
 
 def _tell_type(lines: Sequence[str]) -> str:
@@ -141,11 +140,6 @@ def _tell_type(lines: Sequence[str]) -> str:
         if value is not None:
             break
     return f"{value!r} does not fit, expected {' or '.join(types)}"
-
-
-def near_match(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 # Short names in YAML are looked up among the classes that are imported; these are offered where a name is misspelt.

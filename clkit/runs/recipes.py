@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
 __all__ = ["read_recipe", "recipe_folder", "recipe_lines", "recipe_names"]
@@ -39,9 +38,9 @@ def read_recipe(name: str) -> str:
     """
     names = recipe_names()
     if name not in names:
-        near = get_close_matches(name, names, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names)}"
-        raise KeyError(f"no recipe {name!r}{hint}")
+        from clkit.errors import did_you_mean  # imports scikit-learn, for which the list of recipes should not wait
+
+        raise KeyError(f"no recipe {name!r}{did_you_mean(name, names) or '; there are: ' + ', '.join(names)}")
     return (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
 

@@ -15,8 +15,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
-from clkit.errors import ArgumentError, ClkitError, ConfigurationError
-from clkit.runs._messages import near_match, said_of, summary
+from clkit.errors import ArgumentError, ClkitError, ConfigurationError, did_you_mean
+from clkit.runs._messages import said_of, summary
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.checkpoint_io import read_run
 
@@ -156,4 +156,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _check_name(key: str, value: Any, known: Sequence[str], otherwise: str) -> None:
     if isinstance(value, str) and value not in known:
-        raise ConfigurationError(f"{key}: there is no {value!r}{near_match(value, known) or f'; {otherwise}'}")
+        raise ConfigurationError(f"{key}: there is no {value!r}{did_you_mean(value, known) or f'; {otherwise}'}")

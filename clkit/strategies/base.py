@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.distributed import report_lost_process
-from clkit.errors import ArgumentError, ConfigurationError, StateError
+from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
 from clkit.schema import STRATEGY, check_format, saved_entry
@@ -79,8 +78,7 @@ class LearningStrategy(DDPStrategy):
         known = [*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters]
         for name in ddp_options:
             if name not in known:
-                near = get_close_matches(name, [*signature(type(self)).parameters, *known], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, [*signature(type(self)).parameters, *known])
                 raise ArgumentError(f"{type(self).__name__} has no argument {name!r}{hint}")
         super().__init__(**ddp_options)
         self.batch_reader = batch_reader

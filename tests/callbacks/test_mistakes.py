@@ -121,7 +121,7 @@ def test_learning_a_second_stream_on_top_is_said(make_trainer: Make) -> None:
 
 
 def test_a_misspelt_argument_of_a_strategy_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="no argument 'warmup_epoch'; did you mean 'warmup_epochs'"):
+    with pytest.raises(ArgumentError, match="no argument 'warmup_epoch', did you mean 'warmup_epochs'"):
         GradientFreeStrategy(warmup_epoch=2)
     assert GradientFreeStrategy(gradient_as_bucket_view=True)._ddp_kwargs == {"gradient_as_bucket_view": True}
 

@@ -160,7 +160,7 @@ def test_published_orders() -> None:
     splits = ClassIncremental(experiences=10, class_order="cifar100_icarl").split(hundred, hundred)
     assert splits[0].classes == tuple(sorted(icarl[:10]))
     assert splits[0].name == "classes 0-97 (10)"
-    with pytest.raises(ArgumentError, match=r"cifar100_icarl.*cifar100_numpy1993.*Did you mean 'cifar100_icarl'"):
+    with pytest.raises(ArgumentError, match=r"cifar100_icarl.*cifar100_numpy1993.*did you mean 'cifar100_icarl'"):
         ClassIncremental(experiences=2, class_order="cifar100_icar")
 
 

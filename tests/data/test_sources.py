@@ -306,7 +306,7 @@ def test_names_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     assert len(NpzImages("./cifar_subset").load(None)[0]) == 2
     with pytest.raises(
-        DataError, match=r"npz:cifar_subst: nothing is at .*cifar_subst\.npz; did you mean 'cifar_subset'"
+        DataError, match=r"npz:cifar_subst: nothing is at .*cifar_subst\.npz, did you mean 'cifar_subset'"
     ):
         NpzImages("cifar_subst").load(tmp_path)
     with pytest.raises(DataError, match=r"npz:cifar_subset .* data\.root or the environment variable CLKIT_DATA"):
@@ -498,7 +498,7 @@ def test_torchvision_failed_download(tmp_path: Path, fakes: type[Splits], monkey
 
 
 def test_torchvision_names(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="no 'CIFAR1O'; did you mean 'CIFAR10'"):
+    with pytest.raises(ArgumentError, match="no 'CIFAR1O', did you mean 'CIFAR10'"):
         Torchvision("CIFAR1O").load(tmp_path)
     with pytest.raises(ArgumentError, match="no 'os'"):
         Torchvision("os").load(tmp_path)
@@ -653,11 +653,11 @@ def test_specs(spec: str, source: Source) -> None:
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("digit", "'digit' is not known; allowed: 'digits', .*'features:NAME'. Did you mean 'digits'"),
-        ("torchvison:CIFAR10", "Did you mean 'torchvision'"),
+        ("digit", "'digit' is not known; allowed: 'digits', .*'features:NAME', did you mean 'digits'"),
+        ("torchvison:CIFAR10", "did you mean 'torchvision'"),
         ("imagenet", "'imagenet' is not known; allowed: "),
         ("", "'' is not known"),
-        ("digits:flt", "unknown option 'flt'; allowed: .*'digits:flat'.* Did you mean 'flat'"),
+        ("digits:flt", "unknown option 'flt'; allowed: .*'digits:flat'.* did you mean 'flat'"),
         ("digits:", "unknown option ''"),
         ("npz:", "'npz:' lacks what comes after the colon"),
         ("folder", "'folder' lacks"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import struct
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clkit.errors import ArgumentError, DataError
+from clkit.errors import ArgumentError, DataError, did_you_mean
 
 __all__ = ["Part", "Source", "data_root"]
 
@@ -122,9 +121,7 @@ def data_root(explicit: str | Path | None = None) -> Path | None:
 
 
 def unknown_spec(problem: str, seen: str, known: Sequence[str], shown: Sequence[str]) -> ArgumentError:
-    near = difflib.get_close_matches(seen, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ArgumentError(f"{problem}; allowed: {', '.join(shown)}.{hint}")
+    return ArgumentError(f"{problem}; allowed: {', '.join(shown)}{did_you_mean(seen, known)}")
 
 
 class FloatPart(Part):
@@ -179,8 +176,7 @@ def locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
             return place
     parent = places[0].parent
     there = [entry.name.removesuffix(suffix) for entry in listing(parent)] if parent.is_dir() else []
-    near = difflib.get_close_matches(name.removesuffix(suffix), there, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name.removesuffix(suffix), there)
     raise DataError(f"{kind}:{name}: nothing is at {' or '.join(map(str, places))}{hint}")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clkit.data.sources.base import DATA_VARIABLE, NamedSource, Part, RowRange, check_rows, no_root, select_rows
 from clkit.data.sources.custom import DatasetPart
-from clkit.errors import ArgumentError, DataError
+from clkit.errors import ArgumentError, DataError, did_you_mean
 
 __all__ = ["Torchvision"]
 
@@ -95,9 +94,8 @@ def _torchvision_class(name: str) -> Any:
     except ImportError as error:
         raise DataError(f"torchvision:{name} needs the package torchvision, which is not installed") from error
     if name not in datasets.__all__:
-        near = difflib.get_close_matches(name, datasets.__all__, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see the documentation of torchvision.datasets for the names."
-        raise ArgumentError(f"torchvision.datasets has no {name!r}; {hint}")
+        hint = did_you_mean(name, datasets.__all__) or "; its documentation lists the names"
+        raise ArgumentError(f"torchvision.datasets has no {name!r}{hint}")
     return getattr(datasets, name)
 
 
