@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from clkit.errors import ArgumentError
@@ -22,7 +23,7 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Mean of independent runs and Student's confidence interval of it, ``mean ± t · s / √n``.
+    """Return the mean of independent runs and Student's confidence interval of it, ``mean ± t · s / √n``.
 
     Args:
         values: One number a run.
@@ -38,11 +39,9 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     """
     if not values:
         raise ArgumentError("values is empty: a mean needs at least one run")
-    n = len(values)
-    mean = math.fsum(values) / n
+    n, mean = len(values), fmean(values)
     if n == 1:
         return Interval(mean, None)
-    from scipy.stats import t
+    from scipy.stats import t  # takes a second to import
 
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return Interval(mean, float(t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n))
+    return Interval(mean, float(t.interval(confidence, n - 1)[1]) * stdev(values) / math.sqrt(n))

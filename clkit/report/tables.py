@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from clkit.report.comparison import METRICS, ComparisonRow
+from clkit.report.intervals import Interval
+
 __all__ = ["comparison_table", "evaluation_table", "seeds_table", "stage_table"]
 
 MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
@@ -86,38 +89,29 @@ def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes
     return table
 
 
-def seeds_table(
-    groups: Sequence[Mapping[str, Sequence[tuple[float, float | None] | None]]],
-    metrics: Sequence[str],
-    title: str,
-    caption: str,
-) -> Table:
-    """Means over several seeds with the half-widths of their intervals, in per cent: one row a method.
+def seeds_table(rows: Sequence[ComparisonRow], title: str, caption: str) -> Table:
+    """Return the means over several seeds with the half-widths of their intervals, in per cent.
 
     Args:
-        groups: Rows that stand together, separated by lines: for each name and metric the mean and the half-width, or
-            ``None`` where it is not defined; a half-width is ``None`` for a single seed.
-        metrics: Heads of the columns.
+        rows: One row a predictor of a method; lines part the outer ones from the others.
         title: What stands above.
         caption: What stands below.
 
     Example:
-        >>> groups = [{"fine-tuning": [(0.2, 0.01)]}, {"er": [(0.8, 0.02)], "nmc": [None]}]
-        >>> seeds_table(groups, ["final accuracy"], "digits", "").row_count
-        3
+        >>> run = {"average_accuracy": 0.8, "final_accuracy": 0.8, "average_incremental_accuracy": 0.9, "forgetting": 0}
+        >>> seeds_table([ComparisonRow("nmc", "nmc", "nmc", False, [run, run])], "digits", "").row_count
+        1
     """
     table = _table(f"{title} (%)", caption=caption or None, caption_justify="left")
-    for metric in metrics:
-        table.add_column(metric, justify="right", no_wrap=True)
-    shown = [group for group in groups if group]
-    for group in shown:
-        for name, values in group.items():
-            table.add_row(name, *[_interval(value) for value in values])
-        table.add_section()
+    for head in METRICS.values():
+        table.add_column(head, justify="right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        ends = following is None or following.outer != row.outer
+        table.add_row(row.name, *[_interval(row.interval(metric)) for metric in METRICS], end_section=ends)
     return table
 
 
-def _interval(value: tuple[float, float | None] | None) -> str:
+def _interval(value: Interval | None) -> str:
     if value is None:
         return "-"
     mean, half_width = value

@@ -1,0 +1,101 @@
+"""What a comparison of recipes over several seeds shows and writes: a table, ``compare.json`` and ``compare.csv``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clkit._version import __version__
+from clkit.files import atomic_write
+from clkit.metrics.functional import staged_counts, summarize
+from clkit.report.intervals import CONFIDENCE, Interval, t_interval
+
+__all__ = ["METRICS", "ComparisonRow", "joint_metrics", "write_comparison"]
+
+FORMAT = 1
+METRICS = {  # with the heads of their columns
+    "average_accuracy": "average\naccuracy",
+    "final_accuracy": "final\naccuracy",
+    "average_incremental_accuracy": "average\nincremental",
+    "forgetting": "\nforgetting",
+}
+
+
+class ComparisonRow(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: The row's first column.
+        recipe: The recipe that was run, ``"fine-tuning"`` or ``"joint"``.
+        predictor: The predictor of the recipe.
+        outer: Whether the row is fine-tuning or joint training.
+        runs: For each seed its number, the run's folder and all metrics (``None`` where one is not defined).
+    """
+
+    name: str
+    recipe: str
+    predictor: str
+    outer: bool
+    runs: list[dict[str, Any]]
+
+    def interval(self, metric: str) -> Interval | None:
+        """Return the mean over the seeds and its interval; ``None`` where a metric is not defined."""
+        values = [run[metric] for run in self.runs]
+        return None if None in values else t_interval(values)
+
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Return mean, half-width and both ends of each metric's interval."""
+        summary: dict[str, dict[str, float | None]] = {}
+        for metric in METRICS:
+            mean, half = self.interval(metric) or (None, None)
+            low, high = (None, None) if mean is None or half is None else (mean - half, mean + half)
+            summary[metric] = {"mean": mean, "half_width": half, "low": low, "high": high}
+        return summary
+
+
+def write_comparison(folder: Path, rows: Sequence[ComparisonRow], **more: Any) -> None:
+    """Write ``compare.json`` and ``compare.csv``.
+
+    Args:
+        folder: Where they go.
+        rows: The rows of the table.
+        more: Further entries of the JSON document.
+
+    Raises:
+        WriteError: If a file cannot be written.
+    """
+    listed = [row._asdict() | {"summary": row.summary()} for row in rows]
+    document = {"format": FORMAT, "clkit": __version__, "confidence": CONFIDENCE, **more, "rows": listed}
+    with atomic_write(folder / "compare.json") as draft:
+        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_write(folder / "compare.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+        writer.writerow(["name", "recipe", "predictor", "seeds", *columns])
+        for row in listed:
+            ends = [row["summary"][metric][end] for metric in METRICS for end in ("mean", "low", "high")]
+            cells = ["" if value is None else f"{value:.6f}" for value in ends]
+            writer.writerow([row["name"], row["recipe"], row["predictor"], len(row["runs"]), *cells])
+
+
+def joint_metrics(
+    results: Mapping[str, Any], per_class: Path, predictor: str, stages: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Return the metrics of joint training, after each stage on the classes that the stream would have brought by then.
+
+    Where a class is in two of the ``stages``, which list the classes of each, only the final accuracy is known.
+    """
+    values: dict[str, Any] = dict.fromkeys(METRICS)
+    classes = [label for stage in stages for label in stage]
+    if len(set(classes)) == len(classes):
+        with per_class.open(newline="", encoding="utf-8") as lines:
+            counts = {
+                int(line["class"]): (int(line["correct"]), int(line["samples"]))
+                for line in csv.DictReader(lines)
+                if line["predictor"] == predictor
+            }
+        values = summarize(*staged_counts(counts, stages))
+    return {**values, "final_accuracy": results["final_accuracy"], "forgetting": None}
