@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -74,6 +75,23 @@ class Preprocessing:
             )
         if self.std is not None and not bool((torch.as_tensor(self.std) > 0).all()):
             raise ArgumentError(f"std must be positive, got {self.std}")
+
+    @classmethod
+    def of_timm(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """Return the preprocessing that a network of timm expects.
+
+        Args:
+            config: What ``timm.data.resolve_model_data_config(network)`` gives.
+        """
+        size = int(config["input_size"][-1])
+        return cls(
+            size=size,
+            resize=max(size, math.floor(size / config.get("crop_pct", 1.0))),
+            interpolation=config.get("interpolation", "bicubic"),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            channels=int(config["input_size"][0]),
+        )
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
         """Prepares a batch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,26 +9,21 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from clkit.data._fit import prepare_fit
+from clkit.data.cutting import CutStream, PartName, cut_stream
 from clkit.data.loader import EvaluationLoader, Fetcher, ReplayLoader, TrainLoader, Workers, cut_batches, epoch_order
 from clkit.data.preprocessing import Preprocessing
-from clkit.data.scenarios import ClassIncremental, Labels, Scenario, Split
+from clkit.data.scenarios import ClassIncremental, Scenario
 from clkit.data.sources import resolve_source
-from clkit.data.sources.base import Part, Source, data_root
+from clkit.data.sources.base import Source, data_root
 from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
 from clkit.schema import check_format, saved_entry, saved_list
 from clkit.stream import resume
 from clkit.stream._lightning import (
-    callbacks_of,
-    cap_max_epochs,
-    is_fast_dev_run,
     loaded_checkpoint,
-    longest_validation_interval,
-    reload_loaders_every_epoch,
     started_epochs,
     stream_position,
 )
@@ -154,10 +148,7 @@ class StreamDataModule(pl.LightningDataModule):
         self.root = root
 
         self.experiences: list[Experience] = []
-        self._classes: list[int] = []
-        self._splits: list[Split] = []
-        self._validation: list[Rows] = []  # rows of the training part, where `val_fraction` cuts them off
-        self._parts: tuple[Part, Part] | None = None
+        self._loaded: CutStream | None = None  # after `setup`
         self._workers: dict[str, Workers] = {}
         self._warmup_epochs = 0
         self._position: dict[str, Any] | None = None  # of a loaded checkpoint, for the fit that resumes from it
@@ -166,15 +157,17 @@ class StreamDataModule(pl.LightningDataModule):
     # ---- the stream
 
     def setup(self, stage: str) -> None:
-        """Loads the source, cuts the stream and, for a fit, sets how the trainer walks it."""
-        if self._parts is None:
-            self._parts = self.source.load(data_root(self.root))
-            self._cut(*self._parts)
+        """Load the source, cut the stream and, for a fit, set how the trainer walks through it."""
+        if self._loaded is None:
+            parts = self.source.load(data_root(self.root))
+            self._loaded = cut_stream(self.source, parts, self.scenario, self.stop_after, self.val_fraction, self.seed)
+            self.experiences = self._loaded.experiences
         if self.trainer is not None:
             self._warmup_epochs = getattr(self.trainer.strategy, "warmup_epochs", 0)
         self._close_workers()  # the preprocessing may be another module's
         if stage == "fit" and self.trainer is not None:
-            self._fit_trainer(self.trainer)
+            self._reached = None
+            prepare_fit(self.trainer, self.experiences, self.epochs, self._training_batches)
 
     def teardown(self, stage: str) -> None:
         """Notes how far a fit came and lets the worker processes go."""
@@ -183,82 +176,11 @@ class StreamDataModule(pl.LightningDataModule):
             self._position = None
         self._close_workers()
 
-    def _cut(self, train: Part, test: Part) -> None:
-        names = self.source.domain_names
-        splits = self.scenario.split(
-            Labels(train.targets, train.domains, names), Labels(test.targets, test.domains, names)
-        )
-        self._classes = list(dict.fromkeys(label for split in splits for label in split.classes))
-        self._splits = splits[: self.stop_after]
-        if not self._classes:
-            raise DataError("the training part has no labelled row; a stream needs class ids of 0 or more")
-        if self.val_fraction:
-            self._cut_validation(train)
-        self.experiences = [
-            Experience(
-                index=index,
-                name=split.name,
-                classes=split.classes,
-                train_samples=len(split.train),
-                eval_samples=len(self._validation[index] if self.val_fraction else split.test),
-            )
-            for index, split in enumerate(self._splits)
-        ]
-
-    def _cut_validation(self, train: Part) -> None:
-        generator = np.random.default_rng(self.seed)
-        kept, self._validation = [], []
-        for split in self._splits:
-            held_out: list[Rows] = []
-            for label in np.unique(train.targets[split.train]):
-                rows = split.train[train.targets[split.train] == label]
-                count = round(self.val_fraction * len(rows)) if label >= 0 else 0
-                if len(rows) > 1:
-                    held_out.append(generator.permutation(rows)[: min(count, len(rows) - 1)])
-            validation = np.sort(np.concatenate(held_out)) if held_out else np.empty(0, dtype=np.int64)
-            if not len(validation):
-                raise DataError(
-                    f"val_fraction={self.val_fraction} leaves no validation sample in experience {split.name!r} with "
-                    f"{len(split.train)} training samples; raise it, or set it to 0"
-                )
-            self._validation.append(validation)
-            kept.append(replace(split, train=np.setdiff1d(split.train, validation)))
-        self._splits = kept
-
-    def _fit_trainer(self, trainer: pl.Trainer) -> None:
-        self._reached = None
-        reload_loaders_every_epoch(trainer)
-        if is_fast_dev_run(trainer):
-            return
-        self._check_trainer(trainer)
-        needed, given = self.epochs, trainer.max_epochs
-        if given is None or given == -1 or given > needed:
-            cap_max_epochs(trainer, needed)
-            if given not in (None, -1, 1000):  # 1000 is what Lightning fills in
-                rank_zero_info(f"clkit: the stream has {needed} epochs; max_epochs={given} is cut to that")
-        elif given < needed:
-            raise ConfigurationError(
-                f"max_epochs={given} ends before the stream does: it has {len(self.experiences)} experiences and needs "
-                f"max_epochs={needed}; leave max_epochs out, or set StreamDataModule(stop_after=…) for a shorter stream"
-            )
-
-    def _check_trainer(self, trainer: pl.Trainer) -> None:
-        if len(self.experiences) > 1 and any(isinstance(callback, EarlyStopping) for callback in callbacks_of(trainer)):
-            raise ConfigurationError(
-                "EarlyStopping would end the whole stream, not the experience, and what it monitors gets worse "
-                "whenever something new arrives; leave it out and set epochs_per_experience"
-            )
-        interval = trainer.val_check_interval
-        if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
-            return  # a share of an epoch, or batches counted over epochs
-        for experience, split in zip(self.experiences, self._splits, strict=True):
-            batches = len(self._shared(split.train, self.batch_size, f"experience {experience.name!r}"))
-            longest = longest_validation_interval(trainer, batches)
-            if interval > longest:
-                raise ConfigurationError(
-                    f"val_check_interval={interval} is longer than experience {experience.name!r}, which has {longest} "
-                    f"training batches; use at most {longest}, or a share of an epoch such as 0.5"
-                )
+    @property
+    def _cut(self) -> CutStream:
+        if self._loaded is None:
+            raise ConfigurationError("the stream is not set up yet; call setup('fit') before asking for its loaders")
+        return self._loaded
 
     @property
     def epochs(self) -> int:
@@ -287,7 +209,7 @@ class StreamDataModule(pl.LightningDataModule):
     @property
     def classes(self) -> list[int]:
         """Ids of all classes of the whole stream, in the order in which they arrive; the user's ids."""
-        return list(self._classes)
+        return [] if self._loaded is None else list(self._loaded.classes)
 
     @property
     def num_classes(self) -> int:
@@ -304,26 +226,23 @@ class StreamDataModule(pl.LightningDataModule):
         """Names by the user's class id; may be empty."""
         return self.source.class_names
 
-    def _batch_targets(self, part: Part) -> Rows:
-        if not self.relabel:
-            return part.targets
-        table = np.full(int(max(part.targets.max(initial=0), max(self.classes))) + 1, -1, dtype=np.int64)
-        table[self.classes] = np.arange(len(self.classes))
-        relabelled: Rows = np.where(part.targets < 0, -1, table[part.targets])
-        return relabelled
-
     # ---- loaders
 
     def train_dataloader(self) -> TrainLoader:
         """The batches of the trainer's current epoch. Without side effects: a resume asks for a stale epoch first."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        workers = self._workers_of("train")
         experience = self.experience_at(epoch) or self.experiences[-1]
         batches = self._shared(self._order(experience.index, epoch), self.batch_size, f"experience {experience.name!r}")
-        return TrainLoader(self._workers_of("train"), batches, epoch, self._start_of)
+        return TrainLoader(workers, batches, epoch, self._start_of)
+
+    def _training_batches(self, experience: Experience) -> int:
+        rows = self._cut.splits[experience.index].train
+        return len(self._shared(rows, self.batch_size, f"experience {experience.name!r}"))
 
     def _order(self, index: int, epoch: int) -> Rows:
         """The rows of an experience as they arrive in an epoch."""
-        split = self._splits[index]
+        split = self._cut.splits[index]
         return epoch_order(split.train, seed=self.seed, epoch=epoch, shuffle=self._shuffles and not split.ordered)
 
     @property
@@ -355,18 +274,19 @@ class StreamDataModule(pl.LightningDataModule):
         """
         last = len(self.experiences) - 1 if self.evaluate == "all" else min(upto, len(self.experiences) - 1)
         held_out = part == "validate" and self.val_fraction > 0
-        workers = self._workers_of("validation" if held_out else "test")
-        batches: dict[int, list[Rows]] = {}
-        for index in range(last + 1):
-            rows = self._validation[index] if held_out else self._splits[index].test
-            if len(rows):
-                batches[index] = self._shared(rows, self.eval_batch_size, f"the evaluation of experience {index}")
-        if not held_out and not any(len(split.test) for split in self._splits):
+        name: PartName = "validation" if held_out else "test"
+        rows = self._cut.rows(name)
+        if not any(map(len, rows)):
             raise DataError(
                 f"the source {self.source.name!r} has no test samples to evaluate on; give it a test part, or set "
                 "val_fraction above 0 to validate on a share of the training part"
             )
-        return EvaluationLoader(workers, batches)
+        batches = {
+            index: self._shared(rows[index], self.eval_batch_size, f"the evaluation of experience {index}")
+            for index in range(last + 1)
+            if len(rows[index])
+        }
+        return EvaluationLoader(self._workers_of(name), batches)
 
     @property
     def evaluated_on(self) -> str:
@@ -394,11 +314,17 @@ class StreamDataModule(pl.LightningDataModule):
         except DataError as error:
             raise DataError(f"{what}: {error}") from error
 
-    def _workers_of(self, name: Literal["train", "validation", "test"]) -> Workers:
-        if self._parts is None:
-            raise ConfigurationError("the stream is not set up yet; call setup('fit') before asking for its loaders")
+    def _workers_of(self, name: PartName) -> Workers:
         if name not in self._workers:
-            self._workers[name] = Workers(self._fetcher(name, *self._parts), self.num_workers)
+            fetcher = Fetcher(
+                self._cut.part(name),
+                self._cut.targets(name, self.relabel),
+                self.input_preprocessing(),
+                self.train_transform if name == "train" else None,
+                self._cut.tasks(name) if self.gives_task_id else None,
+                self.seed,
+            )
+            self._workers[name] = Workers(fetcher, self.num_workers)
         return self._workers[name]
 
     def _close_workers(self) -> None:
@@ -410,7 +336,7 @@ class StreamDataModule(pl.LightningDataModule):
 
     def training_rows(self, index: int) -> Rows:
         """Row numbers (n,) of an experience's training samples in the source's training part, sorted."""
-        rows: Rows = np.sort(self._splits[index].train)
+        rows: Rows = np.sort(self._cut.splits[index].train)
         return rows
 
     def learned_batches(
@@ -432,11 +358,11 @@ class StreamDataModule(pl.LightningDataModule):
         """
         self._check_position(position)
         order, schedule = position["order"], position["schedule"]
-        assert self._parts is not None
-        if rows.min() < 0 or rows.max() >= len(self._parts[0]):
+        available = len(self._cut.train)
+        if rows.min() < 0 or rows.max() >= available:
             raise DataError(
                 f"there is no sample {int(rows.max() if rows.min() >= 0 else rows.min())}: the training part of "
-                f"{self.source.name!r} has the rows 0 to {len(self._parts[0]) - 1}"
+                f"{self.source.name!r} has the rows 0 to {available - 1}"
             )
         warmup, length = schedule["warmup_epochs"], schedule["epochs_per_experience"]
         last = position["epoch"] if position["batches"] else position["epoch"] - 1
@@ -478,36 +404,12 @@ class StreamDataModule(pl.LightningDataModule):
         """A loader of training batches given by epoch and rows, augmented as they were."""
         return ReplayLoader(self._workers_of("train"), batches)
 
-    def _fetcher(self, name: str, train: Part, test: Part) -> Fetcher:
-        part = test if name == "test" else train
-        rows = {
-            "train": [split.train for split in self._splits],
-            "validation": self._validation,
-            "test": [split.test for split in self._splits],
-        }[name]
-        return Fetcher(
-            part,
-            self._batch_targets(part),
-            self.input_preprocessing(),
-            self.train_transform if name == "train" else None,
-            self._tasks(len(part), rows),
-            self.seed,
-        )
-
-    def _tasks(self, length: int, rows: list[Rows]) -> Rows | None:
-        if not self.gives_task_id:
-            return None
-        tasks = np.full(length, -1, dtype=np.int64)
-        for index, own in enumerate(rows):
-            tasks[own] = index
-        return tasks
-
     def input_preprocessing(self) -> Callable[[Any], Tensor]:
         """What turns stored inputs into those of the network, with ``"auto"`` settled; after ``setup``."""
         if not isinstance(self.preprocessing, str):
             return self.preprocessing
         config: dict[str, Any] | None = None
-        if self.preprocessing == "auto" and self.trainer is not None and self._holds_images():
+        if self.preprocessing == "auto" and self.trainer is not None and self._cut.holds_images:
             module = self.trainer.lightning_module
             config = getattr(module, "data_config", None)
             if config is None and any(hasattr(part, "pretrained_cfg") for part in module.modules()):
@@ -516,22 +418,7 @@ class StreamDataModule(pl.LightningDataModule):
                     "Give the module a property `data_config` (timm.data.resolve_model_data_config(network)), or set "
                     "`preprocessing`"
                 )
-        if not config:
-            return Preprocessing()
-        size = int(config["input_size"][-1])
-        return Preprocessing(
-            size=size,
-            resize=max(size, math.floor(size / config.get("crop_pct", 1.0))),
-            interpolation=config.get("interpolation", "bicubic"),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            channels=int(config["input_size"][0]),
-        )
-
-    def _holds_images(self) -> bool:
-        assert self._parts is not None
-        first: Any = self._parts[0].get_many(np.zeros(1, dtype=np.int64))
-        return isinstance(first, list) or (isinstance(first, torch.Tensor) and first.ndim == 4)
+        return Preprocessing.of_timm(config) if config else Preprocessing()
 
     # ---- state: the position, as batches that were learned
 
