@@ -20,20 +20,20 @@ from torch.utils.data import DataLoader, Dataset
 from clkit.data.sources.base import Part
 from clkit.errors import DataError
 
-__all__ = ["EvaluationLoader", "Fetcher", "ReplayLoader", "TrainLoader", "cut_batches", "epoch_order"]
+__all__ = ["BatchLoader", "EvaluationLoader", "Fetcher", "TrainLoader", "Workers", "cut_batches", "epoch_order"]
 
 Rows = npt.NDArray[np.int64]
 
 
 def epoch_order(rows: Rows, *, seed: int, epoch: int, shuffle: bool) -> Rows:
-    """The order in which the rows of an experience arrive in an epoch."""
+    """Return the rows of an experience in the order in which they arrive in an epoch."""
     if not shuffle:
         return rows
     return rows[np.random.default_rng((seed, epoch)).permutation(len(rows))]
 
 
 def cut_batches(rows: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Rows]:
-    """Cuts ordered rows into this rank's batches: no row lost, none repeated, none empty.
+    """Cut ordered rows into this rank's batches: no row lost, none repeated, none empty.
 
     All ranks get the same *number* of batches, ``n = min(⌈N/(W·B)⌉, ⌊N/W⌋)``, because Lightning talks between processes
     at every training batch; their sizes are as even as possible, at most ``batch_size`` (one row more at
@@ -65,7 +65,7 @@ def cut_batches(rows: Rows, batch_size: int, *, rank: int = 0, world_size: int =
 
 
 class Fetcher(Dataset[tuple[Any, ...]]):
-    """Turns row numbers into batches: read, augment, preprocess, and pair with targets.
+    """The data set that turns row numbers into batches: read, augment, preprocess, and pair with targets.
 
     Args:
         part: The training or test part of a source.
@@ -96,7 +96,7 @@ class Fetcher(Dataset[tuple[Any, ...]]):
         return len(self.targets)
 
     def fetch(self, rows: Rows, epoch: int) -> tuple[Any, ...]:
-        """The batch of these rows: ``(inputs, targets)``, or ``(inputs, targets, tasks)``."""
+        """Return the batch of some rows: ``(inputs, targets)``, or ``(inputs, targets, tasks)``."""
         inputs: Any = self.part.get_many(rows)
         if self.augment is not None:
             inputs = self._augmented(list(inputs), rows, epoch)
@@ -131,7 +131,7 @@ class Workers:
     """Worker processes that live until they are closed: each loader only sends them its keys.
 
     Args:
-        fetcher: What fetches a batch.
+        fetcher: The data set that they read.
         num_workers: Number of processes; 0 fetches in this one.
     """
 
@@ -142,7 +142,7 @@ class Workers:
         self._loader: DataLoader[Any] | None = None
 
     def batches(self, keys: list[tuple[int, Rows]]) -> Iterator[tuple[Any, ...]]:
-        """Batches for these keys, in order."""
+        """Yield the batches of some keys, in order."""
         if self.num_workers == 0:
             yield from (self.fetcher[key] for key in keys)
             return
@@ -159,7 +159,7 @@ class Workers:
         yield from self._loader
 
     def close(self) -> None:
-        """Ends the processes; they start anew if batches are asked for again."""
+        """End the processes; they start anew if batches are asked for again."""
         self._loader = None
 
 
@@ -176,70 +176,70 @@ class _Keys:
         return len(self.asked)
 
 
-class TrainLoader:
+class BatchLoader:
+    """Given batches, once an iteration.
+
+    Args:
+        workers: The processes that fetch them.
+        keys: Epoch and rows of each batch; the epoch is what its augmentation depends on.
+    """
+
+    def __init__(self, workers: Workers, keys: list[tuple[int, Rows]]) -> None:
+        self._workers = workers
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    # a generator, because Lightning calls `iter` twice an epoch and only one of the two is used
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        yield from self._workers.batches(self._keys[self._first() :])
+
+    def _first(self) -> int:
+        return 0
+
+
+class TrainLoader(BatchLoader):
     """The training batches of one epoch, from where the run stands.
 
     Args:
-        workers: What fetches.
-        batches: This rank's rows of each batch.
+        workers: The processes that fetch them.
+        batches: The rows of each batch of this process.
         epoch: The epoch.
         start: Answers how many batches of the epoch are already learned; asked when iteration begins.
     """
 
     def __init__(self, workers: Workers, batches: list[Rows], epoch: int, start: Callable[[int], int]) -> None:
-        self._workers = workers
-        self.batches = batches
+        super().__init__(workers, [(epoch, rows) for rows in batches])
         self.epoch = epoch
         self._start = start
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    # a generator, because Lightning calls `iter` twice an epoch and only one of the two is used
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        start = self._start(self.epoch)
-        yield from self._workers.batches([(self.epoch, rows) for rows in self.batches[start:]])
+    def _first(self) -> int:
+        return self._start(self.epoch)
 
     # with these two Lightning knows that the loader resumes in mid-epoch; the position itself is the data module's
     def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own: order and position belong to the data module."""
+        """Return the epoch; order and position belong to the data module."""
         return {"epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to take up."""
+        """Do nothing: order and position belong to the data module."""
 
 
-class ReplayLoader:
-    """Given training batches, once.
-
-    Args:
-        workers: What fetches.
-        batches: Epoch and rows of each.
-    """
-
-    def __init__(self, workers: Workers, batches: list[tuple[int, Rows]]) -> None:
-        self._workers = workers
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        yield from self._workers.batches(self.batches)
-
-
-class EvaluationLoader:
-    """One loader over the test rows of several experiences; a batch never straddles two.
+class EvaluationLoader(BatchLoader):
+    """The test rows of several experiences; a batch never straddles two.
 
     Batches go round robin over the experiences, so that ``limit_val_batches`` cuts them evenly.
 
     Args:
-        workers: What fetches.
-        batches: For each experience its batches (this rank's rows).
+        workers: The processes that fetch them.
+        batches: For each experience the rows of each batch of this process.
+
+    Attributes:
+        batches: Experience and rows of each batch, in order.
     """
 
     def __init__(self, workers: Workers, batches: dict[int, list[Rows]]) -> None:
-        self._workers = workers
         longest = max((len(rows) for rows in batches.values()), default=0)
         self.batches: list[tuple[int, Rows]] = [
             (experience, rows[turn])
@@ -247,19 +247,14 @@ class EvaluationLoader:
             for experience, rows in batches.items()
             if turn < len(rows)
         ]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        yield from self._workers.batches([(0, rows) for _, rows in self.batches])
+        super().__init__(workers, [(0, rows) for _, rows in self.batches])
 
     def experience_of(self, batch_idx: int) -> int:
-        """The experience that a batch belongs to."""
+        """Return the experience that a batch belongs to."""
         return self.batches[batch_idx][0]
 
     def expected_samples(self, limit: int | None = None) -> dict[int, int]:
-        """How many rows of each experience the first ``limit`` batches hold (all of them by default)."""
+        """Count the rows of each experience in the first ``limit`` batches (all of them by default)."""
         counts: dict[int, int] = {}
         for experience, rows in self.batches[:limit]:
             counts[experience] = counts.get(experience, 0) + len(rows)

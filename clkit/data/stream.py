@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clkit.data._fit import prepare_fit
 from clkit.data.cutting import CutStream, PartName, cut_stream
-from clkit.data.loader import EvaluationLoader, Fetcher, ReplayLoader, TrainLoader, Workers, cut_batches, epoch_order
+from clkit.data.loader import BatchLoader, EvaluationLoader, Fetcher, TrainLoader, Workers, cut_batches, epoch_order
 from clkit.data.preprocessing import Preprocessing
 from clkit.data.scenarios import ClassIncremental, Scenario
 from clkit.data.sources import resolve_source
@@ -170,7 +170,7 @@ class StreamDataModule(pl.LightningDataModule):
             prepare_fit(self.trainer, self.experiences, self.epochs, self._training_batches)
 
     def teardown(self, stage: str) -> None:
-        """Notes how far a fit came and lets the worker processes go."""
+        """Note how far a fit came and end the worker processes."""
         if stage == "fit" and self.trainer is not None:
             self._reached = self._reached_by(self.trainer)
             self._position = None
@@ -193,14 +193,14 @@ class StreamDataModule(pl.LightningDataModule):
         return bool(getattr(self.scenario, "gives_task_id", False))
 
     def experience_at(self, epoch: int) -> Experience | None:
-        """The experience of an epoch, with its phase; ``None`` beyond the stream."""
+        """Return the experience of an epoch, with its phase; ``None`` beyond the stream."""
         if epoch < self._warmup_epochs:
             return replace(self.experiences[0], phase="warmup")
         index = (epoch - self._warmup_epochs) // self.epochs_per_experience
         return self.experiences[index] if index < len(self.experiences) else None
 
     def is_last_epoch(self, epoch: int) -> bool:
-        """Whether an epoch is the last of its experience."""
+        """Return whether an epoch is the last of its experience."""
         learned = epoch - self._warmup_epochs + 1
         return learned > 0 and learned % self.epochs_per_experience == 0
 
@@ -229,7 +229,7 @@ class StreamDataModule(pl.LightningDataModule):
     # ---- loaders
 
     def train_dataloader(self) -> TrainLoader:
-        """The batches of the trainer's current epoch. Without side effects: a resume asks for a stale epoch first."""
+        """Return the batches of the current epoch, without side effects: a resume asks for a stale epoch first."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         workers = self._workers_of("train")
         experience = self.experience_at(epoch) or self.experiences[-1]
@@ -241,7 +241,7 @@ class StreamDataModule(pl.LightningDataModule):
         return len(self._shared(rows, self.batch_size, f"experience {experience.name!r}"))
 
     def _order(self, index: int, epoch: int) -> Rows:
-        """The rows of an experience as they arrive in an epoch."""
+        """Return the rows of an experience as they arrive in an epoch."""
         split = self._cut.splits[index]
         return epoch_order(split.train, seed=self.seed, epoch=epoch, shuffle=self._shuffles and not split.ordered)
 
@@ -251,19 +251,19 @@ class StreamDataModule(pl.LightningDataModule):
         return self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
 
     def val_dataloader(self) -> EvaluationLoader:
-        """One loader over the experiences that are to be evaluated now."""
+        """Return one loader over the experiences that are to be evaluated now."""
         return self.evaluation_loader(self._upto())
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The source's test part, of the experiences that were reached."""
+        """Return the source's test samples of the experiences that were reached."""
         return self.evaluation_loader(self._upto(), part="test")
 
     def predict_dataloader(self) -> EvaluationLoader:
-        """The same samples as for the test."""
+        """Return the same loader as for the test."""
         return self.test_dataloader()
 
     def evaluation_loader(self, upto: int, part: Literal["validate", "test"] = "validate") -> EvaluationLoader:
-        """A loader over experiences 0 … ``upto`` (all of the stream with ``evaluate="all"``).
+        """Return a loader over experiences 0 … ``upto`` (all of the stream with ``evaluate="all"``).
 
         Args:
             upto: Index of the last experience.
@@ -335,7 +335,7 @@ class StreamDataModule(pl.LightningDataModule):
     # ---- what was learned once more
 
     def training_rows(self, index: int) -> Rows:
-        """Row numbers (n,) of an experience's training samples in the source's training part, sorted."""
+        """Return the row numbers (n,) of an experience's training samples in the source's training part, sorted."""
         rows: Rows = np.sort(self._cut.splits[index].train)
         return rows
 
@@ -400,12 +400,12 @@ class StreamDataModule(pl.LightningDataModule):
                     f"{getattr(self, name)}"
                 )
 
-    def replayed(self, batches: list[tuple[int, Rows]]) -> ReplayLoader:
-        """A loader of training batches given by epoch and rows, augmented as they were."""
-        return ReplayLoader(self._workers_of("train"), batches)
+    def replayed(self, batches: list[tuple[int, Rows]]) -> BatchLoader:
+        """Return a loader of training batches given by epoch and rows, augmented as they were."""
+        return BatchLoader(self._workers_of("train"), batches)
 
     def input_preprocessing(self) -> Callable[[Any], Tensor]:
-        """What turns stored inputs into those of the network, with ``"auto"`` settled; after ``setup``."""
+        """Return the function from stored inputs to those of the network, with ``"auto"`` settled; after ``setup``."""
         if not isinstance(self.preprocessing, str):
             return self.preprocessing
         config: dict[str, Any] | None = None

@@ -45,7 +45,7 @@ __all__ = [
 
 
 def resolve_source(spec: str | Source) -> Source:
-    """A source from its spec, e.g. ``"digits:flat"`` or ``"npz:cifar100_subset"``; a source is returned as it is.
+    """Return the source of a spec, e.g. ``"digits:flat"`` or ``"npz:cifar100_subset"``; a source is returned as it is.
 
     Args:
         spec: See the table at the top of this module.

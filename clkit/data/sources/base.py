@@ -21,11 +21,11 @@ from clkit.errors import ArgumentError, DataError, did_you_mean
 __all__ = ["Part", "Source", "data_root"]
 
 
+Int64 = npt.NDArray[np.int64]
+
+RowRange = list[int | None]
+
 DATA_VARIABLE = "CLKIT_DATA"
-
-
-LARGEST = int(np.iinfo(np.int64).max)
-
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -48,7 +48,7 @@ class Part(ABC):
 
     @abstractmethod
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
-        """The inputs of some rows, in the order asked for.
+        """Return the inputs of some rows, in the order asked for.
 
         Args:
             indices: (B,) row numbers; a row may be asked for twice.
@@ -95,7 +95,7 @@ class NamedSource(Source):
 
 
 def data_root(explicit: str | Path | None = None) -> Path | None:
-    """The data folder: ``explicit``, else the environment variable ``CLKIT_DATA``, else ``None``.
+    """Return the data folder: ``explicit``, else the environment variable ``CLKIT_DATA``, else ``None``.
 
     Args:
         explicit: A folder; ``~`` is the home folder.
@@ -121,6 +121,7 @@ def data_root(explicit: str | Path | None = None) -> Path | None:
 
 
 def unknown_spec(problem: str, seen: str, known: Sequence[str], shown: Sequence[str]) -> ArgumentError:
+    """Return the error for a word of a spec that is not known."""
     return ArgumentError(f"{problem}; allowed: {', '.join(shown)}{did_you_mean(seen, known)}")
 
 
@@ -162,7 +163,7 @@ class SelectedRows(Part):
 
 
 def locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
-    """The file or folder that a spec names."""
+    """Return the file or folder that a spec names."""
     if "/" in name or os.sep in name:
         places = [Path(name).expanduser()]
     elif root is None:
@@ -181,6 +182,7 @@ def locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
 
 
 def no_root(spec: str) -> str:
+    """Return what to say where a name is to be looked up and there is no data folder."""
     return (
         f"{spec} is looked up in the data folder, and none is set; set data.root or the environment variable "
         f"{DATA_VARIABLE}"
@@ -188,10 +190,12 @@ def no_root(spec: str) -> str:
 
 
 def listing(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted by name; hidden files are left out."""
     return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def check_rows(*ranges: RowRange | None) -> None:
+    """Refuse what is no ``[start, stop, step]``."""
     for rows in ranges:
         if rows is None:
             continue
@@ -203,17 +207,23 @@ def check_rows(*ranges: RowRange | None) -> None:
             )
 
 
-def select_rows(part: Part, rows: RowRange | None, argument: str) -> Part:
-    if rows is None:
-        return part
-    chosen = np.arange(len(part))[slice(*rows)]
-    if not len(chosen):
-        raise DataError(f"{argument}={rows} selects none of {len(part)} rows")
-    return SelectedRows(part, chosen)
+def select_rows(source: Any, train: Part, test: Part) -> tuple[Part, Part]:
+    """Return the rows of both parts that a source's ``train_rows`` and ``test_rows`` name."""
+
+    def selected(part: Part, argument: str) -> Part:
+        rows: RowRange | None = getattr(source, argument)
+        if rows is None:
+            return part
+        chosen = np.arange(len(part))[slice(*rows)]
+        if not len(chosen):
+            raise DataError(f"{argument}={rows} selects none of {len(part)} rows")
+        return SelectedRows(part, chosen)
+
+    return selected(train, "train_rows"), selected(test, "test_rows")
 
 
 def stack_inputs(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-    """One tensor where shapes agree, else a list, which only images may be."""
+    """Return one tensor where shapes agree, else a list, which only images may be."""
     if len({item.dtype for item in items}) > 1:
         raise DataError("some inputs of a batch are uint8 images and some are floating point; expected one kind")
     if len({item.shape for item in items}) == 1:
@@ -225,6 +235,7 @@ def stack_inputs(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]
 
 
 def read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
+    """Return an image file as RGB, uint8 (3, H, W)."""
     from PIL import Image
 
     # found by flipping bytes; an image of absurd size is refused by Pillow before it asks for the memory
@@ -237,6 +248,7 @@ def read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
 
 
 def pil_to_tensor(image: Any, described: str) -> torch.Tensor:
+    """Return a PIL image as uint8: a grey one as (1, H, W), any other as RGB (3, H, W)."""
     from PIL import Image
 
     if not isinstance(image, Image.Image):
@@ -245,18 +257,9 @@ def pil_to_tensor(image: Any, described: str) -> torch.Tensor:
 
 
 def _pixels(image: Any) -> torch.Tensor:
-    """A PIL image as uint8 (C, H, W)."""
+    """Return a PIL image as uint8 (C, H, W)."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
-
-
-Int64 = npt.NDArray[np.int64]
-
-
-RowRange = list[int | None]
-
-
-Inputs = torch.Tensor | list[torch.Tensor]
 
 
 SPECS = (

@@ -61,7 +61,7 @@ class Custom(Source):
                 )
 
     def load(self, root: Path | None) -> tuple[Part, Part]:
-        """Both parts, each item fetched when it is asked for; ``root`` is not used."""
+        """Open both parts, each item fetched when it is asked for; ``root`` is not used."""
         if not self.class_names:
             self.class_names = dict(enumerate(map(str, getattr(self.train, "classes", ()))))
         return DatasetPart(self.train), DatasetPart(self.test)

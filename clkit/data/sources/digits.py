@@ -37,7 +37,7 @@ class Digits(NamedSource):
     shifts: bool = False
 
     def load(self, root: Path | None) -> tuple[Part, Part]:
-        """Both parts as float32 in [0, 1]; ``root`` is not used."""
+        """Read both parts as float32 in [0, 1]; ``root`` is not used."""
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
@@ -59,6 +59,7 @@ _DIGITS_OPTIONS = ("flat", "shifts")
 
 
 def digits_options(spec: str, rest: str, colon: bool) -> list[str]:
+    """Return the options that follow the colon of a spec."""
     options = [option.strip() for option in rest.split(",")] if colon else []
     for option in options:
         if option not in _DIGITS_OPTIONS:

@@ -78,7 +78,7 @@ class ImageFolder(NamedSource):
             )
             for rows in listings
         )
-        return select_rows(train, self.train_rows, "train_rows"), select_rows(test, self.test_rows, "test_rows")
+        return select_rows(self, train, test)
 
     def _list(self, folder: Path) -> list[tuple[str, str, str]]:
         """(domain, class, file) of each image of a part; the domain is "" where there are none."""

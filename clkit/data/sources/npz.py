@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 
 from clkit.data.sources.base import (
-    LARGEST,
     FloatPart,
     Int64,
     NamedSource,
@@ -63,7 +62,7 @@ class _NpzSource(NamedSource):
             self.class_names = arrays.names("class_names")
             self.domain_names = arrays.names("domain_names")
             train, test = self._parts(arrays)
-        return select_rows(train, self.train_rows, "train_rows"), select_rows(test, self.test_rows, "test_rows")
+        return select_rows(self, train, test)
 
     def _parts(self, arrays: _Arrays) -> tuple[Part, Part]:
         if "y_train" in arrays or "y_test" in arrays:
@@ -80,11 +79,11 @@ class _NpzSource(NamedSource):
 
     @abstractmethod
     def _kind(self) -> str:
-        """The word before the colon of the spec."""
+        """Return the word before the colon of the spec."""
 
     @abstractmethod
     def _part(self, arrays: _Arrays, suffix: str) -> Part:
-        """The arrays whose names end in the suffix, as a part."""
+        """Return the arrays whose names end in the suffix as a part."""
 
 
 @dataclass
@@ -230,12 +229,12 @@ class _Arrays:
         array = self.read(name)
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise self.error(f"{name} is {array.dtype} of shape {array.shape}; expected integers of shape (N,)")
-        if array.size and int(array.max()) > LARGEST:
+        if array.size and int(array.max()) > np.iinfo(np.int64).max:
             raise self.error(f"{name} holds {array.max()}, which is too large for a 64-bit integer with a sign")
         return array.astype(np.int64)
 
     def labels(self, suffix: str, rows: int, of: str) -> tuple[Int64, Int64 | None]:
-        """Targets and domains of a part with that many rows, which the array called ``of`` says."""
+        """Return targets and domains of a part with as many rows as the array called ``of`` has."""
         targets = self.integers(f"y{suffix}")
         domains = self.integers(f"domain{suffix}") if f"domain{suffix}" in self else None
         for name, ids in (("y", targets), ("domain", domains)):
@@ -293,7 +292,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _stratified(targets: Int64, fraction: float, seed: int) -> tuple[Int64, Int64]:
-    """Rows of the training and the test part, drawn class by class, both in stored order."""
+    """Return the rows of the training and the test part, drawn class by class, both in stored order."""
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(targets == c) for c in np.unique(targets)]
     if not any(_test_count(group, fraction) for group in groups):
@@ -305,12 +304,12 @@ def _stratified(targets: Int64, fraction: float, seed: int) -> tuple[Int64, Int6
 
 
 def _test_count(group: Int64, fraction: float) -> int:
-    """How many of a group's rows are tested on: the rounded share, but never all."""
+    """Return how many of a group's rows are tested on: the rounded share, but never all."""
     return min(int(len(group) * fraction + 0.5), len(group) - 1)
 
 
 def _not_float32(rows: npt.NDArray[Any], size: int = 4096) -> list[int]:
-    """Numbers of the rows (N, ...) that have a value which is no finite float32."""
+    """Return the numbers of the rows (N, ...) that have a value which is no finite float32."""
     bad: list[int] = []
     for start in range(0, len(rows), size):  # in parts: a mask of all would double the memory
         with np.errstate(over="ignore"):

@@ -48,14 +48,14 @@ class Torchvision(NamedSource):
         check_rows(self.train_rows, self.test_rows)
 
     def load(self, root: Path | None) -> tuple[Part, Part]:
-        """Both parts, each image decoded when it is asked for."""
+        """Open both parts, each image decoded when it is asked for."""
         kind = _torchvision_class(self.name)
         if root is None:
             raise DataError(no_root(f"torchvision:{self.name}"))
         datasets = [self._open(kind, root, training) for training in (True, False)]
         self.class_names = dict(enumerate(map(str, getattr(datasets[0], "classes", ()))))
         train, test = (DatasetPart(dataset, ("targets", "labels", "_labels")) for dataset in datasets)
-        return select_rows(train, self.train_rows, "train_rows"), select_rows(test, self.test_rows, "test_rows")
+        return select_rows(self, train, test)
 
     def _open(self, kind: Any, root: Path, training: bool) -> Any:
         arguments = dict(self.options)
@@ -100,7 +100,7 @@ def _torchvision_class(name: str) -> Any:
 
 
 def _accepted_arguments(kind: Any) -> set[str]:
-    """The argument names of a class's constructor and of those that it may hand keywords on to."""
+    """Return the argument names of a class's constructor and of those that it may hand keywords on to."""
     import inspect
 
     return {
