@@ -23,7 +23,7 @@ __all__ = ["atomic_write", "check_output", "read_checkpoint", "write_checkpoint"
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A place beside a file to write its new content to; moved over the old one at the end, or removed.
+    """Write a file whole or not at all: the draft that is yielded replaces the old file when the block ends.
 
     Whoever reads ``path`` sees the old content or the new, never a part: not when the disk is full, nor when the
     process is killed.
@@ -32,7 +32,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path: The file; its folder is made where there is none.
 
     Yields:
-        Where to write.
+        The path of the draft, in the folder of the file.
 
     Raises:
         WriteError: If it cannot be written; the file from before is unchanged.
@@ -61,7 +61,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def check_output(output: str | Path, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
-    """Looks, before any work, whether a file may be written.
+    """Refuse, before any work, a file that may not be written.
 
     Args:
         output: The file.
@@ -113,7 +113,7 @@ _REFUSED = re.compile(r"Unsupported global: GLOBAL (\S+)|Trying to call reduce f
 
 
 def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """Loads a checkpoint file without executing anything in it.
+    """Load a checkpoint file without executing anything in it.
 
     The checksums of the file are compared first: torch alone would take flipped bytes in a tensor for its values.
 
@@ -150,7 +150,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Saves a dictionary as Lightning does, whole or not at all.
+    """Save a dictionary as Lightning does, whole or not at all.
 
     Args:
         checkpoint: Tensors and plain values.

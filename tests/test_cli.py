@@ -17,7 +17,7 @@ import yaml
 
 import clkit
 from clkit.cli.main import main
-from clkit.runs._messages import summary
+from clkit.runs._messages import line_for_settings
 from clkit.runs.recipes import read_recipe, recipe_names
 from clkit.runs.settings import StreamCLI
 
@@ -417,7 +417,7 @@ def test_the_whole_report_follows_the_line(settings: Callable[..., str], capsys:
 
 
 def test_a_message_that_nobody_foresaw_is_shown_as_it_is() -> None:
-    assert summary("something\n  quite new") == "something quite new"
+    assert line_for_settings("something\n  quite new") == "something quite new"
 
 
 # ---- refusals: what clkit finds

@@ -36,7 +36,7 @@ NOTES = {
 
 
 def run_demo(folder: str | Path = "runs/demo") -> int:
-    """Runs the demo and prints its table.
+    """Run the demo and print its table.
 
     Three runs of one small network (``resnet10t`` from scratch, 32 px, 8 epochs) on scikit-learn's digits, cut into
     classes 0-3, then 4-5, 6-7 and 8-9: fine-tuning from stage to stage, gradient-free heads after a warm-up on the

@@ -13,7 +13,7 @@ __all__ = ["run_file_command"]
 
 
 def run_file_command(options: argparse.Namespace) -> int:
-    """Runs one of the commands.
+    """Run one of the commands.
 
     Args:
         options: What was parsed of the command line.

@@ -49,7 +49,7 @@ FILE_NOTES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status.
+    """Run the command and return its exit status.
 
     Args:
         arguments: What follows ``clkit`` on the command line; that of the process by default.
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _OneLine(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"clkit: {message}; see {self.prog} --help\n")
@@ -147,7 +147,7 @@ def _positive(text: str) -> int:
 
 
 def _split_overrides(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts a command's own words from the settings of a fit between them, ``--name value`` or ``--name=value``."""
+    """Part a command's own words from the settings of a fit between them, ``--name value`` or ``--name=value``."""
     words: list[str] = []
     options: list[str] = []
     overrides: list[str] = []

@@ -22,7 +22,7 @@ _CIFAR100_ICARL = """
 
 
 def _numpy_1993() -> tuple[int, ...]:
-    """The permutation of 100 ids that NumPy's legacy generator draws with seed 1993.
+    """Return the permutation of 100 ids that NumPy's legacy generator draws with seed 1993.
 
     NumPy has frozen the stream of ``RandomState``, so the order is the same on every machine and in every version.
     """
@@ -38,7 +38,7 @@ PUBLISHED_ORDERS: dict[str, tuple[int, ...]] = {
 
 
 def published_order(name: str) -> tuple[int, ...]:
-    """The class ids of a published order, first to arrive first.
+    """Return the class ids of a published order, first to arrive first.
 
     Args:
         name: A key of :data:`PUBLISHED_ORDERS`.

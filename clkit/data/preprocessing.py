@@ -94,7 +94,7 @@ class Preprocessing:
         )
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
-        """Prepares a batch."""
+        """Prepare a batch."""
         if isinstance(images, list):
             prepared = [self(image[None]) for image in images]
             sizes = {tuple(image.shape[1:]) for image in prepared}

@@ -1,5 +1,7 @@
 """Scenarios: which rows of a data set arrive in which experience.
 
+All of them are in this one file, longer than others, because they share their rules and are read side by side.
+
 A scenario reads labels (and domains), never inputs, and answers with row numbers, so a stream over a million images is
 cut in milliseconds. All of them obey the same rules:
 
@@ -88,11 +90,11 @@ class Labels:
 
     @property
     def classes(self) -> Int64:
-        """The sorted class ids that occur; -1 is none of them."""
+        """Sorted class ids that occur; -1 is none of them."""
         return _classes_of(self.targets)
 
     def take(self, rows: Int64) -> Labels:
-        """The labels of some rows, in that order."""
+        """Return the labels of some rows, in that order."""
         domains = None if self.domains is None else self.domains[rows]
         return Labels(self.targets[rows], domains, self.domain_names)
 
@@ -118,7 +120,7 @@ class Split:
 
 
 class Scenario(ABC):
-    """Cuts the rows of a data set into the experiences of a stream.
+    """The way in which the rows of a data set are cut into the experiences of a stream.
 
     To write a new one, implement :meth:`split`; everything else that reads a stream works with the result.
 
@@ -144,7 +146,7 @@ class Scenario(ABC):
         """
 
     def ordered_classes(self, train: Labels) -> Int64:
-        """The class ids of the training part in the order in which the scenario counts them.
+        """Return the class ids of the training part in the order in which the scenario counts them.
 
         Sorted ids, unless the scenario has a ``class_order``. :class:`LongTailed` ranks the classes by it.
         """
@@ -204,11 +206,11 @@ class ClassIncremental(Scenario):
         _check_seed(self.seed)
 
     def ordered_classes(self, train: Labels) -> Int64:
-        """The class ids in the order of ``class_order`` and ``seed``."""
+        """Return the class ids in the order of ``class_order`` and ``seed``."""
         return _resolve_class_order(self.class_order, self.seed, train.classes)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
-        """One split for each group of classes; see the class and :meth:`Scenario.split`."""
+        """Return one split for each group of classes; see the class and :meth:`Scenario.split`."""
         _check_test_classes(train, test)
         groups = self._groups(self.ordered_classes(train))
         train_unlabelled = _unlabelled_shares(train, len(groups))
@@ -306,7 +308,7 @@ class DomainIncremental(Scenario):
         _check_seed(self.seed)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
-        """One split for each domain of the training part; see the class and :meth:`Scenario.split`."""
+        """Return one split for each domain of the training part; see the class and :meth:`Scenario.split`."""
         if not len(train):
             raise DataError("the training part has no rows to cut into domains")
         train_domains = self._domains(train, "training")
@@ -404,11 +406,11 @@ class Blurry(Scenario):
         _check_seed(self.seed)
 
     def ordered_classes(self, train: Labels) -> Int64:
-        """The class ids in the order of ``class_order`` and ``seed``."""
+        """Return the class ids in the order of ``class_order`` and ``seed``."""
         return _resolve_class_order(self.class_order, self.seed, train.classes)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
-        """One split for each home of classes; see the class and :meth:`Scenario.split`."""
+        """Return one split for each home of classes; see the class and :meth:`Scenario.split`."""
         _check_test_classes(train, test)
         order = self.ordered_classes(train)
         homes = _cut_evenly(order, self.experiences)
@@ -436,7 +438,7 @@ class Blurry(Scenario):
         )
 
     def _deal_out(self, train: Labels, order: Int64, homes: list[Int64]) -> Int64:
-        """The experience of every training row."""
+        """Return the experience of every training row."""
         # A stream of its own beside the class order's, which stays the one of ClassIncremental(seed=seed).
         rng = np.random.default_rng([self.seed, 1])
         disjoint = rng.permutation(order)[: _round_half_up(self.disjoint * len(order))]
@@ -496,15 +498,15 @@ class LongTailed(Scenario):
 
     @property
     def gives_task_id(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
-        """As the inner scenario has it."""
+        """Whether the inner scenario gives task ids."""
         return self.inner.gives_task_id
 
     def ordered_classes(self, train: Labels) -> Int64:
-        """The order of the inner scenario."""
+        """Return the order of the inner scenario."""
         return self.inner.ordered_classes(train)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
-        """The inner scenario's splits of the rows that are kept; see the class and :meth:`Scenario.split`."""
+        """Return the inner scenario's splits of the rows that are kept; see the class and :meth:`Scenario.split`."""
         kept = [np.flatnonzero(train.targets == UNLABELLED)]
         for rank, c in enumerate(self.ordered_classes(train)):
             rows = np.flatnonzero(train.targets == c)
@@ -541,7 +543,7 @@ class NaturalOrder(Scenario):
         _check_count("experiences", self.experiences)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
-        """One split for each stretch of the stored rows; see the class and :meth:`Scenario.split`."""
+        """Return one split for each stretch of the stored rows; see the class and :meth:`Scenario.split`."""
         if self.experiences > len(train):
             raise DataError(
                 f"experiences={self.experiences}, but the training part has {len(train)} rows; use at most that many"
@@ -595,7 +597,7 @@ class Joint(Scenario):
                 raise ArgumentError(f"experiences={self.experiences} needs inner, the scenario that cuts them")
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
-        """A single split with all rows; see :meth:`Scenario.split`."""
+        """Return a single split with all rows; see :meth:`Scenario.split`."""
         if not len(train):
             raise DataError("the training part has no rows")
         if self.inner is None:
@@ -625,12 +627,12 @@ def _sorted_ids(ids: Int64) -> tuple[int, ...]:
 
 
 def _rows_of(ids: Int64, wanted: Int64) -> Int64:
-    """The rows, in stored order, whose id is one of the wanted."""
+    """Return the rows, in stored order, whose id is one of the wanted."""
     return np.flatnonzero(np.isin(ids, wanted))
 
 
 def _merge(first: Int64, second: Int64) -> Int64:
-    """Two disjoint sets of rows as one, in stored order."""
+    """Return two disjoint sets of rows as one, in stored order."""
     return np.sort(np.concatenate([first, second]))
 
 
@@ -671,7 +673,7 @@ def _check_seed(seed: int | None) -> None:
 
 
 def _check_class_order(class_order: list[int] | str | None) -> None:
-    """What can be said of an order before the data is known."""
+    """Check what can be checked of an order before the data is known."""
     if isinstance(class_order, str):
         published_order(class_order)
 

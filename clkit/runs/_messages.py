@@ -10,17 +10,17 @@ from importlib import import_module
 
 from clkit.errors import ClkitError, did_you_mean
 
-__all__ = ["refusal", "summary"]
+__all__ = ["line_for_error", "line_for_settings", "refusal"]
 
 
-def said_of(error: Exception) -> str | None:
-    """One line for an error that a setting or a file can cause, ``None`` for one that is the code's own."""
+def line_for_error(error: Exception) -> str | None:
+    """Return one line for an error that a setting or a file can cause, ``None`` for one that is the code's own."""
     cause = refusal(error) if isinstance(error, ClkitError | ValueError) else None  # jsonargparse wraps in ValueError
     if cause is not None:
         return str(cause)
     text = str(error.args[0]) if error.args else ""
     if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict for"):
-        return weights_mismatch(text)
+        return _weights_line(text)
     if isinstance(error, KeyError) and text.startswith("Trying to restore optimizer state"):
         return (
             "the checkpoint holds weights only (ModelCheckpoint with save_weights_only=true): no fit can go on from "
@@ -31,8 +31,8 @@ def said_of(error: Exception) -> str | None:
     return None
 
 
-def weights_mismatch(message: str) -> str:
-    """What torch says over many lines of weights that do not fit, in one: the first difference and what to do."""
+def _weights_line(message: str) -> str:
+    """Return in one line what torch says in many of weights that do not fit: the first difference and what to do."""
     problems = [line.strip().rstrip(".") for line in message.splitlines()[1:] if line.strip()]
     first = re.sub(r"torch\.Size\((\[[^\]]*\])\)", r"\1", problems[0])
     first = first.replace("copying a param with shape", "shape").replace("the shape in current model is", "and here")
@@ -47,7 +47,7 @@ def weights_mismatch(message: str) -> str:
 
 
 def refusal(error: BaseException | None) -> ClkitError | None:
-    """The error of clkit that caused another, if there is one: jsonargparse wraps what a constructor raises."""
+    """Return the error of clkit that caused another, if there is one: jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, ClkitError):
         error = error.__cause__ or error.__context__
     return error
@@ -56,38 +56,24 @@ def refusal(error: BaseException | None) -> ClkitError | None:
 # What jsonargparse reports for one wrong setting is a tree of all the types that it tried. In it, "Parser key" lines
 # lead to the place and one leaf says what is wrong there.
 _PLACE = re.compile(r'Parser key "([^"]+)":')
-
-
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
-
-
 _OPTION = re.compile(r"Option '([^']+)' is not accepted")
-
-
 _NO_OPTION = re.compile(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)")
-
-
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-
-
 _NO_IMPORT = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
-
-
 _VALUE = re.compile(r"Given value: (.*)")
-
-
 _TYPES = re.compile(r"Expected an? (?!dot import)(.+?)(?:\. Got value: (.*))?$")
 
 
-def summary(message: str, known: Iterable[str] = ()) -> str:
-    """One line for a person out of jsonargparse's message: the setting or value that is wrong, and what is near it.
+def line_for_settings(message: str, known: Iterable[str] = ()) -> str:
+    """Return jsonargparse's message in one line for a person: the wrong setting or value, and what is near it.
 
     Args:
         message: What jsonargparse reports.
         known: The parser's settings, dotted.
 
     Example:
-        >>> summary("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["trainer.max_epochs"])
+        >>> line_for_settings("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["trainer.max_epochs"])
         "there is no setting 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"
     """
     if "is no file of settings" in message:

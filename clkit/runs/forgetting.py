@@ -34,7 +34,7 @@ def forget_samples(
     config: str | Path | None = None,
     overwrite: bool = False,
 ) -> list[Learned]:
-    """Writes a checkpoint whose heads have never seen some samples.
+    """Write a checkpoint whose heads have never seen some samples.
 
     For a person who withdraws a picture, or labels that were wrong. The samples are taken out of the sums, so each
     head equals the one of a run without them, up to the rounding of float64. Everything else of the checkpoint stays,
@@ -115,7 +115,7 @@ def _refuse_memory(checkpoint: dict[str, Any], file: Path) -> None:
 
 
 class Samples(NamedTuple):
-    """What a file of samples holds: features with their targets, or ids."""
+    """The content of a file of samples: features with their targets, or ids."""
 
     features: Tensor | None
     targets: Tensor | None
@@ -123,7 +123,7 @@ class Samples(NamedTuple):
 
 
 def read_samples(path: str | Path) -> Samples:
-    """Reads the ``.npz`` file of samples to forget; nothing in it is executed.
+    """Read the ``.npz`` file of samples to forget; nothing in it is executed.
 
     Args:
         path: A file with ``features`` (N, D) and ``targets`` (N,), or with ``ids`` (N,).
@@ -200,7 +200,7 @@ def _refuse_several_places(checkpoint: dict[str, Any], chosen: dict[str, Head]) 
 def _learned_again(
     checkpoint: dict[str, Any], path: Path, keys: list[str], rows: npt.NDArray[np.int64], config: str | Path | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Features and targets of some rows for each head, from their batches given to the network once more."""
+    """Return features and targets of some rows for each head, from their batches given to the network once more."""
     from clkit.runs.saved_run import SavedRun  # builds a whole run, which only this way of forgetting needs
 
     if MERGED in checkpoint:

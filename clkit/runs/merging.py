@@ -36,7 +36,7 @@ class Learned(NamedTuple):
 
 
 def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> list[Learned]:
-    """Writes a checkpoint whose heads have learned what those of all given ones have together.
+    """Write a checkpoint whose heads have learned what those of all given ones have together.
 
     For heads that learned on several machines with one frozen network (federated learning, shards of a data set): each
     head equals the one of a single run over the union of the samples, up to the rounding of float64. A sample that two
@@ -101,7 +101,7 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
 
 
 def save_checkpoint(checkpoint: dict[str, Any], output: str | Path, heads: dict[str, Head]) -> list[Learned]:
-    """Writes a checkpoint as a whole or not at all; gives what its heads have learned."""
+    """Write a checkpoint whole or not at all; return what its heads have learned."""
     write_checkpoint(checkpoint, output)
     return [Learned(key, int(head.counts.sum()), len(head.classes)) for key, head in heads.items()]
 
@@ -136,7 +136,7 @@ def _heads_of(checkpoint: dict[str, Any], file: Path) -> dict[str, Head]:
 def _add(
     heads: dict[str, Head], entries: dict[str, dict[str, Any]], other: dict[str, Any], first: Path, file: Path
 ) -> None:
-    """Adds what the heads of another checkpoint have learned."""
+    """Add what the heads of another checkpoint have learned."""
     theirs, their_entries = _heads_of(other, file), head_entries(other)
     for key in sorted(heads.keys() ^ theirs.keys()):
         has, lacks = (first, file) if key in heads else (file, first)
@@ -184,12 +184,12 @@ def _same(mine: Any, theirs: Any) -> bool:
 
 
 def _beyond_features(state_dict: dict[str, Any], points: list[str]) -> set[str]:
-    """The keys that no head's features depend on: those of the classifier whose input all of them read."""
+    """Return the keys that no head's features depend on: those of the classifier whose input all of them read."""
     return set.intersection(*(set(classifier_keys(state_dict, point)) for point in points))
 
 
 def classifier_keys(state_dict: dict[str, Any], point: str) -> list[str]:
-    """The keys of the classifier whose input is read at a tap's point.
+    """Return the keys of the classifier whose input is read at a tap's point.
 
     A point names layers inside the network, and keys begin at the user's module: of several layers whose path ends
     that way (``network.fc``, ``network.blocks.0.se.fc``) it is the one that lies least deep. Where two lie equally
@@ -210,7 +210,7 @@ def classifier_keys(state_dict: dict[str, Any], point: str) -> list[str]:
 
 
 def _widen_position(merged: dict[str, Any], entries: dict[str, dict[str, Any]], other: dict[str, Any]) -> None:
-    """How far learning came, for an evaluation: the further of the two where both walked one stream."""
+    """Note how far learning came, for an evaluation: the further of the two where both walked one stream."""
     for key in [key for key, value in merged.items() if isinstance(value, dict) and "reached" in value]:
         mine, theirs = merged[key], other.get(key)
         length = 0 if theirs is None else min(len(mine["experiences"]), len(theirs["experiences"]))
@@ -238,7 +238,7 @@ def _nothing_measured(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:
-    """Puts a changed head into a checkpoint, and where it was grafted into the module, its new read-out."""
+    """Put a changed head into a checkpoint and, where it was grafted into the module, its new read-out."""
     entry = checkpoint["callbacks"][key]
     entry["head"] = dict(head.state_dict())
     if "grafted_layer" in entry:

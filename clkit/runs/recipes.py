@@ -8,14 +8,14 @@ __all__ = ["read_recipe", "recipe_folder", "recipe_lines", "recipe_names"]
 
 
 def recipe_folder() -> Path:
-    """Where the recipes lie: inside the installed package, or ``configs/`` of a source checkout."""
+    """Return the folder of the recipes: inside the installed package, or ``configs/`` of a source checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes, e.g. ``"nmc"`` or ``"paper/nmc_cifar100"``.
+    """Return the names of all recipes, e.g. ``"nmc"`` or ``"paper/nmc_cifar100"``.
 
     Example:
         >>> "nmc" in recipe_names()
@@ -27,7 +27,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> str:
-    """The text of a recipe.
+    """Return the text of a recipe.
 
     Raises:
         KeyError: If there is none of that name; the message lists the nearest.
@@ -45,7 +45,7 @@ def read_recipe(name: str) -> str:
 
 
 def recipe_lines() -> list[str]:
-    """One line a recipe: its name and what it does (the first comment of the file)."""
+    """Return one line a recipe: its name and what it does (the first comment of the file)."""
     names = recipe_names()
     width = max(map(len, names), default=0)
     return [f"{name:<{width}}  {read_recipe(name).splitlines()[0].lstrip('# ')}" for name in names]

@@ -51,21 +51,22 @@ class SavedRun:
     def __init__(self, path: Path, config: Path) -> None:
         self.path = path
         self.config = config
-        cli = _built(config)
+        settings = _read_settings(config)
+        cli = _built(config, settings)
         self.module: pl.LightningModule = cli.model
         self.data: pl.LightningDataModule = cli.datamodule
         self.strategy = cli.trainer.strategy
         self.callbacks = {
             callback.state_key: callback for callback in callbacks_of(cli.trainer) if isinstance(callback, HeadCallback)
         }
-        trainer = yaml.safe_load(config.read_text(encoding="utf-8")).get("trainer") or {}
+        trainer = settings.get("trainer") or {}
         limit = trainer.get("limit_train_batches")  # an integer 1 is one batch, 1.0 is all of them
         self.batches_are_limited = (limit is not None and repr(limit) != "1.0") or bool(trainer.get("overfit_batches"))
         self._computing = {"accelerator": trainer.get("accelerator", "auto"), "precision": trainer.get("precision")}
 
     @classmethod
     def of(cls, path: str | Path, config: str | Path | None = None) -> SavedRun:
-        """The run of a checkpoint.
+        """Return the run of a checkpoint.
 
         Args:
             path: The checkpoint.
@@ -89,7 +90,7 @@ class SavedRun:
     # ---- what is asked of it
 
     def learned(self, checkpoint: dict[str, Any], keys: list[str], rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
-        """Features (N, D) and targets (N,) of some training rows, as some heads have learned them.
+        """Return features (N, D) and targets (N,) of some training rows, as some heads have learned them.
 
         A row stands there once for each time that it was learned.
 
@@ -133,7 +134,7 @@ class SavedRun:
         return found
 
     def prepare(self, key: str, samples: int = 4) -> Any:
-        """Loads the checkpoint's weights into the module; gives some inputs of the kind that it takes.
+        """Load the checkpoint's weights into the module; return some inputs of the kind that it takes.
 
         Args:
             key: The callback whose place of reading and batch reader are meant.
@@ -149,7 +150,7 @@ class SavedRun:
         return collector.inputs
 
     def _pass(self, plan: Plan | None, collectors: list[_Collector], **computing: Any) -> None:
-        """Lets the network see the batches of a plan, or the first one that the data have for a validation."""
+        """Let the network see the batches of a plan, or the first one that the data have for a validation."""
         if not is_overridden("validation_step", self.module):
             raise ConfigurationError(
                 f"{type(self.module).__name__} has no validation_step, by which its network is run here; give it one "
@@ -247,14 +248,18 @@ def _refuse_unlearned(rows: Rows, plan: Plan, keys: list[str]) -> None:
         )
 
 
-def _built(config: Path) -> StreamCLI:
-    """Everything that the settings name, on a trainer that is not used."""
+def _read_settings(config: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{config} is no file of settings: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigurationError(f"{config} holds no settings of a run")
+    return settings
+
+
+def _built(config: Path, settings: dict[str, Any]) -> StreamCLI:
+    """Build everything that the settings name, on a trainer that is not used."""
     sys.path.insert(0, str(Path.cwd()))  # classes of the user's own, as `clkit fit` finds them
     wanted = {name: dict(settings.get(name) or {}) for name in ("model", "data", "trainer")}
     wanted["trainer"] |= {**_ELSEWHERE, "logger": False}
@@ -277,7 +282,7 @@ def _built(config: Path) -> StreamCLI:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's notes are not what a person wants to read here."""
+    """Silence Lightning's notes, which a person does not want to read here."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, did_you_mean
-from clkit.runs._messages import said_of, summary
+from clkit.runs._messages import line_for_error, line_for_settings
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.checkpoint_io import read_run
 
@@ -24,10 +24,10 @@ __all__ = ["StreamCLI", "run"]
 
 
 class _Parser(LightningArgumentParser):
-    """Says in one line what is wrong before jsonargparse says it in forty."""
+    """A parser that says in one line what is wrong before jsonargparse says it in forty."""
 
     def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Any:
-        """Reads a file of settings; one that cannot be read is named."""
+        """Read a file of settings; name one that cannot be read."""
         try:
             settings = yaml.safe_load(Path(str(cfg_path)).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -44,12 +44,12 @@ class _Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         known = [action.dest for action in parser._actions]
-        sys.stderr.write(f"clkit: {summary(message, known)}\n\n{message}\n\nall settings: {command} --help\n")
+        sys.stderr.write(f"clkit: {line_for_settings(message, known)}\n\n{message}\n\nall settings: {command} --help\n")
         raise SystemExit(2)
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration with the results, and hands it to ``results.json``."""
+    """The callback that saves the resolved configuration with the results and hands it to ``results.json``."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():
@@ -91,13 +91,13 @@ class StreamCLI(LightningCLI):
         )
 
     def init_parser(self, **options: Any) -> LightningArgumentParser:
-        """A parser that says first what is wrong."""
+        """Return a parser that says first what is wrong."""
         parser = _Parser(**{"prog": "clkit", **options})
         parser.add_argument("-c", "--config", action="config", help="path of a YAML file with settings")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults: a timm classifier on a stream of handwritten digits."""
+        """Set the defaults: a timm classifier on a stream of handwritten digits."""
         parser.set_defaults(
             {
                 "model": {"class_path": "clkit.models.TimmClassifier"},
@@ -106,7 +106,7 @@ class StreamCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A checkpoint that cannot be used is refused before anything is made for it."""
+        """Parse, and refuse a checkpoint that cannot be used before anything is made for it."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
@@ -117,7 +117,7 @@ class StreamCLI(LightningCLI):
             read_run(path)
 
     def before_instantiate_classes(self) -> None:
-        """What Lightning would refuse with a traceback is refused here in one line, or, if it is plain, done."""
+        """Refuse in one line what Lightning would refuse with a traceback, and do what is plainly meant."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         ours = f"clkit's own are {', '.join(STRATEGIES)}"
         _check_name(
@@ -134,7 +134,7 @@ class StreamCLI(LightningCLI):
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one of Lightning's commands.
+    """Run one of Lightning's commands.
 
     Args:
         arguments: The command and its options; those of the process by default.
@@ -146,7 +146,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         StreamCLI(arguments)
     except (ValueError, KeyError, RuntimeError, OSError, ClkitError) as error:
-        said = said_of(error)
+        said = line_for_error(error)
         if said is None:
             raise
         sys.stderr.write(f"clkit: {said}\n")
