@@ -1,8 +1,8 @@
 """How far a call travels through the package: calls of clkit's functions, and returns to a file that was left.
 
 ``python benchmarks/trips.py`` prints five trips: a training batch through AEFOCL, one of experience replay, saving a
-checkpoint, loading a head, and one boundary up to ``results.json``. A call counts when a function of clkit is entered; a
-return counts when the trail enters a file again that it had left. Calls by Lightning and torch in between do not count.
+checkpoint, loading a head, and one boundary up to ``results.json``. A call counts when a function of clkit is entered,
+a return when the trail enters a file again that it had left. Calls by Lightning and torch in between do not count.
 """
 
 from __future__ import annotations
