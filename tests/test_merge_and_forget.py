@@ -725,7 +725,7 @@ def test_forget_by_number_takes_out_every_time_that_a_sample_was_learned(
 @pytest.mark.parametrize(
     ("arrays", "wanted"),
     [
-        ({"ids": [300]}, "there is no sample 300: the training part of 'train' has the rows 0 to 299"),
+        ({"ids": [300]}, "there is no sample 300: the training part has the rows 0 to 299"),
         ({"ids": [-1]}, "there is no sample -1"),
         ({"features": np.ones((1, 64)), "targets": [12]}, "NMC(nmc): cannot subtract 1 samples of class 12"),
         ({"features": np.ones((1, 9)), "targets": [1]}, "NMC(nmc): "),

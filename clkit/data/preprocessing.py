@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -92,6 +93,18 @@ class Preprocessing:
             std=tuple(config["std"]),
             channels=int(config["input_size"][0]),
         )
+
+    @classmethod
+    def of_module(cls, module: Any) -> Preprocessing:
+        """Return what a module expects by its ``data_config``; the stored size and [0, 1] where it has none."""
+        config = getattr(module, "data_config", None)
+        if config is None and any(hasattr(part, "pretrained_cfg") for part in module.modules()):
+            rank_zero_info(
+                "clkit: images come at their stored size, in [0, 1]; a pretrained timm network expects its own. Give "
+                "the module a property `data_config` (timm.data.resolve_model_data_config(network)), or set "
+                "`preprocessing`"
+            )
+        return cls.of_timm(config) if config else cls()
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
         """Prepare a batch."""

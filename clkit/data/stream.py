@@ -8,19 +8,27 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import numpy.typing as npt
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from clkit.data._fit import prepare_fit
 from clkit.data.cutting import CutStream, PartName, cut_stream
-from clkit.data.loader import BatchLoader, EvaluationLoader, Fetcher, TrainLoader, Workers, cut_batches, epoch_order
+from clkit.data.loader import (
+    BatchLoader,
+    EvaluationLoader,
+    Fetcher,
+    Rows,
+    TrainLoader,
+    Workers,
+    cut_batches,
+    epoch_order,
+)
+from clkit.data.position import StreamPosition
 from clkit.data.preprocessing import Preprocessing
 from clkit.data.scenarios import ClassIncremental, Scenario
 from clkit.data.sources import resolve_source
 from clkit.data.sources.base import Source, data_root
-from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
-from clkit.schema import check_format, saved_entry, saved_list
+from clkit.errors import ArgumentError, ConfigurationError, DataError
+from clkit.methods._checks import check_choice, check_count
 from clkit.stream import resume
 from clkit.stream._lightning import (
     loaded_checkpoint,
@@ -30,11 +38,6 @@ from clkit.stream._lightning import (
 from clkit.stream.experience import Experience
 
 __all__ = ["StreamDataModule"]
-
-FORMAT = 1
-_OWNER = "the saved stream position"
-
-Rows = npt.NDArray[np.int64]
 
 
 class StreamDataModule(pl.LightningDataModule):
@@ -73,9 +76,8 @@ class StreamDataModule(pl.LightningDataModule):
     Raises:
         ArgumentError: An argument is out of its range.
         DataError: The data is not there, or cannot be cut as asked (in ``setup``); there is nothing to evaluate on.
-        ConfigurationError: In ``setup``, for a trainer whose ``max_epochs`` ends before the stream does, whose integer
-            ``val_check_interval`` is longer than an experience, or that has an ``EarlyStopping``, which would end the
-            stream and not the experience.
+        ConfigurationError: In ``setup``, for a trainer that would end the stream early (``max_epochs``,
+            ``EarlyStopping``) or whose integer ``val_check_interval`` is longer than an experience.
         StateError: A fit is to go on from a checkpoint of another stream, or inside an experience with settings that
             change the order of its samples.
 
@@ -109,49 +111,33 @@ class StreamDataModule(pl.LightningDataModule):
         root: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("epochs_per_experience", epochs_per_experience, 1),
-            ("stop_after", 1 if stop_after is None else stop_after, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}")
+        self.seed = check_count("seed", seed, at_least=0)
+        self.num_workers = check_count("num_workers", num_workers, at_least=0)
+        self.batch_size = check_count("batch_size", batch_size)
+        self.eval_batch_size = check_count("eval_batch_size", eval_batch_size)
+        self.epochs_per_experience = check_count("epochs_per_experience", epochs_per_experience)
+        self.stop_after = None if stop_after is None else check_count("stop_after", stop_after)
+        self.evaluate = check_choice("evaluate", evaluate, ("seen", "all"))
         if scenario is not None and not isinstance(scenario, Scenario):
             raise ArgumentError(
                 f"scenario must be a Scenario such as ClassIncremental(experiences=5), got {scenario!r}"
             )
         if not 0.0 <= val_fraction < 1.0:
             raise ArgumentError(f"val_fraction must lie in [0, 1), got {val_fraction}")
-        if evaluate not in ("seen", "all"):
-            raise ArgumentError(f"evaluate must be 'seen' or 'all', got {evaluate!r}")
         if preprocessing not in ("auto", "unit") and not callable(preprocessing):
             raise ArgumentError(
                 f"preprocessing must be 'auto', 'unit', a Preprocessing or a function, got {preprocessing!r}"
             )
         self.source = resolve_source(source)
         self.scenario = ClassIncremental(experiences=5) if scenario is None else scenario
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.epochs_per_experience = epochs_per_experience
-        self.preprocessing = preprocessing
-        self.train_transform = train_transform
-        self.evaluate = evaluate
-        self.val_fraction = val_fraction
-        self.relabel = relabel
-        self.stop_after = stop_after
-        self.shuffle = shuffle
-        self.seed = seed
-        self.num_workers = num_workers
-        self.root = root
+        self.preprocessing, self.train_transform, self.root = preprocessing, train_transform, root
+        self.val_fraction, self.relabel, self.shuffle = val_fraction, relabel, shuffle
 
         self.experiences: list[Experience] = []
         self._loaded: CutStream | None = None  # after `setup`
         self._workers: dict[str, Workers] = {}
         self._warmup_epochs = 0
-        self._position: dict[str, Any] | None = None  # of a loaded checkpoint, for the fit that resumes from it
+        self._position: StreamPosition | None = None  # of a loaded checkpoint, for the fit that resumes from it
         self._reached: int | None = None  # how far learning came: index of an experience
 
     # ---- the stream
@@ -167,7 +153,7 @@ class StreamDataModule(pl.LightningDataModule):
         self._close_workers()  # the preprocessing may be another module's
         if stage == "fit" and self.trainer is not None:
             self._reached = None
-            prepare_fit(self.trainer, self.experiences, self.epochs, self._training_batches)
+            prepare_fit(self.trainer, self.experiences, self.epochs, lambda each: len(self._batches_of(each, 0)))
 
     def teardown(self, stage: str) -> None:
         """Note how far a fit came and end the worker processes."""
@@ -231,14 +217,11 @@ class StreamDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Return the batches of the current epoch, without side effects: a resume asks for a stale epoch first."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        workers = self._workers_of("train")
-        experience = self.experience_at(epoch) or self.experiences[-1]
-        batches = self._shared(self._order(experience.index, epoch), self.batch_size, f"experience {experience.name!r}")
-        return TrainLoader(workers, batches, epoch, self._start_of)
+        batches = self._batches_of(self.experience_at(epoch) or self.experiences[-1], epoch)
+        return TrainLoader(self._workers_of("train"), batches, epoch, self._start_of)
 
-    def _training_batches(self, experience: Experience) -> int:
-        rows = self._cut.splits[experience.index].train
-        return len(self._shared(rows, self.batch_size, f"experience {experience.name!r}"))
+    def _batches_of(self, experience: Experience, epoch: int) -> list[Rows]:
+        return self._shared(self._order(experience.index, epoch), self.batch_size, f"experience {experience.name!r}")
 
     def _order(self, index: int, epoch: int) -> Rows:
         """Return the rows of an experience as they arrive in an epoch."""
@@ -258,9 +241,7 @@ class StreamDataModule(pl.LightningDataModule):
         """Return the source's test samples of the experiences that were reached."""
         return self.evaluation_loader(self._upto(), part="test")
 
-    def predict_dataloader(self) -> EvaluationLoader:
-        """Return the same loader as for the test."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     def evaluation_loader(self, upto: int, part: Literal["validate", "test"] = "validate") -> EvaluationLoader:
         """Return a loader over experiences 0 … ``upto`` (all of the stream with ``evaluate="all"``).
@@ -307,10 +288,11 @@ class StreamDataModule(pl.LightningDataModule):
         return len(self.experiences) - 1 if experience is None else experience.index
 
     def _shared(self, rows: Rows, batch_size: int, what: str) -> list[Rows]:
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        world = 1 if self.trainer is None else self.trainer.world_size
+        ranks = (
+            {} if self.trainer is None else {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        )
         try:
-            return cut_batches(rows, batch_size, rank=rank, world_size=world)
+            return cut_batches(rows, batch_size, **ranks)
         except DataError as error:
             raise DataError(f"{what}: {error}") from error
 
@@ -332,8 +314,6 @@ class StreamDataModule(pl.LightningDataModule):
             workers.close()
         self._workers = {}
 
-    # ---- what was learned once more
-
     def training_rows(self, index: int) -> Rows:
         """Return the row numbers (n,) of an experience's training samples in the source's training part, sorted."""
         rows: Rows = np.sort(self._cut.splits[index].train)
@@ -342,7 +322,7 @@ class StreamDataModule(pl.LightningDataModule):
     def learned_batches(
         self, position: dict[str, Any], rows: Rows, *, last_experience: bool = False
     ) -> list[tuple[int, Rows]]:
-        """The batches with some rows that a run had learned when its checkpoint was saved.
+        """Return the batches with some rows that a run had learned when its checkpoint was saved.
 
         Args:
             position: What :meth:`state_dict` gave.
@@ -356,49 +336,13 @@ class StreamDataModule(pl.LightningDataModule):
             DataError: If the training part has no such row.
             StateError: If the position is one of another stream.
         """
-        self._check_position(position)
-        order, schedule = position["order"], position["schedule"]
-        available = len(self._cut.train)
-        if rows.min() < 0 or rows.max() >= available:
-            raise DataError(
-                f"there is no sample {int(rows.max() if rows.min() >= 0 else rows.min())}: the training part of "
-                f"{self.source.name!r} has the rows 0 to {available - 1}"
-            )
-        warmup, length = schedule["warmup_epochs"], schedule["epochs_per_experience"]
-        last = position["epoch"] if position["batches"] else position["epoch"] - 1
-        first = warmup + (last - warmup) // length * length if last_experience else warmup
-        learned = []
-        for epoch in range(max(first, warmup), last + 1):
-            arriving = self._order((epoch - warmup) // length, epoch)
-            for rank in range(order["world_size"]):
-                batches = cut_batches(arriving, order["batch_size"], rank=rank, world_size=order["world_size"])
-                done = position["batches"] if epoch == position["epoch"] else len(batches)
-                learned += [(epoch, batch) for batch in batches[:done] if np.isin(batch, rows).any()]
-        return learned
-
-    def _check_position(self, position: dict[str, Any]) -> None:
-        """Refuses the position of another stream, whose batches would be others."""
-        kinds = {"order": dict, "schedule": dict, "experiences": list, "epoch": int, "batches": int}
-        for name, kind in kinds.items():
-            saved_entry(position, name, kind, _OWNER)
-        order, schedule = position["order"], position["schedule"]
-        for part, names in ((order, ("seed", "batch_size", "world_size")), (schedule, self._schedule_settings())):
-            for name in names:
-                saved_entry(part, name, int, _OWNER)
-        reached = (position["epoch"] - schedule["warmup_epochs"]) // schedule["epochs_per_experience"]
-        now = [[experience.name, list(experience.classes)] for experience in self.experiences]
-        saved = position["experiences"]
-        if now[: len(saved)] != saved[: len(now)] or reached > len(now) - (position["batches"] > 0):
-            raise StateError(
-                f"the checkpoint comes from another stream: it had come to experience {reached + 1} of {saved}; here "
-                f"are {now}"
-            )
-        for name in ("seed", "shuffle"):
-            if order.get(name) != getattr(self, name):
-                raise StateError(
-                    f"the checkpoint comes from another stream, of {name}={order.get(name)}; here it is "
-                    f"{getattr(self, name)}"
-                )
+        saved = StreamPosition.saved(position)
+        saved.check_replay(self._position_in(self.trainer, saved.epoch, saved.batches), rows, len(self._cut.train))
+        return [
+            (epoch, batch)
+            for epoch, index in saved.learned_epochs(last_experience=last_experience)
+            for batch in saved.learned_rows(epoch, self._order(index, epoch), rows)
+        ]
 
     def replayed(self, batches: list[tuple[int, Rows]]) -> BatchLoader:
         """Return a loader of training batches given by epoch and rows, augmented as they were."""
@@ -408,97 +352,48 @@ class StreamDataModule(pl.LightningDataModule):
         """Return the function from stored inputs to those of the network, with ``"auto"`` settled; after ``setup``."""
         if not isinstance(self.preprocessing, str):
             return self.preprocessing
-        config: dict[str, Any] | None = None
         if self.preprocessing == "auto" and self.trainer is not None and self._cut.holds_images:
-            module = self.trainer.lightning_module
-            config = getattr(module, "data_config", None)
-            if config is None and any(hasattr(part, "pretrained_cfg") for part in module.modules()):
-                rank_zero_info(
-                    "clkit: images come at their stored size, in [0, 1]; a pretrained timm network expects its own. "
-                    "Give the module a property `data_config` (timm.data.resolve_model_data_config(network)), or set "
-                    "`preprocessing`"
-                )
-        return Preprocessing.of_timm(config) if config else Preprocessing()
-
-    # ---- state: the position, as batches that were learned
+            return Preprocessing.of_module(self.trainer.lightning_module)
+        return Preprocessing()
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and learned batches, with what they depend on."""
-        trainer = self.trainer
-        assert trainer is not None  # Lightning asks while it saves a checkpoint
-        epoch, batches = stream_position(trainer)
-        return {
-            "format": FORMAT,
-            "epoch": epoch,
-            "batches": batches,
-            "reached": self._reached_by(trainer),
-            "experiences": [[experience.name, list(experience.classes)] for experience in self.experiences],
-            "schedule": self._schedule_settings(),
-            "order": self._order_settings(self._index_at(epoch)),
-        }
+        """Return epoch and learned batches, with what they depend on."""
+        assert self.trainer is not None  # Lightning asks while it saves a checkpoint
+        return self._position_in(self.trainer, *stream_position(self.trainer)).state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a position; an evaluation only learns from it how far learning came.
+        """Take a position up; an evaluation only learns from it how far learning came.
 
         Raises:
             StateError: For another format; and, for a fit, if the stream was cut otherwise.
         """
-        check_format(state_dict, FORMAT, _OWNER)
-        now = [[experience.name, list(experience.classes)] for experience in self.experiences]
-        saved = saved_list(state_dict, "experiences", list, _OWNER)
-        for each in saved:
-            name, classes = each if len(each) == 2 else (None, None)
-            saved_entry({"name": name}, "name", str, _OWNER)
-            saved_list({"classes": classes}, "classes", int, _OWNER)
-        same = now[: len(saved)] == saved[: len(now)]
-        if self.trainer is None or self.trainer.state.fn != "fit":
-            reached = saved_entry(state_dict, "reached", int, _OWNER)
-            self._reached = min(max(reached, 0), len(now) - 1) if same else None
+        saved, trainer = StreamPosition.saved(state_dict), self.trainer
+        now = self._position_in(trainer, 0, 0)
+        if trainer is None or trainer.state.fn != "fit":
+            self._reached = min(max(saved.reached, 0), len(now.experiences) - 1) if saved.is_of(now) else None
             return
-        if not same:
-            raise StateError(
-                f"the checkpoint comes from another stream: its experiences have the names and classes {saved}, this "
-                f"one's {now}; use the source, scenario and seed that it was trained with"
-            )
-        for name, value in self._schedule_settings().items():
-            before = saved_entry(saved_entry(state_dict, "schedule", dict, _OWNER), name, int, _OWNER)
-            if before != value:
-                raise StateError(
-                    f"the checkpoint was saved with {name}={before}, this run has {name}={value}: "
-                    "its epochs would belong to other experiences; use the same"
-                )
-        for name, kind in (("epoch", int), ("batches", int), ("order", dict)):
-            saved_entry(state_dict, name, kind, _OWNER)
-        if state_dict["epoch"] < 0 or state_dict["batches"] < 0:
-            raise StateError(f"{_OWNER} is epoch {state_dict['epoch']}, batch {state_dict['batches']}: it is damaged")
-        self._position = dict(state_dict)
-        checkpoint = loaded_checkpoint(self.trainer)
+        saved.check_fit(now)
+        self._position = saved
+        checkpoint = loaded_checkpoint(trainer)
         if checkpoint is not None:  # a run without callbacks of clkit resumes exactly, too
-            resume.load(self.trainer, checkpoint)
+            resume.load(trainer, checkpoint)
 
-    def _schedule_settings(self) -> dict[str, int]:
-        """What says which epoch belongs to which experience."""
-        return {"epochs_per_experience": self.epochs_per_experience, "warmup_epochs": self._warmup_epochs}
-
-    def _order_settings(self, index: int) -> dict[str, Any]:
-        """What the batches of an experience depend on."""
-        return {
-            "batch_size": self.batch_size,
-            "world_size": 1 if self.trainer is None else self.trainer.world_size,
-            "seed": self.seed,
-            "shuffle": self._shuffles,
-            "train_samples": self.experiences[index].train_samples,
-        }
+    def _position_in(self, trainer: pl.Trainer | None, epoch: int, batches: int) -> StreamPosition:
+        return StreamPosition(
+            epoch=epoch,
+            batches=batches,
+            reached=0 if trainer is None else self._reached_by(trainer),
+            experiences=[[experience.name, list(experience.classes)] for experience in self.experiences],
+            schedule={"epochs_per_experience": self.epochs_per_experience, "warmup_epochs": self._warmup_epochs},
+            order={  # what the batches of the experience depend on
+                "batch_size": self.batch_size,
+                "world_size": 1 if trainer is None else trainer.world_size,
+                "seed": self.seed,
+                "shuffle": self._shuffles,
+                "train_samples": self.experiences[self._index_at(epoch)].train_samples,
+            },
+        )
 
     def _start_of(self, epoch: int) -> int:
         position = self._position
-        if position is None or position["epoch"] != epoch or position["batches"] == 0:
-            return 0
-        for name, now in self._order_settings(self._index_at(epoch)).items():
-            before = saved_entry(position["order"], name, int | bool | None, _OWNER)
-            if before != now:
-                raise StateError(
-                    f"the checkpoint was saved inside an experience with {name}={before}, this run has {name}={now}; "
-                    "use the same, or resume from a checkpoint at the end of an experience"
-                )
-        return int(position["batches"])
+        return 0 if position is None else position.learned_of(epoch, self._position_in(self.trainer, epoch, 0).order)

@@ -28,6 +28,7 @@ from clkit.data import (
     StreamDataModule,
     TaskIncremental,
 )
+from clkit.data.position import StreamPosition
 from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
 from clkit.models import TimmClassifier
 from clkit.strategies import GradientFreeStrategy
@@ -474,7 +475,7 @@ def test_another_number_of_processes_must_wait_for_a_boundary(saved: dict[str, P
         data.setup("fit")
         state = torch.load(saved[name], weights_only=True)["StreamDataModule"]
         assert state["order"]["world_size"] == 1
-        data._position = {**state, "order": {**state["order"], "world_size": 2}}
+        data._position = StreamPosition.saved({**state, "order": {**state["order"], "world_size": 2}})
         if start is None:
             with pytest.raises(StateError, match="with world_size=2, this run has world_size=1"):
                 data._start_of(1)
@@ -561,7 +562,7 @@ def test_a_second_fit_from_the_start_forgets_the_position(make_trainer: Trainers
         ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"val_fraction": 1.0}, r"val_fraction must lie in \[0, 1\), got 1.0"),
-        ({"evaluate": "past"}, "evaluate must be 'seen' or 'all', got 'past'"),
+        ({"evaluate": "past"}, "evaluate must be one of 'seen', 'all', got 'past'"),
         ({"preprocessing": "imagenet"}, "preprocessing must be .* got 'imagenet'"),
         ({"scenario": "class_incremental"}, "scenario must be a Scenario .* got 'class_incremental'"),
         ({"source": "cifar"}, "source='cifar' is not known; allowed: 'digits'"),
