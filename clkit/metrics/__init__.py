@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clkit.metrics.confusion import StreamConfusionMatrix
 from clkit.metrics.continual import (
     AMCA,
     AccuracyMatrix,
@@ -13,7 +14,6 @@ from clkit.metrics.continual import (
     Forgetting,
     ForwardTransfer,
     PerClassAccuracy,
-    StreamConfusionMatrix,
 )
 
 __all__ = [

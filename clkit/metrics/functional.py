@@ -14,19 +14,18 @@ All arguments may be tensors, NumPy arrays or nested lists; the arithmetic is fl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from math import inf, isnan, nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
+from clkit.metrics._arrays import Array, as_counts, as_matrix, as_vector, plain, ratio, widen
+from clkit.metrics.counts import staged_counts
 
 __all__ = [
+    "METRICS",
     "accuracy_matrix",
     "accuracy_seen",
     "amca",
@@ -41,15 +40,20 @@ __all__ = [
     "summarize",
 ]
 
-Array: TypeAlias = "Tensor | npt.NDArray[Any] | Sequence[Any]"
-
-NAN = math.nan
+METRICS = (
+    "accuracy_seen",
+    "average_incremental_accuracy",
+    "average_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "amca",
+)
+"""The entries of :func:`summarize` that are logged, of a list the last value."""
 
 
 def accuracy_matrix(correct: Array, total: Array) -> Tensor:
-    """The accuracy matrix: how well each experience is known after each stage.
-
-    Everything else that is commonly reported about a stream is read off this table.
+    """Return the accuracy matrix: how well each experience is known after each stage.
 
     ``R[i, j] = correct[i, j] / total[i, j]``
 
@@ -72,11 +76,11 @@ def accuracy_matrix(correct: Array, total: Array) -> Tensor:
     Source:
         Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, section 2.
     """
-    return _widen(_ratio(*_counts(correct, total)))
+    return widen(ratio(*as_counts(correct, total)))
 
 
 def per_class_accuracy(class_correct: Array, class_total: Array) -> Tensor:
-    """Accuracy of each class after each stage, on everything that was evaluated then.
+    """Return the accuracy of each class after each stage, on everything that was evaluated then.
 
     ``a[t, c] = class_correct[t, c] / class_total[t, c]``
 
@@ -94,11 +98,11 @@ def per_class_accuracy(class_correct: Array, class_total: Array) -> Tensor:
         >>> per_class_accuracy([[3, 0]], [[4, 0]])
         tensor([[0.7500,    nan]], dtype=torch.float64)
     """
-    return _ratio(*_counts(class_correct, class_total))
+    return ratio(*as_counts(class_correct, class_total))
 
 
 def accuracy_seen(correct: Array, total: Array) -> Tensor:
-    """Accuracy after each stage on all experiences learned so far, every test sample counting the same.
+    """Return the accuracy after each stage on all experiences learned so far, every test sample counting the same.
 
     The usual curve over time. With experiences of equal size it is the mean of a row's first ``i`` entries.
 
@@ -121,14 +125,15 @@ def accuracy_seen(correct: Array, total: Array) -> Tensor:
     Source:
         ``A_t`` of the class-incremental protocol: Rebuffi et al., "iCaRL", arXiv 1611.07725, section 4.
     """
-    correct, total = (_widen(table) for table in _counts(correct, total))
-    learned = torch.ones_like(total, dtype=torch.bool).tril()
-    accuracy = _ratio((correct * learned).sum(1), (total * learned).sum(1))
-    return accuracy.masked_fill((learned & (total == 0)).any(1), NAN)
+    hits, samples = as_counts(correct, total)
+    hits, samples = widen(hits), widen(samples)
+    learned = torch.ones_like(samples, dtype=torch.bool).tril()
+    accuracy = ratio((hits * learned).sum(1), (samples * learned).sum(1))
+    return accuracy.masked_fill((learned & (samples == 0)).any(1), nan)
 
 
 def average_incremental_accuracy(seen: Array) -> float:
-    """Mean over stages of the accuracy on everything seen; the headline number of class-incremental papers.
+    """Return the mean over stages of the accuracy on everything seen, the headline of class-incremental papers.
 
     It rewards being good at all times and depends on the order of the classes. Compare it with other papers'
     "average incremental accuracy" only, never with a final accuracy.
@@ -151,13 +156,11 @@ def average_incremental_accuracy(seen: Array) -> float:
     Source:
         Rebuffi et al., "iCaRL", arXiv 1611.07725, section 4.
     """
-    return float(_vector("seen", seen).mean())
+    return float(as_vector("seen", seen).mean())
 
 
 def final_accuracy(seen: Array) -> float:
-    """Accuracy after the last stage on everything seen, every test sample counting the same.
-
-    ``A_T``
+    """Return the accuracy ``A_T`` after the last stage on everything seen, every test sample counting the same.
 
     Args:
         seen: (T,) accuracies from :func:`accuracy_seen`.
@@ -172,12 +175,11 @@ def final_accuracy(seen: Array) -> float:
         >>> final_accuracy([1.0, 0.5])
         0.5
     """
-    values = _vector("seen", seen)
-    return float(values[-1]) if len(values) else NAN
+    return float(values[-1]) if len(values := as_vector("seen", seen)) else nan
 
 
 def average_accuracy(matrix: Array) -> float:
-    """Mean accuracy over the experiences learned, after the last stage, every experience counting the same.
+    """Return the mean accuracy over the experiences learned, after the last stage, each counting the same.
 
     ``(1/T) Σ_{j ≤ T} R[T, j]``
 
@@ -197,13 +199,13 @@ def average_accuracy(matrix: Array) -> float:
     Source:
         Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
-    R = _matrix("matrix", matrix)
+    R = as_matrix("matrix", matrix)
     T = len(R)
-    return float(R[-1, :T].mean()) if T else NAN
+    return float(R[-1, :T].mean()) if T else nan
 
 
 def forgetting(matrix: Array) -> float:
-    """How far each earlier experience has fallen from its best accuracy, averaged; lower is better.
+    """Return how far each earlier experience has fallen from its best accuracy, averaged; lower is better.
 
     Of the definitions in use this is the one with the maximum over *all* earlier stages (also stages before the
     experience was learned, where they were evaluated), without clipping at 0 and without the last experience.
@@ -227,19 +229,19 @@ def forgetting(matrix: Array) -> float:
     Source:
         Chaudhry et al., "Riemannian Walk for Incremental Learning", arXiv 1801.10112, section 3.
     """
-    R = _matrix("matrix", matrix)
+    R = as_matrix("matrix", matrix)
     T, E = R.shape
     if T < 2 or E < 2:
-        return NAN
+        return nan
     past = R[:-1, : T - 1]
     if bool(past.isnan().tril().any()):
-        return NAN
-    best = past.nan_to_num(nan=-math.inf).amax(0)
+        return nan
+    best = past.nan_to_num(nan=-inf).amax(0)
     return float((best - R[-1, : T - 1]).mean())
 
 
 def backward_transfer(matrix: Array) -> float:
-    """How much later learning changed what was just learned; negative is forgetting, positive is improvement.
+    """Return how much later learning changed what was just learned; negative is forgetting.
 
     ``(1/(T−1)) Σ_{j < T} ( R[T, j] − R[j, j] )``
 
@@ -259,15 +261,15 @@ def backward_transfer(matrix: Array) -> float:
     Source:
         Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
-    R = _matrix("matrix", matrix)
+    R = as_matrix("matrix", matrix)
     T, E = R.shape
     if T < 2 or E < 2:
-        return NAN
+        return nan
     return float((R[-1, : T - 1] - R.diagonal()[: T - 1]).mean())
 
 
 def forward_transfer(matrix: Array, baseline: Array | None) -> float:
-    """How much earlier learning helps with an experience before it is learned, over an untrained model.
+    """Return how much earlier learning helps with an experience before it is learned, over an untrained model.
 
     Needs every experience to be evaluated before it is learned, and once before any training.
 
@@ -290,21 +292,20 @@ def forward_transfer(matrix: Array, baseline: Array | None) -> float:
     Source:
         Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
-    R = _matrix("matrix", matrix)
+    R = as_matrix("matrix", matrix)
     T, E = R.shape
     if baseline is None or T < 2 or E < 2:
-        return NAN
-    before = _vector("baseline", baseline)
+        return nan
+    before = as_vector("baseline", baseline)
     if len(before) < T:
-        return NAN
+        return nan
     return float((R.diagonal(offset=1)[: T - 1] - before[1:T]).mean())
 
 
 def amca(class_correct: Array, class_total: Array, num_test_classes: int | None = None) -> float:
-    """Average mean class accuracy: every class of the full test set counts the same, at every stage.
+    """Return the average mean class accuracy: every class of the full test set counts the same, at every stage.
 
-    The measure of imbalanced streams, where rare classes would vanish in an accuracy over samples. Classes that a stage
-    did not evaluate, because they were not learned yet, count as 0.
+    The measure of imbalanced streams. Classes that a stage did not evaluate, as they were not learned yet, count as 0.
 
     ``(1/T) Σ_t (1/K) Σ_c a[t, c]``
 
@@ -328,9 +329,9 @@ def amca(class_correct: Array, class_total: Array, num_test_classes: int | None 
     Source:
         Verwimp et al., "CLAD: A realistic Continual Learning benchmark for Autonomous Driving", arXiv 2210.03482.
     """
-    correct, total = _counts(class_correct, class_total)
+    correct, total = as_counts(class_correct, class_total)
     if len(total) == 0:
-        return NAN
+        return nan
     present = int((total[-1] > 0).sum())
     classes = present if num_test_classes is None else num_test_classes
     if classes < present:
@@ -339,12 +340,10 @@ def amca(class_correct: Array, class_total: Array, num_test_classes: int | None 
             " in the full test set, or leave it out"
         )
     evaluated = total > 0
-    empty = ~evaluated.any(1)
-    partly = evaluated & (total != total[-1])
-    dropped = evaluated[:-1] & ~evaluated[1:]
-    if any(bool(flaw.any()) for flaw in (empty, partly, dropped)):
-        return NAN
-    return float(_ratio(correct, total).nan_to_num(nan=0.0).sum(1).mean() / classes)
+    flaws = ~evaluated.any(1), evaluated & (total != total[-1]), evaluated[:-1] & ~evaluated[1:]
+    if any(bool(flaw.any()) for flaw in flaws):
+        return nan
+    return float(ratio(correct, total).nan_to_num(nan=0.0).sum(1).mean() / classes)
 
 
 def summarize(
@@ -355,7 +354,7 @@ def summarize(
     baseline: Array | None = None,
     num_test_classes: int | None = None,
 ) -> dict[str, float | list[Any] | None]:
-    """All metrics of one predictor, as they stand in ``results.json``.
+    """Return all metrics of one predictor, as they stand in ``results.json``.
 
     Args:
         correct: (T, E) integers: ``T`` stages so far, ``E`` experiences, see :func:`accuracy_matrix`.
@@ -381,115 +380,20 @@ def summarize(
         >>> round(summary["forgetting"], 12), summary["forward_transfer"]
         (0.3, None)
     """
-    matrix = accuracy_matrix(correct, total)
-    seen = accuracy_seen(correct, total)
+    matrix, seen, mean_class = accuracy_matrix(correct, total), accuracy_seen(correct, total), nan
     if class_correct is not None and class_total is not None:
         mean_class = amca(class_correct, class_total, num_test_classes)
-    elif class_correct is None and class_total is None:
-        mean_class = NAN
-    else:
+    elif class_correct is not class_total:
         missing = "class_correct" if class_correct is None else "class_total"
         raise ArgumentError(f"{missing} is missing: give class_correct and class_total together, or neither")
-    return {
-        "accuracy_matrix": _plain(matrix),
-        "accuracy_seen": _plain(seen),
-        "average_incremental_accuracy": _json(average_incremental_accuracy(seen)),
-        "final_accuracy": _json(final_accuracy(seen)),
-        "average_accuracy": _json(average_accuracy(matrix)),
-        "forgetting": _json(forgetting(matrix)),
-        "backward_transfer": _json(backward_transfer(matrix)),
-        "forward_transfer": _json(forward_transfer(matrix, baseline)),
-        "amca": None if bool(seen.isnan().any()) else _json(mean_class),
+    values = {
+        "average_incremental_accuracy": average_incremental_accuracy(seen),
+        "final_accuracy": final_accuracy(seen),
+        "average_accuracy": average_accuracy(matrix),
+        "forgetting": forgetting(matrix),
+        "backward_transfer": backward_transfer(matrix),
+        "forward_transfer": forward_transfer(matrix, baseline),
+        "amca": nan if bool(seen.isnan().any()) else mean_class,
     }
-
-
-def staged_counts(
-    classes: Mapping[int, tuple[int, int]], stages: Sequence[Sequence[int]]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The tables of a stream for a network that has learned everything at once, so that it can stand beside others.
-
-    After stage ``i`` it is measured on the classes that the stream has brought by then. That is the stream's own
-    evaluation where no class comes twice.
-
-    Args:
-        classes: For each class the correct and the evaluated test samples.
-        stages: The classes of each experience.
-
-    Returns:
-        ``correct`` and ``total``, (T, T) lists of integers as :func:`accuracy_matrix` takes them.
-
-    Raises:
-        ArgumentError: If a class comes in two experiences.
-
-    Example:
-        >>> correct, total = staged_counts({0: (3, 4), 1: (1, 4), 2: (4, 4)}, [(0, 2), (1,)])
-        >>> summarize(correct, total)["accuracy_matrix"]
-        [[0.875, None], [0.875, 0.25]]
-    """
-    labels = [label for stage in stages for label in stage]
-    if len(labels) != len(set(labels)):
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        raise ArgumentError(f"stages has the classes {twice} more than once: their samples belong to no one experience")
-    last = [[sum(classes.get(label, (0, 0))[k] for label in stage) for stage in stages] for k in (0, 1)]
-    correct, total = (
-        [[count if j <= i else 0 for j, count in enumerate(row)] for i in range(len(stages))] for row in last
-    )
-    return correct, total
-
-
-def _plain(values: Tensor) -> list[Any]:
-    """Nested lists with ``None`` for ``NaN``; no loop, because the matrix of a long stream has millions of entries."""
-    entries = values.numpy().astype(object)
-    entries[values.isnan().numpy()] = None
-    plain: list[Any] = entries.tolist()
-    return plain
-
-
-def _json(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _ratio(correct: Tensor, total: Tensor) -> Tensor:
-    # 0 / 0 is NaN in IEEE arithmetic, which is what "not evaluated" means here.
-    return correct.double() / total.double()
-
-
-def _widen(table: Tensor) -> Tensor:
-    """Adds the columns that ``T`` stages must have, as not evaluated; a single column is one fixed test set."""
-    stages, experiences = table.shape
-    if experiences == 1 or experiences >= stages:
-        return table
-    filler = NAN if table.is_floating_point() else 0
-    return torch.cat([table, table.new_full((stages, stages - experiences), filler)], dim=1)
-
-
-def _counts(correct: Array, total: Array) -> tuple[Tensor, Tensor]:
-    hits, samples = torch.as_tensor(correct).cpu(), torch.as_tensor(total).cpu()
-    if hits.ndim != 2 or hits.shape != samples.shape:
-        raise ArgumentError(
-            f"correct has shape {tuple(hits.shape)} and total {tuple(samples.shape)}: both must be (stages, columns)"
-        )
-    if hits.numel() and (hits.is_floating_point() or samples.is_floating_point()):
-        raise ArgumentError(f"correct is {hits.dtype} and total {samples.dtype}: both must count, so give integers")
-    hits, samples = hits.long(), samples.long()
-    if bool(((hits < 0) | (hits > samples)).any()):
-        row, column = ((hits < 0) | (hits > samples)).nonzero()[0].tolist()
-        raise ArgumentError(
-            f"correct[{row}, {column}] is {int(hits[row, column])} of total {int(samples[row, column])}:"
-            " 0 <= correct <= total must hold"
-        )
-    return hits, samples
-
-
-def _matrix(name: str, values: Array) -> Tensor:
-    table = torch.as_tensor(values, dtype=torch.float64).cpu()
-    if table.ndim != 2:
-        raise ArgumentError(f"{name} has shape {tuple(table.shape)}: it must be (stages, experiences)")
-    return _widen(table)
-
-
-def _vector(name: str, values: Array) -> Tensor:
-    row = torch.as_tensor(values, dtype=torch.float64).cpu()
-    if row.ndim != 1:
-        raise ArgumentError(f"{name} has shape {tuple(row.shape)}: it must be one-dimensional")
-    return row
+    defined = {name: None if isnan(value) else value for name, value in values.items()}
+    return {"accuracy_matrix": plain(matrix), "accuracy_seen": plain(seen), **defined}

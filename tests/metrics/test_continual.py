@@ -256,7 +256,7 @@ def test_counts_are_exact_integers_that_do_not_grow_with_samples() -> None:
     for _ in range(20):
         metric.update(torch.tensor([1, 2, HUGE]), torch.tensor([1, HUGE, HUGE]), experience=0)
     assert metric.counts.dtype == torch.int64
-    assert metric.counts.tolist() == [[0, 0, 1, 20, 20], [0, 0, HUGE, 20, 40]]
+    assert metric.counts.tolist() == [[0, 0, 1, 1, 20], [0, 0, HUGE, -1, 20], [0, 0, HUGE, HUGE, 20]]
     confusion = M.StreamConfusionMatrix()
     for _ in range(20):
         confusion.update(torch.tensor([1, 2, HUGE]), torch.tensor([1, HUGE, HUGE]), experience=0)

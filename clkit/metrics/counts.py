@@ -1,0 +1,224 @@
+"""The one table of counts that every accuracy of a stream is read from.
+
+:class:`~clkit.callbacks.StreamEvaluation` and the metrics of :mod:`clkit.metrics` both count with it and read its
+tables, so a number in ``results.json`` and the value of a metric cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clkit.errors import ArgumentError, StateError
+from clkit.schema import check_saved, saved_entry
+
+__all__ = ["StreamCounts", "Tables", "add_up", "staged_counts"]
+
+
+class Tables(NamedTuple):
+    """Dense counts of the stages 1 … T on the CPU; the first five are what ``summarize`` takes."""
+
+    correct: Tensor  # (T, E)
+    total: Tensor  # (T, E)
+    class_correct: Tensor  # (T, K)
+    class_total: Tensor  # (T, K)
+    baseline: Tensor  # (E,) accuracies of stage 0, NaN where not evaluated
+    classes: tuple[int, ...]  # the ids of the K columns
+
+    def until(self, stage: int) -> Tables:
+        """Return the tables of the stream cut after that many stages."""
+        correct, total, class_correct, class_total = (table[:stage] for table in self[:4])
+        return Tables(correct, total, class_correct, class_total, self.baseline, self.classes)
+
+
+class StreamCounts:
+    """How many samples of each class were taken for which class, at each stage and in each experience of a stream.
+
+    Stage 0 is before any training, stage ``i`` after the ``i``-th experience. Only combinations that occurred take
+    space, so ids may have gaps and be large.
+
+    Args:
+        rows: A table as in :attr:`rows`; default: one without any row.
+
+    Attributes:
+        rows: (n, 5) int64: stage, experience, class, predicted class, samples; distinct and sorted by the first four.
+            A predicted class of -1 means none, or one that is not known any more.
+        last: The last stage that was evaluated, also where no sample of it had a label; -1 before any.
+
+    Example:
+        >>> counts = StreamCounts()
+        >>> counts.add(1, torch.tensor([0, 0, 0]), torch.tensor([7, 7, 9]), torch.tensor([7, 9, 9]))
+        >>> counts.rows.tolist()
+        [[1, 0, 7, 7, 1], [1, 0, 7, 9, 1], [1, 0, 9, 9, 1]]
+        >>> counts.tables().correct, counts.tables().total
+        (tensor([[2]]), tensor([[3]]))
+    """
+
+    def __init__(self, rows: Tensor | None = None) -> None:
+        self.rows = torch.zeros(0, 5, dtype=torch.int64) if rows is None else rows
+        self.last = int(self.rows[-1, 0]) if len(self.rows) else -1
+
+    # ---- counting
+
+    def add(self, stage: int, experiences: Tensor, targets: Tensor, predictions: Tensor) -> None:
+        """Count samples.
+
+        Args:
+            stage: When they were evaluated.
+            experiences: (n,) int64, the index of the experience that each belongs to.
+            targets: (n,) int64 class ids; a sample with -1 (unlabelled) is not counted.
+            predictions: (n,) int64 class ids, -1 for none.
+        """
+        keys = torch.stack([torch.full_like(targets, stage), experiences, targets, predictions], dim=1)
+        self.merge(StreamCounts(add_up(keys[targets >= 0])))
+        self.last = max(self.last, stage)
+
+    def merge(self, other: StreamCounts) -> None:
+        """Add the counts of another table."""
+        rows = torch.cat([self.rows, other.rows.to(self.rows.device)])
+        # A stage that follows all others needs no sorting, which would take longer and longer in a long stream.
+        follows = bool(len(other.rows)) and int(other.rows[0, 0]) > self.last
+        self.rows = rows if follows else add_up(rows[:, :4], rows[:, 4])
+        self.last = max(self.last, other.last)
+
+    def measure(self, stage: int, experiences: Tensor, targets: Tensor, predictions: Tensor) -> None:
+        """Count one evaluation, as :meth:`add`, with two differences.
+
+        If the stage was evaluated before on one of the same experiences, this evaluation takes the place of the earlier
+        one; and stages before the last one keep hits and misses of each class only, because confusions of all stages
+        would grow with the stream's square.
+        """
+        measured = StreamCounts()
+        measured.add(stage, experiences, targets, predictions)
+        if stage > self.last:
+            begin = int((self.rows[:, 0] < self.last).sum())
+            keys, counts = self.rows[begin:, :4].clone(), self.rows[begin:, 4]
+            keys[keys[:, 2] != keys[:, 3], 3] = -1
+            self.rows = torch.cat([self.rows[:begin], add_up(keys, counts)])
+        else:
+            earlier = self.rows[:, 0] == stage
+            if bool(torch.isin(self.rows[earlier, 1], measured.rows[:, 1]).any()):
+                self.rows = self.rows[~earlier]
+        self.merge(measured)
+
+    # ---- reading
+
+    def confusions(self) -> Tensor:
+        """Return (m, 3) class, predicted class and samples of the last stage, sorted."""
+        rows = self.rows[self.rows[:, 0] == self.last]
+        return add_up(rows[:, 2:4], rows[:, 4])
+
+    def classes(self) -> Tensor:
+        """Return (k, 3) class, correct and evaluated samples of the last stage, sorted."""
+        label, predicted, samples = self.confusions().unbind(1)
+        return add_up(label[:, None], torch.stack([samples * (label == predicted), samples], dim=1))
+
+    def tables(self) -> Tables:
+        """Return the dense tables of all stages; a class that only stage 0 evaluated has no column."""
+        stage, experience, label, predicted, samples = self.rows.cpu().unbind(1)
+        hits = samples * (label == predicted)
+        height, width = max(self.last, 0) + 1, int(experience.max()) + 1 if len(experience) else 0
+        ids = torch.unique(label[stage > 0])
+        correct, total = (_dense(stage, experience, values, height, width) for values in (hits, samples))
+        listed = torch.isin(label, ids)
+        column = torch.searchsorted(ids, label[listed])
+        class_correct, class_total = (
+            _dense(stage[listed], column, values[listed], height, len(ids)) for values in (hits, samples)
+        )
+        baseline = correct[0].double() / total[0].double()
+        return Tables(correct[1:], total[1:], class_correct[1:], class_total[1:], baseline, tuple(ids.tolist()))
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that was counted: a tensor and a number."""
+        return {"counts": self.rows, "last": self.last}
+
+    def load_state_dict(self, state: Any, owner: str) -> None:
+        """Take a saved table up.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            owner: Whose state it is, for the message.
+
+        Raises:
+            StateError: If it cannot be such a table; nothing is changed then.
+        """
+        rows, last = saved_entry(state, "counts", Tensor, owner), saved_entry(state, "last", int, owner)
+        rows = check_saved(f"{owner}: 'counts'", rows, (len(rows) if rows.ndim else 0, 5), torch.int64).cpu()
+        lowest = torch.tensor([0, 0, 0, -1, 1])
+        if bool((rows < lowest).any()) or not torch.equal(rows, add_up(rows[:, :4], rows[:, 4])):
+            raise StateError(f"{owner}: its counts cannot be right; the file is damaged")
+        if last < -1 or bool((rows[:, 0] > last).any()):
+            raise StateError(f"{owner}: {last} cannot be its last stage; the file is damaged")
+        self.rows, self.last = rows, last
+
+
+def add_up(keys: Tensor, values: Tensor | None = None) -> Tensor:
+    """Return the distinct rows of a table, sorted, each with the sum of what belongs to it.
+
+    Args:
+        keys: (n, k) int64.
+        values: (n,) or (n, v) int64 to sum over equal rows of ``keys``; default: 1 for each.
+
+    Returns:
+        (u, k + v) int64: distinct rows and their sums.
+
+    Example:
+        >>> add_up(torch.tensor([[5, 1], [2, 0], [5, 1]])).tolist()
+        [[2, 0, 1], [5, 1, 2]]
+    """
+    values = torch.ones_like(keys[:, 0]) if values is None else values
+    values = values[:, None] if values.ndim == 1 else values
+    # Sorting column by column is several times faster than torch.unique(dim=0), and needs no bound on the ids.
+    order = torch.arange(len(keys), device=keys.device)
+    for column in reversed(range(keys.shape[1])):
+        order = order[torch.argsort(keys[order, column], stable=True)]
+    keys = keys[order]
+    first = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+    first[1:] = (keys[1:] != keys[:-1]).any(1)
+    distinct = keys[first]
+    sums = values.new_zeros(len(distinct), values.shape[1]).index_add_(0, first.cumsum(0) - 1, values[order])
+    return torch.cat([distinct, sums], dim=1)
+
+
+def _dense(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: int) -> Tensor:
+    """Return (height, width) int64 with each value added at its place."""
+    return values.new_zeros(height * width).index_add_(0, rows * width + columns, values).reshape(height, width)
+
+
+def staged_counts(
+    classes: Mapping[int, tuple[int, int]], stages: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tables of a stream for a network that has learned everything at once, to stand beside others.
+
+    After stage ``i`` it is measured on the classes that the stream has brought by then. That is the stream's own
+    evaluation where no class comes twice.
+
+    Args:
+        classes: For each class the correct and the evaluated test samples.
+        stages: The classes of each experience.
+
+    Returns:
+        ``correct`` and ``total``, (T, T) lists of integers as
+        :func:`~clkit.metrics.functional.accuracy_matrix` takes them.
+
+    Raises:
+        ArgumentError: If a class comes in two experiences.
+
+    Example:
+        >>> staged_counts({0: (3, 4), 1: (1, 4), 2: (4, 4)}, [(0, 2), (1,)])
+        ([[7, 0], [7, 1]], [[8, 0], [8, 4]])
+    """
+    labels = [label for stage in stages for label in stage]
+    if len(labels) != len(set(labels)):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        raise ArgumentError(f"stages has the classes {twice} more than once: their samples belong to no one experience")
+    last = [[sum(classes.get(label, (0, 0))[k] for label in stage) for stage in stages] for k in (0, 1)]
+    correct, total = (
+        [[count if j <= i else 0 for j, count in enumerate(row)] for i in range(len(stages))] for row in last
+    )
+    return correct, total
