@@ -508,7 +508,7 @@ VALUES: dict[str, Callable[[dict[str, Any]], object]] = {
     "NaN": lambda c: _entry(c)["head"]["statistics.sums"].view(-1).fill_(torch.nan),
     "negative": lambda c: _entry(c)["head"]["statistics.counts"].neg_(),
     "width": lambda c: _entry(c)["head"].update({"statistics.sums": torch.zeros(4, 32).double()}),
-    "rows": lambda c: _entry(c, "StreamEvaluation")["rows"]["nmc"]["experiences"].neg_(),
+    "rows": lambda c: _entry(c, "StreamEvaluation")["rows"]["nmc"]["counts"].neg_(),
 }
 
 

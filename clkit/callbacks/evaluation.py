@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import time
 from contextlib import ExitStack
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from clkit._version import __version__
-from clkit.callbacks._recording import (
-    ModulePredictor,
-    Recorded,
-    Recorder,
-    Row,
-    Rows,
-    allowed_for,
-    packed,
-    tables,
-    unpacked,
-)
-from clkit.callbacks.base import MODULE, Predictor
+from clkit.callbacks._recording import Recorder, batch_key, loader_of, place_of
+from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show, show_stage
+from clkit.callbacks.base import MODULE
 from clkit.callbacks.features import FeatureCallback, Stage
 from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
 from clkit.features.observer import evaluating, forward
-from clkit.files import atomic_write
+from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import saved_entry
-from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
+from clkit.stream._lightning import callbacks_of, datamodule_of
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
-if TYPE_CHECKING:
-    from clkit.report.results import ClassTable
-
 __all__ = ["StreamEvaluation"]
-
-Results = dict[str, dict[str, Any]]
 
 
 class StreamEvaluation(FeatureCallback):
@@ -60,7 +40,9 @@ class StreamEvaluation(FeatureCallback):
     :mod:`clkit.metrics`. Written to the run's folder (``trainer.log_dir``): ``results.json``, ``accuracy.csv``,
     ``per_class.csv``, ``confusion_<predictor>.csv``, the two figures, those of the strategy and of other callbacks that
     have some (a method ``run_figures()`` that gives matplotlib figures by name), and, by ``predict``,
-    ``predictions.csv``.
+    ``predictions.csv``. A callback may have further numbers of each sample, such as how sure it is: a method
+    ``sample_columns(batch)`` that gives (B,) tensors by name. Their means by experience are in ``results.json``, and
+    they are columns of ``predictions.csv``.
 
     Args:
         module: Whether the module's own classifier is a predictor; ``"auto"`` leaves it out where a strategy does not
@@ -99,10 +81,9 @@ class StreamEvaluation(FeatureCallback):
         batch_reader: BatchReader | None = None,
     ) -> None:
         super().__init__(layer=layer, batch_reader=batch_reader)
-        if module not in ("auto", True, False):
-            raise ArgumentError(f"module must be 'auto', True or False, got {module!r}")
-        if figures not in ("auto", True, False):
-            raise ArgumentError(f"figures must be 'auto', True or False, got {figures!r}")
+        for name, value in (("module", module), ("figures", figures)):
+            if value not in ("auto", True, False):
+                raise ArgumentError(f"{name} must be 'auto', True or False, got {value!r}")
         if keep_features < 0:
             raise ArgumentError(f"keep_features must be a number of MiB of at least 0, got {keep_features}")
         self.module = module
@@ -110,12 +91,13 @@ class StreamEvaluation(FeatureCallback):
         self.files = files
         self.figures = figures
         self.config: dict[str, Any] = {}  # what a person set, for results.json; the command line fills it in
-        self._rows: dict[str, Rows] = {}  # predictor -> stage (0 = before training) -> row
+        self._measured = RunResults()
         self._pending: Experience | None = None
         self._seconds = {"fit": 0.0, "evaluate": 0.0}
         self._active = ExitStack()  # what other callbacks keep up for the experience of the batch in work
         self._kept = KeptFeatures(keep_features * 2**20)
-        self._recorder = Recorder()
+        self._recorder: Recorder | None = None
+        self._batch: tuple[Any, int, Any] = (None, 0, None)  # the one in work, its experience and rows
         self._clock = 0.0
         self._fit_clock = 0.0
         self._written = (0.0, 0.0)  # when files were last written, and how long that took
@@ -125,36 +107,21 @@ class StreamEvaluation(FeatureCallback):
     @property
     def results(self) -> Results:
         """Metrics of every predictor as in ``results.json``; accuracies in [0, 1], ``None`` where not evaluated."""
-        from clkit.metrics.functional import summarize
-
-        summaries = {}
-        for name, rows in self._rows.items():
-            counts = tables(rows)
-            summaries[name] = summarize(
-                counts.correct,
-                counts.total,
-                class_correct=counts.class_correct,
-                class_total=counts.class_total,
-                baseline=counts.baseline,
-            )
-        return summaries
+        return self._measured.summaries()
 
     def class_counts(self, predictor: str) -> dict[int, tuple[int, int]]:
-        """Correct and total samples of each class after the last stage, for one predictor.
+        """Return correct and total samples of each class after the last stage, for one predictor.
 
         Raises:
             ArgumentError: If it was not evaluated; the message lists those that were.
         """
-        if not self._rows.get(predictor):
-            raise ArgumentError(f"predictor={predictor!r} was not evaluated; there are {sorted(self._rows)}")
-        rows = self._rows[predictor]
-        return {label: (correct, total) for label, correct, total in rows[max(rows)].classes.tolist()}
+        return self._measured.class_counts(predictor)
 
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tap the user's network, once it is known that figures can be drawn."""
-        if stage == "fit" and self.figures and self.files and find_spec("matplotlib") is None:
+        if stage == "fit" and self.figures and self.files and not has_matplotlib():
             missing = 'figures need matplotlib, which is not installed: pip install "clkit[report]"'
             if self.figures != "auto":
                 raise ConfigurationError(f"{missing}, or set figures=False")
@@ -174,37 +141,39 @@ class StreamEvaluation(FeatureCallback):
         self._fit_clock = time.perf_counter() - self._seconds["fit"]
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Measures what is pending before it is too late, and the untrained state where future is evaluated."""
+        """Measure what is pending before it is too late, and the untrained state where future is evaluated."""
         self._flush(trainer, pl_module)
         if experience.index == 0 and getattr(datamodule_of(trainer), "evaluate", "seen") == "all":
             self._own_pass(trainer, pl_module, stage=0)
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """From now on a row is pending."""
+        """Note that a row is pending from now on."""
         self._pending = experience
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures the last row if no validation did, and draws the figures."""
+        """Measure the last row if no validation did, and draw the figures."""
         super().on_train_end(trainer, pl_module)
         self._flush(trainer, pl_module)
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
-        folder = self._folder(trainer)
-        if self._rows:
-            results = self.results
-            self._write(trainer, results, folder)
-            self._draw(trainer, results, folder)
-            if self.table and self.files and trainer.is_global_zero and not is_fast_dev_run(trainer):
-                _show(trainer, f"results: {folder}")
-        self._draw_others(trainer, folder)  # what others do wrong costs no results
+        folder = RunFolder(trainer, self.files)
+        if self._measured.counts:
+            self._write(folder)
+            if self.figures:
+                folder.draw(self.results)
+            if self.table and folder.writes:
+                show(trainer, f"results: {folder.path}")
+        if self.figures:
+            folder.draw(None)  # what others do wrong costs no results
 
     # ---- one evaluation
 
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Begin recording."""
         self._clock = time.perf_counter()
-        self._recorder = Recorder()
-        if stage == "validate":
-            self._begin_keeping(trainer, module)
+        self._recorder = None  # made at the first batch, when everyone else is ready
+        # where a callback changes the network for each experience, its features tell nothing of the next evaluation
+        if stage == "validate" and not any(hasattr(callback, "activated") for callback in callbacks_of(trainer)):
+            self._kept.begin(module, self.observer.tap)
 
     def open_batch(
         self,
@@ -217,26 +186,20 @@ class StreamEvaluation(FeatureCallback):
     ) -> None:
         """Open a batch with everything in place that belongs to its experience."""
         super().open_batch(trainer, module, stage, batch, batch_idx, dataloader_idx)
-        loaders = _loaders(trainer, stage)
-        self._activate(trainer, _experience_of(trainer, loaders, batch_idx, dataloader_idx))
-        if stage == "validate":
-            self._kept.before_batch(_batch_key(loaders, batch_idx))
+        self._opened(trainer, _loaders(trainer, stage), batch, batch_idx, dataloader_idx)
 
     def on_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Record what each predictor says."""
-        if stage == "validate":
-            self._kept.after_batch()
-        self._record(trainer, _loaders(trainer, stage), batch_idx, dataloader_idx)
-        self._active.close()
+        self._record(trainer)
 
     def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Fill the pending row, show an evaluation that the user asked for, or write ``predictions.csv``."""
         self._kept.end()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
         if stage == "predict":
-            self._predicted(trainer)
+            RunFolder(trainer, self.files).write_predictions(self._recorded(trainer))
         elif trainer.state.fn != "fit":
             self._show_evaluation(trainer, module, stage)
         elif self._pending is not None and not trainer.sanity_checking:
@@ -248,58 +211,49 @@ class StreamEvaluation(FeatureCallback):
         """Let go of features that were kept of the network as it was."""
         self._kept.clear()
 
-    def _predicted(self, trainer: pl.Trainer) -> None:
-        recorded = self._recorder.gathered()
-        folder = self._folder(trainer)
-        if trainer.is_global_zero and self.files:
-            path = folder / "predictions.csv"
-            _write_predictions(path, recorded, _class_names(trainer))
-            _show(trainer, f"predictions: {path}")
-
-    def _begin_keeping(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # where a callback changes the network for each experience, its features tell nothing of the next evaluation
-        if not any(hasattr(callback, "activated") for callback in callbacks_of(trainer)):
-            self._kept.begin(module, self.observer.tap)
-
-    def _activate(self, trainer: pl.Trainer, experience: int) -> None:
-        """Have each callback that has ``activated(experience)`` keep it up until the batch was recorded."""
+    def _opened(self, trainer: pl.Trainer, loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Have everything in place that belongs to the batch: its kept features, and who changes by its experience."""
+        experience, rows = place_of(trainer, loaders, batch_idx, dataloader_idx)
+        self._batch = batch, experience, rows
         self._active.close()
         for callback in callbacks_of(trainer):
             if hasattr(callback, "activated"):
                 self._active.enter_context(callback.activated(experience))
+        self._kept.before_batch(batch_key(experience, rows))
 
-    def _record(self, trainer: pl.Trainer, loaders: Any, batch_idx: int, dataloader_idx: int) -> None:
-        loader = _loader(loaders, dataloader_idx)
-        experience = _experience_of(trainer, loaders, batch_idx, dataloader_idx)
-        rows = loader.batches[batch_idx][1] if hasattr(loader, "experience_of") else None
-        self._recorder.add(self.observer, self._predictors(trainer), experience, allowed_for(trainer, experience), rows)
+    def _record(self, trainer: pl.Trainer) -> None:
+        self._kept.after_batch()
+        self._recorder = self._recorder or self._new_recorder(trainer)
+        self._recorder.add(*self._batch)
+        self._batch = (None, 0, None)
+        self._active.close()
 
-    def _predictors(self, trainer: pl.Trainer) -> list[Predictor]:
-        found: list[Predictor] = [
-            callback for callback in callbacks_of(trainer) if callback is not self and isinstance(callback, Predictor)
-        ]
-        if self._module_predicts(trainer) and self.observer.logits is not None:
-            found.insert(0, ModulePredictor(self.observer))
-        return found
+    def _new_recorder(self, trainer: pl.Trainer) -> Recorder:
+        return Recorder(trainer, self.observer, self._module_predicts(trainer))
+
+    def _recorded(self, trainer: pl.Trainer) -> Recorded:
+        """Return what all processes recorded in this evaluation; a call on all of them."""
+        return (self._recorder or self._new_recorder(trainer)).gathered()
 
     def _module_predicts(self, trainer: pl.Trainer) -> bool:
         if self.module != "auto":
             return bool(self.module)
-        trained = getattr(trainer.strategy, "trains_module", True)
-        if trained:
+        if getattr(trainer.strategy, "trains_module", True):
             return True
         # grafted only at a fit's end it would be a row with one entry, the same as that of the head
-        fitting = trainer.state.fn == "fit" and bool(self._rows) and MODULE not in self._rows
+        measured = self._measured.counts
+        fitting = trainer.state.fn == "fit" and bool(measured) and MODULE not in measured
         return not fitting and any(getattr(callback, "grafted", False) for callback in callbacks_of(trainer))
 
     # ---- rows
 
     def _complete(self, loaders: Any, batches_run: list[int | float]) -> bool:
-        """Whether this process saw every sample that the loader was to give (a resumed validation may not)."""
-        loader = _loader(loaders, 0)
+        """Return whether this process saw every sample that the loader was to give (a resumed validation may not)."""
+        loader = loader_of(loaders, 0)
         if not hasattr(loader, "expected_samples"):
             return True
-        return bool(self._recorder.samples == loader.expected_samples(int(batches_run[0])))
+        samples = {} if self._recorder is None else self._recorder.samples
+        return bool(samples == loader.expected_samples(int(batches_run[0])))
 
     def _flush(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._pending is None:
@@ -318,12 +272,9 @@ class StreamEvaluation(FeatureCallback):
                 converted = trainer.precision_plugin.convert_input(host_batch)
                 batch = trainer.strategy.batch_to_device(converted)
                 self.observer.open(trainer, module, batch, ("own", stage, batch_idx), reader=self.batch_reader)
-                self._activate(trainer, _experience_of(trainer, loader, batch_idx, 0))
-                self._kept.before_batch(_batch_key(loader, batch_idx))
+                self._opened(trainer, loader, batch, batch_idx)
                 forward(module, self.observer.tap.network, self.observer.inputs)
-                self._kept.after_batch()
-                self._record(trainer, loader, batch_idx, 0)
-                self._active.close()
+                self._record(trainer)
         self._kept.end()
         self.observer.forget()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
@@ -332,167 +283,54 @@ class StreamEvaluation(FeatureCallback):
     def _fill(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: int, complete: bool, log_with_module: bool = True
     ) -> None:
-        recorded = self._recorder.gathered()
+        recorded = self._recorded(trainer)
         if not complete:
             return
-        for name, predicted in recorded.predicted.items():
-            labelled = recorded.targets >= 0
-            row = Row.of(recorded.experiences[labelled], recorded.targets[labelled], predicted[labelled])
-            rows = self._rows.setdefault(name, Rows())
-            if rows:  # confusions are kept of the last stage only: those of all would grow with the stream's square
-                rows[max(rows)] = rows[max(rows)].without_confusions()
-            rows[stage] = row
+        self._measured.measure(stage, recorded)
         if stage == 0:
             return
-        results = self.results
-        self._log(trainer, module, results, log_with_module)
+        log_metrics(trainer, module if log_with_module else None, self.results)
         if self.table:
-            self._print_table(trainer, results, stage)
-        folder = self._folder(trainer)  # before a decision that each process takes by its own clock
+            show_stage(trainer, self.results, stage)
+        folder = RunFolder(trainer, self.files)  # before a decision that each process takes by its own clock
         last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
         if time.perf_counter() - last >= 10 * cost:
-            self._write(trainer, results, folder)
+            self._write(folder)
 
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, results: Results, with_module: bool) -> None:
-        values = {}
-        for name, summary in results.items():
-            for metric in METRICS:
-                value = summary[metric]
-                if isinstance(value, list):
-                    value = value[-1] if value else None
-                if value is not None:
-                    values[f"{name}/{metric}"] = value
-        if with_module:
-            module.log_dict(values, rank_zero_only=False)
-        else:
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
-
-    # ---- showing and writing
-
-    def _print_table(self, trainer: pl.Trainer, results: Results, stage: int) -> None:
-        if not trainer.is_global_zero:
-            return
-        from clkit.report.tables import stage_table
-
-        experience = Boundaries.of(trainer).current
-        title = f"after experience {stage}" + ("" if experience is None else f": {experience.name}")
-        _show(trainer, stage_table(results, title=title))
+    def _write(self, folder: RunFolder) -> None:
+        cost = folder.write(self._measured, self.config, self._seconds)
+        self._written = time.perf_counter(), cost
 
     def _show_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule, what: str) -> None:
-        recorded = self._recorder.gathered()
-        labelled = recorded.targets >= 0
-        rows = {
-            name: Row.of(recorded.experiences[labelled], recorded.targets[labelled], predicted[labelled])
-            for name, predicted in recorded.predicted.items()
-        }
+        recorded = self._recorded(trainer)
         current = Boundaries.of(trainer).current
         if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
-            for name, row in rows.items():  # plain loaders: this is how a row of R is measured
-                stages = self._rows.setdefault(name, Rows())
-                # measured again, the last measurement counts
-                stages[current.index + 1] = stages.get(current.index + 1, Row()).joined(row)
-        seen = {name: row.accuracy for name, row in rows.items()}
-        module.log_dict({f"{name}/accuracy_seen": value for name, value in seen.items() if value is not None})
-        if not trainer.is_global_zero:
-            return
-        from clkit.report.tables import evaluation_table
-
-        accuracies = {name: {j: hits / n for j, hits, n in row.experiences.tolist()} for name, row in rows.items()}
+            self._measured.measure(current.index + 1, recorded)  # plain loaders: this is how a row of R is measured
+        shown = RunResults()
+        shown.measure(1, recorded)
+        accuracies = {name: counts.accuracies() for name, counts in shown.counts.items()}
+        values = {f"{name}/accuracy_seen": seen for name, (_, seen) in accuracies.items() if seen is not None}
+        module.log_dict(values)
         if self.table:
-            _show(trainer, evaluation_table(accuracies, seen, title=what))
+            from clkit.report.tables import evaluation_table
 
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so never behind a rank check
-
-    def _write(self, trainer: pl.Trainer, results: Results, folder: Path) -> None:
-        if not (self.files and trainer.is_global_zero) or is_fast_dev_run(trainer):
-            return
-        from clkit.report.results import write_results
-
-        start = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_results(folder, self._document(trainer, results), self._class_tables(), _class_names(trainer))
-        self._written = (time.perf_counter(), time.perf_counter() - start)
-
-    def _document(self, trainer: pl.Trainer, results: Results) -> dict[str, Any]:
-
-        datamodule = datamodule_of(trainer)
-        experiences = getattr(datamodule, "experiences", None) or []
-        return {
-            "format": 1,
-            "clkit": __version__,
-            "seed": getattr(datamodule, "seed", None),
-            "config": self.config,
-            "evaluated_on": getattr(datamodule, "evaluated_on", None),
-            "stream": {
-                "scenario": getattr(getattr(datamodule, "scenario", None), "name", None),
-                "experiences": [
-                    {
-                        "name": experience.name,
-                        "classes": list(experience.classes),
-                        "train_samples": experience.train_samples,
-                        "eval_samples": experience.eval_samples,
-                    }
-                    for experience in experiences
-                ],
-            },
-            "predictors": results,
-            "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
-            "peak_memory_bytes": _peak_memory(),
-        }
-
-    def _class_tables(self) -> dict[str, ClassTable]:
-        """Counts by class and the confusions, after the last stage of each predictor."""
-        last = {name: rows[max(rows)] for name, rows in self._rows.items()}
-        return {name: (row.classes.tolist(), row.pairs.tolist()) for name, row in last.items()}
-
-    def _draws(self, trainer: pl.Trainer) -> bool:
-        wanted = bool(self.figures) and self.files and trainer.is_global_zero and not is_fast_dev_run(trainer)
-        return wanted and find_spec("matplotlib") is not None
-
-    def _draw(self, trainer: pl.Trainer, results: Results, folder: Path) -> None:
-        if self._draws(trainer):
-            from clkit.report.figures import draw_figures
-
-            draw_figures(folder, results)
-
-    def _draw_others(self, trainer: pl.Trainer, folder: Path) -> None:
-        """Figures of the strategy and of other callbacks."""
-        if self._draws(trainer):
-            from clkit.report.figures import save_figures
-
-            save_figures(folder, [trainer.strategy, *callbacks_of(trainer)])
+            show(trainer, evaluation_table(accuracies, title=what))
 
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
-        """Rows and clocks: integer tensors and plain types."""
-        return {
-            "rows": {name: packed(rows) for name, rows in self._rows.items()},
-            "pending": experience_state(self._pending),
-            "seconds": dict(self._seconds),
-        }
+        """Return what was measured, and clocks: tensors and plain types."""
+        pending = experience_state(self._pending)
+        return {**self._measured.state_dict(), "pending": pending, "seconds": dict(self._seconds)}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Takes rows and clocks back."""
-        saved = saved_entry(state, "rows", dict, self.state_key)
-        rows = {name: unpacked(table, f"{self.state_key}, rows of {name!r}") for name, table in saved.items()}
+        """Take it back."""
+        measured = RunResults()
+        measured.load_state_dict(state, self.state_key)
         clocks = saved_entry(state, "seconds", dict, self.state_key)
         seconds = {name: float(saved_entry(clocks, name, int | float, self.state_key)) for name in self._seconds}
         self._pending = saved_experience(state, "pending", self.state_key)
-        self._rows, self._seconds = rows, seconds
-
-
-METRICS = (
-    "accuracy_seen",
-    "average_incremental_accuracy",
-    "average_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "amca",
-)
+        self._measured, self._seconds = measured, seconds
 
 
 def _loaders(trainer: pl.Trainer, stage: Stage) -> Any:
@@ -501,71 +339,3 @@ def _loaders(trainer: pl.Trainer, stage: Stage) -> Any:
         "test": trainer.test_dataloaders,
         "predict": trainer.predict_dataloaders,
     }[stage]
-
-
-def _experience_of(trainer: pl.Trainer, loaders: Any, batch_idx: int, dataloader_idx: int) -> int:
-    """Return the index of the experience that a batch of an evaluation belongs to."""
-    loader = _loader(loaders, dataloader_idx)
-    if hasattr(loader, "experience_of"):
-        return int(loader.experience_of(batch_idx))
-    # plain loaders: one for each experience, or one for the current experience alone
-    several = isinstance(loaders, list | tuple) and len(loaders) > 1
-    current = Boundaries.of(trainer).current
-    return dataloader_idx if several or current is None else current.index
-
-
-def _loader(loaders: Any, index: int) -> Any:
-    return loaders[index] if isinstance(loaders, list | tuple) else loaders
-
-
-def _batch_key(loaders: Any, batch_idx: int) -> tuple[int, ...] | None:
-    """What tells an evaluation batch by its samples, or ``None`` where the loader is not a stream's."""
-    loader = _loader(loaders, 0)
-    if not hasattr(loader, "experience_of"):
-        return None
-    experience, rows = loader.batches[batch_idx]
-    return (experience, len(rows), int(rows[0]), int(rows[-1]))
-
-
-def _class_names(trainer: pl.Trainer) -> dict[int, str]:
-    return getattr(datamodule_of(trainer), "class_names", None) or {}
-
-
-def _show(trainer: pl.Trainer, what: Any) -> None:
-    """Prints above the progress bar where there is a rich one."""
-    from lightning.pytorch.callbacks import RichProgressBar
-    from rich.console import Console
-
-    bar = trainer.progress_bar_callback
-    live = bar.progress if isinstance(bar, RichProgressBar) else None
-    (Console() if live is None else live.console).print(what)
-
-
-def _write_predictions(path: Path, recorded: Recorded, names: dict[int, str]) -> None:
-    order = np.argsort(recorded.rows, kind="stable")
-    with atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        header = ["row", "target", "target_name"]
-        for name in recorded.predicted:
-            header += [name, f"{name}_name", f"{name}_score"]
-        writer.writerow(header)
-        for i in order:
-            target = int(recorded.targets[i])
-            line: list[Any] = [int(recorded.rows[i]), target if target >= 0 else "", names.get(target, "")]
-            for name, predicted in recorded.predicted.items():
-                label = int(predicted[i])
-                score = recorded.scores[name][i]
-                line += [label if label >= 0 else "", names.get(label, ""), "" if np.isnan(score) else f"{score:.6g}"]
-            writer.writerow(line)
-
-
-def _peak_memory() -> int | None:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    if os.name != "posix":
-        return None  # the standard library tells it on POSIX systems only
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -106,15 +106,24 @@ class StreamCounts:
 
     # ---- reading
 
-    def confusions(self) -> Tensor:
-        """Return (m, 3) class, predicted class and samples of the last stage, sorted."""
-        rows = self.rows[self.rows[:, 0] == self.last]
-        return add_up(rows[:, 2:4], rows[:, 4])
+    def class_tables(self) -> tuple[Tensor, Tensor]:
+        """Return the counts of the last stage by class, sorted.
 
-    def classes(self) -> Tensor:
-        """Return (k, 3) class, correct and evaluated samples of the last stage, sorted."""
-        label, predicted, samples = self.confusions().unbind(1)
-        return add_up(label[:, None], torch.stack([samples * (label == predicted), samples], dim=1))
+        Returns:
+            (k, 3) class, correct and evaluated samples; (m, 3) class, predicted class and samples of each pair that
+            occurred.
+        """
+        rows = self.rows[self.rows[:, 0] == self.last]
+        pairs = add_up(rows[:, 2:4], rows[:, 4])
+        label, predicted, samples = pairs.unbind(1)
+        return add_up(label[:, None], torch.stack([samples * (label == predicted), samples], dim=1)), pairs
+
+    def accuracies(self) -> tuple[dict[int, float], float | None]:
+        """Return the accuracy on each experience at the last stage, and on all samples (``None`` without any)."""
+        _, experience, label, predicted, samples = self.rows[self.rows[:, 0] == self.last].unbind(1)
+        counted = add_up(experience[:, None], torch.stack([samples * (label == predicted), samples], dim=1)).tolist()
+        hits, total = (sum(row[column] for row in counted) for column in (1, 2))
+        return {j: correct / n for j, correct, n in counted}, hits / total if total else None
 
     def tables(self) -> Tables:
         """Return the dense tables of all stages; a class that only stage 0 evaluated has no column."""
@@ -122,12 +131,11 @@ class StreamCounts:
         hits = samples * (label == predicted)
         height, width = max(self.last, 0) + 1, int(experience.max()) + 1 if len(experience) else 0
         ids = torch.unique(label[stage > 0])
-        correct, total = (_dense(stage, experience, values, height, width) for values in (hits, samples))
+        both = torch.stack([hits, samples], dim=1)
+        correct, total = _dense(stage, experience, both, height, width)
         listed = torch.isin(label, ids)
         column = torch.searchsorted(ids, label[listed])
-        class_correct, class_total = (
-            _dense(stage[listed], column, values[listed], height, len(ids)) for values in (hits, samples)
-        )
+        class_correct, class_total = _dense(stage[listed], column, both[listed], height, len(ids))
         baseline = correct[0].double() / total[0].double()
         return Tables(correct[1:], total[1:], class_correct[1:], class_total[1:], baseline, tuple(ids.tolist()))
 
@@ -186,8 +194,9 @@ def add_up(keys: Tensor, values: Tensor | None = None) -> Tensor:
 
 
 def _dense(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: int) -> Tensor:
-    """Return (height, width) int64 with each value added at its place."""
-    return values.new_zeros(height * width).index_add_(0, rows * width + columns, values).reshape(height, width)
+    """Return (2, height, width): the sums of (n, 2) values at their places."""
+    sums = values.new_zeros(height * width, 2).index_add_(0, rows * width + columns, values)
+    return sums.T.reshape(2, height, width)
 
 
 def staged_counts(

@@ -1,49 +1,278 @@
-"""The files of a run: ``results.json`` and tables as CSV."""
+"""What was measured in a run, and its files: ``results.json`` and tables as CSV."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clkit.files import atomic_write
+import torch
+from torch import Tensor
 
-__all__ = ["ClassTable", "write_results"]
+from clkit._version import __version__
+from clkit.errors import ArgumentError, StateError
+from clkit.files import atomic_write
+from clkit.metrics._arrays import plain
+from clkit.metrics.counts import StreamCounts
+from clkit.metrics.functional import summarize
+from clkit.schema import check_saved, saved_entry
+
+__all__ = ["ClassTable", "Recorded", "Results", "RunResults", "results_document", "write_predictions", "write_results"]
 
 ClassTable = tuple[list[list[int]], list[list[int]]]  # [class, correct, samples] and [class, predicted, samples]
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Recorded:
+    """One evaluation, sample by sample, on the CPU.
+
+    Attributes:
+        experiences: (n,) int64, index of the experience that each sample belongs to.
+        targets: (n,) int64 class ids, -1 where unlabelled.
+        rows: (n,) int64, which row of the data set each is.
+        predicted: For each predictor (n,) int64 class ids, -1 for none.
+        scores: For each predictor (n,) float64, the score of what it predicted, ``NaN`` for none.
+        columns: Further numbers of each sample by name, (n,) bool, int64 or float64.
+    """
+
+    experiences: Tensor
+    targets: Tensor
+    rows: Tensor
+    predicted: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, parts: Sequence[Recorded]) -> Recorded:
+        """Return the samples of all parts in their order; what a part lacks is -1 or ``NaN`` there."""
+        parts = [part for part in parts if len(part.rows)] or parts[:1]
+        if len(parts) == 1:
+            return parts[0]
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in ("experiences", "targets", "rows")
+        }
+        for kind, lacking in (("predicted", -1), ("scores", torch.nan), ("columns", torch.nan)):
+            names: dict[str, Tensor] = {}
+            for part in parts:
+                names.update(getattr(part, kind))
+            fill = torch.tensor(lacking)
+            joined[kind] = {
+                name: torch.cat([getattr(part, kind).get(name, fill.expand(len(part.rows))) for part in parts])
+                for name in names
+            }
+        return cls(**joined)
+
+
+class RunResults:
+    """Counts of each predictor and means of further columns, stage by stage: all that ``results.json`` says of them.
+
+    Attributes:
+        counts: What each predictor said.
+        columns: For each column (n, 4) float64: stage, experience, mean, and the samples that it was taken over.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, StreamCounts] = {}
+        self.columns: dict[str, Tensor] = {}
+        self._summaries: Results | None = None
+
+    def measure(self, stage: int, recorded: Recorded) -> None:
+        """Take one evaluation up; it takes the place of an earlier one of the same stage and experiences."""
+        self._summaries = None
+        for name, predicted in recorded.predicted.items():
+            counts = self.counts.setdefault(name, StreamCounts())
+            counts.measure(stage, recorded.experiences, recorded.targets, predicted)
+        for name, values in recorded.columns.items():
+            means = _means(stage, recorded.experiences, values)
+            table = self.columns.get(name, means[:0])
+            again = (table[:, 0] == stage) & torch.isin(table[:, 1], means[:, 1])
+            self.columns[name] = torch.cat([table[~again], means])
+
+    def summaries(self) -> Results:
+        """Return the metrics of every predictor as they stand in ``results.json``."""
+        if self._summaries is None:
+            self._summaries = {name: summarize(*counts.tables()[:5]) for name, counts in self.counts.items()}
+        return self._summaries
+
+    def class_counts(self, predictor: str) -> dict[int, tuple[int, int]]:
+        """Return correct and evaluated samples of each class after the last stage.
+
+        Raises:
+            ArgumentError: If the predictor was not evaluated; the message lists those that were.
+        """
+        if predictor not in self.counts:
+            raise ArgumentError(f"predictor={predictor!r} was not evaluated; there are {sorted(self.counts)}")
+        classes, _ = self.counts[predictor].class_tables()
+        return {label: (correct, total) for label, correct, total in classes.tolist()}
+
+    def class_tables(self) -> dict[str, ClassTable]:
+        """Return counts by class and confusions after the last stage of each predictor."""
+        tables = {}
+        for name, counts in self.counts.items():
+            classes, confusions = counts.class_tables()
+            tables[name] = classes.tolist(), confusions.tolist()
+        return tables
+
+    def column_means(self) -> dict[str, dict[str, list[list[Any]]]]:
+        """Return for each column ``mean`` and ``count``, stage by experience; ``None`` and 0 where not evaluated."""
+        return {name: _stage_tables(table) for name, table in self.columns.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that was measured: tensors and plain types."""
+        return {
+            "rows": {name: counts.state_dict() for name, counts in self.counts.items()},
+            "columns": dict(self.columns),
+        }
+
+    def load_state_dict(self, state: Any, owner: str) -> None:
+        """Take up what :meth:`state_dict` returned.
+
+        Args:
+            state: It, which may have further entries.
+            owner: Whose state it is, for the message.
+
+        Raises:
+            StateError: If it is damaged; nothing is changed then.
+        """
+        counts = {name: StreamCounts() for name in saved_entry(state, "rows", dict, owner)}
+        for name, each in counts.items():
+            each.load_state_dict(state["rows"][name], f"{owner}, rows of {name!r}")
+        columns: dict[str, Tensor] = {}
+        for name, table in saved_entry(state, "columns", dict, owner).items():
+            size = len(table) if isinstance(table, Tensor) and table.ndim else 0
+            columns[name] = check_saved(f"{owner}, column {name!r}", table, (size, 4), torch.float64).cpu()
+            places = columns[name][:, [0, 1, 3]]
+            if bool((places != places.round()).any() | (places < 0).any()):
+                raise StateError(f"{owner}: the means of column {name!r} cannot be right; the file is damaged")
+        self.counts, self.columns, self._summaries = counts, columns, None
+
+
+def results_document(
+    results: RunResults, datamodule: Any, config: Mapping[str, Any], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what ``results.json`` holds.
+
+    Args:
+        results: What was measured.
+        datamodule: The stream, or any other source of data, of which less is known.
+        config: What a person set.
+        seconds: What took how long.
+    """
+    document: dict[str, Any] = {
+        "format": 1,
+        "clkit": __version__,
+        "seed": getattr(datamodule, "seed", None),
+        "config": config,
+        "evaluated_on": getattr(datamodule, "evaluated_on", None),
+        "stream": {
+            "scenario": getattr(getattr(datamodule, "scenario", None), "name", None),
+            "experiences": [
+                {
+                    "name": experience.name,
+                    "classes": list(experience.classes),
+                    "train_samples": experience.train_samples,
+                    "eval_samples": experience.eval_samples,
+                }
+                for experience in getattr(datamodule, "experiences", None) or []
+            ],
+        },
+        "predictors": results.summaries(),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_memory_bytes": _peak_memory(),
+    }
+    if results.columns:
+        document["columns"] = results.column_means()
+    return document
 
 
 def write_results(
     folder: Path, document: Mapping[str, Any], classes: Mapping[str, ClassTable], names: Mapping[int, str]
 ) -> None:
-    """Writes ``results.json``, ``accuracy.csv``, ``per_class.csv`` and ``confusion_<predictor>.csv``.
+    """Write ``results.json``, ``accuracy.csv``, ``per_class.csv`` and ``confusion_<predictor>.csv``.
 
     Args:
         folder: Where to.
         document: What ``results.json`` holds.
         classes: For each predictor, after its last stage: class, correct and samples of each class; class, predicted
-            class and samples of each pair.
+            class and samples of each pair that occurred.
         names: Class names by id; may be empty.
     """
     with atomic_write(folder / "results.json") as draft:
         draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _write_accuracy(folder / "accuracy.csv", document["predictors"])
+    predictors: Mapping[str, Mapping[str, Any]] = document["predictors"]
+    width = max((len(row) for summary in predictors.values() for row in summary["accuracy_matrix"][:1]), default=0)
+    with _table(folder / "accuracy.csv") as writer:
+        writer.writerow(["predictor", "stage", "accuracy_seen", *[f"experience_{j + 1}" for j in range(width)]])
+        for predictor, summary in predictors.items():
+            rows = zip(summary["accuracy_seen"], summary["accuracy_matrix"], strict=True)
+            for stage, (seen, row) in enumerate(rows, start=1):
+                cells = ["" if value is None else f"{value:.6f}" for value in (seen, *row)]
+                writer.writerow([predictor, stage, *cells])
     with _table(folder / "per_class.csv") as writer:
         writer.writerow(["predictor", "class", "name", "samples", "correct", "accuracy"])
         for predictor, (counts, _) in classes.items():
             for label, hits, n in counts:
                 writer.writerow([predictor, label, names.get(label, ""), n, hits, f"{hits / n:.6f}"])
-    for predictor, (counts, listed) in classes.items():
-        labels = [label for label, _, _ in counts]
-        pairs = {(label, predicted): n for label, predicted, n in listed}
-        columns = sorted({predicted for _, predicted in pairs} | set(labels))
+    for predictor, (_, pairs) in classes.items():
         with _table(folder / f"confusion_{predictor}.csv") as writer:
-            writer.writerow(["class \\ predicted", *columns])
-            for label in labels:
-                writer.writerow([label, *[pairs.get((label, column), 0) for column in columns]])
+            writer.writerow(["true", "predicted", "count"])
+            writer.writerows(pairs)
+
+
+def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) -> None:
+    """Write one line a sample, in the order of the data set: target, each prediction with its score, further columns.
+
+    Args:
+        path: The file.
+        recorded: What was predicted.
+        names: Class names by id; may be empty.
+    """
+    order = torch.argsort(recorded.rows, stable=True)
+
+    def ids(header: str, labels: Tensor) -> list[tuple[str, list[Any]]]:
+        listed = labels[order].tolist()
+        shown = [label if label >= 0 else "" for label in listed]
+        return [(header, shown), (f"{header}_name", [names.get(label, "") for label in listed])]
+
+    columns: list[tuple[str, list[Any]]] = [("row", recorded.rows[order].tolist()), *ids("target", recorded.targets)]
+    for name, predicted in recorded.predicted.items():
+        columns += [*ids(name, predicted), (f"{name}_score", _cells(recorded.scores[name][order]))]
+    columns += [(name, _cells(values[order])) for name, values in recorded.columns.items()]
+    with _table(path) as writer:
+        writer.writerow([header for header, _ in columns])
+        writer.writerows(zip(*(cells for _, cells in columns), strict=True))
+
+
+def _means(stage: int, experiences: Tensor, values: Tensor) -> Tensor:
+    """Return (m, 4): stage, experience, mean and number of the finite values of each experience that has some."""
+    values = values.double()
+    known = values.isfinite()
+    number = torch.bincount(experiences[known])
+    sums = torch.bincount(experiences[known], weights=values[known])
+    measured = number.nonzero().squeeze(1)
+    sums, number = sums[measured], number[measured]
+    return torch.stack([torch.full_like(sums, stage), measured.double(), sums / number, number.double()], dim=1)
+
+
+def _stage_tables(table: Tensor) -> dict[str, list[list[Any]]]:
+    table = table[table[:, 0] > 0]
+    stage, experience = table[:, :2].long().unbind(1)
+    size = (int(stage.max()), int(experience.max()) + 1) if len(table) else (0, 0)
+    mean, count = torch.full(size, torch.nan, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
+    mean[stage - 1, experience], count[stage - 1, experience] = table[:, 2], table[:, 3].long()
+    return {"mean": plain(mean), "count": count.tolist()}
+
+
+def _cells(values: Tensor) -> list[Any]:
+    """Return values as they stand in a table: six digits, nothing for ``NaN``."""
+    listed: list[Any] = values.tolist()
+    return ["" if value != value else f"{value:.6g}" for value in listed] if values.is_floating_point() else listed
 
 
 @contextmanager
@@ -52,15 +281,13 @@ def _table(path: Path) -> Iterator[Any]:
         yield csv.writer(file)
 
 
-def _write_accuracy(path: Path, predictors: Mapping[str, Mapping[str, Any]]) -> None:
-    width = max((len(row) for summary in predictors.values() for row in summary["accuracy_matrix"]), default=0)
-    with _table(path) as writer:
-        writer.writerow(["predictor", "stage", "accuracy_seen", *[f"experience_{j + 1}" for j in range(width)]])
-        for predictor, summary in predictors.items():
-            rows = zip(summary["accuracy_matrix"], summary["accuracy_seen"], strict=True)
-            for stage, (row, seen) in enumerate(rows, start=1):
-                writer.writerow([predictor, stage, _cell(seen), *[_cell(value) for value in row]])
+def _peak_memory() -> int | None:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if os.name != "posix":
+        return None  # the standard library tells it on POSIX systems only
+    import resource
+    import sys
 
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.6f}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

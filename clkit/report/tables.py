@@ -51,24 +51,21 @@ def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def evaluation_table(
-    accuracies: Mapping[str, Mapping[int, float]], seen: Mapping[str, float | None], title: str
-) -> Table:
-    """One evaluation, in per cent: one row a predictor.
+def evaluation_table(accuracies: Mapping[str, tuple[Mapping[int, float], float | None]], title: str) -> Table:
+    """Return one evaluation, in per cent: one row a predictor.
 
     Args:
-        accuracies: For each predictor the accuracy on each experience.
-        seen: For each predictor the accuracy on all of them.
+        accuracies: For each predictor the accuracy on each experience, and on all of them together.
         title: What stands above.
     """
     table = _table(f"{title} (accuracy, %)")
-    columns = sorted({j for row in accuracies.values() for j in row})
+    columns = sorted({j for row, _ in accuracies.values() for j in row})
     shown = columns if len(columns) <= MOST_COLUMNS else []
     for j in shown:
         table.add_column(f"exp {j + 1}", justify="right", no_wrap=True)
     table.add_column("all", justify="right", style="bold")
-    for name, row in accuracies.items():
-        table.add_row(name, *[_percent(row.get(j)) for j in shown], _percent(seen[name]))
+    for name, (row, seen) in accuracies.items():
+        table.add_row(name, *[_percent(row.get(j)) for j in shown], _percent(seen))
     return table
 
 

@@ -234,7 +234,7 @@ def _index(checkpoint: dict[str, Any]) -> int:
 
 
 def _nothing_measured(entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "rows": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
+    return {**entry, "rows": {}, "columns": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
 
 
 def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:

@@ -1,0 +1,106 @@
+"""What an evaluation shows: logs, tables in the terminal, files and figures in the run's folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from clkit.metrics.functional import METRICS
+from clkit.report.results import Recorded, Results, RunResults, results_document, write_predictions, write_results
+from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
+from clkit.stream.boundaries import Boundaries
+
+__all__ = ["RunFolder", "has_matplotlib", "log_metrics", "show", "show_stage"]
+
+
+class RunFolder:
+    """The files of a run; only the first process writes them, and none in a ``fast_dev_run``.
+
+    Args:
+        trainer: The trainer; all processes must come here, because they agree on the folder.
+        files: Whether to write at all.
+    """
+
+    def __init__(self, trainer: pl.Trainer, files: bool) -> None:
+        self.path = Path(trainer.log_dir or trainer.default_root_dir)
+        self._trainer = trainer
+        self._files = files and trainer.is_global_zero
+        self.writes = self._files and not is_fast_dev_run(trainer)
+
+    def write(self, measured: RunResults, config: Mapping[str, Any], seconds: Mapping[str, float]) -> float:
+        """Write the tables and ``results.json``, and return how many seconds that took."""
+        start = time.perf_counter()
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            document = results_document(measured, datamodule_of(self._trainer), config, seconds)
+            write_results(self.path, document, measured.class_tables(), self._class_names())
+        return time.perf_counter() - start
+
+    def write_predictions(self, recorded: Recorded) -> None:
+        """Write ``predictions.csv``, also in a ``fast_dev_run``."""
+        if self._files:
+            path = self.path / "predictions.csv"
+            write_predictions(path, recorded, self._class_names())
+            show(self._trainer, f"predictions: {path}")
+
+    def draw(self, results: Results | None) -> None:
+        """Draw the two figures of the results; for ``None`` those of the strategy and of other callbacks."""
+        if not self.writes or not has_matplotlib():
+            return
+        from clkit.report.figures import draw_figures, save_figures
+
+        if results is None:
+            save_figures(self.path, [self._trainer.strategy, *callbacks_of(self._trainer)])
+        else:
+            draw_figures(self.path, results)
+
+    def _class_names(self) -> Mapping[int, str]:
+        return getattr(datamodule_of(self._trainer), "class_names", None) or {}
+
+
+def has_matplotlib() -> bool:
+    """Return whether figures can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
+def log_metrics(trainer: pl.Trainer, module: pl.LightningModule | None, results: Results) -> None:
+    """Log every metric by its full name: through the module, or where it cannot log, straight to the loggers."""
+    values = {}
+    for name, summary in results.items():
+        for metric in METRICS:
+            value = summary[metric]
+            if isinstance(value, list):
+                value = value[-1] if value else None
+            if value is not None:
+                values[f"{name}/{metric}"] = value
+    if module is not None:
+        module.log_dict(values, rank_zero_only=False)
+    else:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def show_stage(trainer: pl.Trainer, results: Results, stage: int) -> None:
+    """Print the table of a stage."""
+    from clkit.report.tables import stage_table
+
+    experience = Boundaries.of(trainer).current
+    title = f"after experience {stage}" + ("" if experience is None else f": {experience.name}")
+    show(trainer, stage_table(results, title=title))
+
+
+def show(trainer: pl.Trainer, what: Any) -> None:
+    """Print above the progress bar where there is a rich one; only on the first process."""
+    if not trainer.is_global_zero:
+        return
+    from lightning.pytorch.callbacks import RichProgressBar
+    from rich.console import Console
+
+    bar = trainer.progress_bar_callback
+    live = bar.progress if isinstance(bar, RichProgressBar) else None
+    (Console() if live is None else live.console).print(what)
