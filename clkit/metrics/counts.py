@@ -17,6 +17,8 @@ from clkit.schema import check_saved, saved_entry
 
 __all__ = ["StreamCounts", "Tables", "add_up", "staged_counts"]
 
+MOST_STAGES = 2**20  # more in a saved state are damage, for which no table should be made
+
 
 class Tables(NamedTuple):
     """Dense counts of the stages 1 … T on the CPU; the first five are what ``summarize`` takes."""
@@ -160,7 +162,7 @@ class StreamCounts:
         lowest = torch.tensor([0, 0, 0, -1, 1])
         if bool((rows < lowest).any()) or not torch.equal(rows, add_up(rows[:, :4], rows[:, 4])):
             raise StateError(f"{owner}: its counts cannot be right; the file is damaged")
-        if last < -1 or bool((rows[:, 0] > last).any()):
+        if not -1 <= last < MOST_STAGES or bool((rows[:, 0] > last).any()):
             raise StateError(f"{owner}: {last} cannot be its last stage; the file is damaged")
         self.rows, self.last = rows, last
 

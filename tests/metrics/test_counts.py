@@ -103,6 +103,7 @@ DAMAGED: list[Any] = [
     {"counts": ROW, "last": True},
     {"counts": ROW, "last": 0},
     {"counts": ROW, "last": -2},
+    {"counts": ROW, "last": 2**70},
     {"counts": ROW[0], "last": 1},
     {"counts": torch.tensor(3), "last": 1},
     {"counts": ROW[:, :4], "last": 1},
