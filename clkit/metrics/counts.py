@@ -130,16 +130,14 @@ class StreamCounts:
     def tables(self) -> Tables:
         """Return the dense tables of all stages; a class that only stage 0 evaluated has no column."""
         stage, experience, label, predicted, samples = self.rows.cpu().unbind(1)
-        hits = samples * (label == predicted)
-        height, width = max(self.last, 0) + 1, int(experience.max()) + 1 if len(experience) else 0
-        ids = torch.unique(label[stage > 0])
-        both = torch.stack([hits, samples], dim=1)
-        correct, total = _dense(stage, experience, both, height, width)
-        listed = torch.isin(label, ids)
-        column = torch.searchsorted(ids, label[listed])
-        class_correct, class_total = _dense(stage[listed], column, both[listed], height, len(ids))
+        both = torch.stack([samples * (label == predicted), samples], dim=1)
+        stages, width = max(self.last, 0), int(experience.max()) + 1 if len(experience) else 0
+        correct, total = _dense(stage, experience, both, stages + 1, width)
+        later = stage > 0
+        ids, column = torch.unique(label[later], return_inverse=True)
+        class_correct, class_total = _dense(stage[later] - 1, column, both[later], stages, len(ids))
         baseline = correct[0].double() / total[0].double()
-        return Tables(correct[1:], total[1:], class_correct[1:], class_total[1:], baseline, tuple(ids.tolist()))
+        return Tables(correct[1:], total[1:], class_correct, class_total, baseline, tuple(ids.tolist()))
 
     # ---- state
 
