@@ -9,8 +9,9 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError
 from clkit.methods._checks import check_number
-from clkit.methods.heads.base import Head, Readout
+from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
+from clkit.methods.heads.readout import Readout
 from clkit.methods.nearest_mean import nearest_mean_readout, negative_distances
 from clkit.methods.statistics import FeatureStatistics
 

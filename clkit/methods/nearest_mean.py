@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from clkit.methods._checks import Batch, check_choice
-from clkit.methods.heads.base import Head, Readout
+from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
+from clkit.methods.heads.readout import Readout
 from clkit.methods.statistics import FeatureStatistics
 
 __all__ = ["NearestMeanHead"]

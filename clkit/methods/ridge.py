@@ -15,9 +15,10 @@ from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFitte
 from clkit.methods._checks import Batch, check_choice, check_count, check_number
 from clkit.methods._gram import add_gram_
 from clkit.methods._state import PlainState, exact
-from clkit.methods.heads.base import Head, Readout, first_equal
+from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
 from clkit.methods.heads.pseudo_features import missing_counts, pseudo_features
+from clkit.methods.heads.readout import Readout, first_equal
 from clkit.methods.statistics import FeatureStatistics
 from clkit.schema import check_keys, check_saved, check_saved_ids
 

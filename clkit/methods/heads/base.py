@@ -3,7 +3,6 @@ r"""What the heads share: one linear read-out of sums, with a column for each cl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,55 +12,14 @@ from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFitte
 from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
 from clkit.methods._state import exact
 from clkit.methods.heads.feature_map import FeatureMap
+from clkit.methods.heads.readout import Readout
 from clkit.methods.statistics import FeatureStatistics, raise_for_batch
 from clkit.schema import check_keys
 
-__all__ = ["FORMAT", "Head", "Readout", "first_equal"]
+__all__ = ["FORMAT", "Head"]
 
 FORMAT = 1
 _LAYOUT_OPTIONS = ("num_classes", "max_classes")  # may differ between a saved state and the object that loads it
-
-
-@dataclass(frozen=True)
-class Readout:
-    """A solved classifier over the seen classes: ``scores = (design - offset) @ weight.T + bias``.
-
-    Attributes:
-        classes: (k,) int64 sorted ids.
-        weight: (k, D) float64.
-        bias: (k,) float64.
-        offset: (D,) float64, taken off the design first so that a common offset of all features costs no digits;
-            ``None`` for none.
-        size: Largest id + 1, 0 if nothing was learned.
-        twins: (k,) first position with the same weight and bias, or ``None`` if all differ.
-    """
-
-    classes: Tensor
-    weight: Tensor
-    bias: Tensor
-    offset: Tensor | None
-    size: int
-    twins: Tensor | None
-
-    @classmethod
-    def of(cls, classes: Tensor, weight: Tensor, bias: Tensor, offset: Tensor | None = None) -> Readout:
-        """Collect the parts and look for classes that are equal to the last bit."""
-        size = int(classes[-1]) + 1 if classes.numel() else 0
-        return cls(classes, weight, bias, offset, size, first_equal(torch.cat([weight, bias[:, None]], dim=1)))
-
-    def centred(self, design: Tensor) -> Tensor:
-        """The design without the offset."""
-        return design if self.offset is None else design - self.offset
-
-    def scores(self, centred: Tensor) -> Tensor:
-        """(B, k) float64. Equal classes get equal scores, whatever order a product adds in, so that ties are ties."""
-        scores = torch.addmm(self.bias, centred, self.weight.T)
-        return scores if self.twins is None else scores[:, self.twins]
-
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of one linear layer."""
-        bias = self.bias if self.offset is None else self.bias - self.weight @ self.offset
-        return self.weight.clone(), bias.clone()
 
 
 class Head(nn.Module):
@@ -391,15 +349,3 @@ def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tup
         for name in names
         if name not in _LAYOUT_OPTIONS and mine.get(name) != theirs.get(name)
     ]
-
-
-def first_equal(table: Tensor) -> Tensor | None:
-    """For each row the first row that equals it to the last bit, or ``None`` if no two rows are equal.
-
-    A product or a solve may add in another order for another column, so equal columns in do not mean equal columns
-    out; indexing the result by this does.
-    """
-    values = table.cpu().numpy() + 0.0  # -0.0 equals 0.0
-    first: dict[bytes, int] = {}
-    twins = [first.setdefault(row.tobytes(), position) for position, row in enumerate(values)]
-    return None if len(first) == len(twins) else torch.tensor(twins, device=table.device)

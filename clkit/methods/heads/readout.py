@@ -1,19 +1,26 @@
-"""A learned head as plain PyTorch layers, for a network that shall use it and for export."""
+"""What a head has learned, as a linear read-out and as plain PyTorch layers for a network that shall use it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods.heads.base import Head
-from clkit.methods.heads.feature_map import FeatureMap
+
+if TYPE_CHECKING:
+    from clkit.methods.heads.base import Head
 
 __all__ = [
     "NEVER",
     "L2Normalize",
     "LinearReadout",
+    "Readout",
+    "first_equal",
     "is_linear",
     "layer_values",
     "linear_of",
@@ -23,6 +30,60 @@ __all__ = [
 
 NEVER = -1e30  # score of a class never seen; a sum of many such losses is still finite in float32
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A solved classifier over the seen classes: ``scores = (design - offset) @ weight.T + bias``.
+
+    Attributes:
+        classes: (k,) int64 sorted ids.
+        weight: (k, D) float64.
+        bias: (k,) float64.
+        offset: (D,) float64, taken off the design first so that a common offset of all features costs no digits;
+            ``None`` for none.
+        size: Largest id + 1, 0 if nothing was learned.
+        twins: (k,) first position with the same weight and bias, or ``None`` if all differ.
+    """
+
+    classes: Tensor
+    weight: Tensor
+    bias: Tensor
+    offset: Tensor | None
+    size: int
+    twins: Tensor | None
+
+    @classmethod
+    def of(cls, classes: Tensor, weight: Tensor, bias: Tensor, offset: Tensor | None = None) -> Readout:
+        """Collect the parts and look for classes that are equal to the last bit."""
+        size = int(classes[-1]) + 1 if classes.numel() else 0
+        return cls(classes, weight, bias, offset, size, first_equal(torch.cat([weight, bias[:, None]], dim=1)))
+
+    def centred(self, design: Tensor) -> Tensor:
+        """Return the design without the offset."""
+        return design if self.offset is None else design - self.offset
+
+    def scores(self, centred: Tensor) -> Tensor:
+        """Return (B, k) float64. Equal classes get equal scores, in whatever order a product adds: ties are ties."""
+        scores = torch.addmm(self.bias, centred, self.weight.T)
+        return scores if self.twins is None else scores[:, self.twins]
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of one linear layer."""
+        bias = self.bias if self.offset is None else self.bias - self.weight @ self.offset
+        return self.weight.clone(), bias.clone()
+
+
+def first_equal(table: Tensor) -> Tensor | None:
+    """Return for each row the first row that equals it to the last bit, or ``None`` if no two rows are equal.
+
+    A product or a solve may add in another order for another column, so equal columns in do not mean equal columns
+    out; indexing the result by this does.
+    """
+    values = table.cpu().numpy() + 0.0  # -0.0 equals 0.0
+    first: dict[bytes, int] = {}
+    twins = [first.setdefault(row.tobytes(), position) for position, row in enumerate(values)]
+    return None if len(first) == len(twins) else torch.tensor(twins, device=table.device)
 
 
 class L2Normalize(nn.Module):
@@ -36,12 +97,12 @@ class L2Normalize(nn.Module):
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Unit rows."""
+        """Return the rows scaled to length 1."""
         return normalize(features, dim=-1, eps=1e-12)
 
 
-def readout_tensors(head: Head, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight (outputs, D) and bias (outputs,) of a linear layer with one row for each class id.
+def readout_tensors(head: Head | LinearReadout, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return weight (outputs, D) and bias (outputs,) of a linear layer with one row for each class id.
 
     Classes never seen get weight 0 and a large negative *finite* bias: they never win, and a cross-entropy stays
     finite.
@@ -49,7 +110,7 @@ def readout_tensors(head: Head, outputs: int, dtype: torch.dtype) -> tuple[Tenso
     Args:
         head: A head that has learned something.
         outputs: Rows of the layer; at least the largest id + 1.
-        dtype: Of the layer.
+        dtype: The data type of the layer.
 
     Raises:
         ArgumentError: If there are too few rows.
@@ -75,13 +136,14 @@ def readout_tensors(head: Head, outputs: int, dtype: torch.dtype) -> tuple[Tenso
     return full_weight.to(dtype), full_bias.to(dtype)
 
 
-def layer_values(head: Head, own: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """What the tensors of a classifier become when a head is copied into it.
+def layer_values(head: Head | LinearReadout, own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return what the tensors of a classifier become when a head is copied into it.
 
     Args:
         head: A learned head.
         own: The classifier's tensors by name: ``weight`` and ``bias``, or ``0.weight``, ``0.bias``, ``1.weight``, …
-            of linear layers that read the features side by side, the mean of which is the output.
+            of linear layers or 1x1 convolutions that read the features side by side and of which the network takes
+            the mean.
 
     Returns:
         Tensors of the same names and shapes, or ``None`` where the head is no linear layer of that form.
@@ -93,31 +155,32 @@ def layer_values(head: Head, own: dict[str, Tensor]) -> dict[str, Tensor] | None
         >>> layer_values(head, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})["weight"].tolist()
         [[2.0, -2.0], [-2.0, 2.0]]
     """
-    weights = [name for name in own if name.rpartition(".")[2] == "weight"]
-    if len(own) != 2 * len(weights) or not is_linear(head) or not head.classes.numel():
+    weights = [name for name, tensor in own.items() if tensor.ndim > 1]
+    if not weights or len(own) != 2 * len(weights) or not is_linear(head) or not head.classes.numel():
         return None
     outputs, dtype = len(own[weights[0]]), own[weights[0]].dtype
-    if int(head.classes.max()) >= outputs or any(own[name].ndim != 2 for name in weights):
+    widths = [own[name][0].numel() for name in weights]
+    if int(head.classes.max()) >= outputs or sum(widths) != head.in_features:
         return None
     weight, bias = readout_tensors(head, outputs, torch.float64)
     # a mean of n layers is the whole when each has n times its part of the weights, and all of the bias
-    parts = torch.split(len(weights) * weight, [own[name].shape[1] for name in weights], dim=1)
-    values = {name: part.to(dtype) for name, part in zip(weights, parts, strict=True)}
+    parts = torch.split(len(weights) * weight, widths, dim=1)
+    values = {name: part.reshape(own[name].shape).to(dtype) for name, part in zip(weights, parts, strict=True)}
     return {name: values.get(name, bias.clamp(min=torch.finfo(dtype).min / 4).to(dtype)) for name in own}
 
 
-def is_linear(head: Head) -> bool:
-    """Whether a head is one linear layer of the features themselves, neither lifted nor of unit length."""
-    return not head.normalizes and head.feature_map.is_identity
+def is_linear(head: Head | LinearReadout) -> bool:
+    """Return whether a head is one linear layer of the features themselves, neither lifted nor of unit length."""
+    return isinstance(head, LinearReadout) or (not head.normalizes and head.feature_map.is_identity)
 
 
 def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequential:
-    """The head as a ``Sequential`` of plain layers that ends in an ``nn.Linear``: argmax as the head's ``predict``.
+    """Return the head as a ``Sequential`` of plain layers that ends in an ``nn.Linear`` and ranks as ``predict`` does.
 
     Args:
         head: A head that has learned something.
         outputs: Columns; at least the largest id + 1.
-        dtype: Of the layers.
+        dtype: The data type of the layers.
 
     Returns:
         ``Sequential(Flatten, [L2Normalize | lift], Linear)``: (B, D) or (B, D, 1, 1) → (B, outputs).
@@ -137,13 +200,13 @@ def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequentia
     layers: list[nn.Module] = [nn.Flatten(1)]
     if head.normalizes:
         layers.append(L2Normalize())
-    elif not head.feature_map.is_identity:
-        layers += _lift_layers(head.feature_map, dtype)
+    elif head.feature_map.projection is not None:
+        layers += [linear_of(head.feature_map.projection.to(dtype)), _ACTIVATIONS[head.feature_map.activation]()]
     return nn.Sequential(*layers, linear_of(weight, bias))
 
 
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer that holds these values, made without a draw from the global generator, which is the user's.
+    """Return a linear layer of these values, made without a draw from the global generator, which is the user's.
 
     Example:
         >>> linear_of(torch.eye(2), torch.ones(2))(torch.tensor([[1.0, 2.0]])).tolist()
@@ -158,16 +221,10 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return layer
 
 
-def _lift_layers(feature_map: FeatureMap, dtype: torch.dtype) -> list[nn.Module]:
-    projection = feature_map.projection
-    assert projection is not None
-    return [linear_of(projection.to(dtype)), _ACTIVATIONS[feature_map.activation]()]
-
-
 class LinearReadout(nn.Module):
-    """One linear layer over the classes that a head had learned: it predicts and learns no more.
+    """Predicts by one linear layer over the classes that a head had learned, and learns no more.
 
-    What :func:`clkit.load_head` gives for an exported file. The user makes none.
+    :func:`clkit.load_head` returns one for an exported file. The user makes none.
 
     Args:
         classes: (k,) int64, sorted ids.
@@ -196,14 +253,18 @@ class LinearReadout(nn.Module):
         self.register_buffer("bias", bias.double())
 
     def forward(self, features: Tensor) -> Tensor:
-        """Scores; float64 for float64 features, else float32 (computed in float64)."""
+        """Return scores; float64 for float64 features, else float32 (computed in float64)."""
         seen = self._scores_seen(features)
         scores = seen.new_full((len(seen), int(self.classes[-1]) + 1), -torch.inf).index_copy(1, self.classes, seen)
         return scores if features.dtype == torch.float64 else scores.float()
 
     def predict(self, features: Tensor) -> Tensor:
-        """(B,) int64 ids of the classes with the highest scores; ties go to the lowest id."""
+        """Return (B,) int64 ids of the classes with the highest scores; ties go to the lowest id."""
         return self.classes[self._scores_seen(features).argmax(dim=1)]
+
+    def linear_readout(self) -> tuple[Tensor, Tensor]:
+        """Return weight (k, D) and bias (k,), as :meth:`~clkit.methods.heads.base.Head.linear_readout` does."""
+        return self.weight, self.bias
 
     def _scores_seen(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.in_features:
