@@ -245,7 +245,7 @@ def test_a_grafted_module_can_be_evaluated_from_its_own_file(
     trainer = make_trainer(strategy="gradient_free", callbacks=[head], **NEVER)
     trainer.fit(module, datamodule=stream())
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    own = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][head.state_key]["own_classifier"]
+    own = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][head.state_key]["graft"]["own"]
     counts = head.head.counts.tolist()
     (first,) = trainer.test(module, datamodule=stream(), verbose=False)
     for _ in range(2):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clkit.errors import TapError
 from clkit.features.tap import FeatureTap, Tapped
+from clkit.surgery.classifier import Graft
 
 timm = pytest.importorskip("timm")
 
@@ -314,7 +315,8 @@ def test_modules_of_this_library_are_no_classifiers_but_its_heads_are() -> None:
     assert FeatureTap(module).point == "net.3:in"
 
     tap = FeatureTap(module)
-    module.net[3] = nn.Sequential(of_clkit("Lift"), nn.Linear(5, 3))
+    module.net[3] = nn.Sequential(nn.ReLU(), nn.Linear(5, 3))
+    Graft("a callback").mark(module.net[3])
     tap.resolve()
     assert (tap.point, tap.classifier) == ("net.3:in", module.net[3])
     assert FeatureTap(module).point == "net.3:in"

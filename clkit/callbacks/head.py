@@ -335,28 +335,21 @@ class HeadCallback(FeatureCallback):
 
     def stream_state(self) -> dict[str, Any]:
         """Head, width and tap point; summed over processes first, so that the file is the same for any number."""
-        graft: dict[str, Any] = {
-            "grafted": self._graft is not None,
-            "own_classifier": {} if self._graft is None else self._graft.own_tensors,
-            "grafted_layer": {} if self._graft is None else self._graft.layer_tensors,
-        }
+        graft = None if self._graft is None else self._graft.state()
         if self._head is None:
-            return {"head": None, "in_features": None, "tap": None, **graft}
+            return {"head": None, "in_features": None, "tap": None, "graft": graft}
         self._head.synchronize()
         return {
             "head": dict(self._head.state_dict()),
             "in_features": self._head.in_features,
             "tap": self._tap_point,
-            **graft,
+            "graft": graft,
         }
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Builds a head of the saved width and fills it."""
-        grafted = saved_entry(state, "grafted", bool, self.state_key)
-        own = self._saved_tensors(state, "own_classifier")
-        layer = self._saved_tensors(state, "grafted_layer")
-        if layer and (layer.keys() != {"weight", "bias"} or layer["weight"].ndim != 2 or layer["bias"].ndim != 1):
-            raise StateError(f"{self.state_key}: 'grafted_layer' in the saved state is no linear layer: it is damaged")
+        grafted = saved_entry(state, "graft", dict | None, self.state_key)
+        graft = None if grafted is None else Graft(self.state_key, grafted)
         tap = saved_entry(state, "tap", str | None, self.state_key)
         saved = saved_entry(state, "head", dict | None, self.state_key)
         head = None
@@ -366,14 +359,8 @@ class HeadCallback(FeatureCallback):
                 head.load_state_dict(saved)
             except StateError as error:
                 raise StateError(f"{self.state_key}: {error}") from error
-        self._graft = Graft(self.state_key, own, layer) if grafted else None
+        self._graft = graft
         self._tap_point, self._head, self._device = tap, head, None
-
-    def _saved_tensors(self, state: dict[str, Any], name: str) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = saved_entry(state, name, dict, self.state_key)
-        for each in tensors:
-            saved_entry(tensors, each, Tensor, f"{self.state_key}: {name}")
-        return tensors
 
     def _made_for(self, saved_width: int) -> Head:
         try:

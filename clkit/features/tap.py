@@ -138,7 +138,7 @@ class FeatureTap:
     @property
     def classifier_path(self) -> str | None:
         """The dotted path from the user's module to :attr:`classifier`, as ``get_submodule`` takes it."""
-        return None if self.classifier is None else _path(self._module, self.classifier)
+        return None if self.classifier is None else path_of(self._module, self.classifier)
 
     @property
     def branches(self) -> tuple[tuple[nn.Module, ...], ...]:
@@ -273,7 +273,7 @@ class FeatureTap:
     def _one_network(self) -> nn.Module | None:
         found = list(_networks(self._module))
         if len(found) > 1:
-            paths = [_path(self._module, network) for network in found]
+            paths = [path_of(self._module, network) for network in found]
             raise TapError(
                 f"layer={self.layer!r}: the module holds {len(found)} networks with a classifier, {', '.join(paths)}; "
                 f"name the one to read, for example layer={paths[0]!r}"
@@ -496,14 +496,12 @@ def _networks(module: nn.Module) -> Iterator[nn.Module]:
 def _linear_heads(module: nn.Module, path: str) -> Iterator[str]:
     """Paths of the layers that may be a classifier, in order of definition.
 
-    Modules of this library that a strategy attached (a projector, an editor) are none, its heads are, and so is the
-    sequence of a feature map and a linear layer that it puts in a classifier's place.
+    Modules of this library that a strategy attached (a projector, an editor) are none. Its heads are, and so are the
+    layers that a graft has put in a classifier's place.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):  # of nn.MultiheadAttention, which never calls it
         return
-    grafted = isinstance(module, nn.Sequential) and (
-        hasattr(module, "clkit_graft") or (len(module) > 1 and _is_clkit(module[0]))
-    )
+    grafted = getattr(getattr(module, "clkit_change", None), "noun", None) == "graft"
     if isinstance(module, nn.Linear) or grafted or (_is_clkit(module) and type(module).__name__.endswith("Head")):
         yield path
         return
@@ -537,15 +535,30 @@ def _has_submodule(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _path(module: nn.Module, inner: nn.Module) -> str:
-    """The dotted path from ``module`` to ``inner``, the first one if it is used twice."""
+def path_of(module: nn.Module, inner: nn.Module) -> str:
+    """Return the dotted path from ``module`` to ``inner``, the first one if it is used twice."""
     path: str = next(name for name, other in module.named_modules() if other is inner)
     return path
 
 
+def put_at(module: nn.Module, path: str, inner: nn.Module) -> None:
+    """Put ``inner`` where ``path`` leads to from ``module``, in the place of what stands there."""
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, inner)
+
+
+def width_of(layer: nn.Module) -> int | None:
+    """Return the number of features that a layer reads, or that the linear layer inside it reads, if it says so."""
+    for part in (layer, getattr(layer, "linear", None)):
+        width = getattr(part, "in_features", getattr(part, "in_channels", None))
+        if isinstance(width, int):
+            return width
+    return None
+
+
 def _name(network: nn.Module, layer: nn.Module) -> str:
     """The layer's path inside the network, the same whether parts are compiled or not."""
-    steps = _path(_unwrapped(network), _unwrapped(layer)).split(".")
+    steps = path_of(_unwrapped(network), _unwrapped(layer)).split(".")
     return ".".join(step for step in steps if step != "_orig_mod") or "module"
 
 
@@ -622,14 +635,13 @@ def _input_of(network: nn.Module, classifier: Any, branches: list[list[nn.Module
         classifier = None
     elif len(leaves) == 1:
         classifier = leaves[0]
-    widths = [getattr(leaf, "in_features", getattr(leaf, "in_channels", None)) for leaf in leaves]
-    known = [width for width in widths if isinstance(width, int)]
+    known = [width for leaf in leaves if (width := width_of(leaf)) is not None]
     return _Place(
         network=network,
         point=f"{names}:in",
         branches=tuple(tuple(branch) for branch in branches),
         classifier=classifier,
-        width=sum(known) if len(known) == len(widths) else None,
+        width=sum(known) if len(known) == len(leaves) else None,
     )
 
 

@@ -14,7 +14,7 @@ from clkit.files import check_output, read_checkpoint, write_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import layer_values
 from clkit.runs.heads import build_head, head_entries
-from clkit.schema import MERGED, STRATEGY, STREAM
+from clkit.schema import MERGED, STRATEGY, STREAM, saved_entry
 
 __all__ = ["Learned", "hand_over", "merge_checkpoints", "save_checkpoint"]
 
@@ -241,16 +241,16 @@ def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:
     """Put a changed head into a checkpoint and, where it was grafted into the module, its new read-out."""
     entry = checkpoint["callbacks"][key]
     entry["head"] = dict(head.state_dict())
-    if "grafted_layer" in entry:
-        entry["grafted_layer"] = {}  # what stood in the classifier's place: made anew of the head when it is loaded
-    if not head.classes.numel():
-        entry["grafted"] = False
-    own = entry.get("own_classifier") or {}
+    graft = entry.get("graft")
+    if graft is None:
+        return
+    own = saved_entry(graft, "own", dict, key)
+    values = layer_values(head, own)
+    # what does not fit any more, or stood in the classifier's place, is made anew of the head when it is loaded
+    entry["graft"] = {"own": {} if values is None else own, "layer": {}} if head.classes.numel() else None
     if not own:
         return
-    values = layer_values(head, own)
-    if values is None:  # it does not fit any more; the callback puts it there by other means when it is loaded
-        values, entry["own_classifier"] = own, {}
+    values = own if values is None else values
     weights = checkpoint["state_dict"]
     for weight_key in classifier_keys(weights, str(entry["tap"])):
         for name, value in values.items():

@@ -1,8 +1,8 @@
-"""Handing a learned head over to the user's module, and taking it back."""
+"""A learned head in the place of the user's classifier, for as long as a run wants it there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -10,15 +10,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clkit.errors import ConfigurationError
-from clkit.features.tap import FeatureTap
+from clkit.errors import ConfigurationError, StateError
+from clkit.features.tap import FeatureTap, put_at, width_of
 from clkit.methods.heads.readout import is_linear, layer_values, linear_of, readout_module
+from clkit.schema import saved_entry
+from clkit.surgery.change import Change, changes_of
 
-__all__ = ["Graft", "ungraft"]
+__all__ = ["Graft", "copy_into", "outputs_of", "ungraft"]
 
 
-class Graft:
-    """A head in the place of the user's classifier.
+class Graft(Change):
+    """Puts a head in the place of the user's classifier, and gives the classifier back.
 
     A head that is a plain linear layer of the classifier's own shape is copied into it, so the optimizer, the saved
     keys and a compiled graph stay valid. Otherwise the classifier is replaced by a ``Sequential`` that ends in an
@@ -26,26 +28,27 @@ class Graft:
 
     Args:
         owner: Who grafts, for messages.
-        own_tensors: What the classifier held before it was overwritten, for a run that goes on from a checkpoint.
-        layer_tensors: The last layer of what stood in the classifier's place, for the same.
+        saved: What :meth:`state` gave, for a run that goes on from a checkpoint.
+
+    Raises:
+        StateError: If ``saved`` is damaged.
     """
 
-    def __init__(
-        self,
-        owner: str,
-        own_tensors: dict[str, Tensor] | None = None,
-        layer_tensors: dict[str, Tensor] | None = None,
-    ) -> None:
-        self.owner = owner
-        self.applied = False
+    noun = "graft"
+    remedy = "call clkit.callbacks.ungraft(module) first"
+
+    def __init__(self, owner: str, saved: Mapping[str, Any] | None = None) -> None:
+        super().__init__(owner)
         self._path = ""
         self._original: nn.Module | None = None  # the replaced classifier
-        self._tensors: dict[str, Tensor] = dict(own_tensors or {})  # what an overwritten classifier held
-        self._layer: nn.Module | None = None  # the last of the layers in the classifier's place
-        self._restored: dict[str, Tensor] = dict(layer_tensors or {})  # what it is to hold when it is put back
+        self._own = {} if saved is None else _tensors(saved, "own", owner)  # what an overwritten classifier held
+        self._layer = {} if saved is None else _tensors(saved, "layer", owner)  # the last of the layers that replace it
+        dimensions = {name: tensor.ndim for name, tensor in self._layer.items()}
+        if dimensions not in ({}, {"weight": 2, "bias": 1}):
+            raise StateError(f"{owner}: 'layer' of the saved graft is no linear layer: the file is damaged")
 
     def check(self, module: nn.Module, layer: str, make_head: Callable[[int], Any] | None = None) -> None:
-        """Looks whether the classifier can be replaced, before anything is learned.
+        """Check that the classifier can be replaced, before anything is learned.
 
         Args:
             module: The user's module.
@@ -53,16 +56,14 @@ class Graft:
             make_head: Makes a head for features of a width, to be grafted later.
 
         Raises:
-            ConfigurationError: If there is no classifier that the head can replace, or it belongs to another graft.
+            ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
         """
-        if not self.applied:
-            self._find(module, layer)
-        slot = _get(module, self._path)
+        slot = self._slot(module, layer)
         if make_head is not None and isinstance(slot, nn.ModuleList):
-            self._refuse_split(slot, make_head(sum(_inputs(slot))))
+            self._refuse_split(slot, make_head(sum(width_of(leaf) or 0 for leaf in slot)))
 
     def check_training(self, module: nn.Module, wrapped: Any, head: Any) -> None:
-        """Looks whether gradients can go on behind a graft: a classifier that is replaced gets none any more.
+        """Check that training can go on behind a graft: a classifier that is replaced gets no gradients any more.
 
         Args:
             module: The user's module, for which :meth:`check` was called.
@@ -72,89 +73,98 @@ class Graft:
         Raises:
             ConfigurationError: If DDP waits for these gradients, or nothing else would be trained.
         """
-        classifier = _get(module, self._path) if self._original is None else self._original
+        classifier = module.get_submodule(self._path) if self._original is None else self._original
         if _is_copied(classifier, head):
             return
+        replaces = f"{self.owner} with graft='experience_end' replaces the classifier at {self._path!r}, and"
         if isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
             raise ConfigurationError(
-                f"{self.owner} with graft='experience_end' replaces the classifier at {self._path!r}, and DDP would "
-                "wait for its gradients; use strategy='ddp_find_unused_parameters_true', or graft='fit_end'"
+                f"{replaces} DDP would wait for its gradients; use strategy='ddp_find_unused_parameters_true', or "
+                "graft='fit_end'"
             )
         own = {id(parameter) for parameter in classifier.parameters()}
         if not any(parameter.requires_grad and id(parameter) not in own for parameter in module.parameters()):
             raise ConfigurationError(
-                f"{self.owner} with graft='experience_end' replaces the classifier at {self._path!r}, and nothing else "
-                "of the module is trained; use strategy='gradient_free', or graft='fit_end'"
+                f"{replaces} nothing else of the module is trained; use strategy='gradient_free', or graft='fit_end'"
             )
 
     def apply(self, module: nn.Module, layer: str, head: Any) -> None:
-        """Grafts, or refreshes a graft with what the head has learned since.
+        """Graft a head, or refresh its graft with what it has learned since.
+
+        Args:
+            module: The user's module.
+            layer: Where features are read.
+            head: The head.
 
         Raises:
-            ConfigurationError: If there is no classifier that the head can replace, or it belongs to another graft.
+            ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
         """
-        if not self.applied:
-            self._find(module, layer)
-        slot = _get(module, self._path)
+        slot = self._slot(module, layer)
         with torch.inference_mode(False):  # a graft that an evaluation puts back must serve the next training too
-            if self._original is None and _same_form(slot, head):
-                self._overwrite(slot, head)
+            values = None
+            if self._original is None and _is_copied(slot, head):
+                values = layer_values(head, dict(slot.named_parameters()))
+            if values is not None:
+                self._own = self._own or {name: tensor.detach().clone() for name, tensor in slot.named_parameters()}
+                copy_into(slot, values)
+                self.mark(slot)
             elif isinstance(slot, nn.ModuleList):
                 self._refuse_split(slot, head)
                 self._refuse(
-                    f"class {int(head.classes.max())} is beyond the {_outputs(slot[0])} outputs of the classifiers at "
-                    f"{self._path!r}; give the network more (num_classes=…)"
+                    f"class {int(head.classes.max())} is beyond the {outputs_of(slot[0])} outputs of the classifiers "
+                    f"at {self._path!r}; give the network more (num_classes=…)"
                 )
             else:
                 self._replace(module, slot, head)
-        self.applied = True
 
     def restore(self, module: nn.Module, layer: str, head: Any) -> None:
-        """Takes up a graft of a checkpoint as it was: since then the head may have learned more.
+        """Take up the graft of a checkpoint as it was; the head may have learned more since.
+
+        Args:
+            module: The user's module, with the weights of the checkpoint.
+            layer: Where features are read.
+            head: The head.
 
         Raises:
-            ConfigurationError: If there is no classifier that the head can replace, or it belongs to another graft.
+            ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
         """
-        if not self._tensors:
+        slot = self._slot(module, layer)
+        if self._own:  # the weights that were loaded with it are those of the graft
+            self.mark(slot)
+        elif self._layer:
+            with torch.inference_mode(False):
+                self._replace(module, slot, head, linear_of(self._layer["weight"], self._layer["bias"]))
+        else:
             self.apply(module, layer, head)
-            return
-        self._find(module, layer)  # the module's own weights, which were loaded with it, are those of the graft
-        _get(module, self._path).clkit_graft = self  # type: ignore[assignment]  # a mark that others can see
-        self.applied = True
 
     def undo(self, module: nn.Module) -> None:
-        """Gives the classifier back as it was."""
+        """Give the classifier back as it was; do nothing where nothing is grafted."""
         if not self.applied:
             return
-        if self._original is not None:
-            self._original.train(_get(module, self._path).training)  # the mode may have changed since
-            _set(module, self._path, self._original)
+        slot = module.get_submodule(self._path)
+        if self._original is None:
+            copy_into(slot, self._own)
         else:
-            self._give_back(_get(module, self._path))
-        self.applied = False
-        self._original = self._layer = None
+            self._original.train(slot.training)  # the mode may have changed since
+            put_at(module, self._path, self._original)
+        self.unmark(slot)
+        self._original, self._own, self._layer = None, {}, {}
 
     def release(self, module: nn.Module) -> None:
-        """Leaves the classifier to the weights that were just loaded into the module."""
+        """Leave the classifier to the weights that were just loaded into the module."""
         if self.applied and self._original is None:
-            vars(_get(module, self._path)).pop("clkit_graft", None)
-            self._tensors = {}
+            self._own = {}
         self.undo(module)
 
-    @property
-    def own_tensors(self) -> dict[str, Tensor]:
-        """The user's tensors that are overwritten; nothing where the classifier is replaced."""
-        return dict(self._tensors)
+    def state(self) -> dict[str, Any]:
+        """Return ``own``, what an overwritten classifier held, and ``layer``, the last of the layers that replace one.
 
-    @property
-    def layer_tensors(self) -> dict[str, Tensor]:
-        """Weight and bias of the layer that answers where a classifier is replaced; nothing elsewhere."""
-        if self._layer is None:
-            return dict(self._restored)
-        return {name: parameter.detach() for name, parameter in self._layer.named_parameters()}
+        One of the two is empty; both are where a graft is to be made anew of the head.
+        """
+        return {"own": dict(self._own), "layer": dict(self._layer)}
 
     def restore_keys(self, state_dict: dict[str, Any]) -> None:
-        """Puts the user's own keys back into a state dict that was taken with a replaced classifier."""
+        """Put the user's own keys back into a state dict that was taken with a replaced classifier."""
         if not self.applied or self._original is None:
             return
         prefix = self._path + "."
@@ -165,7 +175,10 @@ class Graft:
 
     # ----
 
-    def _find(self, module: nn.Module, layer: str) -> None:
+    def _slot(self, module: nn.Module, layer: str) -> nn.Module:
+        """Return what stands in the classifier's place, once it is known that a head can stand there."""
+        if self.applied:
+            return module.get_submodule(self._path)
         with FeatureTap(module, layer) as tap:
             classifier, path, point, branches = tap.classifier, tap.classifier_path, tap.point, tap.branches
             splits = _is_crossvit(tap.network)
@@ -179,23 +192,20 @@ class Graft:
                 f"features are read at {point!r}, where the network has no single classifier to replace; give the "
                 "network one (num_classes=…), or predict with the callback's head"
             )
-        other = getattr(classifier, "clkit_graft", None)
-        if isinstance(other, Graft):
-            self._refuse(
-                f"{path!r} already holds the graft of {other.owner}; call clkit.callbacks.ungraft(module) first"
-            )
+        self.claim(module, path)
         if isinstance(classifier, nn.ModuleList) and not splits:
             self._refuse(
                 f"the network reads {len(classifier)} classifiers at {path!r} in a way that is not known (of such "
                 "networks only CrossViT, which takes their mean, can be grafted)"
             )
-        leaves = list(classifier) if isinstance(classifier, nn.ModuleList) else [classifier]
+        leaves = _leaves(classifier)
         if not all(isinstance(leaf, nn.Linear | nn.Conv2d) for leaf in leaves):
             self._refuse(
                 f"the classifier at {path!r} is a {type(leaves[0]).__name__}, and only linear and 1x1 convolution "
                 "classifiers can be replaced"
             )
         self._path = path
+        return classifier
 
     def _refuse(self, reason: str) -> NoReturn:
         raise ConfigurationError(f"{self.owner} cannot be grafted: {reason}")
@@ -208,56 +218,39 @@ class Graft:
                 "unit-length or lifted features is not; predict with the callback's head, or use clkit export to .pt2"
             )
 
-    def _overwrite(self, slot: nn.Module, head: Any) -> None:
-        if not self._tensors:
-            self._tensors = {name: parameter.detach().clone() for name, parameter in slot.named_parameters()}
-        slot.clkit_graft = self  # type: ignore[assignment]  # a mark that others can see
-        values = layer_values(head, self._tensors)
-        assert values is not None
-        with torch.no_grad():
-            for name, parameter in slot.named_parameters():
-                parameter.copy_(values[name])
-
-    def _replace(self, module: nn.Module, slot: nn.Module, head: Any) -> None:
+    def _replace(self, module: nn.Module, slot: nn.Module, head: Any, last: nn.Linear | None = None) -> None:
         if self._original is None:
             rank_zero_info(
                 f"{self.owner}: the classifier at {self._path!r} is replaced by layers of the head's own until "
                 "ungraft; checkpoints keep the classifier's own keys"
             )
-            self._give_back(slot)  # an overwritten classifier that the head has outgrown
+            copy_into(slot, self._own)  # an overwritten classifier that the head has outgrown
+            self._own = {}
+            self.unmark(slot)
             self._original = slot
         reference = next(slot.parameters())
-        graft = readout_module(head, max(_outputs(self._original), int(head.classes.max()) + 1), reference.dtype)
-        if self._restored:
-            graft[-1] = linear_of(self._restored["weight"], self._restored["bias"])
-            self._restored = {}
-        self._layer = graft[-1]
-        graft.to(reference.device).requires_grad_(False)
+        outputs = max(outputs_of(self._original) or 0, int(head.classes.max()) + 1)
+        graft = readout_module(head, outputs, reference.dtype)
+        if last is not None:
+            graft[-1] = last
+        graft.to(reference.device, reference.dtype).requires_grad_(False)
         graft.train(slot.training)
-        graft.clkit_graft = self  # type: ignore[assignment]  # a mark that others can see
+        self._layer = {name: parameter.detach() for name, parameter in graft[-1].named_parameters()}
         graft.register_load_state_dict_pre_hook(self._load_own)  # type: ignore[no-untyped-call]  # torch: no types
-        _set(module, self._path, graft)
+        put_at(module, self._path, graft)
+        self.mark(graft)
 
     def _load_own(self, graft: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Files keep the user's own keys, so a module that holds the graft must be able to load them."""
+        """Load the user's own keys, which files keep, into the replaced classifier, and leave the graft as it is."""
         assert self._original is not None
         names = list(self._original.state_dict())
         if all(prefix + name in state_dict for name in names):
             self._original.load_state_dict({name: state_dict.pop(prefix + name) for name in names})
             state_dict.update({prefix + name: tensor for name, tensor in graft.state_dict().items()})
 
-    def _give_back(self, slot: nn.Module) -> None:
-        if not self._tensors:
-            return
-        with torch.no_grad():
-            for name, parameter in slot.named_parameters():
-                parameter.copy_(self._tensors[name])
-        self._tensors = {}
-        vars(slot).pop("clkit_graft", None)
-
 
 def ungraft(module: nn.Module) -> None:
-    """Gives a module its own classifiers back, whichever callback grafted into it.
+    """Give a module its own classifiers back, whichever callback grafted into it.
 
     Args:
         module: The user's module; nothing happens where nothing was grafted.
@@ -265,10 +258,34 @@ def ungraft(module: nn.Module) -> None:
     Example:
         >>> ungraft(nn.Linear(2, 2))
     """
-    for part in list(module.modules()):
-        graft = getattr(part, "clkit_graft", None)
-        if isinstance(graft, Graft):
-            graft.undo(module)
+    for change in changes_of(module):
+        if isinstance(change, Graft):
+            change.undo(module)
+
+
+def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names.
+
+    Example:
+        >>> layer = nn.Linear(1, 2)
+        >>> copy_into(layer, {"bias": torch.tensor([1.0, 2.0])})
+        >>> layer.bias.tolist()
+        [1.0, 2.0]
+    """
+    with torch.no_grad():
+        for name, tensor in values.items():
+            module.get_parameter(name).copy_(tensor)
+
+
+def outputs_of(layer: nn.Module) -> int | None:
+    """Return the number of outputs of a linear or convolutional layer, ``None`` of any other.
+
+    Example:
+        >>> outputs_of(nn.Linear(2, 3)), outputs_of(nn.ReLU())
+        (3, None)
+    """
+    found = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+    return found if isinstance(found, int) else None
 
 
 def _is_crossvit(network: nn.Module) -> bool:
@@ -276,30 +293,17 @@ def _is_crossvit(network: nn.Module) -> bool:
     return type(core).__name__ == "CrossVit" and type(core).__module__.startswith("timm.")
 
 
+def _leaves(classifier: nn.Module) -> list[nn.Module]:
+    return list(classifier) if isinstance(classifier, nn.ModuleList) else [classifier]
+
+
 def _is_copied(classifier: nn.Module, head: Any) -> bool:
-    """Whether a head of this kind is copied into the classifier, rather than put in its place."""
-    leaves = list(classifier) if isinstance(classifier, nn.ModuleList) else [classifier]
-    return is_linear(head) and all(type(leaf) is nn.Linear and leaf.bias is not None for leaf in leaves)
+    """Return whether a head of this kind is copied into the classifier, rather than put in its place."""
+    return is_linear(head) and all(type(leaf) is nn.Linear and leaf.bias is not None for leaf in _leaves(classifier))
 
 
-def _same_form(classifier: nn.Module, head: Any) -> bool:
-    """Whether the head is a linear layer of the classifier's shape, or can be split over several."""
-    return _is_copied(classifier, head) and layer_values(head, dict(classifier.named_parameters())) is not None
-
-
-def _inputs(classifiers: nn.ModuleList) -> list[int]:
-    return [int(layer.in_features) for layer in classifiers]  # type: ignore[arg-type]  # linear layers
-
-
-def _outputs(classifier: nn.Module) -> int:
-    # what is no Linear is a Conv2d here, which the annotation of a module does not know
-    return int(classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels)  # type: ignore[arg-type]
-
-
-def _get(module: nn.Module, path: str) -> nn.Module:
-    return module.get_submodule(path)
-
-
-def _set(module: nn.Module, path: str, value: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, value)
+def _tensors(saved: Mapping[str, Any], name: str, owner: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(saved_entry(saved, name, dict, owner))
+    for each in tensors:
+        saved_entry(tensors, each, Tensor, f"{owner}: {name}")
+    return tensors
