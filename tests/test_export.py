@@ -20,8 +20,10 @@ from clkit.callbacks import NMC
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.methods.heads.readout import readout_module
 from clkit.models import TimmClassifier
 from clkit.surgery.classifier import Graft
+from clkit.surgery.splice import SplicedCopy
 
 LEARNED = (0, 2, 3)  # of five outputs
 COLUMNS = 5
@@ -63,10 +65,18 @@ HEADS: dict[str, Callable[[int], Any]] = {
     "cosine": lambda width: NearestMeanHead(width, metric="cosine"),
     "lda": lambda width: LDAHead(width, shrinkage=0.1),
 }
-LARGE = ("mobilenet", "convolution")
-SLOW = pytest.mark.slow
 SCALED = ("icarl", "cosine")  # in a .pt, scores are times the length of the features
 NOT_LINEAR = {"lifted": "expansion_dim=48 lifts the features", "janson": "metric='janson' divides the features"}
+
+
+def pairs(*usual: tuple[str, str]) -> list[Any]:
+    """Every network with every head; what is not usual is slow."""
+    every = [(kind, head) for kind in NETWORKS for head in HEADS]
+    return [pytest.param(*pair, marks=() if pair in usual else pytest.mark.slow) for pair in every]
+
+
+# each head on one network, and the head with a weight and a bias of its own on each
+EACH = [*[("linear", head) for head in HEADS], *[(kind, "bias") for kind in NETWORKS]]
 
 
 def images(size: int, number: int = 24) -> Tensor:
@@ -124,14 +134,7 @@ def check_logits(logits: Tensor, head: Any, features: Tensor, scaled: bool = Fal
 # ---- .pt
 
 
-@pytest.mark.parametrize(
-    ("kind", "head"),
-    [
-        pytest.param(kind, head, marks=[] if kind not in LARGE or head in ("ridge", "janson", "cosine") else SLOW)
-        for kind in NETWORKS
-        for head in HEADS
-    ],
-)
+@pytest.mark.parametrize(("kind", "head"), pairs(*EACH, ("side by side", "cosine")))
 def test_torch_and_timm_read_the_weights(networks: Any, kind: str, head: str, tmp_path: Path) -> None:
     module, inputs, features = networks[kind]
     before = {key: value.clone() for key, value in module.state_dict().items()}
@@ -163,9 +166,19 @@ def test_torch_and_timm_read_the_weights(networks: Any, kind: str, head: str, tm
 # ---- .pt2
 
 
-def check_program(networks: Any, kind: str, head: str, folder: Path) -> None:
+@pytest.mark.parametrize(("kind", "head"), [(kind, "lifted") for kind in NETWORKS])
+def test_layers_of_any_head_take_the_place_of_any_classifier(networks: Any, kind: str, head: str) -> None:
     module, inputs, features = networks[kind]
-    made, path = learned(head, features), folder / "model.pt2"
+    made = learned(head, features)
+    spliced = SplicedCopy(module, made, "auto", inputs)
+    with torch.no_grad():
+        check_logits(spliced.put(readout_module(made, COLUMNS, torch.float32)).eval()(inputs), made, features)
+
+
+@pytest.mark.parametrize(("kind", "head"), pairs(("distilled", "janson")))
+def test_a_program_runs_with_any_head_and_batch(networks: Any, kind: str, head: str, tmp_path: Path) -> None:
+    module, inputs, features = networks[kind]
+    made, path = learned(head, features), tmp_path / "model.pt2"
     export(module, made, path, example=inputs[:2])
     extra = {"clkit.json": ""}
     program = torch.export.load(path, extra_files=extra).module()
@@ -173,18 +186,6 @@ def check_program(networks: Any, kind: str, head: str, folder: Path) -> None:
         with torch.no_grad():
             check_logits(program(inputs[-rows:]), made, features[-rows:]) if rows > 7 else program(inputs[-rows:])
     assert json.loads(extra["clkit.json"])["classes"] == list(LEARNED)
-
-
-@pytest.mark.parametrize(("kind", "head"), [("linear", "lifted"), ("side by side", "lifted"), ("distilled", "janson")])
-def test_a_program_runs_with_any_head_and_batch(networks: Any, kind: str, head: str, tmp_path: Path) -> None:
-    check_program(networks, kind, head, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_program_of_every_network_and_head(networks: Any, kind: str, head: str, tmp_path: Path) -> None:
-    check_program(networks, kind, head, tmp_path)
 
 
 # ---- graft, on the same networks
@@ -195,8 +196,7 @@ REFUSED_GRAFT = {
 }
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(("kind", "head"), pairs(*EACH, ("side by side", "lifted"), ("convolution", "janson")))
 def test_a_graft_on_the_same_networks(networks: Any, kind: str, head: str) -> None:
     module, inputs, features = networks[kind]
     before = {key: value.clone() for key, value in module.state_dict().items()}

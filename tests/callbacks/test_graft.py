@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, ungraft
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ConfigurationError
 from clkit.models import TimmClassifier
+from clkit.surgery.classifier import Graft
 
 Make = Callable[..., Any]
 
@@ -60,6 +61,12 @@ HEADS: dict[str, Callable[..., Any]] = {
 NETWORKS = ["plain", "timm surface", "convolution", "small classifier"]
 
 
+def pairs(heads: Iterable[str], *usual: tuple[str, str]) -> list[Any]:
+    """Every network with each of these heads; what is not usual is slow."""
+    every = [(kind, head) for kind in NETWORKS for head in heads]
+    return [pytest.param(*pair, marks=() if pair in usual else pytest.mark.slow) for pair in every]
+
+
 def stream(**options: Any) -> StreamDataModule:
     return StreamDataModule("digits:flat", ClassIncremental(experiences=3), **options)
 
@@ -92,15 +99,37 @@ def agreement(module: Any, callback: Any) -> float:
     return float((predictions(module) == own).float().mean())
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_the_module_predicts_as_the_head(make_trainer: Make, lit_small: Make, kind: str, head: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    pairs(
+        HEADS,
+        *[("plain", head) for head in HEADS],
+        ("timm surface", "ridge"),
+        ("convolution", "janson"),
+        ("small classifier", "ridge"),
+        ("small classifier", "lift"),
+    ),
+)
+def test_a_graft_at_the_end_serves_validation_and_prediction_until_it_is_undone(
+    make_trainer: Make, lit_small: Make, kind: str, head: str
+) -> None:
     module = network(kind, lit_small)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    callback = HEADS[head](graft="fit_end")
-    make_trainer(strategy="gradient_free", callbacks=[callback]).fit(module, datamodule=stream())
+    callback, evaluation = HEADS[head](graft="fit_end"), StreamEvaluation(table=False, files=False)
+    trainer = make_trainer(strategy="gradient_free", callbacks=[callback, evaluation])
+    trainer.fit(module, datamodule=stream())
     assert callback.grafted
     assert agreement(module, callback) >= 0.998  # float32 layers may decide a tie otherwise
+    wanted = evaluation.results["head"]["final_accuracy"]
+    (metrics,) = trainer.validate(module, datamodule=stream(), verbose=False)
+    assert metrics["head/accuracy"] == pytest.approx(wanted, abs=1e-6)
+    assert metrics["module/accuracy_seen"] == pytest.approx(wanted, abs=0.002)
+    if hasattr(module, "net"):  # the user's own metric, which knows nothing of heads
+        assert metrics["val_acc"] == pytest.approx(wanted, abs=0.002)
+        batches = trainer.predict(module, datamodule=stream())
+        order = [rows for _, rows in trainer.datamodule.test_dataloader().batches]
+        targets = torch.cat([digits_to_test()[1][torch.from_numpy(rows)] for rows in order])
+        assert float((torch.cat(batches) == targets).float().mean()) == pytest.approx(wanted, abs=0.002)
     callback.ungraft(module)
     assert not callback.grafted
     after = module.state_dict()
@@ -108,8 +137,17 @@ def test_the_module_predicts_as_the_head(make_trainer: Make, lit_small: Make, ki
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("head", ["ridge", "janson"])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    pairs(
+        ("ridge", "janson"),
+        ("plain", "ridge"),
+        ("timm surface", "janson"),
+        ("convolution", "ridge"),
+        ("small classifier", "ridge"),
+        ("small classifier", "janson"),
+    ),
+)
 def test_a_graft_at_each_boundary_is_what_validation_sees(
     make_trainer: Make, lit_small: Make, kind: str, head: str
 ) -> None:
@@ -155,33 +193,16 @@ def test_the_backbone_goes_on_training_behind_a_graft(make_trainer: Make, lit_sm
     assert isinstance(module.net.head, nn.Sequential)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("head", ["ridge", "lift", "janson"])
-def test_a_graft_at_the_end_serves_validation_and_prediction(
-    make_trainer: Make, lit_small: Make, kind: str, head: str
-) -> None:
-    module = network(kind, lit_small)
-    callback, evaluation = HEADS[head](graft="fit_end"), StreamEvaluation(table=False, files=False)
-    trainer = make_trainer(strategy="gradient_free", callbacks=[callback, evaluation])
-    trainer.fit(module, datamodule=stream())
-    wanted = evaluation.results["head"]["final_accuracy"]
-    (metrics,) = trainer.validate(module, datamodule=stream(), verbose=False)
-    assert metrics["head/accuracy"] == pytest.approx(wanted, abs=1e-6)
-    assert metrics["module/accuracy_seen"] == pytest.approx(wanted, abs=0.002)
-    if hasattr(module, "net"):  # the user's own metric, which knows nothing of heads
-        assert metrics["val_acc"] == pytest.approx(wanted, abs=0.002)
-        batches = trainer.predict(module, datamodule=stream())
-        order = [rows for _, rows in stream_batches(trainer)]
-        targets = torch.cat([digits_to_test()[1][torch.from_numpy(rows)] for rows in order])
-        assert float((torch.cat(batches) == targets).float().mean()) == pytest.approx(wanted, abs=0.002)
-
-
-def stream_batches(trainer: pl.Trainer) -> Any:
-    return trainer.datamodule.test_dataloader().batches
-
-
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("head", ["ridge", "janson"])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    pairs(
+        ("ridge", "janson"),
+        ("plain", "ridge"),
+        ("timm surface", "janson"),
+        ("convolution", "janson"),
+        ("small classifier", "ridge"),
+    ),
+)
 def test_a_checkpoint_of_a_grafted_run(make_trainer: Make, lit_small: Make, kind: str, head: str) -> None:
     """Loads strictly into the bare module; validated or resumed it predicts as the head."""
     module = network(kind, lit_small)
@@ -231,22 +252,6 @@ def test_two_callbacks_that_would_graft_are_refused_before_any_training(make_tra
         trainer.fit(lit_small(), datamodule=stream())
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("names", [("euclidean", "euclidean"), ("janson", "janson"), ("euclidean", "janson")])
-def test_a_second_graft_on_one_classifier_is_refused(
-    make_trainer: Make, lit_small: Make, kind: str, names: tuple[str, str]
-) -> None:
-    one, two = (NMC(metric, name=f"{metric}{i}") for i, metric in enumerate(names))
-    module = network(kind, lit_small)
-    make_trainer(strategy="gradient_free", callbacks=[one, two]).fit(module, datamodule=stream())
-    one.graft(module)
-    held = predictions(module)
-    said = rf"the graft of NMC\({two.name}\) .* the graft of NMC\({one.name}\); .*ungraft"
-    with pytest.raises(ConfigurationError, match=said):
-        two.graft(module)
-    assert torch.equal(predictions(module), held)
-
-
 def test_a_slot_is_free_again_after_an_ungraft(make_trainer: Make, lit_small: Make) -> None:
     module = lit_small()
     one, two = NMC("euclidean", name="one"), NMC(name="two")
@@ -294,8 +299,9 @@ def gapped(relabel: bool) -> StreamDataModule:
     return StreamDataModule(Custom(data, data), scenario, relabel=relabel)
 
 
-@pytest.mark.parametrize("relabel", [False, True])
-@pytest.mark.parametrize("head", ["ridge", "euclidean", "janson"])
+@pytest.mark.parametrize(
+    ("relabel", "head"), [(False, "ridge"), (False, "euclidean"), (False, "janson"), (True, "janson")]
+)
 def test_gaps_between_labels(make_trainer: Make, lit_small: Make, relabel: bool, head: str) -> None:
     module = lit_small()
     callback, evaluation = HEADS[head](graft="experience_end"), StreamEvaluation(table=False, files=False)
@@ -356,24 +362,30 @@ def test_starting_anew_each_task_keeps_a_graft_valid(make_trainer: Make, lit_sma
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("head", ["euclidean", "janson"])
-def test_ungraft_needs_no_callback_and_works_on_a_copy(
-    make_trainer: Make, lit_small: Make, kind: str, head: str
-) -> None:
+def test_a_second_graft_is_refused_and_ungraft_needs_no_callback(lit_small: Make, kind: str, head: str) -> None:
+    """The graft of a copy is taken back by the copy's own mark."""
     module = network(kind, lit_small)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    callback = HEADS[head](graft="fit_end")
-    make_trainer(strategy="gradient_free", callbacks=[callback]).fit(module, datamodule=stream())
+    images, targets = digits_to_test()
+    features = features_of(module, images)
+    made = {name: HEADS[name]().make_head(features.shape[1]) for name in ("euclidean", "janson")}
+    for each in made.values():
+        each.update(features, targets)
+    graft = Graft("NMC(one)")
+    graft.apply(module, "auto", made[head])
     grafted = predictions(module)
+    for other in made.values():
+        with pytest.raises(ConfigurationError, match=r"the graft of NMC\(two\) .* the graft of NMC\(one\); .*ungraft"):
+            Graft("NMC(two)").apply(module, "auto", other)
     copied = copy.deepcopy(module)
     assert torch.equal(predictions(copied), grafted)
     for own in (copied, module):
+        assert torch.equal(predictions(module), grafted)
         ungraft(own)
         after = own.state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], before[name]) for name in before)
-        if own is copied:
-            assert torch.equal(predictions(module), grafted)
-    assert not callback.grafted
+    assert not graft.applied
 
 
 @pytest.mark.parametrize("head", ["euclidean", "janson"])
