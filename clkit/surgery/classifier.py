@@ -89,12 +89,7 @@ class Graft(Change):
             )
 
     def apply(self, module: nn.Module, layer: str, head: Any) -> None:
-        """Graft a head, or refresh its graft with what it has learned since.
-
-        Args:
-            module: The user's module.
-            layer: Where features are read.
-            head: The head.
+        """Graft a head whose features are read at ``layer``, or refresh its graft with what it has learned since.
 
         Raises:
             ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
@@ -119,11 +114,6 @@ class Graft(Change):
 
     def restore(self, module: nn.Module, layer: str, head: Any) -> None:
         """Take up the graft of a checkpoint as it was; the head may have learned more since.
-
-        Args:
-            module: The user's module, with the weights of the checkpoint.
-            layer: Where features are read.
-            head: The head.
 
         Raises:
             ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
@@ -264,26 +254,14 @@ def ungraft(module: nn.Module) -> None:
 
 
 def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names.
-
-    Example:
-        >>> layer = nn.Linear(1, 2)
-        >>> copy_into(layer, {"bias": torch.tensor([1.0, 2.0])})
-        >>> layer.bias.tolist()
-        [1.0, 2.0]
-    """
+    """Copy tensors into the parameters of the same names."""
     with torch.no_grad():
         for name, tensor in values.items():
             module.get_parameter(name).copy_(tensor)
 
 
 def outputs_of(layer: nn.Module) -> int | None:
-    """Return the number of outputs of a linear or convolutional layer, ``None`` of any other.
-
-    Example:
-        >>> outputs_of(nn.Linear(2, 3)), outputs_of(nn.ReLU())
-        (3, None)
-    """
+    """Return the number of outputs of a linear or convolutional layer, ``None`` of any other."""
     found = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     return found if isinstance(found, int) else None
 

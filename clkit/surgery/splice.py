@@ -153,7 +153,9 @@ class SplicedCopy:
     def _outputs(self) -> int:
         if not self._branches:
             return 0
-        found = outputs_of(self._branches[0][0]) or getattr(self.network, "num_classes", None)
+        found = outputs_of(self._branches[0][0])
+        if found is None:
+            found = getattr(self.network, "num_classes", None)
         return found if isinstance(found, int) else 0
 
     def _refuse_place(self) -> NoReturn:
@@ -189,12 +191,7 @@ class _HandOn(nn.Module):
 
 
 def timm_name(network: nn.Module) -> str | None:
-    """Return the name by which timm makes a network, ``None`` for one that it did not make.
-
-    Example:
-        >>> timm_name(nn.Linear(2, 2)) is None
-        True
-    """
+    """Return the name by which timm makes a network, ``None`` for one that it did not make."""
     config = getattr(network, "pretrained_cfg", None)
     if not isinstance(config, dict) or not config.get("architecture"):
         return None
@@ -203,12 +200,7 @@ def timm_name(network: nn.Module) -> str | None:
 
 
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
-    """Return the trainer that a module is attached to, if there is one.
-
-    Example:
-        >>> trainer_of(pl.LightningModule()) is None
-        True
-    """
+    """Return the trainer that a module is attached to, if there is one."""
     try:
         return module.trainer
     except RuntimeError:  # it has none
