@@ -15,18 +15,21 @@ from clkit.errors import ArgumentError, BatchError
 __all__ = [
     "Array",
     "Batch",
+    "Ids",
     "check_batch",
     "check_choice",
     "check_count",
     "check_features",
     "check_number",
     "check_probability",
+    "generator",
 ]
 
 Array = Any
 """A numpy array or a tensor, where what is done with it is spelled alike for both."""
 
-_Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+"""A vector of int64 numbers on the host: class ids, positions, counts."""
 
 MAGNITUDE_LIMIT = 1e100  # larger values overflow float64 when they are squared and summed
 UNLABELLED = -1
@@ -52,7 +55,7 @@ class Batch:
     """
 
     features: Tensor
-    ids: _Ids
+    ids: Ids
     first: Array
     inverse: Array
     counts: Array
@@ -163,7 +166,7 @@ def check_batch(
     return Batch(rows, ids, on_device(first), at, on_device(counts), on_device(weights), labelled_as, finite, on_host)
 
 
-def _grouped(labels: _Ids) -> tuple[_Ids, _Ids, _Ids, _Ids]:
+def _grouped(labels: Ids) -> tuple[Ids, Ids, Ids, Ids]:
     """``numpy.unique`` with index, inverse and counts, at a third of its cost: this is done for every batch."""
     ids = np.array(sorted(set(labels.tolist())), dtype=np.int64)
     inverse = ids.searchsorted(labels)
@@ -177,7 +180,7 @@ def _values_are_at_hand(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _labels(targets: Tensor, rows: int) -> _Ids:
+def _labels(targets: Tensor, rows: int) -> Ids:
     if not isinstance(targets, Tensor):
         raise BatchError(f"targets must be a tensor of {rows} class ids, got {type(targets).__name__}")
     if targets.dtype == torch.bool or targets.dtype.is_floating_point or targets.dtype.is_complex:
@@ -186,11 +189,11 @@ def _labels(targets: Tensor, rows: int) -> _Ids:
         )
     if targets.shape != (rows,):
         raise BatchError(f"targets must have shape ({rows},), one per row of features, got {tuple(targets.shape)}")
-    labels: _Ids = targets.detach().to("cpu", torch.int64).numpy()
+    labels: Ids = targets.detach().to("cpu", torch.int64).numpy()
     return labels
 
 
-def _check_ids(ids: _Ids, labels: _Ids, below: int, limit_name: str) -> None:
+def _check_ids(ids: Ids, labels: Ids, below: int, limit_name: str) -> None:
     if ids.size and ids[0] < UNLABELLED:
         row = int(labels.argmin())
         raise BatchError(
@@ -249,6 +252,23 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def generator(seed: int, *path: int) -> torch.Generator:
+    """Return a CPU generator that is a function of the numbers alone, so that no two uses share their draws.
+
+    Args:
+        seed: The user's seed, at least 0.
+        path: Numbers, at least 0, that tell the use from all others of the seed: a purpose, a class, a rank.
+
+    Example:
+        >>> generator(0, 3).initial_seed() == generator(0, 3).initial_seed()
+        True
+        >>> generator(0, 3).initial_seed() == generator(0, 4).initial_seed()
+        False
+    """
+    word = np.random.SeedSequence((seed, *path)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
 def _shortened(rows: list[int], shown: int = 10) -> str:

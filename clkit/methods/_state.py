@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PlainState", "exact"]
+from clkit.schema import Table, read_state
+
+__all__ = ["TAKEN", "PlainState", "exact"]
+
+TAKEN = object()
+"""Stands in a saved state under the bare prefix of a module whose parent has loaded its entries already."""
 
 
 class PlainState(nn.Module):
@@ -17,8 +22,8 @@ class PlainState(nn.Module):
 
     Buffers would not do: ``DistributedDataParallel`` broadcasts them from rank 0 at each forward, which replaces a
     rank's running sums by another's, and ``.half()``, ``.to(dtype)`` or ``precision="bf16-true"`` cast them down.
-    Subclasses move their tensors in :meth:`_move` and write and read them in ``_save_to_state_dict`` and
-    ``_load_from_state_dict``.
+    Subclasses move their tensors in :meth:`_move`, write them in ``_save_to_state_dict``, and say in
+    :meth:`_saved_table` what a saved state must look like and in :meth:`_take` how they take one up.
     """
 
     def __init__(self) -> None:
@@ -33,6 +38,21 @@ class PlainState(nn.Module):
     def _move(self, device: torch.device) -> None:
         """Move all tensors to ``device``."""
         raise NotImplementedError
+
+    def _saved_table(self) -> Table:
+        """Return what a saved state must look like to fit this object."""
+        raise NotImplementedError
+
+    def _take(self, saved: dict[str, Any]) -> None:
+        """Take up a copy of the entries of a saved state, which fits the table."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if state_dict.get(prefix) is TAKEN:
+            return
+        saved = read_state(state_dict, self._saved_table(), type(self).__name__, prefix)
+        with exact():
+            self._take(saved)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it

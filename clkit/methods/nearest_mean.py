@@ -73,7 +73,7 @@ class NearestMeanHead(Head):
         self.metric = check_choice("metric", metric, ("janson", "euclidean", "icarl", "cosine"))
         self.normalizes = metric != "euclidean"
         self.feature_map = FeatureMap(in_features)
-        self.statistics = FeatureStatistics(in_features, max_classes=max_classes)
+        self.statistics = self._adopt(None, in_features, ("sums",))
         self._warned = False
 
     @property

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
-from clkit.errors import ArgumentError, BatchError, StateError
+from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_number, check_probability
 from clkit.methods._state import exact
-from clkit.schema import check_saved, check_saved_ids
+from clkit.schema import FLOATS, Numbers, read_state
 
 __all__ = [
     "ClassMemory",
@@ -598,16 +598,10 @@ class OnlinePrototypes:
         Raises:
             StateError: If it is of another form; what was known before is kept.
         """
-        if set(state) != {"ids", "means"}:
-            raise StateError(f"the saved prototypes must have the entries ids and means, got {sorted(map(str, state))}")
         with exact():
-            ids = torch.from_numpy(check_saved_ids("ids", state["ids"]))
-            means = state["means"]
-            if not isinstance(means, Tensor) or means.ndim != 2 or not means.dtype.is_floating_point:
-                seen = f"shape {tuple(means.shape)} and {means.dtype}" if isinstance(means, Tensor) else type(means)
-                raise StateError(f"means must be floating-point numbers of shape ({len(ids)}, p), got {seen}")
-            means = check_saved("means", means, (len(ids), means.shape[1]), means.dtype)
-            self.ids, self.means = ids, means.to("cpu", copy=True)
+            table = {"ids": Numbers(("K",), least=0, ids=True), "means": Numbers(("K", "p"), FLOATS)}
+            saved = read_state(state, table, "OnlinePrototypes")
+            self.ids, self.means = (saved[name].to("cpu", copy=True) for name in ("ids", "means"))
 
 
 def _mixture(x: Tensor, y: Tensor, first: Tensor, second: Tensor, share: Tensor) -> MixedBatch:

@@ -2,25 +2,23 @@ r"""Ridge regression on one-hot targets in closed form: the classifier of ACIL, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from clkit.distributed import world_size
-from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
+from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_choice, check_count, check_number
 from clkit.methods._gram import add_gram_
-from clkit.methods._state import PlainState, exact
+from clkit.methods._recursion import RecursiveRidge, absorbed, not_factorised
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
 from clkit.methods.heads.pseudo_features import missing_counts, pseudo_features
 from clkit.methods.heads.readout import Readout, first_equal
 from clkit.methods.statistics import FeatureStatistics
-from clkit.schema import check_keys, check_saved, check_saved_ids
 
 __all__ = ["AnalyticHead"]
 
@@ -352,122 +350,18 @@ class AnalyticHead(Head):
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(lower)
         if int(failed):
-            raise _not_factorised(self.gamma, float(lower.diagonal().min()))
+            raise not_factorised(self.gamma, float(lower.diagonal().min()))
         return factor
 
     # State ------------------------------------------------------------------------------------------------------
 
-    def _check_saved_parts(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        super()._check_saved_parts(state_dict, prefix)
-        pairs = []
-        if self.recursion is not None:
-            self.recursion._parse(state_dict, f"{prefix}recursion.")
-            pairs.append(("statistics.classes", "recursion.classes"))
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        pairs = [] if self.recursion is None else [("statistics.classes", "recursion.classes")]
         if self.raw_statistics is not None:
             pairs += [(f"statistics.{name}", f"raw_statistics.{name}") for name in ("classes", "counts")]
         for one, other in pairs:
-            if not torch.equal(state_dict[prefix + one], state_dict[prefix + other]):
-                raise StateError(f"{prefix}{other} is not that of {prefix}{one}: the file is damaged")
-
-
-class RecursiveRidge(PlainState):
-    """The pair (R, W) of the recursive form: R = (HᵀH + γI)⁻¹ and one column of W for each class seen."""
-
-    def __init__(self, width: int, gamma: float) -> None:
-        super().__init__()
-        self.width = width
-        self.gamma = gamma
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to R = I/γ and no class."""
-        self.ids = np.empty(0, dtype=np.int64)
-        with exact():
-            self.inverse = torch.eye(self.width, dtype=torch.float64, device=self._device) / self.gamma
-            self.weight = torch.zeros(self.width, 0, dtype=torch.float64, device=self._device)
-
-    def keep(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-        """Drop the columns of all other classes."""
-        kept = np.isin(self.ids, ids)
-        with exact():
-            self.weight = self.weight[:, torch.from_numpy(kept).to(self._device)]
-        self.ids = self.ids[kept]
-
-    def update(self, rows: Tensor, batch: Batch) -> None:
-        """Absorb mapped rows (n, D) of a checked batch; all or nothing."""
-        if not batch.ids.size:
-            return
-        union = np.union1d(self.ids, batch.ids)
-        old = torch.from_numpy(np.searchsorted(union, self.ids)).to(rows.device)
-        weight = self.weight.new_zeros(self.width, union.size).index_copy_(1, old, self.weight)
-        columns = torch.from_numpy(np.searchsorted(union, batch.ids)).to(rows.device)[batch.inverse]
-        targets = rows.new_zeros(rows.shape[0], union.size).scatter_(1, columns[:, None], 1.0)
-        rows, targets = batch.masked(rows), batch.masked(targets)
-        self.inverse, self.weight = absorbed(self.inverse, weight, rows, targets, self.gamma)
-        self.ids = union
-
-    def _move(self, device: torch.device) -> None:
-        self.inverse, self.weight = self.inverse.to(device), self.weight.to(device)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "classes"] = torch.from_numpy(self.ids.copy())
-        destination[prefix + "inverse"] = self.inverse.clone()
-        destination[prefix + "weight"] = self.weight.clone()
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        ids, inverse, weight = self._parse(state_dict, prefix)
-        with exact():
-            self.ids = ids
-            self.inverse, self.weight = inverse.to(self._device, copy=True), weight.to(self._device, copy=True)
-
-    def _parse(
-        self, state_dict: Mapping[str, Any], prefix: str
-    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Tensor, Tensor]:
-        """Ids, inverse and weight, checked without touching this object.
-
-        Raises:
-            StateError: If they do not fit this object, or make no sense.
-        """
-        check_keys(state_dict, prefix, ["classes", "inverse", "weight"])
-        ids = check_saved_ids(prefix + "classes", state_dict.get(prefix + "classes"))
-        shapes = {"inverse": (self.width, self.width), "weight": (self.width, ids.size)}
-        inverse, weight = (
-            check_saved(prefix + name, state_dict.get(prefix + name), shape, torch.float64)
-            for name, shape in shapes.items()
-        )
-        if not bool((inverse.diagonal() > 0).all()):
-            raise StateError(f"{prefix}inverse has a diagonal that is not positive: the file is damaged")
-        return ids, inverse, weight
-
-
-def absorbed(inverse: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    r"""(R, W) after rows H with targets Y, by the gain form.
-
-    .. math::
-        U = R H^\top, \quad S = I + H U = L L^\top, \quad W \leftarrow W + U S^{-1} (Y - H W), \quad
-        R \leftarrow R - (L^{-1} U^\top)^\top (L^{-1} U^\top)
-
-    No difference of large, nearly equal matrices enters W, and R stays symmetric. Rows are taken in chunks of at most
-    D/4, which keeps the factorised matrix small.
-    """
-    for chunk in range(0, rows.shape[0], size := max(1, inverse.shape[0] // 4)):
-        H, Y = rows[chunk : chunk + size], targets[chunk : chunk + size]
-        U = inverse @ H.T
-        S = H @ U
-        S = (S + S.T) / 2
-        S.diagonal().add_(1.0)
-        L, failed = torch.linalg.cholesky_ex(S)
-        if int(failed):
-            raise _not_factorised(gamma, float(S.diagonal().min()))
-        weight = weight + U @ torch.cholesky_solve(Y - H @ weight, L)
-        V = torch.linalg.solve_triangular(L, U.T, upper=False)
-        inverse = torch.addmm(inverse, V.T, V, alpha=-1)
-    if not bool((inverse.diagonal() > 0).all()):
-        raise BatchError(
-            f"the recursion has lost all digits with gamma={gamma}: the inverse is no longer positive; nothing was "
-            f'changed; raise gamma, scale the features down or use solver="gram"'
-        )
-    return inverse, weight
+            if not torch.equal(saved[one], saved[other]):
+                raise StateError(f"AnalyticHead: {other} is not that of {one}; the file is damaged")
 
 
 def _solve(factor: Tensor, sums: Tensor) -> Tensor:
@@ -475,10 +369,3 @@ def _solve(factor: Tensor, sums: Tensor) -> Tensor:
     solved = torch.cholesky_solve(sums.T, factor)
     twins = first_equal(sums)
     return solved if twins is None else solved[:, twins]
-
-
-def _not_factorised(gamma: float, smallest: float) -> ArgumentError:
-    return ArgumentError(
-        f"the ridge system has no Cholesky factor with gamma={gamma}: its smallest diagonal is {smallest:.3g}; "
-        f"raise gamma (it has the scale of squared features) or scale the features"
-    )

@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clkit.errors import ArgumentError, StateError
 from clkit.files import read_checkpoint
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.methods.heads.base import FORMAT, Head
 from clkit.methods.heads.readout import LinearReadout
-from clkit.schema import EXPORTED, check_format, check_saved, check_saved_ids, saved_entry
+from clkit.schema import (
+    EXPORTED,
+    FLOATS,
+    Instance,
+    Kind,
+    Numbers,
+    check_format,
+    describe,
+    is_plain,
+    read_entries,
+    read_state,
+)
 
 __all__ = ["build_head", "head_entries", "load_head", "name_of"]
 
@@ -20,7 +29,7 @@ HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnalyticHead, L
 
 
 def load_head(path: str | Path, name: str) -> Any:
-    """The head that a callback had learned when a checkpoint was saved, ready to predict on features.
+    """Return the head that a callback had learned when a checkpoint was saved, ready to predict on features.
 
     Args:
         path: The checkpoint file, or a ``.pt`` file that :func:`clkit.export` wrote.
@@ -48,26 +57,28 @@ def load_head(path: str | Path, name: str) -> Any:
     checkpoint = read_checkpoint(path)
     if EXPORTED in checkpoint:
         return _exported_head(checkpoint, path, name)
-    named = {name_of(key): entry["head"] for key, entry in head_entries(checkpoint).items()}
-    if name not in named:
-        raise ArgumentError(f"{path} has no head named {name!r}; it has {sorted(named) or 'none'}")
-    return build_head(named[name], f"{path}: the head {name!r}")
+    entries = head_entries(checkpoint)
+    for key, entry in entries.items():
+        if name_of(key) == name:
+            return build_head(entry["head"], f"{path}: the head {name!r}")
+    raise ArgumentError(f"{path} has no head named {name!r}; it has {sorted(map(name_of, entries)) or 'none'}")
 
 
 def head_entries(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the callbacks with a learned head have saved, by their key in the checkpoint."""
-    entries = checkpoint.get("callbacks", {})
-    if not isinstance(entries, dict):
-        raise StateError(f"'callbacks' of the checkpoint is a {type(entries).__name__}, not a dictionary")
-    return {
-        str(key): entry
-        for key, entry in entries.items()
-        if isinstance(entry, dict) and isinstance(entry.get("head"), dict)
-    }
+    """Return what the callbacks with a learned head have saved, by their key in the checkpoint.
+
+    Raises:
+        StateError: If the checkpoint's callbacks are no dictionary.
+    """
+    found = {}
+    for key, entry in read_entries(checkpoint.get("callbacks", {}), "'callbacks' of the checkpoint").items():
+        if isinstance(entry, dict) and isinstance(dict.get(entry, "head"), dict):
+            found[key] = entry
+    return found
 
 
 def name_of(key: str) -> str:
-    """The ``name`` of the callback that saved under a key.
+    """Return the ``name`` of the callback that saved under a key.
 
     Example:
         >>> name_of("NMC(first)")
@@ -77,42 +88,56 @@ def name_of(key: str) -> str:
 
 
 def build_head(state: dict[str, Any], what: str) -> Head:
-    """A head out of its saved state.
+    """Return a head made of its saved state.
 
     Args:
         state: What a head's ``state_dict`` gave.
-        what: Begins the message of an error.
+        what: Whose state it is, for the message of an error.
 
     Raises:
         StateError: If it is of a kind or a format that this clkit does not know, or damaged.
     """
-    options = dict(saved_entry(state, "_extra_state", dict, what))
-    check_format(options, FORMAT, what)
-    kind = saved_entry(options, "head", str, what)
-    if kind not in HEADS:
-        raise StateError(f"{what} is a {kind!r}, this clkit knows {sorted(HEADS)}")
-    arguments = {name: value for name, value in options.items() if name not in ("format", "head")}
+    entries = read_entries(state, what)
+    options = check_format(entries.get("_extra_state"), FORMAT, f"{what}: _extra_state")
+    name = options.get("head")
+    if type(name) is not str or name not in HEADS:
+        raise StateError(f"{what} is a {describe(name)}, this clkit knows {sorted(HEADS)}")
+    del options["format"], options["head"]
     try:
-        head = HEADS[kind](**arguments)
-    except (ArgumentError, TypeError, RuntimeError, MemoryError, OverflowError) as error:  # of absurd size
-        reason = str(error).splitlines()[0]
-        raise StateError(f"{what}: no {kind} can be made with the saved options {arguments}: {reason}") from error
-    head.load_state_dict(state)
+        _refuse_absurd_sizes(options, entries)
+        head = HEADS[name](**options)
+        head.load_state_dict(entries)
+    except StateError as error:
+        raise StateError(f"{what}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
+        reason = describe(str(error))
+        raise StateError(f"{what}: no {name} can be made with the saved options: {reason}") from error
     return head
+
+
+def _refuse_absurd_sizes(options: dict[str, Any], entries: dict[str, Any]) -> None:
+    """Refuse matrices larger than those that are saved, before a head is made that has room for them."""
+    width, lift = options.get("in_features"), options.get("expansion_dim")
+    if type(width) is not int or type(lift) not in (int, type(None)):
+        return  # the head says it better
+    sizes = {} if lift is None else {"feature_map.projection": lift * width}
+    if options.get("solver") == "recursive":
+        sizes["recursion.inverse"] = (lift or width) ** 2
+    for name, size in sizes.items():
+        saved = entries.get(name)
+        if not is_plain(saved) or saved.numel() < size:
+            raise StateError(f"{name} must have {size} values, the saved state has {describe(saved)}")
 
 
 def _exported_head(exported: dict[str, Any], path: str | Path, name: str) -> LinearReadout:
     check_format({"format": exported[EXPORTED]}, 1, str(path))
-    saved = saved_entry(exported, "head", dict, str(path))
-    if saved_entry(saved, "name", str, str(path)) != name:
+    parts: dict[str, Kind] = {
+        "name": Instance(str),
+        "classes": Numbers(("C",), least=0, most=2**31, ids=True, rule=("not empty", lambda ids: len(ids) > 0)),
+        "weight": Numbers(("C", "D"), FLOATS),
+        "bias": Numbers(("C",), FLOATS),
+    }
+    saved = read_state(exported.get("head"), parts, str(path))
+    if saved["name"] != name:
         raise ArgumentError(f"{path} has no head named {name!r}; it has {[saved['name']]}")
-    ids = check_saved_ids(f"{path}: classes", saved.get("classes"))
-    weight = saved_entry(saved, "weight", torch.Tensor, str(path))
-    shape = (ids.size, weight.shape[1] if weight.ndim == 2 else -1)
-    if not ids.size:
-        raise StateError(f"{path}: the head has no classes; the file is damaged")
-    return LinearReadout(
-        torch.from_numpy(ids),
-        check_saved(f"{path}: weight", weight, shape, weight.dtype),
-        check_saved(f"{path}: bias", saved.get("bias"), (ids.size,), weight.dtype),
-    )
+    return LinearReadout(saved["classes"], saved["weight"], saved["bias"])

@@ -504,7 +504,7 @@ def test_a_position_of_another_format_is_refused(make_trainer: Trainers, saved: 
     file = torch.load(saved["inside"], weights_only=True)
     file["StreamDataModule"]["format"] = 99
     torch.save(file, saved["inside"])
-    with pytest.raises(StateError, match="format 99, this clkit reads format 1"):
+    with pytest.raises(StateError, match="format must be 1, the saved state has 99"):
         make_trainer().fit(Watcher(), datamodule=stream(), ckpt_path=saved["inside"])
 
 

@@ -806,15 +806,15 @@ def test_reset_and_the_state_of_nothing() -> None:
 @pytest.mark.parametrize(
     ("state", "match"),
     [
-        ({"ids": KNOWN}, "ids and means"),
-        ({"ids": KNOWN, "means": MEANS, "more": MEANS}, "ids and means"),
+        ({"ids": KNOWN}, "has no 'means'"),
+        ({"ids": KNOWN, "means": MEANS, "more": MEANS}, "unknown 'more'"),
         ({"ids": KNOWN.flip(0), "means": MEANS}, "sorted"),
         ({"ids": KNOWN.float(), "means": MEANS}, "int64"),
         ({"ids": KNOWN, "means": MEANS[:3]}, r"shape \(4, 3\)"),
         ({"ids": KNOWN, "means": MEANS.long()}, "floating-point"),
         ({"ids": KNOWN, "means": MEANS[0]}, "floating-point"),
         ({"ids": KNOWN, "means": [1.0]}, "list"),
-        ({"ids": KNOWN, "means": MEANS / 0}, "not finite"),
+        ({"ids": KNOWN, "means": MEANS / 0}, "finite values"),
     ],
 )
 def test_states_that_do_not_fit_change_nothing(state: dict[str, object], match: str) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clkit.methods.heads.pseudo_features import class_generator, missing_counts, pseudo_features
+from clkit.methods._checks import generator as generator_of
+from clkit.methods.heads.pseudo_features import missing_counts, pseudo_features
 
 MEAN = torch.tensor([1.0, -2.0, 3.0, 0.5, 8.0, 0.0, 1.0], dtype=torch.float64)
 DEVIATION = torch.tensor([0.1, 1.0, 2.0, 0.0, 3.0, 1.0, 1.0], dtype=torch.float64)
@@ -47,7 +48,7 @@ def test_values_are_clamped() -> None:
 
 def test_classes_and_seeds_differ_and_the_global_state_stays() -> None:
     before = torch.get_rng_state()
-    seeds = {class_generator(seed, c).initial_seed() for seed in range(5) for c in range(5)}
+    seeds = {generator_of(seed, c).initial_seed() for seed in range(5) for c in range(5)}
     drawn(300)
     assert len(seeds) == 25
     assert torch.equal(torch.get_rng_state(), before)

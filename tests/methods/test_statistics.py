@@ -442,7 +442,7 @@ DAMAGED = {
     "missing": ({"gram": None}, "gram"),
     "surplus": ({"other": torch.zeros(1)}, "other"),
     "format": ({"format": torch.tensor(99)}, "format"),
-    "width": ({"width": torch.tensor(4)}, "width"),
+    "width": ({"sums": torch.zeros(3, 4, dtype=torch.float64)}, "sums"),
     "nan": ({"sums": torch.full((3, 5), torch.nan, dtype=torch.float64)}, "sums"),
     "shape": ({"sums": torch.zeros(2, 5, dtype=torch.float64)}, "sums"),
     "dtype": ({"sums": torch.zeros(3, 5, dtype=torch.float16)}, "sums"),

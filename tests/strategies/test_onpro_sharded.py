@@ -439,7 +439,7 @@ def test_an_unknown_scope_is_refused() -> None:
     ("change", "message"),
     [
         (lambda memories: memories.clear(), "the list of saved memories is empty"),
-        (lambda memories: memories.append("no memory"), "'memory\\[2\\]' in the saved state must be dict"),
+        (lambda memories: memories.append("no memory"), "'memory'\\[2\\] must be dict"),
         (lambda memories: memories[1].update(capacity=torch.tensor(0)), "memory 1 has the capacity 0"),
         (lambda memories: memories[1].update(capacity=torch.tensor([3.0, 1.0])), "memory 1 has the capacity"),
         (lambda memories: memories[1]["data"].fill_(torch.nan), "images in the saved memory are not finite"),

@@ -2,7 +2,6 @@ r"""What the heads share: one linear read-out of sums, with a column for each cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,16 +9,18 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
-from clkit.methods._state import exact
+from clkit.methods._state import TAKEN, exact
+from clkit.methods._sums import raise_for_batch
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
-from clkit.methods.statistics import FeatureStatistics, raise_for_batch
-from clkit.schema import check_keys
+from clkit.methods.statistics import FeatureStatistics
+from clkit.schema import Kind, Settings, read_state
 
 __all__ = ["FORMAT", "Head"]
 
 FORMAT = 1
-_LAYOUT_OPTIONS = ("num_classes", "max_classes")  # may differ between a saved state and the object that loads it
+_ADVICE = "build the head with the saved options, or reset it and learn again"
+_LAYOUT_OPTIONS = ("num_classes", "max_classes")  # may differ between heads that learn the same
 
 
 class Head(nn.Module):
@@ -101,10 +102,10 @@ class Head(nn.Module):
         self._refuse_if_shared("merge")
         if type(other) is not type(self):
             raise ArgumentError(f"a {type(self).__name__} cannot merge a {type(other).__name__}")
-        for name, mine, theirs in _differences(self.options, other.options):
-            raise ArgumentError(f"cannot merge heads with different {name}: {mine!r} here, {theirs!r} there")
+        for (name, mine), theirs in zip(self.options.items(), other.options.values(), strict=True):
+            if mine != theirs and name not in _LAYOUT_OPTIONS:
+                raise ArgumentError(f"cannot merge heads with different {name}: {mine!r} here, {theirs!r} there")
         other._check_sums()
-        self._refuse_classes(other.classes, ArgumentError)
         self._check_sums()
         for mine, theirs in zip(self._all_statistics(), other._all_statistics(), strict=True):
             mine.merge(theirs)
@@ -209,7 +210,7 @@ class Head(nn.Module):
         return {"in_features": self.in_features, "num_classes": self.num_classes, "max_classes": self.max_classes}
 
     def extra_repr(self) -> str:
-        """The options, for ``print(head)``."""
+        """Return the options, for ``print(head)``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
     # For subclasses ---------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ class Head(nn.Module):
                 gram="gram" in parts,
                 squares="squares" in parts,
                 class_grams="class_grams" in parts,
-                max_classes=self.max_classes,
+                max_classes=self._class_limit()[0],
             )
         if statistics.width != width or not set(parts) <= set(statistics.parts):
             raise ArgumentError(
@@ -280,11 +281,6 @@ class Head(nn.Module):
                 f"this head reads statistics that it shares with others: call {verb} on those, once, not on the head"
             )
 
-    def _refuse_classes(self, classes: Tensor, error: type[ArgumentError] | type[StateError]) -> None:
-        limit, _ = self._class_limit()
-        if classes.numel() and int(classes[-1]) >= limit:
-            raise error(f"class {int(classes[-1])} does not fit: ids must be below num_classes / max_classes = {limit}")
-
     def _check_sums(self) -> None:
         """Raise once what a masked batch deserved, however many sums it was masked in."""
         raise_for_batch(self._take_bad())
@@ -298,54 +294,39 @@ class Head(nn.Module):
         if self._readout is None or self._readout[0] != version:
             with exact():
                 readout = self._readout_of_sums()
-            self._refuse_classes(readout.classes, StateError)
+            limit, name = self._class_limit()
+            if readout.size > limit:  # shared statistics may allow more
+                raise StateError(f"class {readout.size - 1} of the statistics is not below {name}={limit}")
             self._readout = (version, readout)
         return self._readout[1]
 
     # State ------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Format and options, as plain values."""
+        """Return format and options, as plain values."""
         return {"format": FORMAT, "head": type(self).__name__, **self.options}
-
-    def set_extra_state(self, state: Any) -> None:
-        """Nothing to set: what is saved was compared before the sums were read."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._check_sums()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Look at the whole state first, so that a state that does not fit changes nothing."""
-        check_keys(state_dict, prefix, ["_extra_state"], [name for name, _ in self.named_children()])
-        saved = state_dict.get(prefix + "_extra_state")
-        if not isinstance(saved, Mapping):
-            raise StateError(f"{prefix}_extra_state is missing: this is no saved state of a {type(self).__name__}")
-        odd = [name for name, value in saved.items() if not isinstance(value, str | int | float | None)]
-        if odd:
-            raise StateError(f"{prefix}_extra_state has {odd}, which are no plain values: the file is damaged")
-        own = self.get_extra_state()
-        for name, mine, theirs in _differences(own, saved):
-            advice = "build the head with the saved options or reset and learn again"
-            if name == "format":
-                advice = "use the clkit release that wrote it"
-            raise StateError(f"the saved state has {name}={theirs!r}, this head {name}={mine!r}; {advice}")
-        self._check_saved_parts(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        table: dict[str, Kind] = {"_extra_state": Settings(self.get_extra_state(), _LAYOUT_OPTIONS, _ADVICE)}
+        parts: dict[str, Any] = dict(self.named_children())
+        names: dict[str, list[str]] = {}
+        for part, child in parts.items():
+            own = child._saved_table()
+            names[part] = list(own)
+            for name, kind in own.items():
+                table[f"{part}.{name}"] = kind
+        saved = read_state(state_dict, table, type(self).__name__, prefix)
+        self._check_saved(saved)
+        with exact():
+            for part, child in parts.items():
+                if names[part]:
+                    child._take({name: saved[f"{part}.{name}"] for name in names[part]})
+                state_dict[f"{prefix}{part}."] = TAKEN
 
-    def _check_saved_parts(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        for name, child in self.named_children():
-            if isinstance(child, FeatureStatistics):
-                part = child._parse(state_dict, f"{prefix}{name}.")
-                self._refuse_classes(torch.from_numpy(part.ids.copy()), StateError)
-            elif isinstance(child, FeatureMap):
-                child._parse(state_dict, f"{prefix}{name}.")
-
-
-def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    names = [*mine, *(name for name in theirs if name not in mine)]
-    return [
-        (name, mine.get(name), theirs.get(name))
-        for name in names
-        if name not in _LAYOUT_OPTIONS and mine.get(name) != theirs.get(name)
-    ]
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        """Refuse entries that contradict each other."""

@@ -3,16 +3,14 @@ r"""What happens to features before sums are taken: nothing, or a fixed random l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clkit.errors import StateError
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods._state import PlainState, exact
-from clkit.schema import check_keys, check_saved
+from clkit.schema import Numbers, Table
 
 __all__ = ["FeatureMap"]
 
@@ -20,6 +18,7 @@ Activation = Literal["relu", "tanh", "sigmoid"]
 ProjectionInit = Literal["uniform", "normal"]
 
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+_WEIGHT_LIMIT = 1e6  # far above what is ever drawn
 
 
 class FeatureMap(PlainState):
@@ -64,7 +63,7 @@ class FeatureMap(PlainState):
         self.activation = check_choice("activation", activation, ("relu", "tanh", "sigmoid"))
         self.init = check_choice("projection_init", init, ("uniform", "normal"))
         self.seed = check_count("projection_seed", seed, at_least=0)
-        self.projection = self._drawn()
+        self.projection = None if self.expansion_dim is None else self._drawn(self.expansion_dim)
 
     @property
     def is_identity(self) -> bool:
@@ -82,15 +81,13 @@ class FeatureMap(PlainState):
         return features if self.projection is None else _ACTIVATIONS[self.activation](features @ self.projection.T)
 
     def extra_repr(self) -> str:
-        """Sizes and options, for ``print(map)``."""
+        """Return sizes and options, for ``print(map)``."""
         if self.is_identity:
             return f"{self.in_features}, identity"
         return f"{self.in_features}, {self.expansion_dim}, activation={self.activation!r}, init={self.init!r}"
 
-    def _drawn(self) -> Tensor | None:
-        if self.expansion_dim is None:
-            return None
-        shape = (self.expansion_dim, self.in_features)
+    def _drawn(self, rows: int) -> Tensor:
+        shape = (rows, self.in_features)
         with exact():
             generator = torch.Generator().manual_seed(self.seed)
             if self.init == "normal":
@@ -105,31 +102,10 @@ class FeatureMap(PlainState):
         if self.projection is not None:
             destination[prefix + "projection"] = self.projection.clone()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        projection = self._parse(state_dict, prefix)
-        with exact():
-            self.projection = None if projection is None else projection.to(self._device, copy=True)
-
-    def _parse(self, state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
-        """The saved projection, checked.
-
-        Raises:
-            StateError: If it is missing, surplus or of another size.
-        """
-        check_keys(state_dict, prefix, ["projection"])
-        key = prefix + "projection"
-        saved = state_dict.get(key)
+    def _saved_table(self) -> Table:
         if self.projection is None:
-            if saved is not None:
-                raise StateError(f"the saved state has {key}, this feature map is the identity")
-            return None
-        return check_saved(key, saved, tuple(self.projection.shape), torch.float64)
+            return {}
+        return {"projection": Numbers(tuple(self.projection.shape), torch.float64, most=_WEIGHT_LIMIT)}
+
+    def _take(self, saved: dict[str, Any]) -> None:
+        self.projection = saved["projection"].to(self._device, copy=True)

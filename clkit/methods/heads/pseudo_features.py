@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["class_generator", "missing_counts", "pseudo_features"]
+from clkit.methods._checks import generator
+
+__all__ = ["missing_counts", "pseudo_features"]
 
 _BLOCK_ROWS = 256  # fixed for good: the numbers drawn depend on it
 
 
 def missing_counts(counts: Tensor) -> Tensor:
-    r"""How many rows each class lacks: :math:`m_c = \max_j n_j - n_c`.
+    r"""Return how many rows each class lacks: :math:`m_c = \max_j n_j - n_c`.
 
     Args:
         counts: (k,) int64, samples of the classes seen.
@@ -29,19 +30,6 @@ def missing_counts(counts: Tensor) -> Tensor:
     return counts.max() - counts if counts.numel() else counts.clone()
 
 
-def class_generator(seed: int, class_id: int) -> torch.Generator:
-    """The CPU generator of a class, a function of ``(seed, class_id)`` alone.
-
-    Example:
-        >>> class_generator(0, 3).initial_seed() == class_generator(0, 3).initial_seed()
-        True
-        >>> class_generator(0, 3).initial_seed() == class_generator(0, 4).initial_seed()
-        False
-    """
-    state = np.random.SeedSequence((seed, class_id)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
 def pseudo_features(
     mean: Tensor,
     deviation: Tensor,
@@ -52,7 +40,7 @@ def pseudo_features(
     noise: float = 1.0,
     clamp_min: float | None = None,
 ) -> Iterator[Tensor]:
-    r"""Pseudo-features :math:`z = \mu_c + \text{noise} \cdot \sigma_c \odot \varepsilon`, block by block.
+    r"""Draw pseudo-features :math:`z = \mu_c + \text{noise} \cdot \sigma_c \odot \varepsilon`, block by block.
 
     Row r is a function of ``(seed, class_id, r)`` alone: independent of the device, of how many rows are drawn and of
     everything drawn before. Noise is always drawn on the CPU in float64 blocks of (256, d), and surplus rows are
@@ -78,8 +66,8 @@ def pseudo_features(
 
     Source: H. Zhuang et al., arXiv 2405.17779.
     """
-    generator = class_generator(seed, class_id)
+    noise_of_class = generator(seed, class_id)
     for start in range(0, count, _BLOCK_ROWS):
-        drawn = torch.randn(_BLOCK_ROWS, mean.numel(), generator=generator, dtype=torch.float64, device="cpu")
+        drawn = torch.randn(_BLOCK_ROWS, mean.numel(), generator=noise_of_class, dtype=torch.float64, device="cpu")
         rows = mean + noise * deviation * drawn[: count - start].to(mean.device)
         yield rows if clamp_min is None else rows.clamp(min=clamp_min)

@@ -645,17 +645,13 @@ class ReservoirBuffer(PlainState):
                     values[key] = tensor[: table.size].clone()
         destination.update({prefix + name: value for name, value in values.items()})
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         with exact():
-            saved = SavedMemory(state_dict, prefix)
-            saved.check_settings(self.policy, self.storage, self._codec)
-            saved.check_numbers(self.policy)
+            saved = SavedMemory(state_dict, prefix, self.policy, self._codec)
             table, capacity = None, self._capacity
             if saved.layout is not None:
-                stored = saved.stored_dtype(saved.layout, self._codec)
                 capacity = self._capacity_for(saved.layout)
-                saved.check_capacity(capacity)
-                table = saved.table(saved.layout, capacity, stored, self._device)
+                table = saved.table(capacity, self._device)
         self._table, self._capacity = table, capacity
         self._seen, self._class_seen, self._generator = saved.seen, saved.class_seen, saved.generator
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
 from clkit.methods._checks import check_count
-from clkit.schema import check_keys, check_saved, check_saved_ids
 
 __all__ = ["MemoryHistory", "PrototypeHistory", "PrototypeSnapshot"]
 
@@ -277,3 +276,56 @@ def _tensor(values: list[int]) -> Tensor:
 
 def _joined(parts: list[_Ids]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
+
+
+def check_keys(state: Mapping[str, Any], prefix: str, known: Iterable[str], parts: Iterable[str] = ()) -> None:
+    """Refuses entries that nobody would read, which torch would only name after everything was loaded.
+
+    Args:
+        state: The saved state.
+        prefix: Only entries whose name starts so are looked at.
+        known: The names that are read.
+        parts: Names of parts, whose entries they check themselves.
+
+    Raises:
+        StateError: Naming the entries.
+    """
+    for key in state:
+        if not isinstance(key, str):
+            raise StateError(f"the saved state has an entry {key!r}; its names must be strings")
+    own = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    ours, parts = set(known), tuple(f"{part}." for part in parts)
+    surplus = [prefix + name for name in own if name not in ours and not name.startswith(parts)]
+    if surplus:
+        raise StateError(f"the saved state has {surplus}, which nothing here reads: it is of another kind")
+
+
+def check_saved(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, *, finite: bool = True) -> Tensor:
+    """A tensor of a saved state, with finite values unless ``finite=False``.
+
+    Raises:
+        StateError: If it is of another form, or has values that are not finite.
+    """
+    if not isinstance(value, Tensor):
+        raise StateError(f"{name} must be a tensor, the saved state has a {type(value).__name__}")
+    plain = value.layout is torch.strided and not value.is_nested and not value.is_meta
+    if not plain or tuple(value.shape) != shape or value.dtype != dtype:
+        seen = f"shape {tuple(value.shape)} and {value.dtype}" if plain else "a tensor without plain values"
+        raise StateError(f"{name} must have shape {shape} and {dtype}, the saved state has {seen}")
+    if finite and value.is_floating_point() and not bool(value.isfinite().all()):
+        raise StateError(f"{name} has values that are not finite: the file is damaged")
+    return value.detach()
+
+
+def check_saved_ids(name: str, value: Any) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Class ids of a saved state, on the host.
+
+    Raises:
+        StateError: If they are not sorted, distinct int64 numbers from 0.
+    """
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested or value.is_meta:
+        raise StateError(f"{name} must be a plain tensor, the saved state has a {type(value).__name__}")
+    if value.dtype != torch.int64 or value.ndim != 1 or bool((value < 0).any()) or bool((value.diff() <= 0).any()):
+        raise StateError(f"{name} must be sorted, distinct int64 ids from 0, the saved state has {value}")
+    ids: np.ndarray[tuple[int], np.dtype[np.int64]] = value.detach().cpu().numpy().copy()
+    return ids
