@@ -834,6 +834,11 @@ def numbers(*values: int) -> Tensor:
         ({"extras.logits": torch.zeros(4)}, r"extras.logits must be a tensor of shape \(5, ...\)"),
         ({"generator": torch.zeros(7, dtype=torch.uint8)}, r"generator must be a uint8 tensor of shape \(5056,\)"),
         ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "generator must be .* the state of a generator"),
+        ({"data": torch.zeros(1, 1, dtype=torch.int64).expand(5, 1)}, "data must be .* a tensor that does not store"),
+        ({"row": torch.zeros(0, 10**9, 10**9)}, "row must be"),
+        ({"seen": numbers()}, "seen must be .* of one origin at least"),
+        ({"seen": numbers(2**62), "class_seen": numbers(0, 0, 2**62)}, "seen must be"),
+        ({"extras.label": torch.zeros(5)}, "the unknown 'extras.label'"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(changes: dict[str, Any], words: str) -> None:
