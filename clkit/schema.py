@@ -2,7 +2,7 @@
 
 A table maps the name of each entry to its kind::
 
-    {"format": Constant(1), "classes": Numbers(("C",), least=0, ids=True), "sums": Numbers(("C", 512), torch.float64)}
+    {"format": OneOf((1,)), "classes": Numbers(("C",), least=0, ids=True), "sums": Numbers(("C", 512), torch.float64)}
 
 :func:`read_state` compares a whole state with it. States come out of files of unknown origin: nothing of a value is
 used, not even for an error message, before it is known to be of its kind.
@@ -27,12 +27,12 @@ __all__ = [
     "MERGED",
     "STRATEGY",
     "STREAM",
-    "Constant",
     "Instance",
     "Kind",
     "Many",
     "Nested",
     "Numbers",
+    "OneOf",
     "Settings",
     "Table",
     "Whole",
@@ -75,7 +75,7 @@ def read_state(state: Any, table: Table, owner: str, prefix: str = "") -> dict[s
         StateError: Naming the entry, what was seen and what is wanted.
 
     Example:
-        >>> table = {"ids": Numbers(("C",), least=0, ids=True), "name": Constant("ema")}
+        >>> table = {"ids": Numbers(("C",), least=0, ids=True), "name": OneOf(("ema", "mean"))}
         >>> read_state({"ids": torch.tensor([0, 3]), "name": "ema"}, table, "Averages")
         {'ids': tensor([0, 3]), 'name': 'ema'}
         >>> read_state({"ids": torch.tensor([3, 0]), "name": "ema"}, table, "Averages")  # doctest: +ELLIPSIS
@@ -238,16 +238,17 @@ class Whole(Kind):
 
 
 @dataclass(frozen=True)
-class Constant(Kind):
-    """One string, number, truth value or ``None``, and what the reader of the error can do about another one."""
+class OneOf(Kind):
+    """One of some strings, numbers, truth values or ``None``, and what the reader of the error can do."""
 
-    value: str | int | float | None
+    values: tuple[str | int | float | None, ...]
     advice: str = _DAMAGED
 
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> Any:
-        if type(value) is not type(self.value) or value != self.value:
-            _refuse(name, describe(self.value), value, self.advice)
-        return value
+        for allowed in self.values:
+            if type(value) is type(allowed) and value == allowed:
+                return value
+        _refuse(name, " or ".join(map(describe, self.values)), value, self.advice)
 
 
 @dataclass(frozen=True)
@@ -304,12 +305,13 @@ class Many(Kind):
 
 @dataclass(frozen=True)
 class Nested(Kind):
-    """A dictionary with a table of its own."""
+    """A dictionary with a table of its own, or ``None`` if it is ``optional``."""
 
     table: Table
+    optional: bool = False
 
-    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
-        return read_state(value, self.table, name)
+    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any] | None:
+        return None if value is None and self.optional else read_state(value, self.table, name)
 
 
 def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> Any:

@@ -13,12 +13,12 @@ from torch import Tensor
 from clkit.errors import StateError
 from clkit.schema import (
     FLOATS,
-    Constant,
     Instance,
     Kind,
     Many,
     Nested,
     Numbers,
+    OneOf,
     Settings,
     Whole,
     check_format,
@@ -29,7 +29,7 @@ from clkit.schema import (
 )
 
 TABLE: dict[str, Kind] = {
-    "format": Constant(1),
+    "format": OneOf((1,)),
     "ids": Numbers(("C",), least=0, most=99, ids=True),
     "sums": Numbers(("C", 2), torch.float64),
     "means": Numbers(("C", "p"), FLOATS),
@@ -37,7 +37,7 @@ TABLE: dict[str, Kind] = {
     "even": Numbers(("C",), rule=("even", lambda values: bool((values % 2 == 0).all()))),
     "step": Whole(),
     "limit": Whole(1, 9, optional=True),
-    "policy": Constant("uniform"),
+    "policy": OneOf(("uniform", "class_balanced")),
     "rate": Instance(float | None),
     "steps": Many(Whole(1)),
     "options": Settings({"gamma": 1.0, "bias": False, "seed": 3}, free=("seed",)),
@@ -162,7 +162,7 @@ def test_nothing_stands_in_for_an_entry(entry: str) -> None:
         ({"step": True}, "step must be an integer from 0 to .*, the saved state has True"),
         ({"step": 2**63}, "step must be"),
         ({"limit": 10}, "limit must be an integer from 1 to 9 or None, the saved state has 10"),
-        ({"policy": "balanced"}, "policy must be 'uniform', the saved state has 'balanced'"),
+        ({"policy": "balanced"}, "policy must be 'uniform' or 'class_balanced', the saved state has 'balanced'"),
         ({"rate": 1}, "rate must be float or NoneType, the saved state has 1"),
         ({"steps": [1, 0]}, r"steps\[1\] must be an integer from 1"),
         ({"options": {"gamma": 1, "bias": False, "seed": 3}}, "options: gamma must be 1.0, the saved state has 1"),

@@ -65,15 +65,15 @@ class Batch:
     on_host: bool
 
     def array(self, tensor: Tensor) -> Array:
-        """The tensor, or numpy's view of its memory, as the batch's other arrays are."""
+        """Return the tensor, or numpy's view of its memory, as the batch's other arrays are."""
         return tensor.numpy() if self.on_host else tensor
 
     def masked(self, rows: Array) -> Array:
-        """``rows`` as they are, or all zero where the batch turned out not to be finite."""
+        """Return ``rows`` as they are, or all zero where the batch turned out not to be finite."""
         return rows if self.finite is None else torch.where(self.finite, rows, torch.zeros_like(rows))
 
     def summed(self, rows: Array) -> Array:
-        """(u, D): sum of the rows (n, D) of each class. The order of adding is fixed, so the bits are too."""
+        """Return the (u, D) sums of the rows (n, D) of each class; the order of adding, and so every bit, is fixed."""
         if not self.on_host or (self.one_hot is not None and rows.size <= _SMALL):
             return self.one_hot @ rows
         total = torch.zeros(self.ids.size, rows.shape[1], dtype=torch.float64)
@@ -81,7 +81,7 @@ class Batch:
 
 
 def check_features(features: Tensor, width: int, device: torch.device) -> Tensor:
-    """Features as (B, ``width``) float64 on ``device``; the graph, if any, is kept.
+    """Return features as (B, ``width``) float64 on ``device``; the graph, if any, is kept.
 
     Raises:
         BatchError: If they are no floating-point tensor of that shape.
@@ -167,7 +167,7 @@ def check_batch(
 
 
 def _grouped(labels: Ids) -> tuple[Ids, Ids, Ids, Ids]:
-    """``numpy.unique`` with index, inverse and counts, at a third of its cost: this is done for every batch."""
+    """Do what ``numpy.unique`` does with index, inverse and counts, at a third of its cost: every batch needs it."""
     ids = np.array(sorted(set(labels.tolist())), dtype=np.int64)
     inverse = ids.searchsorted(labels)
     first = np.empty_like(ids)
@@ -176,7 +176,7 @@ def _grouped(labels: Ids) -> tuple[Ids, Ids, Ids, Ids]:
 
 
 def _values_are_at_hand(device: torch.device) -> bool:
-    """Whether reading a value costs no synchronisation."""
+    """Return whether reading a value costs no synchronisation."""
     return device.type == "cpu"
 
 
@@ -208,7 +208,7 @@ def _check_ids(ids: Ids, labels: Ids, below: int, limit_name: str) -> None:
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:
-    """An integer argument with a lower bound.
+    """Return an argument that must be an integer with a lower bound.
 
     Raises:
         ArgumentError: If it is not an integer, or too small.
@@ -219,7 +219,7 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> int:
 
 
 def check_number(name: str, value: float, *, above: float | None = None, at_least: float | None = None) -> float:
-    """A finite real argument with an optional lower bound.
+    """Return an argument that must be a finite number, as a float.
 
     Raises:
         ArgumentError: If it is not a finite number, or too small.
@@ -233,7 +233,7 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
 
 
 def check_probability(name: str, value: float) -> float:
-    """A real argument from 0 to 1.
+    """Return an argument that must be a number from 0 to 1, as a float.
 
     Raises:
         ArgumentError: If it is none.
@@ -244,7 +244,7 @@ def check_probability(name: str, value: float) -> float:
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """A string argument with a fixed set of values.
+    """Return an argument that must be one of some strings.
 
     Raises:
         ArgumentError: If it is none of them.

@@ -19,7 +19,7 @@ _EXTRA = 8
 
 
 def new_gram(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros (width, width) for :func:`add_gram_`: on a CPU, for some widths, a corner of a slightly larger matrix.
+    """Return zeros (width, width) for :func:`add_gram_`; on a CPU, for some widths, a corner of a larger matrix.
 
     Example:
         >>> new_gram(512, torch.float64, torch.device("cpu")).stride()
@@ -74,7 +74,7 @@ def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
 
 
 def _whole(lower: Tensor) -> Tensor | None:
-    """The contiguous matrix of which ``lower`` is all or, as :func:`new_gram` makes it, a corner; else ``None``."""
+    """Return the contiguous matrix that ``lower`` is all of, or a corner of (:func:`new_gram`); else ``None``."""
     if lower.is_contiguous():
         return lower
     side = lower.shape[0] + _EXTRA
@@ -83,7 +83,7 @@ def _whole(lower: Tensor) -> Tensor | None:
 
 
 def mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle is given, as a new tensor; also for a stack (k, D, D).
+    """Return a new tensor, the symmetric matrix whose lower triangle is given; also for a stack (k, D, D).
 
     Example:
         >>> mirrored(torch.tensor([[1.0, 0.0], [2.0, 4.0]]))

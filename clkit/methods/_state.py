@@ -32,7 +32,7 @@ class PlainState(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self._device
 
     def _move(self, device: torch.device) -> None:

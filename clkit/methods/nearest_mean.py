@@ -117,7 +117,7 @@ class NearestMeanHead(Head):
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows scaled to length 1; a row shorter than 1e-12 is divided by that, so that zero stays zero."""
+    """Scale rows to length 1; a row shorter than 1e-12 is divided by that, so that zero stays zero."""
     return _scaled(rows, vector_norm(rows, dim=1, keepdim=True))
 
 
@@ -126,7 +126,7 @@ def _scaled(rows: Tensor, lengths: Tensor) -> Tensor:
 
 
 def nearest_mean_readout(classes: Tensor, means: Tensor) -> Readout:
-    r"""The linear form :math:`2 (x-o) \cdot (\mu_c-o) - \lVert \mu_c-o \rVert^2` with o the mean of all means."""
+    r"""Return the linear form :math:`2 (x-o) \cdot (\mu_c-o) - \lVert \mu_c-o \rVert^2`, o the mean of means."""
     if not means.shape[0]:
         return Readout.of(classes, means, means.new_zeros(0))
     offset = means.mean(dim=0)
@@ -135,5 +135,5 @@ def nearest_mean_readout(classes: Tensor, means: Tensor) -> Readout:
 
 
 def negative_distances(scores: Tensor, centred: Tensor) -> Tensor:
-    """Minus squared distances from the linear form; rounding cannot make one positive."""
+    """Turn the linear form into minus squared distances; rounding cannot make one positive."""
     return (scores - centred.square().sum(dim=1, keepdim=True)).clamp(max=0)

@@ -176,7 +176,7 @@ class AnalyticHead(Head):
         return weight.index_copy_(1, readout.classes, compact)
 
     def leverage(self, features: Tensor) -> Tensor:
-        r"""How far features are from what was learned.
+        r"""Return how far features are from what was learned.
 
         .. math:: u(x) = \varphi(x) (H^\top H + \gamma I)^{-1} \varphi(x)^\top
 
@@ -270,7 +270,7 @@ class AnalyticHead(Head):
         return Readout.of(classes, compact.T.contiguous(), compact.new_zeros(compact.shape[1]))
 
     def _solved_sums(self) -> Tensor:
-        """W (D, k) of the balanced system."""
+        """Return W (D, k) of the balanced system."""
         sums = self.statistics.sums.to(torch.float64)
         if self.balance == "reweight":
             inverse = 1 / self.statistics.counts.to(torch.float64)
@@ -287,7 +287,7 @@ class AnalyticHead(Head):
         return _solve(self._factorised(lower), sums)
 
     def _balanced_recursion(self) -> Tensor:
-        """W (D, k) after the pseudo-features, on copies."""
+        """Return W (D, k) after the pseudo-features, on copies."""
         assert self.recursion is not None
         inverse, weight = self.recursion.inverse, self.recursion.weight
         for position, rows, factor in self._pseudo_rows():
@@ -298,7 +298,7 @@ class AnalyticHead(Head):
         return weight
 
     def _pseudo_rows(self) -> Iterator[tuple[int | None, Tensor, float]]:
-        """Rows that balance the classes: position of their class (``None`` for a target of zero), rows, weight."""
+        """Yield rows that balance the classes: position of the class (``None`` for a target of zero), rows, weight."""
         if self.balance == "none":
             return
         moments = self.statistics if self.raw_statistics is None else self.raw_statistics
@@ -324,7 +324,7 @@ class AnalyticHead(Head):
     def _expected_rows(
         self, means: Tensor, deviations: Tensor, missing: Tensor
     ) -> Iterator[tuple[int | None, Tensor, float]]:
-        r"""Rows with products that sum to :math:`\sum_c m_c (\mu_c \mu_c^\top + \mathrm{noise}^2 D(\sigma_c^2))`."""
+        r"""Yield rows whose products sum to :math:`\sum_c m_c (\mu_c \mu_c^\top + \mathrm{noise}^2 D(\sigma_c^2))`."""
         for position, count in enumerate(missing.tolist()):
             if count:
                 yield position, self._with_constant(means[position : position + 1]), float(count)
@@ -336,7 +336,7 @@ class AnalyticHead(Head):
         return self.statistics.lower_class_grams().to(torch.float64)
 
     def _real_factor(self) -> Tensor:
-        """Cholesky factor of the system without any balancing, kept until more is learned."""
+        """Return the Cholesky factor of the system without any balancing, kept until more is learned."""
         version = self.statistics.version
         if self._factor is None or self._factor[0] != version:
             reweighted = self.balance == "reweight"
@@ -345,7 +345,7 @@ class AnalyticHead(Head):
         return self._factor[1]
 
     def _factorised(self, lower: Tensor) -> Tensor:
-        """Cholesky factor of ``lower + gamma I``; ``lower`` is used up."""
+        """Return the Cholesky factor of ``lower + gamma I``; ``lower`` is used up."""
         lower.diagonal().add_(self.gamma)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(lower)
@@ -365,7 +365,7 @@ class AnalyticHead(Head):
 
 
 def _solve(factor: Tensor, sums: Tensor) -> Tensor:
-    """W (D, k) from the sums (k, D); classes with equal sums get equal weights."""
+    """Return W (D, k) from the sums (k, D); classes with equal sums get equal weights."""
     solved = torch.cholesky_solve(sums.T, factor)
     twins = first_equal(sums)
     return solved if twins is None else solved[:, twins]

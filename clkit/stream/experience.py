@@ -5,11 +5,10 @@ Data modules make experiences, callbacks and strategies read them, and neither n
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from clkit.errors import StateError
-from clkit.schema import saved_entry, saved_list
+from clkit.schema import Instance, Many, Nested, OneOf, Table, Whole, read_state, saved_entry
 
 __all__ = ["Experience", "experience_state", "saved_experience"]
 
@@ -41,6 +40,16 @@ class Experience:
     eval_samples: int | None = None
 
 
+_FIELDS: Table = {
+    "index": Whole(),
+    "name": Instance(str),
+    "phase": OneOf(("warmup", "learn")),
+    "classes": Many(Whole()),
+    "train_samples": Whole(optional=True),
+    "eval_samples": Whole(optional=True),
+}
+
+
 def experience_state(experience: Experience | None) -> dict[str, Any] | None:
     """Return an experience as plain types, for a saved state."""
     return None if experience is None else {**asdict(experience), "classes": list(experience.classes)}
@@ -62,17 +71,6 @@ def saved_experience(state: Any, name: str, owner: str) -> Experience | None:
         >>> saved_experience(state, "pending", "the evaluation").classes
         (1, 2)
     """
-    saved = saved_entry(state, name, dict | None, owner)
-    if saved is None:
-        return None
-    phase = saved_entry(saved, "phase", str, owner)
-    if phase not in ("warmup", "learn") or saved.keys() != {field.name for field in fields(Experience)}:
-        raise StateError(f"{owner}: the saved state has an experience {saved!r}, which this clkit does not know")
-    return Experience(
-        index=saved_entry(saved, "index", int, owner),
-        name=saved_entry(saved, "name", str, owner),
-        phase="warmup" if phase == "warmup" else "learn",
-        classes=tuple(saved_list(saved, "classes", int, owner)),
-        train_samples=saved_entry(saved, "train_samples", int | None, owner),
-        eval_samples=saved_entry(saved, "eval_samples", int | None, owner),
-    )
+    entry = {name: saved_entry(state, name, object, owner)}
+    saved = read_state(entry, {name: Nested(_FIELDS, optional=True)}, owner)[name]
+    return None if saved is None else Experience(**{**saved, "classes": tuple(saved["classes"])})

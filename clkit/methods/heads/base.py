@@ -61,7 +61,7 @@ class Head(nn.Module):
         self.learn(self.checked(features, targets))
 
     def checked(self, features: Tensor, targets: Tensor) -> Batch:
-        """A batch for :meth:`learn`, checked once for all heads of one width and device; changes nothing.
+        """Check a batch for :meth:`learn`, once for all heads of one width and device; change nothing.
 
         Args:
             features: (B, in_features) of any floating dtype.
@@ -146,7 +146,7 @@ class Head(nn.Module):
     # Predicting -------------------------------------------------------------------------------------------------
 
     def forward(self, features: Tensor) -> Tensor:
-        """Scores with column c for class id c.
+        """Return scores with column c for class id c.
 
         Args:
             features: (B, in_features) of any floating dtype.
@@ -166,11 +166,11 @@ class Head(nn.Module):
         return (scores if features.dtype == torch.float64 else scores.to(torch.float32)).to(features.device)
 
     def scores_seen(self, features: Tensor) -> Tensor:
-        """(B, k) float64 scores of the seen classes only, in the order of :attr:`classes` and on their device."""
+        """Return (B, k) float64 scores of the seen classes only, in the order of :attr:`classes`, on their device."""
         return self._score(features, self._solved())
 
     def predict(self, features: Tensor) -> Tensor:
-        """(B,) int64 ids of the classes with the highest scores; decided in float64, ties go to the lowest id.
+        """Return the (B,) int64 ids of the highest scores; decided in float64, ties go to the lowest id.
 
         Raises:
             NotFittedError: If nothing was learned.
@@ -187,7 +187,7 @@ class Head(nn.Module):
         self._solved()
 
     def linear_readout(self) -> tuple[Tensor, Tensor]:
-        """Weight (k, D) and bias (k,) in float64 of a plain linear layer over the seen classes.
+        """Return weight (k, D) and bias (k,) in float64 of a plain linear layer over the seen classes.
 
         Its input is what :attr:`feature_map` gives, or the L2-normalised features if :attr:`normalizes`. It ranks the
         classes as :meth:`predict` does; scores may differ from :meth:`forward` by a number per row.
@@ -219,16 +219,16 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def _design(self, features: Tensor) -> Tensor:
-        """What the weights are multiplied with, from checked float64 features."""
+        """Return what the weights are multiplied with, from checked float64 features."""
         design: Tensor = self.feature_map(features)
         return design
 
     def _finished(self, scores: Tensor, centred: Tensor) -> Tensor:
-        """Linear scores made what :meth:`forward` promises; may change a row by a constant."""
+        """Turn linear scores into those that :meth:`forward` promises; may change a row by a constant."""
         return scores
 
     def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
-        """Each statistics object with the rows that it learns of a batch."""
+        """Return each statistics object with the rows that it learns of a batch."""
         return [(self.statistics, self._design(batch.features))]
 
     def _learn(self, batch: Batch) -> None:
@@ -239,7 +239,7 @@ class Head(nn.Module):
         return [self.statistics]
 
     def _adopt(self, statistics: FeatureStatistics | None, width: int, parts: tuple[str, ...]) -> FeatureStatistics:
-        """The given statistics, if they will do, or new ones."""
+        """Return the given statistics, if they have what is needed, or new ones."""
         if statistics is None:
             return FeatureStatistics(
                 width,
@@ -270,7 +270,7 @@ class Head(nn.Module):
         return rows
 
     def _class_limit(self) -> tuple[int, str]:
-        """First class id that is too large, and the argument that says so."""
+        """Return the first class id that is too large, and the argument that says so."""
         if self.num_classes is not None and self.num_classes < self.max_classes:
             return self.num_classes, "num_classes"
         return self.max_classes, "max_classes"
@@ -282,7 +282,7 @@ class Head(nn.Module):
             )
 
     def _check_sums(self) -> None:
-        """Raise once what a masked batch deserved, however many sums it was masked in."""
+        """Raise the error of a masked batch once, however many sums it was masked in."""
         raise_for_batch(self._take_bad())
 
     def _take_bad(self) -> int:
@@ -311,7 +311,7 @@ class Head(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Look at the whole state first, so that a state that does not fit changes nothing."""
+        """Load the whole state, or refuse it before anything is changed."""
         table: dict[str, Kind] = {"_extra_state": Settings(self.get_extra_state(), _LAYOUT_OPTIONS, _ADVICE)}
         parts: dict[str, Any] = dict(self.named_children())
         names: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clkit.errors import BatchError, StateError
 from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, RowCodec, RowLayout, RowTable, host_tensor
-from clkit.schema import Constant, Kind, Numbers, read_entries, read_state
+from clkit.schema import Kind, Numbers, OneOf, read_entries, read_state
 
 __all__ = ["FORMAT", "SavedMemory"]
 
@@ -119,8 +119,8 @@ def _settings(policy: str, codec: RowCodec, generator: torch.Generator) -> dict[
     size = len(generator.get_state())
     return {
         "format": Numbers(least=FORMAT, most=FORMAT),
-        "policy": Constant(policy, _SETTING),
-        "storage": Constant(codec.storage, _SETTING),
+        "policy": OneOf((policy,), _SETTING),
+        "storage": OneOf((codec.storage,), _SETTING),
         "normalised": Numbers(tuple(normalised.shape), torch.float64, rule=same),
         "seen": Numbers(("O",), least=0, most=_MOST, rule=("of one origin at least", lambda seen: len(seen) > 0)),
         "classes": Numbers(("C",), least=0, ids=True),
