@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
-from clkit.schema import check_saved, saved_entry
+from clkit.schema import Numbers, Whole, read_state
 
 __all__ = ["StreamCounts", "Tables", "add_up", "staged_counts"]
 
 MOST_STAGES = 2**20  # more in a saved state are damage, for which no table should be made
+_SAVED = {"counts": Numbers(("n", 5)), "last": Whole(-1, MOST_STAGES - 1)}
 
 
 class Tables(NamedTuple):
@@ -155,12 +156,12 @@ class StreamCounts:
         Raises:
             StateError: If it cannot be such a table; nothing is changed then.
         """
-        rows, last = saved_entry(state, "counts", Tensor, owner), saved_entry(state, "last", int, owner)
-        rows = check_saved(f"{owner}: 'counts'", rows, (len(rows) if rows.ndim else 0, 5), torch.int64).cpu()
+        saved = read_state(state, _SAVED, owner)
+        rows, last = saved["counts"].cpu(), saved["last"]
         lowest = torch.tensor([0, 0, 0, -1, 1])
         if bool((rows < lowest).any()) or not torch.equal(rows, add_up(rows[:, :4], rows[:, 4])):
             raise StateError(f"{owner}: its counts cannot be right; the file is damaged")
-        if not -1 <= last < MOST_STAGES or bool((rows[:, 0] > last).any()):
+        if bool((rows[:, 0] > last).any()):
             raise StateError(f"{owner}: {last} cannot be its last stage; the file is damaged")
         self.rows, self.last = rows, last
 

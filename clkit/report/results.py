@@ -20,7 +20,7 @@ from clkit.files import atomic_write
 from clkit.metrics._arrays import plain
 from clkit.metrics.counts import StreamCounts
 from clkit.metrics.functional import summarize
-from clkit.schema import check_saved, saved_entry
+from clkit.schema import Numbers, read_entries, read_state, saved_entry
 
 __all__ = ["ClassTable", "Recorded", "Results", "RunResults", "results_document", "write_predictions", "write_results"]
 
@@ -143,10 +143,11 @@ class RunResults:
         counts = {name: StreamCounts() for name in saved_entry(state, "rows", dict, owner)}
         for name, each in counts.items():
             each.load_state_dict(state["rows"][name], f"{owner}, rows of {name!r}")
+        saved = saved_entry(state, "columns", dict, owner)
+        table = {name: Numbers((f"rows of {name}", 4), torch.float64) for name in read_entries(saved, owner)}
         columns: dict[str, Tensor] = {}
-        for name, table in saved_entry(state, "columns", dict, owner).items():
-            size = len(table) if isinstance(table, Tensor) and table.ndim else 0
-            columns[name] = check_saved(f"{owner}, column {name!r}", table, (size, 4), torch.float64).cpu()
+        for name, values in read_state(saved, table, f"{owner}, columns").items():
+            columns[name] = values.cpu()
             places = columns[name][:, [0, 1, 3]]
             if bool((places != places.round()).any() | (places < 0).any()):
                 raise StateError(f"{owner}: the means of column {name!r} cannot be right; the file is damaged")
