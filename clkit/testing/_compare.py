@@ -14,14 +14,14 @@ from clkit.errors import ContractError
 from clkit.testing._runs import probe
 from clkit.testing.entries import Entry
 
-__all__ = ["bits", "changed", "far", "leaves", "require", "same", "snapshot"]
+__all__ = ["bits", "changed", "far", "leaves", "plain", "require", "same", "snapshot"]
 
 PLAIN = (Tensor, int, float, str, bool, type(None))
 FOLLOWED = ("format", "batches")  # what every StreamCallback saves of the stream
 
 
 def require(holds: bool, seen: str, advice: str) -> None:
-    """Part of a check.
+    """Require what a check is about.
 
     Raises:
         ContractError: If it does not hold.
@@ -31,7 +31,7 @@ def require(holds: bool, seen: str, advice: str) -> None:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of a nested state under its path."""
+    """Return every leaf of a nested state under its path."""
     if isinstance(value, Mapping):
         return {key: leaf for name, part in value.items() for key, leaf in leaves(part, f"{path}/{name}").items()}
     if isinstance(value, list | tuple):
@@ -40,7 +40,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def bits(value: Any) -> Any:
-    """What is equal for two leaves exactly if they are the same to the last bit (NaN included)."""
+    """Return what is equal for two leaves exactly if they are the same to the last bit (NaN included)."""
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -49,14 +49,14 @@ def bits(value: Any) -> Any:
 
 
 def changed(before: Any, after: Any) -> list[str]:
-    """Paths of the leaves that are not the same bits in both."""
+    """Return the paths of leaves that are not the same bits in both."""
     one, two = leaves(before), leaves(after)
     paths = [*one, *(path for path in two if path not in one)]
     return [path for path in paths if path not in one or path not in two or bits(one[path]) != bits(two[path])]
 
 
 def same(before: Any, after: Any, seen: str, advice: str) -> None:
-    """Requires the same bits.
+    """Require the same bits.
 
     Raises:
         ContractError: Naming the first paths that differ.
@@ -65,8 +65,26 @@ def same(before: Any, after: Any, seen: str, advice: str) -> None:
     require(not paths, f"{seen} ({_shortened(paths)})", advice)
 
 
+def plain(state: Any, of: str) -> None:
+    """Require tensors and plain values.
+
+    Args:
+        state: A nested state.
+        of: What the message calls it.
+
+    Raises:
+        ContractError: Naming the first leaf that is something else.
+    """
+    for path, leaf in leaves(state).items():
+        require(
+            isinstance(leaf, PLAIN),
+            f"{of} holds a {type(leaf).__module__}.{type(leaf).__qualname__} at {path}",
+            "keep tensors and plain values only: files are loaded with weights_only=True",
+        )
+
+
 def far(expected: Any, found: Any, tolerance: float) -> list[str]:
-    """Paths of leaves that differ by more than ``tolerance``, relative to the largest value of the leaf."""
+    """Return the paths of leaves that differ by more than ``tolerance``, relative to the largest value of the leaf."""
     one, two = leaves(expected), leaves(found)
     paths = sorted(one.keys() ^ two.keys())
     for path in one.keys() & two.keys():
@@ -84,7 +102,7 @@ def far(expected: Any, found: Any, tolerance: float) -> list[str]:
 
 
 def snapshot(entry: Entry, callback: Any, *, followed: bool = False) -> dict[str, Any]:
-    """A copy of what a callback has learned: its state, and its scores where it predicts.
+    """Copy what a callback has learned: its state, and its scores where it predicts.
 
     Args:
         entry: The method.

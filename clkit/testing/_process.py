@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from clkit.testing import checks_callback, checks_head, checks_strategy, processes
+from clkit.testing import checks_head, checks_shared, processes
 from clkit.testing._runs import isolated
 from clkit.testing.entries import Entry
 
@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 
 def main(folder: Path) -> None:
-    """Learns this process's share and writes ``rankN.pt``."""
+    """Learn this process's share and write ``rankN.pt``."""
     faulthandler.dump_traceback_later(processes.LIMIT, exit=True)
     torch.set_num_threads(1)
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
@@ -27,10 +27,8 @@ def main(folder: Path) -> None:
         if entry.kind == "head":
             torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
             report = checks_head.learn_in_a_process(entry, rank, world)
-        elif entry.kind == "callback":
-            report = checks_callback.learn_in_a_process(entry, folder, rank, world)
         else:
-            report = checks_strategy.learn_in_a_process(entry, folder, rank, world)
+            report = checks_shared.learn_in_a_process(entry, folder, world)
     torch.save(report, folder / f"rank{rank}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

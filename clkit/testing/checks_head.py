@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 from functools import partial
@@ -14,36 +13,12 @@ from torch import Tensor
 
 from clkit.errors import ClkitError, NotFittedError
 from clkit.testing import processes
-from clkit.testing._compare import PLAIN, bits, far, leaves, require, same
+from clkit.testing._compare import bits, far, leaves, plain, require, same
+from clkit.testing._heads import IDS, WIDTH, absent, all_of, learned, refused, sample, state_of, taught, unchanged
 from clkit.testing._runs import random_bits
 from clkit.testing.entries import Entry
 
 __all__ = ["CHECKS"]
-
-WIDTH = 6
-IDS = (1, 4, 9)
-
-
-def sample(rows: int = 50, start: int = 0, ids: tuple[int, ...] = IDS) -> tuple[Tensor, Tensor]:
-    """Features (rows, 6) float64 and ids, a function of ``start``."""
-    generator = torch.Generator().manual_seed(start)
-    which = torch.randint(len(ids), (rows,), generator=generator)
-    features = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) + which[:, None].double()
-    return features, torch.tensor(ids)[which]
-
-
-def learned(entry: Entry, rows: int = 50, start: int = 0) -> Any:
-    """A head that has learned one sample of batches."""
-    head = entry.make(WIDTH)
-    features, targets = sample(rows, start)
-    for first in range(0, rows, 25):
-        head.update(features[first : first + 25], targets[first : first + 25])
-    return head
-
-
-def state_of(head: Any) -> dict[str, Any]:
-    """A copy of the saved state."""
-    return dict(copy.deepcopy(head.state_dict()))
 
 
 def scores_have_a_column_for_each_class(entry: Entry, folder: Path) -> None:
@@ -71,9 +46,7 @@ def scores_have_a_column_for_each_class(entry: Entry, folder: Path) -> None:
         f"predict gave {predicted.dtype} {predicted.tolist()}, the highest columns are {scores.argmax(1).tolist()}",
         "give the (B,) int64 ids of the highest scores",
     )
-    one_class = entry.make(WIDTH)
-    one_class.update(torch.ones(1, WIDTH), torch.tensor([2]))
-    answers = one_class.predict(features).tolist()
+    answers = taught(entry, torch.ones(1, WIDTH), torch.tensor([2])).predict(features).tolist()
     require(answers == [2] * 20, f"after one sample of class 2 predict gave {answers}", "the only class seen is 2")
 
 
@@ -91,12 +64,9 @@ def scores_follow_the_dtype_of_features(entry: Entry, folder: Path) -> None:
             f"{dtype} features gave other scores than the same numbers in float64",
             "upcast features to float64 before computing",
         )
-        from_low, from_double = entry.make(WIDTH), entry.make(WIDTH)
-        from_low.update(low, targets)
-        from_double.update(low.double(), targets)
         same(
-            state_of(from_double),
-            state_of(from_low),
+            state_of(taught(entry, low.double(), targets)),
+            state_of(taught(entry, low, targets)),
             f"{dtype} features were learned otherwise than the same numbers in float64",
             "upcast features to float64 before adding them up",
         )
@@ -124,12 +94,7 @@ def state_survives_a_file(entry: Entry, folder: Path) -> None:
     """The state is tensors and plain values, loads with weights_only=True into a fresh head, and learning goes on."""
     head = learned(entry)
     state = head.state_dict()
-    for path, leaf in leaves(state).items():
-        require(
-            isinstance(leaf, PLAIN),
-            f"state_dict() holds a {type(leaf).__module__}.{type(leaf).__qualname__} at {path}",
-            "keep tensors and plain values only, so that a file can be read without executing anything",
-        )
+    plain(state, "state_dict()")
     features, targets = sample(20, start=3, ids=(0, 4, 12))
     for other in (entry.make(WIDTH), learned(entry, 30, start=9)):
         file = io.BytesIO()
@@ -142,8 +107,8 @@ def state_survives_a_file(entry: Entry, folder: Path) -> None:
         continued = learned(entry)
         continued.update(features, targets)
         same(
-            [state_of(continued), continued(features)],
-            [state_of(other), other(features)],
+            all_of(continued, features),
+            all_of(other, features),
             "a loaded head learned a batch otherwise than one that was never saved",
             "save all that learning needs",
         )
@@ -151,24 +116,21 @@ def state_survives_a_file(entry: Entry, folder: Path) -> None:
 
 def a_state_that_does_not_fit_is_refused(entry: Entry, folder: Path) -> None:
     """A state of another width, or with a part missing, is refused by name and changes nothing."""
-    wide = entry.make(WIDTH + 1)
-    wide.update(torch.ones(2, WIDTH + 1), torch.tensor([0, 1]))
+    wide = taught(entry, torch.ones(2, WIDTH + 1), torch.tensor([0, 1]))
     whole = learned(entry).state_dict()
     candidates = {"of another width": wide.state_dict()}
     for key in whole:
         candidates[f"without {key!r}"] = {name: value for name, value in whole.items() if name != key}
     for what, state in candidates.items():
         head = learned(entry, 30, start=9)
-        before = state_of(head)
-        _refused(partial(head.load_state_dict, state), f"a state {what}", missing_key=True)
-        same(before, state_of(head), f"a refused state ({what}) changed the head", "look at the whole state first")
+        with unchanged(head, f"a refused state ({what}) changed the head", "look at the whole state first"):
+            refused(partial(head.load_state_dict, state), f"a state {what}", missing_key=True)
 
 
 def rows_one_by_one_equal_one_batch(entry: Entry, folder: Path) -> None:
     """How samples are cut into batches does not matter, within the tolerance; a batch of none changes nothing."""
     features, targets = sample()
-    whole, single = entry.make(WIDTH), entry.make(WIDTH)
-    whole.update(features, targets)
+    whole, single = taught(entry, features, targets), entry.make(WIDTH)
     for row in range(len(features)):
         single.update(features[row : row + 1], targets[row : row + 1])
     require(
@@ -178,9 +140,8 @@ def rows_one_by_one_equal_one_batch(entry: Entry, folder: Path) -> None:
     )
     require(single.predict(features[:1]).shape == (1,), "predict fails for one row", "give (1,)")
     require(single.predict(features[:0]).shape == (0,), "predict fails for no row", "give (0,)")
-    before = state_of(single)
-    single.update(features[:0], targets[:0])
-    same(before, state_of(single), "an empty batch changed the state", "return early")
+    with unchanged(single, "an empty batch changed the state", "return early"):
+        single.update(features[:0], targets[:0])
 
 
 def unlabelled_rows_are_skipped(entry: Entry, folder: Path) -> None:
@@ -188,22 +149,17 @@ def unlabelled_rows_are_skipped(entry: Entry, folder: Path) -> None:
     features, targets = sample()
     hidden = targets.clone()
     hidden[::2] = -1
-    head, expected = entry.make(WIDTH), entry.make(WIDTH)
-    head.update(features, hidden)
-    expected.update(features[1::2], targets[1::2])
+    head, expected = taught(entry, features, hidden), taught(entry, features[1::2], targets[1::2])
     same(state_of(expected), state_of(head), "rows with target -1 were learned", "leave them out before adding up")
-    before = state_of(head)
-    head.update(features, torch.full_like(targets, -1))
-    same(before, state_of(head), "a batch of unlabelled rows changed the state", "leave them out before adding up")
+    with unchanged(head, "a batch of unlabelled rows changed the state", "leave them out before adding up"):
+        head.update(features, torch.full_like(targets, -1))
 
 
 def hostile_batches_are_refused_whole(entry: Entry, folder: Path) -> None:
     """A malformed batch raises a ClkitError and leaves the state bitwise as it was; so do malformed features."""
     good, ids = sample(4, start=2)
-    spoiled = good.clone()
-    spoiled[3, 2] = torch.nan
-    huge = good.clone()
-    huge[3, 0] = torch.inf
+    spoiled, huge = good.clone(), good.clone()
+    spoiled[3, 2], huge[3, 0] = torch.nan, torch.inf
     batches: dict[str, tuple[Any, Any]] = {
         "NaN in the last row": (spoiled, ids),
         "an infinite value in the last row": (huge, ids),
@@ -217,36 +173,30 @@ def hostile_batches_are_refused_whole(entry: Entry, folder: Path) -> None:
         "ids of two dimensions": (good, ids[:, None]),
     }
     head = learned(entry)
-    before = state_of(head)
     for what, (features, targets) in batches.items():
-        _refused(partial(head.update, features, targets), f"a batch with {what}")
-        same(before, state_of(head), f"a refused batch ({what}) changed the state", "check all rows before adding")
+        with unchanged(head, f"a refused batch ({what}) changed the state", "check all rows before adding"):
+            refused(partial(head.update, features, targets), f"a batch with {what}")
     for what in ("NaN in the last row", "features of another width", "one-dimensional features"):
         for verb in (head, head.predict):
-            _refused(partial(verb, batches[what][0]), f"a prediction for {what}")
+            refused(partial(verb, batches[what][0]), f"a prediction for {what}")
 
 
 def merged_heads_equal_the_union(entry: Entry, folder: Path) -> None:
     """Merging equals having learned both parts; a head that cannot merge refuses by name."""
     features, targets = sample()
-    first, second = entry.make(WIDTH), entry.make(WIDTH)
-    first.update(features[:20], targets[:20])
-    second.update(features[20:], targets[20:])
-    before, other = state_of(first), state_of(second)
+    first, second = taught(entry, features[:20], targets[:20]), taught(entry, features[20:], targets[20:])
     if not entry.merges:
-        _absent(first, "merge", lambda: first.merge(second))
-        same(before, state_of(first), "a refused merge changed the state", "refuse before anything is added")
+        absent(first, "merge", second)
         return
-    first.merge(second)
-    same(other, state_of(second), "merging changed the head that was merged from", "only read it")
+    with unchanged(second, "merging changed the head that was merged from", "only read it"):
+        first.merge(second)
     require(
         not far(learned(entry)(features), first(features), max(entry.tolerance, 1e-9)),
         "two merged halves give other scores than their union",
         "add all sums up; centred squares need the difference of the means, too",
     )
-    before, wide = state_of(first), entry.make(WIDTH + 1)
-    _refused(lambda: first.merge(wide), "merging a head of another width")
-    same(before, state_of(first), "a refused merge changed the state", "compare the options first")
+    with unchanged(first, "a refused merge changed the state", "compare the options first"):
+        refused(lambda: first.merge(entry.make(WIDTH + 1)), "merging a head of another width")
 
 
 def subtracting_equals_never_having_seen(entry: Entry, folder: Path) -> None:
@@ -254,9 +204,7 @@ def subtracting_equals_never_having_seen(entry: Entry, folder: Path) -> None:
     extra, extra_targets = sample(10, start=5, ids=(4, 30))
     head = learned(entry)
     if not entry.subtracts:
-        before = state_of(head)
-        _absent(head, "subtract", lambda: head.subtract(extra, extra_targets))
-        same(before, state_of(head), "a refused subtract changed the state", "refuse before anything is taken off")
+        absent(head, "subtract", extra, extra_targets)
         return
     head.update(extra, extra_targets)
     head.subtract(extra, extra_targets)
@@ -271,9 +219,8 @@ def subtracting_equals_never_having_seen(entry: Entry, folder: Path) -> None:
         "after subtract the scores differ from those of a head that never learned the samples",
         "take the same numbers off that update added",
     )
-    before = state_of(head)
-    _refused(lambda: head.subtract(extra, extra_targets), "subtracting samples that were not learned")
-    same(before, state_of(head), "a refused subtract changed the state", "count before anything is taken off")
+    with unchanged(head, "a refused subtract changed the state", "count before anything is taken off"):
+        refused(lambda: head.subtract(extra, extra_targets), "subtracting samples that were not learned")
 
 
 def reset_forgets_everything(entry: Entry, folder: Path) -> None:
@@ -287,16 +234,14 @@ def predicting_changes_nothing(entry: Entry, folder: Path) -> None:
     """Predictions, also in inference mode, change no bit of the state or of what is learned later."""
     features, targets = sample()
     asked, quiet = learned(entry), learned(entry)
-    before = state_of(asked)
-    with torch.inference_mode():
+    with unchanged(asked, "predicting changed the state", "compute on copies"), torch.inference_mode():
         asked(features)
         asked.predict(features)
-    same(before, state_of(asked), "predicting changed the state", "compute on copies")
     for head in (asked, quiet):
         head.update(features, targets)
     same(
-        [state_of(quiet), quiet(features)],
-        [state_of(asked), asked(features)],
+        all_of(quiet, features),
+        all_of(asked, features),
         "a head that had predicted learned a batch otherwise",
         "recompute what is cached whenever something was learned",
     )
@@ -307,8 +252,7 @@ def inputs_and_random_state_are_left_alone(entry: Entry, folder: Path) -> None:
     features, targets = sample()
     features.requires_grad_(True)
     before, random_before = bits(features), random_bits()
-    head = entry.make(WIDTH)
-    head.update(features, targets)
+    head = taught(entry, features, targets)
     state = head.state_dict()
     head.predict(features)
     require(bits(features) == before, "update modified the features", "work on a copy")
@@ -326,13 +270,9 @@ def precision_of_sums_is_kept(entry: Entry, folder: Path) -> None:
     """Autocast, .half() and .bfloat16() change no bit of what is learned."""
     features, targets = sample()
     features = features.float()
-    plain = entry.make(WIDTH)
-    plain.update(features, targets)
-    expected = [state_of(plain), plain(features)]
+    expected = all_of(taught(entry, features, targets), features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        head = entry.make(WIDTH)
-        head.update(features, targets)
-        found = [state_of(head), head(features)]
+        found = all_of(taught(entry, features, targets), features)
     same(expected, found, "learning under autocast gave other bits", "switch autocast off, or compute in float64")
     for what in ("half", "bfloat16"):
         head = learned(entry)
@@ -341,8 +281,8 @@ def precision_of_sums_is_kept(entry: Entry, folder: Path) -> None:
         uncast = learned(entry)
         uncast.update(features, targets)
         same(
-            [state_of(uncast), uncast(features)],
-            [state_of(head), head(features)],
+            all_of(uncast, features),
+            all_of(head, features),
             f".{what}() on the head changed what is learned",
             "keep sums as plain attributes, not as buffers or parameters",
         )
@@ -363,17 +303,10 @@ def a_compiled_head_gives_the_same_bits(entry: Entry, folder: Path) -> None:
 def two_processes_equal_one(entry: Entry, folder: Path) -> None:
     """Two processes that exchange what they learned (synchronize) equal one that learned all."""
     reports = processes.run(entry, folder)
-    if entry.processes == "refused":
-        for report in reports:
-            require(report["refused"] is not None, "several processes were not refused", "raise a ClkitError")
-        return
-    for report in reports:
-        require(report["refused"] is None, f"it refused: {report['refused']}", 'declare processes="refused"')
-    same(reports[0]["state"], reports[1]["state"], "two processes hold different states", "exchange all sums")
-    if entry.processes == "agree":
+    if not processes.agreed(entry, reports):
         return
     alone, together = learned(entry), entry.make(WIDTH)
-    together.load_state_dict(reports[0]["state"])
+    together.load_state_dict(reports[0]["end"])
     features, _ = sample()
     require(
         not far(alone(features), together(features), max(entry.tolerance, 1e-9)),
@@ -383,7 +316,7 @@ def two_processes_equal_one(entry: Entry, folder: Path) -> None:
 
 
 def learn_in_a_process(entry: Entry, rank: int, world: int) -> dict[str, Any]:
-    """One process's part of :func:`two_processes_equal_one`: its share of the samples, then the exchange."""
+    """Do one process's part of :func:`two_processes_equal_one`: learn its share of the samples, then exchange."""
     head = entry.make(WIDTH)
     features, targets = sample()
     try:
@@ -391,25 +324,7 @@ def learn_in_a_process(entry: Entry, rank: int, world: int) -> dict[str, Any]:
         head.synchronize()
     except ClkitError as error:
         return {"refused": str(error)}
-    return {"refused": None, "state": state_of(head)}
-
-
-def _refused(act: Callable[[], Any], what: str, missing_key: bool = False) -> None:
-    try:
-        act()
-    except ClkitError:
-        return
-    except RuntimeError as error:
-        # what nn.Module.load_state_dict raises for a missing key, before it loads anything
-        if missing_key and "Missing key" in str(error):
-            return
-        raise
-    require(False, f"{what} was taken", "raise a ClkitError that says what was seen and what is allowed")
-
-
-def _absent(head: Any, verb: str, act: Callable[[], Any]) -> None:
-    if hasattr(head, verb):
-        _refused(act, f"{verb}, which the entry declares absent,")
+    return {"refused": None, "end": state_of(head)}
 
 
 CHECKS: list[Callable[[Entry, Path], None]] = [

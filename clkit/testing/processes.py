@@ -1,4 +1,4 @@
-"""Two processes at once: each learns its share of the samples and writes what it holds then.
+"""Run two processes at once: each learns its share of the samples and writes what it holds then.
 
 They are started here rather than by Lightning, so that both import at the same time. The method travels as a pickled
 :class:`~clkit.testing.Entry`, so it must be one that another process can import.
@@ -20,23 +20,24 @@ from typing import Any
 import torch
 
 from clkit.errors import ContractError
+from clkit.testing._compare import require, same
 from clkit.testing.entries import Entry
 
-__all__ = ["LIMIT", "PROCESSES", "run"]
+__all__ = ["LIMIT", "PROCESSES", "agreed", "run"]
 
 PROCESSES = 2
 LIMIT = 120.0  # seconds; a process whose partner failed would wait for ever
 
 
 def run(entry: Entry, folder: Path) -> list[dict[str, Any]]:
-    """Has two processes do their part of a check.
+    """Have two processes do their part of a check.
 
     Args:
         entry: The method.
         folder: Where they leave their files.
 
     Returns:
-        What each process reports.
+        What each process reports of each setting.
 
     Raises:
         unittest.SkipTest: If the entry cannot be sent to another process.
@@ -54,6 +55,35 @@ def run(entry: Entry, folder: Path) -> list[dict[str, Any]]:
             process.kill()
             process.wait()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def agreed(entry: Entry, reports: list[dict[str, Any]], under: str = "") -> bool:
+    """Require that the processes ended with the same, or refused where the entry says so.
+
+    Args:
+        entry: The method.
+        reports: Of each process: why it ``"refused"``, if it did, else what it holds at the ``"end"``.
+        under: Beginning of the message.
+
+    Returns:
+        Whether there is an end to compare with that of one process.
+
+    Raises:
+        ContractError: If it is not so.
+    """
+    reasons = [report["refused"] for report in reports]
+    if entry.processes == "refused":
+        require(None not in reasons, f"{under}two processes were not refused", "raise a ClkitError on all of them")
+        return False
+    for reason in reasons:
+        require(reason is None, f"{under}it refused: {reason}", 'declare processes="refused"')
+    same(
+        reports[0]["end"],
+        reports[1]["end"],
+        f"{under}two processes hold different weights or states",
+        "sum what was learned, and reduce gradients, over processes on all of them; broadcast what is drawn",
+    )
+    return entry.processes == "exact"
 
 
 def _pickled(entry: Entry) -> bytes:
@@ -86,7 +116,7 @@ def _start(folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
 
 
 def _wait(started: list[subprocess.Popen[str]], folder: Path) -> None:
-    """Each ends itself after the limit and says then where it stood."""
+    """Wait for all; each ends itself after the limit and says then where it stood."""
     while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
         time.sleep(0.05)
     for rank, process in enumerate(started):
