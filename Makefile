@@ -9,6 +9,9 @@ STAMP := $(VENV)/.setup-stamp
 # two cores are not oversubscribed by the thread pools of torch and BLAS
 export OMP_NUM_THREADS ?= 2
 
+# processes of the test suite; `make test PARALLEL=` runs it in one
+PARALLEL ?= -n 2 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu check format docs wheel package nightly benchmarks clean
 
@@ -27,10 +30,10 @@ demo: setup ## three small runs on handwritten digits, in one table
 	$(BIN)/clkit demo
 
 test: setup ## the whole test suite, doctests included
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-slow: setup ## the tests that take longer
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL)
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ class LitSmall(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_given(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test marked with ``warns(message)`` gives that warning; every other one is an error."""
+    with ExitStack() as stack:
+        for mark in request.node.iter_markers("warns"):
+            stack.enter_context(pytest.warns(UserWarning, match=mark.args[0]))
+        yield
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,6 +66,11 @@ def expected(epochs: int = 1) -> list[tuple[Any, ...]]:
     return events
 
 
+def says_twice(epochs: int) -> Any:
+    """A ridge head that sees an experience twice says so."""
+    return nullcontext() if epochs == 1 else pytest.warns(UserWarning, match="a second epoch over an experience")
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """The accuracy matrices of the ordinary setting, for one and two epochs an experience."""
@@ -83,7 +88,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
             callbacks=[AEFOCL(balance="none"), NMC(), evaluation],
             default_root_dir=str(tmp_path_factory.mktemp("reference")),
         )
-        trainer.fit(module(), datamodule=stream(epochs_per_experience=epochs))
+        with says_twice(epochs):
+            trainer.fit(module(), datamodule=stream(epochs_per_experience=epochs))
         matrices[epochs] = {name: value["accuracy_matrix"] for name, value in evaluation.results.items()}
     return matrices
 
@@ -102,7 +108,8 @@ def module(kind: type[TimmClassifier] = TimmClassifier) -> TimmClassifier:
 # ---- any order of the list
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+# each of the four stands first, last and before and behind each other one
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
 def test_order_of_the_list_never_matters(make_trainer: Make, reference: Any, order: tuple[int, ...]) -> None:
     head = AEFOCL(balance="none")
     listener, evaluation = Listener(head), StreamEvaluation(table=False, files=False)
@@ -126,7 +133,7 @@ class Part(StreamCallback):
         self.log_of.append(("end", experience.index, self.boundary_phase))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_phases_are_kept_for_any_order(make_trainer: Make, seed: int) -> None:
     log: list[Any] = []
     parts = [Part(phase, log) for phase in BoundaryPhase]
@@ -169,8 +176,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "epochs"),
+    [*((name, 1) for name in SETTINGS), ("no validation step", 2), ("half an epoch", 2), ("every third epoch", 2)],
+)
 def test_rows_are_filled_once_and_equal_in_every_setting(
     make_trainer: Make, reference: Any, capsys: pytest.CaptureFixture[str], setting: str, epochs: int
 ) -> None:
@@ -178,7 +187,8 @@ def test_rows_are_filled_once_and_equal_in_every_setting(
     listener, evaluation = Listener(head), StreamEvaluation(files=False)
     trainer = make_trainer(callbacks=[head, NMC(), evaluation, listener], **SETTINGS[setting])
     network = module(WithoutValidation if setting == "no validation step" else TimmClassifier)
-    trainer.fit(network, datamodule=stream(epochs_per_experience=epochs))
+    with says_twice(epochs):
+        trainer.fit(network, datamodule=stream(epochs_per_experience=epochs))
     assert listener.events == expected(epochs)
     assert {name: value["accuracy_matrix"] for name, value in evaluation.results.items()} == reference[epochs]
     titles = re.findall(r"after experience (\d+): ", capsys.readouterr().out)

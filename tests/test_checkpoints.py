@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ def learned(callbacks: list[Any]) -> dict[str, Any]:
     return states
 
 
+def says(message: str) -> Any:
+    return pytest.warns(UserWarning, match=message)
+
+
+def drift(strategy: str) -> Any:
+    """Heads on a network that trains say so."""
+    return says("the backbone still trains") if strategy == "auto" else nullcontext()
+
+
 class Run:
     """A run of all heads; ``save`` keeps a checkpoint of every step."""
 
@@ -112,7 +122,9 @@ class Run:
         trainer = make_trainer(strategy=strategy, callbacks=callbacks, enable_checkpointing=save is not None, **options)
         if resume is not None:
             torch.manual_seed(99)  # whoever resumes has drawn other numbers
-        trainer.fit(self.module, datamodule=stream(), ckpt_path=None if resume is None else str(resume))
+        ended = resume is not None and resume.stem == f"step={STEPS}"
+        with says("this fit learned no batch") if ended else drift(strategy):
+            trainer.fit(self.module, datamodule=stream(), ckpt_path=None if resume is None else str(resume))
         self.trainer = trainer
 
 
@@ -134,7 +146,7 @@ def _trainer(folder: Path) -> Make:
 # ---- resume
 
 
-@pytest.mark.parametrize("step", [1, 7, 12, 13, 24, 29, 30])
+@pytest.mark.parametrize("step", [7, 12, 13, 30])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     make_trainer: Make, straight: tuple[str, Path, Any], step: int
 ) -> None:
@@ -170,7 +182,8 @@ def test_a_validation_checkpoint_resumes_with_whole_rows(make_trainer: Make, str
     torch.manual_seed(0)
     module = Net() if strategy == "auto" else TimmClassifier("identity")
     parts = [*learners(), StreamEvaluation(table=False, files=False), Save()]
-    make_trainer(strategy=strategy, callbacks=parts).fit(module, datamodule=stream())
+    with drift(strategy):
+        make_trainer(strategy=strategy, callbacks=parts).fit(module, datamodule=stream())
     run = Run(make_trainer, strategy, resume=path)
     assert differences(learned(run.heads), learned(whole.heads)) == []
     assert run.evaluation.results == whole.evaluation.results
@@ -200,38 +213,6 @@ def test_sums_are_float64_and_counts_are_exact(straight: tuple[str, Path, Any]) 
     assert sorted(clkit.load_head(folder / "step=12.ckpt", "nmc").counts.tolist()) == sorted(
         int((targets == c).sum()) for c in range(4)
     )
-
-
-# ---- evaluation changes nothing
-
-
-@pytest.mark.parametrize("strategy", ["gradient_free", "auto"])
-def test_evaluating_at_every_opportunity_changes_no_bit(make_trainer: Make, strategy: str) -> None:
-    outcomes = []
-    for options in ({"limit_val_batches": 0}, {"val_check_interval": 1, "num_sanity_val_steps": -1}):
-        torch.manual_seed(0)
-        module: Any = Net() if strategy == "auto" else TimmClassifier("identity")
-        heads = learners()
-        trainer = make_trainer(strategy=strategy, callbacks=heads, **options)
-        trainer.fit(module, datamodule=stream())
-        outcomes.append((learned(heads), module.state_dict()))
-    assert differences(outcomes[0][0], outcomes[1][0]) == []
-    assert differences(outcomes[0][1], outcomes[1][1]) == []
-
-
-def test_validate_test_and_predict_change_no_bit(make_trainer: Make) -> None:
-    heads = learners()
-    module = TimmClassifier("identity")
-    trainer = make_trainer(strategy="gradient_free", callbacks=[*heads, StreamEvaluation(table=False)])
-    trainer.fit(module, datamodule=stream())
-    before = learned(heads)
-    for _ in range(2):
-        trainer.validate(module, datamodule=stream(), verbose=False)
-        trainer.test(module, datamodule=stream(), verbose=False)
-        trainer.predict(module, datamodule=stream())
-    assert differences(learned(heads), before) == []
-    # and learning goes on afterwards, although all of that ran in inference mode
-    heads[4].head.update(torch.ones(2, 64), torch.tensor([0, 1]))
 
 
 # ---- without a trainer
@@ -328,13 +309,16 @@ def resume(make_trainer: Make, path: Any, callback: Any, **options: Any) -> None
 
 
 def test_a_renamed_callback_is_an_error(make_trainer: Make, saved: Path) -> None:
-    with pytest.raises(StateError, match=r"no state for NMC\(other\), but for NMC\(nmc\).*`name`"):
+    with (
+        says(r"callbacks: \['NMC\(nmc\)'\]"),  # what Lightning says of it
+        pytest.raises(StateError, match=r"no state for NMC\(other\), but for NMC\(nmc\).*`name`"),
+    ):
         resume(make_trainer, saved, NMC(name="other"))
 
 
 def test_a_new_callback_is_a_warning(make_trainer: Make, saved: Path) -> None:
     callback = LDA()
-    with pytest.warns(UserWarning, match=r"no state for LDA\(lda\): it starts with nothing learned"):
+    with says(r"callbacks: \['NMC\(nmc\)'\]"), says(r"no state for LDA\(lda\): it starts with nothing learned"):
         resume(make_trainer, saved, callback)
     assert 0 < int(callback.head.counts.sum()) < 899
 

@@ -18,14 +18,23 @@ import clkit.strategies
 from clkit._registry import STRATEGIES
 from clkit.testing import Check, clkit_entries, contract, contract_together
 
+# what the options of a callback or strategy can break; the rest is the same code in all its variants
+OF_A_VARIANT = {
+    "state_is_in_the_checkpoint",
+    "the_file_is_the_users",
+    "a_resumed_run_equals_an_uninterrupted_one",
+    "hostile_batches_are_refused_whole",
+    "low_precision_is_taken",
+}
+VARIANTS = {entry.name for entry in clkit_entries() if entry.kind != "head" and "-" in entry.name}
 CHECKS = [check for entry in clkit_entries() for check in contract(entry)] + contract_together()
 BASES = {clkit.callbacks.StreamCallback, clkit.callbacks.FeatureCallback, clkit.callbacks.HeadCallback}
 REASONS = ("there is no CUDA device", "the entry says that it learns nothing of its own")
 
 
 def marked(check: Check) -> Any:
-    """Slow: two processes take seconds to start; compiling is shown by one entry of each class."""
-    slow = check.rule.startswith("two_processes") or (check.rule.startswith("a_compiled") and "-" in check.name)
+    """Two processes take seconds to start, and what does not depend on options is shown by one entry of a class."""
+    slow = check.rule.startswith("two_processes") or (check.name in VARIANTS and check.rule not in OF_A_VARIANT)
     return pytest.param(check, marks=pytest.mark.slow if slow else [])
 
 

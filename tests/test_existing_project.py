@@ -22,6 +22,10 @@ from clkit.data import ClassIncremental, StreamDataModule
 Make = Callable[..., Any]
 
 
+drift = pytest.mark.warns("the backbone still trains")
+twice = pytest.mark.warns("a second epoch over an experience")
+
+
 class Project(pl.LightningModule):
     """BatchNorm, dropout, metrics, an optimizer with momentum and a schedule: what a real project has."""
 
@@ -130,7 +134,7 @@ def hooks_of(module: nn.Module) -> int:
     )
 
 
-@pytest.mark.parametrize("data", [loaders, stream])
+@pytest.mark.parametrize("data", [pytest.param(loaders, marks=twice), pytest.param(stream, marks=drift)])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_run_with_callbacks_equals_one_without_bit_for_bit(
     make_trainer: Make, data: Callable[[], dict[str, Any]], precision: str
@@ -152,7 +156,7 @@ def test_a_run_with_callbacks_equals_one_without_bit_for_bit(
     assert watched["random"] == plain["random"]
 
 
-@pytest.mark.parametrize("data", [loaders, stream])
+@pytest.mark.parametrize("data", [pytest.param(loaders, marks=twice), pytest.param(stream, marks=drift)])
 def test_nothing_is_left_on_the_module(make_trainer: Make, data: Callable[[], dict[str, Any]]) -> None:
     done = train(make_trainer, data, ours())
     module = done["module"]
@@ -163,6 +167,7 @@ def test_nothing_is_left_on_the_module(make_trainer: Make, data: Callable[[], di
     assert all(part.training for part in module.modules())
 
 
+@drift
 def test_a_network_in_partial_eval_mode_keeps_its_modes(make_trainer: Make) -> None:
     module = Project()
     module.body[1].eval()
@@ -201,6 +206,7 @@ def test_gradient_free_gives_everything_back_when_a_run_fails(make_trainer: Make
     assert hooks_of(module) == 0
 
 
+@drift
 def test_heads_learn_evaluation_features_beside_training_with_batch_norm_and_dropout(make_trainer: Make) -> None:
     """With a learning rate of zero the network stands still, so the features can be computed afterwards."""
 
@@ -226,6 +232,7 @@ def test_heads_learn_evaluation_features_beside_training_with_batch_norm_and_dro
     assert callback.head.counts.tolist() == np.bincount(targets[::2]).tolist()
 
 
+@drift
 def test_shared_features_are_those_of_the_training_pass(make_trainer: Make) -> None:
     module = Project()
     seen: list[Tensor] = []
@@ -236,6 +243,7 @@ def test_shared_features_are_those_of_the_training_pass(make_trainer: Make) -> N
     assert torch.allclose(callback.head.statistics.sums.sum(0), total, rtol=1e-12)
 
 
+@drift
 def test_a_plain_network_costs_one_forward_a_batch(make_trainer: Make, lit_small: Make) -> None:
     calls = []
     module = lit_small()
@@ -246,6 +254,7 @@ def test_a_plain_network_costs_one_forward_a_batch(make_trainer: Make, lit_small
     assert len(calls) == trainer.global_step
 
 
+@drift
 @pytest.mark.parametrize("forward", ["auto", "eval"])
 def test_a_network_with_dropout_costs_one_extra_forward_a_batch_for_all_heads(make_trainer: Make, forward: Any) -> None:
     calls = []
@@ -258,6 +267,7 @@ def test_a_network_with_dropout_costs_one_extra_forward_a_batch_for_all_heads(ma
     assert len(calls) == 2 * trainer.global_step
 
 
+@drift
 def test_a_checkpoint_loads_strictly_into_the_bare_module(make_trainer: Make) -> None:
     for strategy in ("auto", "gradient_free"):
         trainer = make_trainer(strategy=strategy, callbacks=ours())

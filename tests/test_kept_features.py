@@ -79,6 +79,7 @@ def test_frozen_network_runs_each_test_sample_once(make_trainer: Callable[..., p
     assert not kept.network._forward_hooks
 
 
+@pytest.mark.warns("the backbone still trains")
 @pytest.mark.parametrize("norm", [False, True])
 def test_training_network_is_asked_anew(make_trainer: Callable[..., pl.Trainer], norm: bool) -> None:
     kept, evaluation, _ = run(make_trainer, 64, strategy="auto", norm=norm)

@@ -92,13 +92,13 @@ class Point:
 
 
 def drawn(seed: int) -> tuple[list[Point], list[Point]]:
-    """Random points: one of each place, twelve of them for the ordinary suite, and several of each configuration."""
+    """Random points: one of each place, eight of them for the ordinary suite, and several of each configuration."""
     draw = random.Random(seed)
     points = []
     for place in draw.sample(PLACES, len(PLACES)):
         config = draw.choice([config for config in QUICK if there(config, place)])
         points.append(Point(config, place, draw.random()))
-    quick, many = points[:12], points[12:]
+    quick, many = points[:8], points[8:]
     for config in CONFIGS:
         places = draw.sample([place for place in PLACES if there(config, place)], POINTS_OF_A_CONFIG)
         many += [Point(config, place, draw.random()) for place in places]

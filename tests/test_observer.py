@@ -26,10 +26,14 @@ def stream(**options: Any) -> StreamDataModule:
     return StreamDataModule("digits:flat", ClassIncremental(experiences=2), **options)
 
 
+drift = pytest.mark.warns("the backbone still trains")
+
+
 def hooks_of(module: nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
+@drift
 def test_callbacks_of_one_layer_share_one_hook(make_trainer: Make, lit_small: Make) -> None:
     counts: list[int] = []
 
@@ -53,6 +57,7 @@ def test_each_layer_is_read_where_it_is_asked_for(make_trainer: Make, lit_small:
     assert hooks_of(module) == 0
 
 
+@drift
 def test_scores_are_computed_once_a_batch_whoever_asks(make_trainer: Make, lit_small: Make) -> None:
     class Counting(NMC):
         calls = 0
@@ -85,6 +90,7 @@ def test_features_are_detached(make_trainer: Make, lit_small: Make) -> None:
     assert not any(seen)
 
 
+@drift
 def test_of_several_forwards_in_a_batch_the_first_counts(make_trainer: Make, lit_small: Make) -> None:
     """LBFGS runs the step many times; each row is still learned once, from the network as it was."""
     kind = type(lit_small())
@@ -142,6 +148,7 @@ def test_a_strategy_with_more_rows_says_which_are_the_streams(make_trainer: Make
         make_trainer(strategy=Doubling(), callbacks=[NMC()], max_epochs=1).fit(lit_small(), batches())
 
 
+@drift
 @pytest.mark.parametrize("what", ["fit", "validate", "predict"])
 def test_no_batch_outlives_a_run(make_trainer: Make, lit_small: Make, what: str) -> None:
     kept: list[weakref.ref[Tensor]] = []
@@ -167,6 +174,7 @@ def test_no_batch_outlives_a_run(make_trainer: Make, lit_small: Make, what: str)
     assert all(reference() is None for reference in kept)
 
 
+@drift
 def test_a_trainer_can_be_collected(make_trainer: Make, lit_small: Make) -> None:
     trainer = make_trainer(callbacks=[NMC(), StreamEvaluation(table=False, files=False)])
     trainer.fit(lit_small(), datamodule=stream())

@@ -22,6 +22,9 @@ from clkit.models import TimmClassifier
 from clkit.strategies import GradientFreeStrategy
 
 Make = Callable[..., Any]
+
+# a head stands on a network that trains, and learns nothing in a run that is resumed at its end
+pytestmark = pytest.mark.filterwarnings("ignore:.*(the backbone still trains|this fit learned no batch):UserWarning")
 LAST = (6, 18, 30)  # steps at which the three experiences end: a longer one follows, since that is what loses batches
 
 
@@ -80,7 +83,13 @@ def every_step(folder: Path) -> ModelCheckpoint:
 @pytest.mark.parametrize("epochs", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"limit_val_batches": 0}, {"val_check_interval": 0.5}, {"max_steps": 99}, {"accumulate_grad_batches": 4}],
+    [
+        {},
+        {"limit_val_batches": 0},
+        pytest.param({"val_check_interval": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"max_steps": 99}, marks=pytest.mark.slow),
+        {"accumulate_grad_batches": 4},
+    ],
     ids=["validated", "not validated", "twice validated", "max_steps", "accumulation"],
 )
 def test_a_resume_learns_and_announces_what_is_left_and_nothing_else(
@@ -112,7 +121,11 @@ def test_a_resume_learns_and_announces_what_is_left_and_nothing_else(
             assert again.fit_loop.epoch_loop._batches_that_stepped == c, batches
 
 
-@pytest.mark.parametrize("options", [{}, {"max_steps": 99}, {"max_steps": 18}], ids=["open", "beyond", "exact"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"max_steps": 99}, marks=pytest.mark.slow), {"max_steps": 18}],
+    ids=["open", "beyond", "exact"],
+)
 @pytest.mark.parametrize("moment", ["on_validation_end", "on_train_epoch_end", "on_train_epoch_start"])
 def test_a_checkpoint_between_two_experiences_loses_nothing(
     make_trainer: Make, tmp_path: Path, moment: str, options: dict[str, Any]
@@ -139,7 +152,8 @@ def processed(path: Path) -> int:
     return int(loops["epoch_loop.batch_progress"]["total"]["processed"])
 
 
-@pytest.mark.parametrize("fail_at", [(0, 0), (0, 5), (1, 0), (1, 11), (2, 3)])
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=:UserWarning")  # Lightning, of the checkpoint of the exception
+@pytest.mark.parametrize("fail_at", [(0, 0), (0, 5), (1, 0), (2, 3)])
 def test_a_batch_that_was_handed_out_and_not_learned_comes_again(
     make_trainer: Make, tmp_path: Path, fail_at: tuple[int, int]
 ) -> None:

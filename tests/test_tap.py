@@ -104,7 +104,11 @@ def check_architecture(name: str) -> None:
     assert tap.point == "output"
 
 
-@pytest.mark.parametrize("module", timm.list_modules())
+# sequencer's recurrent layers take half a minute to build
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "sequencer" else name for name in timm.list_modules()],
+)
 def test_every_architecture_of_timm_gives_rows_of_features(module: str) -> None:
     check_architecture(small_name(module))
 
@@ -739,8 +743,8 @@ def dynamo() -> Iterator[Any]:
     ("how", "backend"),
     [
         ("network", "eager"),
-        ("network", "aot_eager"),
-        ("wrapper", "eager"),
+        pytest.param("network", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("wrapper", "eager", marks=pytest.mark.slow),
         ("wrapper", "aot_eager"),
         ("part", "eager"),
         ("in place", "eager"),

@@ -83,6 +83,10 @@ def features(module: Net, inputs: Tensor) -> Table:
     return np.asarray(hidden / np.linalg.norm(hidden, axis=1, keepdims=True))
 
 
+# a ridge head beside the memory's stands on a network that trains
+pytestmark = pytest.mark.filterwarnings("ignore:.*the backbone still trains:UserWarning")
+
+
 def means(module: Net, memory: ReservoirBuffer) -> dict[int, Table]:
     rows = features(module, memory.data)
     labels = memory.label.numpy()

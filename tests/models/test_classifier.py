@@ -223,7 +223,7 @@ def test_a_small_stem_is_one_convolution_that_keeps_every_pixel() -> None:
     expected = network.layer1(torch.relu(network.bn1(expected)))
     expected = network.layer4(network.layer3(network.layer2(expected))).mean(dim=(2, 3))
     assert torch.allclose(network(images), network.fc(expected), atol=1e-6)
-    assert float(network.conv1.weight.std()) == pytest.approx((2 / (9 * 8)) ** 0.5, rel=0.1)
+    assert network.conv1.weight.std().item() == pytest.approx((2 / (9 * 8)) ** 0.5, rel=0.1)
 
 
 def test_a_wide_network_gets_a_wide_stem() -> None:
