@@ -161,40 +161,56 @@ def run(
     return end.state
 
 
+UNWATCHED: dict[tuple[str, str, str], dict[str, Any]] = {}
+
+
+def unwatched(make_trainer: Make, *case: str) -> dict[str, Any]:
+    """The end of the run that never evaluates, which several tests compare with."""
+    if case not in UNWATCHED:
+        UNWATCHED[case] = run(make_trainer, *case, evaluate=False)
+    return UNWATCHED[case]
+
+
+QUICK = [
+    ("auto", "stream", "no graft"),
+    ("gradient_free", "stream", "no graft"),
+    ("auto", "stream", "copied"),
+    ("gradient_free", "stream", "replaced"),
+    ("auto", "loaders", "no graft"),
+]
+EVERY = [
+    (strategy, kind, graft)
+    for strategy in ("auto", "gradient_free")
+    for kind in ("stream", "loaders")
+    for graft in ("no graft", "copied", "replaced")
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "graft"),
-    [
-        ("stream", "no graft"),
-        ("stream", "copied"),
-        ("stream", "replaced"),
-        ("loaders", "no graft"),
-        pytest.param("loaders", "copied", marks=pytest.mark.slow),
-        pytest.param("loaders", "replaced", marks=pytest.mark.slow),
-    ],
+    ("strategy", "kind", "graft"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
 )
-@pytest.mark.parametrize("strategy", ["auto", "gradient_free"])
 def test_evaluating_at_every_opportunity_changes_no_bit(
     make_trainer: Make, strategy: str, kind: str, graft: str
 ) -> None:
-    never = run(make_trainer, strategy, kind, graft, evaluate=False)
+    never = unwatched(make_trainer, strategy, kind, graft)
     always = run(make_trainer, strategy, kind, graft, evaluate=True)
     assert differences(always, never) == []
     assert never["epochs"] == 3
     assert all(sum(head["head"]["statistics.counts"]) == 899 for head in never["heads"].values())
 
 
-@pytest.mark.parametrize("strategy", ["auto", "gradient_free"])
 @pytest.mark.parametrize(
-    "extra",
+    ("strategy", "extra"),
     [
-        {"inference_mode": False},
-        {"check_val_every_n_epoch": 1000, "val_check_interval": 1.0},  # nothing but passes of our own
-        {"check_val_every_n_epoch": None, "val_check_interval": 2},
+        ("auto", {"inference_mode": False}),
+        ("gradient_free", {"check_val_every_n_epoch": 1000, "val_check_interval": 1.0}),  # our own passes alone
+        ("auto", {"check_val_every_n_epoch": None, "val_check_interval": 2}),
     ],
     ids=["without inference mode", "own passes", "across epochs"],
 )
 def test_however_it_is_evaluated(make_trainer: Make, strategy: str, extra: dict[str, Any]) -> None:
-    never = run(make_trainer, strategy, "stream", "no graft", evaluate=False)
+    never = unwatched(make_trainer, strategy, "stream", "no graft")
     always = run(make_trainer, strategy, "stream", "no graft", evaluate=True, extra=extra)
     assert differences(always, never) == []
 

@@ -1,4 +1,7 @@
-"""A user's project as it is, with callbacks added: nothing of theirs may change, not by one bit."""
+"""A user's project as it is, with callbacks added: nothing of theirs may change, not by one bit.
+
+That nothing is left on the module, and that its file keeps its own keys, is in the contract of every method.
+"""
 
 from __future__ import annotations
 
@@ -156,17 +159,6 @@ def test_a_run_with_callbacks_equals_one_without_bit_for_bit(
     assert watched["random"] == plain["random"]
 
 
-@pytest.mark.parametrize("data", [pytest.param(loaders, marks=twice), pytest.param(stream, marks=drift)])
-def test_nothing_is_left_on_the_module(make_trainer: Make, data: Callable[[], dict[str, Any]]) -> None:
-    done = train(make_trainer, data, ours())
-    module = done["module"]
-    assert hooks_of(module) == 0
-    assert [name for name, _ in module.named_modules()] == [name for name, _ in Project().named_modules()]
-    assert vars(module).keys() <= vars(Project()).keys() | {"_trainer"}
-    assert all(parameter.requires_grad for parameter in module.parameters())
-    assert all(part.training for part in module.modules())
-
-
 @drift
 def test_a_network_in_partial_eval_mode_keeps_its_modes(make_trainer: Make) -> None:
     module = Project()
@@ -180,6 +172,7 @@ def test_a_network_in_partial_eval_mode_keeps_its_modes(make_trainer: Make) -> N
         trainer.validate(module, **stream(), verbose=False)
         assert {name: part.training for name, part in module.named_modules()} == flags, strategy
         assert {name: parameter.requires_grad for name, parameter in module.named_parameters()} == grads, strategy
+        assert hooks_of(module) == 0
 
 
 def test_gradient_free_gives_modes_and_gradients_back_and_moves_nothing(make_trainer: Make) -> None:
@@ -189,19 +182,6 @@ def test_gradient_free_gives_modes_and_gradients_back_and_moves_nothing(make_tra
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
-    assert all(part.training for part in module.modules())
-    assert hooks_of(module) == 0
-
-
-def test_gradient_free_gives_everything_back_when_a_run_fails(make_trainer: Make) -> None:
-    class Fails(pl.Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            raise ZeroDivisionError
-
-    module = Project()
-    with pytest.raises(ZeroDivisionError):
-        make_trainer(strategy="gradient_free", callbacks=[*ours(), Fails()]).fit(module, **stream())
-    assert all(parameter.requires_grad for parameter in module.parameters())
     assert all(part.training for part in module.modules())
     assert hooks_of(module) == 0
 
@@ -265,15 +245,3 @@ def test_a_network_with_dropout_costs_one_extra_forward_a_batch_for_all_heads(ma
     )
     trainer.fit(module, **stream())
     assert len(calls) == 2 * trainer.global_step
-
-
-@drift
-def test_a_checkpoint_loads_strictly_into_the_bare_module(make_trainer: Make) -> None:
-    for strategy in ("auto", "gradient_free"):
-        trainer = make_trainer(strategy=strategy, callbacks=ours())
-        trainer.fit(Project(), **stream())
-        path = f"{trainer.default_root_dir}/run.ckpt"
-        trainer.save_checkpoint(path)
-        Project.load_from_checkpoint(path, strict=True)
-        checkpoint = torch.load(path, weights_only=True)
-        assert checkpoint["state_dict"].keys() == Project().state_dict().keys()

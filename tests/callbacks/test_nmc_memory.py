@@ -319,14 +319,13 @@ def test_the_order_of_callbacks_changes_no_bit(make_trainer: Make, options: dict
         return [NMC(memory="replay"), AEFOCL(), StreamEvaluation(table=False, files=False)]
 
     found = []
-    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0], [2, 0, 1]):
+    for order in ([0, 1, 2], [2, 1, 0]):
         callbacks = parts()
         fitted(make_trainer, [callbacks[position] for position in order], **options)
         nmc, analytic, evaluation = callbacks
         states = [dict(head.head.state_dict()) for head in (nmc, analytic)]
         found.append({"states": dict(enumerate(states)), "results": evaluation.results})
-    for other in found[1:]:
-        assert_same(found[0], other)
+    assert_same(*found)
 
 
 # ---- evaluations
@@ -438,7 +437,7 @@ SCR: dict[str, Any] = {
 @pytest.mark.parametrize("settings", [{"rotation": "rot4"}, SCR], ids=["onpro", "scr"])
 def test_it_reads_the_memory_of_onpro_in_any_order_of_callbacks(make_trainer: Make, settings: dict[str, Any]) -> None:
     found = []
-    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+    for order in ([0, 1, 2], [2, 1, 0]):
         (nmc, analytic, evaluation), module, strategy = replayed(make_trainer, order, settings)
         memory = strategy.memory
         assert memory is not None
@@ -447,8 +446,7 @@ def test_it_reads_the_memory_of_onpro_in_any_order_of_callbacks(make_trainer: Ma
         assert_means(nmc.head, {c: rows[labels == c].mean(axis=0) for c in range(10)})
         states = {"nmc": nmc.state_dict()["head"], "aef_ocl": analytic.state_dict()["head"]}
         found.append({"states": states, "results": evaluation.results, "weights": dict(module.state_dict())})
-    assert_same(found[0], found[1])
-    assert_same(found[0], found[2])
+    assert_same(*found)
     assert found[0]["results"]["nmc"]["accuracy_seen"][-1] > 0.5  # ten classes
 
 
