@@ -16,7 +16,7 @@ from clkit.testing._compare import plain, require, snapshot
 from clkit.testing._runs import BATCHES, SmallModule, fit, small_module, trainer
 from clkit.testing.entries import Entry
 
-__all__ = ["EXACT", "Setting", "Trial", "checked_file", "settings"]
+__all__ = ["BESIDE", "EXACT", "Setting", "Trial", "checked_file", "settings"]
 
 EXACT = "64-true"  # in float32 the network itself rounds otherwise where batches are cut otherwise
 BESIDE = Entry("a head beside it", "callback", NMC)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unittest
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,12 +15,12 @@ from torch import Tensor
 
 from clkit.callbacks import StreamCallback
 from clkit.errors import ClkitError, ContractError
-from clkit.schema import STRATEGY
+from clkit.schema import STRATEGY, STREAM
 from clkit.testing import processes
 from clkit.testing._compare import changed, far, leaves, require, same
 from clkit.testing._runs import BATCHES, StoppedError, batch_of, fit, loader, seed, small_module, stream
 from clkit.testing._surface import surface
-from clkit.testing._trials import EXACT, Setting, Trial, settings
+from clkit.testing._trials import BESIDE, EXACT, Setting, Trial, settings
 from clkit.testing.entries import Entry
 
 __all__ = [
@@ -215,11 +217,16 @@ def _after(setting: Setting, last: Any, hostile: str | None = None) -> tuple[Any
 
 
 def own_part(trial: Trial) -> dict[str, Any]:
-    """Give what of a strategy's checkpoint Lightning's simplest strategy does not write."""
-    checkpoint = trial.saved()
-    module, run = fit(trial.setting.folder, [], batches=[batch_of(5, 0)])
-    plain = Trial(trial.setting, None, module, run).saved()
-    return {key: value for key, value in checkpoint.items() if key not in plain}
+    """Give what of a strategy's checkpoint neither Lightning writes nor whatever follows a stream."""
+    checkpoint, others = trial.saved(), {*_plain_keys(), STREAM}
+    return {key: value for key, value in checkpoint.items() if key not in others}
+
+
+@cache
+def _plain_keys() -> frozenset[str]:
+    with TemporaryDirectory() as name:
+        module, run = fit(Path(name), [])
+        return frozenset(Trial(Setting(BESIDE, Path(name)), None, module, run).saved())
 
 
 # ---- precision, compilation, devices, processes
