@@ -31,17 +31,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clkit import FeatureTap
-from clkit.methods import BatchNormSegments, OnlinePrototypes, RandomViews, ReservoirBuffer, rotate_views
-from clkit.methods.onpro import MixedBatch, draw_offset
+from clkit.methods import (
+    BatchNormSegments,
+    MixedBatch,
+    OnlinePrototypes,
+    OnProLosses,
+    RandomViews,
+    ReservoirBuffer,
+    rotate_views,
+)
+from clkit.methods.replay.contrast import draw_offset
 from clkit.methods.replay.projector import Projector
-from clkit.methods.replay.rule import Part, ReplayRule, StepBatch, StepOutputs
+from clkit.methods.replay.step import Part, StepBatch, StepOutputs, arrange, total_loss
 from clkit.methods.replay.views import VARIANTS
 from clkit.models import TimmClassifier
+from clkit.strategies import ERStrategy
 
 CLASSES, NEW, REPLAYED = 10, 10, 64
 ROTATIONS = ("rot16", "rot4", "none")
 STEP_GOAL, MEMORY_GOAL = 0.8, 0.01
-ER = {"ce_new_weight": 1.0, "instance_new": 0.0, "instance_mem": 0.0, "ope_new": 0.0, "ope_seen": 0.0}
 SMALL_NET = {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64], "stem_type": "deep", "stem_width": 4}
 
 
@@ -144,12 +152,13 @@ def small_setting() -> Setting:
 
 
 class LibraryStep:
-    """One step as OnProStrategy makes it, without a trainer around."""
+    """One step as OnProStrategy makes it, or, without losses of OnPro, ERStrategy; without a trainer around."""
 
-    def __init__(self, setting: Setting, rule: ReplayRule, *, transform: RandomViews | None, apf: bool) -> None:
-        self.setting, self.rule, self.transform, self.apf = setting, rule, transform, apf
+    def __init__(self, setting: Setting, losses: OnProLosses | None, *, transform: RandomViews | None) -> None:
+        self.setting, self.losses, self.transform = setting, losses, transform
         self.tap = FeatureTap(setting.network)
-        self.segments = BatchNormSegments(setting.network) if rule.segmented else None
+        self.segments = None if losses is None else BatchNormSegments(setting.network)
+        self.er = ERStrategy()
 
     def close(self) -> None:
         """Gives the network back as it was."""
@@ -160,21 +169,19 @@ class LibraryStep:
     def __call__(self) -> Tensor:
         """The loss of one step, after its backward."""
         setting, generator = self.setting, torch.Generator().manual_seed(1)
-        images, labels, mixed = setting.draw(generator, apf=self.apf)
-        batch = StepBatch(
-            Part.whole(setting.x, setting.y),
-            first=False,
-            seen=Part.whole(images, labels),
-            replayed=mixed,
-            replayed_at=(torch.arange(REPLAYED), REPLAYED),
-        )
+        images, labels, mixed = setting.draw(generator, apf=self.losses is not None)
+        new, seen = Part.whole(setting.x, setting.y), Part.whole(images, labels)
+        if self.losses is None:
+            blocks = self.er.views(StepBatch(new, seen))
+        else:
+            blocks = self.losses.views(new, seen, Part.whole(mixed.images, mixed.labels), CLASSES, first=False)
 
         def augmented(images: Tensor, positions: Tensor, total: int) -> Tensor:
             if self.transform is None:
                 return images
             return self.transform(images, numbers=self.transform.draw(total, generator)[positions])
 
-        views = self.rule.views(batch, augmented, CLASSES)
+        views = arrange(blocks, augmented)
         heard = []
         listener = self.tap.listen(heard.append)
         with setting.autocast():
@@ -184,9 +191,13 @@ class LibraryStep:
                 with self.segments.step(views.segments):
                     logits = setting.network(views.images)
             features = heard[0].features
-            embeddings = setting.projector(features) if self.rule.embeds else None
+            embeddings = None if self.losses is None else setting.projector(features)
         listener.remove()
-        loss = self.rule.losses(views, StepOutputs(logits, features, embeddings), generator).total
+        outputs = StepOutputs(views, logits, features, embeddings)
+        if self.losses is None:
+            loss = total_loss(self.er.terms(outputs), outputs)
+        else:
+            loss = total_loss(self.losses.losses(outputs, generator, first=False)[0], outputs)
         loss.backward()
         return loss.detach()
 
@@ -292,7 +303,7 @@ def check_equal(setting: Setting, rotation: Any) -> None:
     Raises:
         AssertionError: If they differ.
     """
-    ours = LibraryStep(setting, ReplayRule(rotation=rotation), transform=None, apf=True)
+    ours = LibraryStep(setting, OnProLosses(rotation=rotation), transform=None)
     try:
         losses, gradients = [], []
         for step in (ours, PlainStep(setting, rotation, transform=None)):
@@ -318,7 +329,7 @@ def step(rounds: int) -> list[Line]:
     setting = small_setting()
     for rotation in ROTATIONS:
         check_equal(setting, rotation)
-        ours = LibraryStep(setting, ReplayRule(rotation=rotation), transform=RandomViews(), apf=True)
+        ours = LibraryStep(setting, OnProLosses(rotation=rotation), transform=RandomViews())
         plain = PlainStep(setting, rotation, transform=RandomViews())
         seconds = best_of(rounds, ours, plain)
         ours.close()
@@ -329,16 +340,15 @@ def step(rounds: int) -> list[Line]:
 def er(rounds: int) -> list[Line]:
     """OnPro beside ER with the same batch of 10 + 64."""
     setting = small_setting()
-    replay_rule = ReplayRule(**ER, ce_mean="joint")
     lines = []
     for rotation in ROTATIONS:
-        rule = ReplayRule(rotation=rotation)
-        ours = LibraryStep(setting, rule, transform=RandomViews(), apf=True)
-        theirs = LibraryStep(setting, replay_rule, transform=RandomViews(), apf=False)
+        rule = OnProLosses(rotation=rotation)
+        ours = LibraryStep(setting, rule, transform=RandomViews())
+        theirs = LibraryStep(setting, None, transform=RandomViews())
         seconds = best_of(rounds, ours, theirs)
         theirs.close()
         ours.close()
-        images = rule.images(NEW, REPLAYED), replay_rule.images(NEW, REPLAYED)
+        images = rule.images(NEW, REPLAYED), NEW + REPLAYED
         note = f"images {images[0]} / {images[1]} = {images[0] / images[1]:.1f}"
         lines.append(Line(f"OnPro, {rotation} / ER", *seconds, note=note))
     return lines
@@ -393,7 +403,7 @@ def peak_of(kind: str, rotation: Any) -> float:
     setting = small_setting()
     run: Callable[[], Tensor] = PlainStep(setting, rotation, transform=RandomViews())
     if kind == "ours":
-        run = LibraryStep(setting, ReplayRule(rotation=rotation), transform=RandomViews(), apf=True)
+        run = LibraryStep(setting, OnProLosses(rotation=rotation), transform=RandomViews())
     setting.network(setting.x).sum().backward()  # what torch allocates once
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
     before = _resident("VmRSS")
@@ -416,10 +426,10 @@ def gpu(rounds: int) -> list[Line]:
         ("ViT-S/16 at 224 px", 224, vit, 384, ("rot4", "none")),
     ):
         setting = Setting(size, network, width, device="cuda", bfloat16=True)
-        replay = LibraryStep(setting, ReplayRule(**ER, ce_mean="joint"), transform=RandomViews(), apf=False)
+        replay = LibraryStep(setting, None, transform=RandomViews())
         for rotation in rotations:
-            rule = ReplayRule(rotation=rotation)
-            ours = LibraryStep(setting, rule, transform=RandomViews(), apf=True)
+            rule = OnProLosses(rotation=rotation)
+            ours = LibraryStep(setting, rule, transform=RandomViews())
             plain = PlainStep(setting, rotation, transform=RandomViews())
             peaks = []
             for run in (ours, plain):

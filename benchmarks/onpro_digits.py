@@ -63,7 +63,7 @@ class Row:
     @property
     def slow(self) -> bool:
         """Whether a run takes minutes: then at most two seeds, as the reference has."""
-        return self.changes.get("rotation") == "rot16"
+        return self.changes.get("losses.rotation") == "rot16"
 
 
 ROWS = {
@@ -76,11 +76,11 @@ ROWS = {
     "OnPro V 4, M 50": Row("onpro", (68.2, 79.9, 4.8)),
     "OnPro V 4, M 200": Row("onpro", (75.5, 81.6, 1.0), {"capacity": 200}),
     "OnPro V 4 joint, M 50": Row("onpro", (70.7, 85.4, 8.2), {"batch_norm": "joint"}),
-    "OnPro V 1, M 50": Row("onpro", (68.7, 77.4, 7.9), {"rotation": "none"}),
-    "OnPro V 4, ce_new_weight 1, M 50": Row("onpro", (77.2, 88.1, 23.6), {"ce_new_weight": 1.0}),
-    "OnPro V 4, ce_new_weight 1, M 200": Row("onpro", (85.4, 91.5, 14.0), {"ce_new_weight": 1.0, "capacity": 200}),
-    "OnPro V 16, M 50": Row("onpro", (72.3, 84.4, 2.7), {"rotation": "rot16"}),
-    "OnPro V 16 without APF, M 50": Row("onpro", (72.5, 83.9, 2.7), {"rotation": "rot16", "apf": False}),
+    "OnPro V 1, M 50": Row("onpro", (68.7, 77.4, 7.9), {"losses.rotation": "none"}),
+    "OnPro V 4, ce_new 1, M 50": Row("onpro", (77.2, 88.1, 23.6), {"losses.ce_new": 1.0}),
+    "OnPro V 4, ce_new 1, M 200": Row("onpro", (85.4, 91.5, 14.0), {"losses.ce_new": 1.0, "capacity": 200}),
+    "OnPro V 16, M 50": Row("onpro", (72.3, 84.4, 2.7), {"losses.rotation": "rot16"}),
+    "OnPro V 16 without APF, M 50": Row("onpro", (72.5, 83.9, 2.7), {"losses.rotation": "rot16", "mixing": None}),
 }
 BASELINE, REPLAY, ONPRO, LARGE = "fine-tuning", "ER, M 50", "OnPro V 4, M 50", "OnPro V 4, M 200"
 
@@ -93,7 +93,11 @@ def run(row: Row, seed: int, weights: str = "timm") -> dict[str, Any]:
     settings = yaml.safe_load(read_recipe(row.recipe))
     settings["seed_everything"] = seed
     settings["data"]["init_args"]["seed"] = seed
-    settings["trainer"]["strategy"]["init_args"] |= {"seed": seed, **row.changes}
+    options = settings["trainer"]["strategy"]["init_args"]
+    options["seed"] = seed
+    for path, value in row.changes.items():
+        part, _, name = path.rpartition(".")
+        (options[part] if part else options)[name] = value
     settings["trainer"] |= {
         "logger": False,
         "enable_checkpointing": False,

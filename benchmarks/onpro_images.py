@@ -33,7 +33,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -41,10 +40,9 @@ from clkit.callbacks import StreamEvaluation
 from clkit.data import ClassIncremental, NpzImages, Preprocessing, StreamDataModule
 from clkit.data.sources.base import data_root
 from clkit.errors import DataError
-from clkit.methods import RandomViews
+from clkit.methods import OnProLosses, RandomViews
 from clkit.models import TimmClassifier
-from clkit.runs.recipes import read_recipe
-from clkit.strategies import OnProStrategy
+from clkit.strategies import ERACEStrategy, ERStrategy, OnProStrategy, ReplayStrategy
 
 FILE = "cifar10_subset.npz"
 MEAN, STD = [0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2616]
@@ -60,8 +58,8 @@ Results = dict[str, dict[str, list[float]]]
 """``method, M`` -> seed -> last accuracy, average incremental accuracy, forgetting and seconds; per cent."""
 
 
-def strategy(method: str, capacity: int, seed: int) -> OnProStrategy:
-    """The strategy of a method, by the switches of its recipe.
+def strategy(method: str, capacity: int, seed: int) -> ReplayStrategy:
+    """The strategy of a method, with the settings of the paper.
 
     Args:
         method: ``"ER"``, ``"ER-ACE"``, ``"OnPro rot4"`` or ``"OnPro rot16"``.
@@ -69,13 +67,11 @@ def strategy(method: str, capacity: int, seed: int) -> OnProStrategy:
         seed: Of its draws.
     """
     name, _, rotation = method.partition(" ")
-    recipe = {"ER": "er", "ER-ACE": "er_ace", "OnPro": "onpro"}[name]
-    switches: dict[str, Any] = yaml.safe_load(read_recipe(recipe))["trainer"]["strategy"]["init_args"]
-    own = {"capacity", "replay_batch", "transform", "rotation", "projection_dim"}  # of the digits' recipes
-    switches = {key: value for key, value in switches.items() if key not in own}
-    if rotation:
-        switches["rotation"] = rotation
-    return OnProStrategy(capacity=capacity, replay_batch=REPLAY_BATCH, transform=RandomViews(), seed=seed, **switches)
+    shared: dict[str, Any] = {"replay_batch": REPLAY_BATCH, "transform": RandomViews(), "seed": seed}
+    if name == "OnPro":
+        losses: Any = {"rotation": rotation, "similarity_scale": 0.5}
+        return OnProStrategy(capacity, losses=OnProLosses(**losses), **shared)
+    return {"ER": ERStrategy, "ER-ACE": ERACEStrategy}[name](capacity, **shared)
 
 
 def run(method: str, capacity: int, seed: int, root: Path, options: argparse.Namespace) -> list[float]:

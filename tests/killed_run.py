@@ -31,6 +31,7 @@ import clkit.data.stream
 import clkit.stream.boundaries
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamCallback, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, StreamDataModule
+from clkit.methods import OnProLosses
 from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
 from clkit.surgery.classifier import Graft
 
@@ -388,7 +389,7 @@ def make_strategy(name: str, world: int) -> Any:
     if name == "base":
         return LearningStrategy()
     if name == "onpro":
-        return OnProStrategy(capacity=12, rotation="rot4", replay_batch=10)
+        return OnProStrategy(capacity=12, losses=OnProLosses(rotation="rot4"), replay_batch=10)
     return "auto" if world == 1 else "ddp"
 
 

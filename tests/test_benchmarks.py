@@ -18,6 +18,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
 from clkit.data import ClassIncremental
+from clkit.methods import OnProLosses
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "real_images.py"
 ORDER = [4, 0, 5, 2, 1, 3]
@@ -329,10 +330,10 @@ def test_replay_on_images_runs_and_says_which_order_holds(
         assert said in capsys.readouterr().out
 
 
-def test_the_methods_on_images_have_the_switches_of_their_recipes(images: ModuleType) -> None:
+def test_the_methods_on_images_have_the_settings_of_the_paper(images: ModuleType) -> None:
     er, ace, onpro = (images.strategy(method, 200, 3) for method in ("ER", "ER-ACE", "OnPro rot16"))
-    assert (er.rule.ce_mean, ace.rule.ce_new_mask, onpro.rule.rotation) == ("joint", "batch", "rot16")
-    assert onpro.rule.similarity_scale == 0.5
+    assert [each.state_key for each in (er, ace, onpro)] == ["er", "er_ace", "onpro"]
+    assert onpro.losses == OnProLosses(rotation="rot16", similarity_scale=0.5)
     assert {each.replay_batch for each in (er, ace, onpro)} == {64}
     assert {each.seed for each in (er, ace, onpro)} == {3}
 

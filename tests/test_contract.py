@@ -28,7 +28,12 @@ OF_A_VARIANT = {
 }
 VARIANTS = {entry.name for entry in clkit_entries() if entry.kind != "head" and "-" in entry.name}
 CHECKS = [check for entry in clkit_entries() for check in contract(entry)] + contract_together()
-BASES = {clkit.callbacks.StreamCallback, clkit.callbacks.FeatureCallback, clkit.callbacks.HeadCallback}
+BASES = {
+    clkit.callbacks.StreamCallback,
+    clkit.callbacks.FeatureCallback,
+    clkit.callbacks.HeadCallback,
+    clkit.strategies.ReplayStrategy,
+}
 REASONS = ("there is no CUDA device", "the entry says that it learns nothing of its own")
 
 

@@ -17,9 +17,10 @@ from sklearn.datasets import load_digits
 import clkit.runs.recipes
 from clkit.cli.main import main
 from clkit.data import Preprocessing, StreamDataModule, published_order
-from clkit.methods import RandomViews, ReplayRule
+from clkit.methods import Mixing, OnProLosses, RandomViews
 from clkit.runs.recipes import read_recipe, recipe_folder, recipe_lines, recipe_names
 from clkit.runs.settings import StreamCLI
+from clkit.strategies import DERPPStrategy, ERACEStrategy, ERStrategy, OnProStrategy, Projection, SCRStrategy
 
 PAPERS = ["paper/core50", "paper/nmc_cifar100", "paper/soda10m", "paper/split_cifar100"]
 REPLAY = ["er", "er_ace", "der_pp", "scr", "onpro"]
@@ -113,28 +114,33 @@ def test_the_replay_recipes_differ_in_the_strategy_alone() -> None:
             assert mine[shared] == theirs[shared]
 
 
-REPLAY_ONLY = {"instance_new": 0, "instance_mem": 0, "ope_new": 0, "ope_seen": 0}
-RULES: dict[str, dict[str, Any]] = {
-    "onpro": {"rotation": "rot4", "similarity_scale": 0.5},
-    "er": {**REPLAY_ONLY, "ce_new_weight": 1, "ce_mean": "joint"},
-    "er_ace": {**REPLAY_ONLY, "ce_new_weight": 1, "ce_new_mask": "batch"},
-    "der_pp": {**REPLAY_ONLY, "ce_new_weight": 1, "ce_mem_weight": 0, "logit_weight": 0.1, "logit_ce_weight": 0.5},
-    "scr": {**REPLAY_ONLY, "ce_mem_weight": 0, "contrast": 1},
+KINDS = {
+    "onpro": OnProStrategy,
+    "er": ERStrategy,
+    "er_ace": ERACEStrategy,
+    "der_pp": DERPPStrategy,
+    "scr": SCRStrategy,
 }
 
 
 @pytest.mark.parametrize("name", REPLAY)
-def test_a_replay_recipe_is_the_method_by_its_switches(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replay_recipe_is_its_method(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cli = built(name)
+    options = ["mixing.probability=0.5", "losses.ce_new=1"] if name == "onpro" else []
+    options += ["memory.storage=uint8", "memory.mean=0.3", "memory.std=0.38"]
+    cli = built(name, *[f"--trainer.strategy.init_args.{option}" for option in options])
     strategy = cli.trainer.strategy
-    assert strategy.rule == ReplayRule(**RULES[name])
-    assert strategy.apf == (name == "onpro")
-    assert strategy.first_experience == ("paper" if name == "onpro" else "replay")
-    assert strategy.replay_per_class == (7 if name == "onpro" else None)
-    assert strategy.projection == ("mlp" if name == "scr" else "linear")
+    assert type(strategy) is KINDS[name]
+    assert strategy.state_key == name
+    assert strategy.memory.storage == "uint8"
+    if name == "onpro":
+        assert strategy.losses == OnProLosses(rotation="rot4", similarity_scale=0.5, ce_new=1)
+        assert strategy.prototypes.mixing == Mixing(probability=0.5)
+        assert strategy.projection == Projection(dim=32)
+    elif name == "scr":
+        assert strategy.projection == Projection("mlp")
+    elif name == "der_pp":
+        assert (strategy.alpha, strategy.beta) == (0.1, 0.5)
     assert strategy.augmentation.transform == RandomViews(flip=0.0)
     (optimizer,) = [cli.model.configure_optimizers()]
     assert type(optimizer) is torch.optim.Adam
@@ -165,9 +171,10 @@ def test_a_replay_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert matrix[0][0] > 0.6  # zeros and ones, after 19 steps
     assert np.shape(matrix) == (2, 2)
     logged = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    terms = {"onpro": "onpro/instance_mem", "scr": "onpro/contrast", "der_pp": "onpro/logit"}
-    assert {"onpro/loss", "onpro/memory"} <= set(logged)
-    assert all((term in logged) == (name == owner) for owner, term in terms.items())
+    term = {"onpro": "instance_mem", "scr": "contrast", "der_pp": "logit", "er": "ce", "er_ace": "ce_mem"}[name]
+    assert {f"{name}/{each}" for each in ("loss", "memory", "memory/class_0", term)} <= set(logged)
+    assert (folder / "memory_balance.png").is_file()
+    assert (folder / "prototype_similarity.png").is_file() == (name == "onpro")
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     counts = [stage["train_samples"] for stage in results["stream"]["experiences"]]
     assert saved["global_step"] == sum(-(-count // 10) for count in counts)
@@ -230,8 +237,8 @@ def test_the_settings_of_the_onpro_paper(tmp_path: Path, monkeypatch: pytest.Mon
     for name, scale, base_rate, probability in (("10", 0.5, 0.75, 0.6), ("100", 1.0, 0.9, 0.2)):
         cli = built(f"paper/onpro_cifar{name}", "--trainer.accelerator", "cpu")
         strategy, data = cli.trainer.strategy, cli.datamodule
-        assert strategy.rule == ReplayRule(similarity_scale=scale)
-        assert (strategy.prototypes.base_rate, strategy.prototypes.mix_probability) == (base_rate, probability)
+        assert strategy.losses == OnProLosses(similarity_scale=scale)
+        assert strategy.prototypes.mixing == Mixing(base_rate=base_rate, probability=probability)
         assert strategy.augmentation.transform == RandomViews()
         assert data.source.name == f"CIFAR{name}"
         assert data.preprocessing.mean == pytest.approx(np.array([125.3, 123.0, 113.9]) / 255, abs=1e-4)

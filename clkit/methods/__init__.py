@@ -3,20 +3,13 @@
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.lda import LDAHead
 from clkit.methods.nearest_mean import NearestMeanHead
-from clkit.methods.onpro import (
-    MixedBatch,
-    OnlinePrototypes,
-    instance_contrast,
-    mixed_cross_entropy,
-    prototype_contrast,
-    variant_labels,
-)
+from clkit.methods.onpro import Mixing, OnlinePrototypes, OnProLosses
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
+from clkit.methods.replay.contrast import instance_contrast, prototype_contrast, supervised_contrast
+from clkit.methods.replay.mixing import MixedBatch, mixed_cross_entropy
 from clkit.methods.replay.projector import Projector
-from clkit.methods.replay.rule import ReplayRule
 from clkit.methods.replay.segments import BatchNormSegments
-from clkit.methods.replay.supervised import supervised_contrast
-from clkit.methods.replay.views import RandomViews, rotate_views
+from clkit.methods.replay.views import RandomViews, rotate_views, variant_labels
 from clkit.methods.ridge import AnalyticHead
 from clkit.methods.statistics import FeatureStatistics
 
@@ -28,11 +21,12 @@ __all__ = [
     "LDAHead",
     "MemoryRows",
     "MixedBatch",
+    "Mixing",
     "NearestMeanHead",
+    "OnProLosses",
     "OnlinePrototypes",
     "Projector",
     "RandomViews",
-    "ReplayRule",
     "ReservoirBuffer",
     "instance_contrast",
     "mixed_cross_entropy",

@@ -1,15 +1,31 @@
 """Strategies: how a batch changes the network. A run has exactly one.
 
-Importing this package registers the names ``"gradient_free"`` … with Lightning, so that
-``Trainer(strategy="gradient_free")`` and YAML files find them.
+Importing this package registers the names ``"gradient_free"``, ``"er"`` … with Lightning, so that
+``Trainer(strategy="er")`` and YAML files find them.
 """
 
 from clkit._registry import register_strategies
+from clkit.strategies._memory import MemorySettings
 from clkit.strategies.base import LearningStrategy
+from clkit.strategies.der_pp import DERPPStrategy
+from clkit.strategies.er import ERStrategy
+from clkit.strategies.er_ace import ERACEStrategy
 from clkit.strategies.gradient_free import GradientFreeStrategy
 from clkit.strategies.onpro import OnProStrategy
-from clkit.strategies.replay_methods import REPLAY_METHODS
+from clkit.strategies.replay import Projection, ReplayStrategy
+from clkit.strategies.scr import SCRStrategy
 
-__all__ = ["REPLAY_METHODS", "GradientFreeStrategy", "LearningStrategy", "OnProStrategy"]
+__all__ = [
+    "DERPPStrategy",
+    "ERACEStrategy",
+    "ERStrategy",
+    "GradientFreeStrategy",
+    "LearningStrategy",
+    "MemorySettings",
+    "OnProStrategy",
+    "Projection",
+    "ReplayStrategy",
+    "SCRStrategy",
+]
 
 register_strategies()

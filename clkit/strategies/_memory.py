@@ -1,21 +1,58 @@
-"""The memory of a replay strategy: whole, or this process's part of it, and how it is saved and taken up."""
+"""The memory of a replay strategy: whole, or this process's part of it, and how it is saved and loaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
+from clkit.methods._checks import check_choice
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.shares import even
 from clkit.schema import saved_entry, saved_list
 from clkit.strategies._ranks import ReplayRanks, ShardedRanks
 
-__all__ = ["ReplayMemory"]
+__all__ = ["MemorySettings", "ReplayMemory"]
 
 _SHARDS = 5  # a purpose of draws that no step has
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """How a replay strategy keeps its images.
+
+    Args:
+        policy: ``"uniform"`` or ``"class_balanced"``, see :class:`~clkit.methods.ReservoirBuffer`.
+        storage: ``"same"``, ``"uint8"`` or ``"float16"``.
+        mean: With ``"uint8"``: the mean by which the images were normalised, one number or one per channel.
+        std: With ``"uint8"``: the standard deviation by which they were normalised.
+        device: Where the images are kept.
+        scope: With several processes: ``"replicated"``: each has the whole memory, and images go from each to all in
+            every step; ``"sharded"``: each has an even part of it, for its own stream, and images go only to the first
+            process for a checkpoint, and one to a process that has none. Then images are equally likely to be kept
+            where all processes have seen equally many, and mixed pairs come from one process's part.
+
+    Raises:
+        ArgumentError: If the scope is none of the two; what else is not allowed, the memory says.
+
+    Example:
+        >>> from clkit.strategies import ERStrategy
+        >>> ERStrategy(memory=MemorySettings(storage="uint8")).memory.storage
+        'uint8'
+    """
+
+    policy: Literal["uniform", "class_balanced"] = "uniform"
+    storage: Literal["same", "uint8", "float16"] = "same"
+    mean: float | list[float] | None = None
+    std: float | list[float] | None = None
+    device: str = "cpu"
+    scope: Literal["replicated", "sharded"] = "replicated"
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, ("replicated", "sharded"))
 
 
 class ReplayMemory:
@@ -23,37 +60,31 @@ class ReplayMemory:
 
     Args:
         capacity: Rows in all processes; 0 for no memory.
-        scope: ``"replicated"`` or ``"sharded"``.
+        settings: How they are kept.
         seed: Of the draws.
-        options: Further arguments of :class:`~clkit.methods.ReservoirBuffer`.
     """
 
-    def __init__(
-        self, capacity: int, scope: Literal["replicated", "sharded"], seed: int, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, capacity: int, settings: MemorySettings, seed: int) -> None:
         self.capacity = capacity
-        self.ranks: ReplayRanks = ShardedRanks() if scope == "sharded" else ReplayRanks()
-        self._seed, self._options = seed, options
-        self.rows = ReservoirBuffer(capacity, seed=seed, **options) if capacity else None
+        self.ranks: ReplayRanks = ShardedRanks() if settings.scope == "sharded" else ReplayRanks()
+        self._seed = seed
+        self._options = {name: getattr(settings, name) for name in ("policy", "storage", "mean", "std", "device")}
+        self.rows = ReservoirBuffer(capacity, seed=seed, **self._options) if capacity else None
         self._parts = 1  # of which `rows` is one
 
-    @property
-    def is_part(self) -> bool:
-        """Whether other processes hold other rows."""
-        return self._parts > 1
-
     def share_out(self) -> None:
-        """Makes of the memory the part that this process keeps, once it is known how many processes there are.
+        """Make of the memory the part that this process keeps, once it is known how many processes there are.
 
         Raises:
             ArgumentError: If there are more processes than rows to keep.
         """
+        self.ranks.join()
         parts = self.ranks.shards
         if self.rows is None or self._parts == parts:
             return
         if self.capacity < parts:
             raise ArgumentError(
-                f"memory_scope='sharded' needs at least one image for each of the {parts} processes, got "
+                f"memory.scope='sharded' needs at least one image for each of the {parts} processes, got "
                 f"capacity={self.capacity}"
             )
         part = self._empty(parts)
@@ -62,11 +93,11 @@ class ReplayMemory:
         self.rows, self._parts = part, parts
 
     def saved(self) -> list[dict[str, Any]] | None:
-        """The states of all parts in rank order, in the first process; ``None`` without a memory."""
+        """Return the states of all parts in rank order, in the first process; ``None`` without a memory."""
         return None if self.rows is None else self.ranks.saved(self.rows)
 
     def check(self, state: dict[str, Any], owner: str) -> None:
-        """Looks at what :meth:`saved` gave as far as :meth:`take_up` will not.
+        """Check what :meth:`saved` gave as far as :meth:`load` will not.
 
         Raises:
             StateError: If it does not fit.
@@ -86,8 +117,8 @@ class ReplayMemory:
             if isinstance(images, Tensor) and images.is_floating_point() and not bool(images.isfinite().all()):
                 raise StateError(f"{owner}: images in the saved memory are not finite; the file is damaged")
 
-    def take_up(self, memories: list[dict[str, Any]] | None, owner: str) -> None:
-        """Takes the part of this process, or a share of all parts where there were more or fewer.
+    def load(self, memories: list[dict[str, Any]] | None, owner: str) -> None:
+        """Take the part of this process, or a share of all parts where there were more or fewer.
 
         Raises:
             StateError: If they do not fit; nothing is changed then.
@@ -113,7 +144,7 @@ class ReplayMemory:
         self.rows = rows
 
     def _empty(self, parts: int) -> ReservoirBuffer:
-        """This process's one of so many."""
+        """Return this process's memory of so many."""
         words = np.random.SeedSequence((self._seed, _SHARDS, self.ranks.shard)).generate_state(1, np.uint64)
         seed = self._seed if parts == 1 else int(words[0] >> np.uint64(1))
         return ReservoirBuffer(even(self.capacity, parts)[self.ranks.shard], seed=seed, **self._options)

@@ -10,7 +10,16 @@ from typing import Any, Literal
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
-from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
+from clkit.strategies import (
+    DERPPStrategy,
+    ERACEStrategy,
+    ERStrategy,
+    GradientFreeStrategy,
+    LearningStrategy,
+    MemorySettings,
+    OnProStrategy,
+    SCRStrategy,
+)
 
 __all__ = ["Entry", "clkit_entries"]
 
@@ -97,7 +106,7 @@ def clkit_entries() -> list[Entry]:
 
     Example:
         >>> [entry.name for entry in clkit_entries() if entry.registered]
-        ['GradientFreeStrategy', 'OnProStrategy']
+        ['GradientFreeStrategy', 'ERStrategy', 'ERACEStrategy', 'DERPPStrategy', 'SCRStrategy', 'OnProStrategy']
     """
     head = partial(Entry, kind="head")
     callback = partial(Entry, kind="callback")
@@ -144,6 +153,19 @@ def clkit_entries() -> list[Entry]:
             learns=False,
             processes="agree",
         ),
+        Entry("ERStrategy", "strategy", ERStrategy, registered="er", processes="agree"),
+        Entry("ERACEStrategy", "strategy", ERACEStrategy, registered="er_ace", processes="agree"),
+        Entry("DERPPStrategy", "strategy", DERPPStrategy, registered="der_pp", processes="agree"),
+        Entry("SCRStrategy", "strategy", SCRStrategy, registered="scr", processes="agree"),
         Entry("OnProStrategy", "strategy", OnProStrategy, registered="onpro", processes="agree"),
-        Entry("OnProStrategy-sharded", "strategy", partial(OnProStrategy, memory_scope="sharded"), processes="agree"),
+        Entry(
+            "OnProStrategy-sharded",
+            "strategy",
+            partial(OnProStrategy, memory=MemorySettings(scope="sharded")),
+            yaml={
+                "class_path": "clkit.strategies.OnProStrategy",
+                "init_args": {"memory": {"scope": "sharded"}},
+            },
+            processes="agree",
+        ),
     ]

@@ -23,9 +23,9 @@ import torch
 
 from clkit.callbacks import NMC, StreamEvaluation
 from clkit.data import ClassIncremental, Preprocessing, StreamDataModule
-from clkit.methods import RandomViews
+from clkit.methods import OnProLosses, RandomViews
 from clkit.models import TimmClassifier
-from clkit.strategies import REPLAY_METHODS, OnProStrategy
+from clkit.strategies import ERStrategy, OnProStrategy, Projection
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
@@ -69,21 +69,24 @@ def run(strategy):
 
 
 # %%
-# Three methods, one strategy
-# ---------------------------
+# Three methods
+# -------------
 #
-# ``REPLAY_METHODS`` holds the settings of published methods. Without a memory, ER is plain fine-tuning. OnPro turns
-# every image into several variants; ``rotation="none"`` is its cheapest form, 5 times the images of ER in a step.
+# Each published method is a strategy of its own. Without a memory, ER is plain fine-tuning. OnPro turns every image
+# into several variants; ``rotation="none"`` is its cheapest form, 5 times the images of ER in a step.
 
-shared = {"replay_batch": 32, "transform": RandomViews(flip=0.0), "projection_dim": 32}
-settings = {
-    "fine-tuning": {"capacity": 0, **REPLAY_METHODS["er"]},
-    "ER": {"capacity": 50, **REPLAY_METHODS["er"]},
-    "OnPro": {"capacity": 50, "rotation": "none", "similarity_scale": 0.5},
+shared = {"replay_batch": 32, "transform": RandomViews(flip=0.0)}
+losses = OnProLosses(rotation="none", similarity_scale=0.5)
+strategies = {
+    "fine-tuning": ERStrategy(capacity=0, **shared),
+    "ER": ERStrategy(capacity=50, **shared),
+    "OnPro": OnProStrategy(
+        capacity=50, losses=losses, projection=Projection(dim=32), **shared
+    ),
 }
-results, strategies = {}, {}
-for name, options in settings.items():
-    results[name], strategies[name] = run(OnProStrategy(**shared, **options))
+results = {}
+for name, strategy in strategies.items():
+    results[name], strategies[name] = run(strategy)
 
 # %%
 # Accuracy on all classes seen so far, after each stage:

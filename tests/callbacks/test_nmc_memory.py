@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.distributed import gather_objects
 from clkit.errors import ArgumentError, ConfigurationError
-from clkit.methods import ReservoirBuffer
-from clkit.strategies import LearningStrategy, OnProStrategy
+from clkit.methods import OnProLosses, ReservoirBuffer
+from clkit.strategies import LearningStrategy, OnProStrategy, ReplayStrategy, SCRStrategy
 
 Make = Callable[..., Any]
 Table = np.ndarray[Any, np.dtype[np.float64]]
@@ -407,10 +408,10 @@ class Images(Net):
 
 
 def replayed(
-    make_trainer: Make, order: list[int], settings: dict[str, Any], **options: Any
-) -> tuple[list[Any], Images, OnProStrategy]:
+    make_trainer: Make, order: list[int], kind: Make, **options: Any
+) -> tuple[list[Any], Images, ReplayStrategy]:
     pl.seed_everything(3, verbose=False)
-    strategy, module = OnProStrategy(CAPACITY, **settings), Images()
+    strategy, module = kind(CAPACITY), Images()
     parts: list[Any] = [NMC(memory="replay"), AEFOCL(), StreamEvaluation(table=False, files=False)]
     callbacks = [parts[position] for position in order]
     trainer = make_trainer(strategy=strategy, callbacks=callbacks, **{"num_sanity_val_steps": 0, **options})
@@ -419,26 +420,14 @@ def replayed(
     return parts, module, strategy
 
 
-SCR: dict[str, Any] = {
-    "rotation": "none",
-    "ce_mem_weight": 0.0,
-    "instance_new": 0.0,
-    "instance_mem": 0.0,
-    "ope_new": 0.0,
-    "ope_seen": 0.0,
-    "apf": False,
-    "replay_per_class": None,
-    "first_experience": "replay",
-    "contrast": 1.0,
-    "projection": "mlp",
-}
+ROT4 = partial(OnProStrategy, losses=OnProLosses(rotation="rot4"))
 
 
-@pytest.mark.parametrize("settings", [{"rotation": "rot4"}, SCR], ids=["onpro", "scr"])
-def test_it_reads_the_memory_of_onpro_in_any_order_of_callbacks(make_trainer: Make, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [ROT4, SCRStrategy], ids=["onpro", "scr"])
+def test_it_reads_the_memory_of_a_strategy_in_any_order_of_callbacks(make_trainer: Make, kind: Make) -> None:
     found = []
     for order in ([0, 1, 2], [2, 1, 0]):
-        (nmc, analytic, evaluation), module, strategy = replayed(make_trainer, order, settings)
+        (nmc, analytic, evaluation), module, strategy = replayed(make_trainer, order, kind)
         memory = strategy.memory
         assert memory is not None
         rows = features(module, memory.data.flatten(1))
@@ -451,7 +440,7 @@ def test_it_reads_the_memory_of_onpro_in_any_order_of_callbacks(make_trainer: Ma
 
 
 def test_its_passes_are_apart_from_the_one_call_of_a_step(make_trainer: Make) -> None:
-    (_, analytic, _), module, strategy = replayed(make_trainer, [0, 1, 2], {"rotation": "rot4"}, limit_val_batches=0)
+    (_, analytic, _), module, strategy = replayed(make_trainer, [0, 1, 2], ROT4, limit_val_batches=0)
     assert analytic.head.statistics.samples == 899
     steps = strategy._step
     assert sum(training for training, _ in module.calls) == steps
@@ -472,7 +461,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer: Make, tmp_path: Pat
     ends = []
     for path in (None, str(tmp_path / "run.ckpt")):
         pl.seed_everything(3, verbose=False)
-        strategy, nmc = OnProStrategy(CAPACITY, **SCR), NMC(memory="replay")
+        strategy, nmc = SCRStrategy(CAPACITY), NMC(memory="replay")
         evaluation = StreamEvaluation(table=False, files=False)
         callbacks: list[Any] = [nmc, evaluation] if path else [nmc, evaluation, Save()]
         trainer = make_trainer(strategy=strategy, callbacks=callbacks, val_check_interval=2)

@@ -11,48 +11,29 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
-from clkit.methods import ReservoirBuffer
-from clkit.methods.replay.history import MemoryHistory, PrototypeHistory
 from clkit.report.figures import HasFigures
-from clkit.report.replay_figures import plot_memory_balance, plot_prototype_history
-from clkit.strategies import LearningStrategy
+from clkit.report.replay_figures import plot_prototype_similarity
+from clkit.strategies import ERStrategy
 
 Make = Callable[..., Any]
 
 
-class Keeping(LearningStrategy):
-    """A replay strategy's books, by which its figures are drawn."""
+class Keeping(ERStrategy):
+    """A replay strategy that counts how often its figures are drawn, of which it has two."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory = ReservoirBuffer(60)
-        self.balance, self.prototypes = MemoryHistory(), PrototypeHistory()
-        self.steps = self.drawn = 0
+    drawn = 0
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().training_step(*args, **kwargs)
-        self.memory.add(args[0][0], args[0][1])
-        self.steps += 1
-        if self.balance.due(self.steps):
-            self.balance.note(self.steps, self.memory.class_counts())
-        return loss
-
-    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Any) -> None:
-        self.balance.boundary(self.steps)
-        ids = torch.tensor(self.memory.classes())
-        means = torch.stack([self.memory.data[self.memory.label == c].mean(0) for c in ids])
-        self.prototypes.note(experience.index + 1, ids, means)
-
-    def run_figures(self) -> Mapping[str, Figure]:
+    def run_figures(self) -> dict[str, Figure]:
         self.drawn += 1
-        steps, counts = self.balance.points(self.steps, self.memory.class_counts())
-        balance, _ = plot_memory_balance(steps, counts, boundaries=self.balance.boundaries)
-        similarity, _ = plot_prototype_history(self.prototypes.snapshots)
-        return {"memory_balance": balance, "prototype_similarity": similarity}
+        assert self.memory is not None
+        means = torch.stack([self.memory.data[self.memory.label == c].mean(0) for c in self.memory.classes()])
+        similarity, _ = plot_prototype_similarity(self.memory.classes(), means)
+        return {**super().run_figures(), "prototype_similarity": similarity}
 
 
 class Blank(pl.Callback):
@@ -66,7 +47,7 @@ class Blank(pl.Callback):
 
 
 def fitted(make_trainer: Make, module: Any, evaluation: StreamEvaluation, *others: Any, **options: Any) -> Keeping:
-    strategy = Keeping()
+    strategy = Keeping(60, transform=nn.Identity())
     trainer = make_trainer(strategy=strategy, callbacks=[*others, evaluation], **options)
     trainer.fit(module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=5), batch_size=16))
     return strategy
@@ -119,7 +100,9 @@ def test_figures_of_one_name_are_numbered(make_trainer: Make, lit_small: Make, t
 
 def test_they_are_drawn_where_nothing_was_evaluated(make_trainer: Make, lit_small: Make, tmp_path: Path) -> None:
     data = TensorDataset(torch.rand(32, 64), torch.arange(32) % 4)
-    trainer = make_trainer(strategy=Keeping(), callbacks=[StreamEvaluation(table=False)], max_epochs=1)
+    trainer = make_trainer(
+        strategy=Keeping(60, transform=nn.Identity()), callbacks=[StreamEvaluation(table=False)], max_epochs=1
+    )
     trainer.fit(lit_small(), DataLoader(data, batch_size=8))
     assert pictures(tmp_path) == ["memory_balance.png", "prototype_similarity.png"]
 

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from clkit.errors import ArgumentError, BatchError, StateError
 from clkit.methods import (
     MixedBatch,
+    Mixing,
     OnlinePrototypes,
     ReservoirBuffer,
     instance_contrast,
@@ -26,7 +27,8 @@ from clkit.methods import (
     rotate_views,
     variant_labels,
 )
-from clkit.methods.onpro import draw_offset, pair_counts, pair_probabilities
+from clkit.methods.replay.contrast import draw_offset
+from clkit.methods.replay.mixing import pair_counts, pair_probabilities
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -437,12 +439,12 @@ def test_batches_that_do_not_fit_are_refused(call: Callable[[], object], match: 
         (lambda: prototype_contrast(FIRST, SECOND, LABELS, 0.0), "temperature"),
         (lambda: instance_contrast(EMBEDDINGS, FEATURES, VARIANTS, form="old"), "form"),
         (lambda: instance_contrast(EMBEDDINGS, FEATURES, VARIANTS, form="new", scale=0), "scale"),
-        (lambda: OnlinePrototypes(base_rate=1.2), "base_rate"),
-        (lambda: OnlinePrototypes(mix_probability=math.nan), "mix_probability"),
-        (lambda: OnlinePrototypes(mix_alpha=0), "mix_alpha"),
-        (lambda: OnlinePrototypes(pair_rule="sorted"), "pair_rule"),
-        (lambda: OnlinePrototypes(pure_class="last"), "pure_class"),
-        (lambda: OnlinePrototypes(mix_probability_rule="twice"), "mix_probability_rule"),
+        (lambda: OnlinePrototypes(Mixing(base_rate=1.2)), "base_rate"),
+        (lambda: OnlinePrototypes(Mixing(probability=math.nan)), "probability"),
+        (lambda: OnlinePrototypes(Mixing(alpha=0)), "alpha"),
+        (lambda: OnlinePrototypes(Mixing(pair_rule="sorted")), "pair_rule"),
+        (lambda: OnlinePrototypes(Mixing(pure_class="last")), "pure_class"),
+        (lambda: OnlinePrototypes(Mixing(probability_rule="twice")), "probability_rule"),
         (lambda: pair_counts(torch.zeros(0), 3, seeded()), "probabilities"),
         (lambda: pair_counts(torch.tensor([math.nan, 0.5]), 3, seeded()), "probabilities"),
     ],
@@ -545,7 +547,7 @@ KNOWN = torch.tensor([0, 2, 5, 9])
 def mixed(seed: int = 0, *, labels: list[int] | None = None, size: int | None = None, ids: Tensor = KNOWN, **options):
     """A batch from a whole shelf as sample, and the shelf."""
     shelf = Shelf(FULL if labels is None else labels)
-    prototypes = OnlinePrototypes(**options)
+    prototypes = OnlinePrototypes(Mixing(**options))
     if len(ids):
         prototypes.keep(ids, MEANS[: len(ids)])
     return prototypes.mix(shelf.images, shelf.labels, shelf, seeded(seed), size=size), shelf
@@ -567,10 +569,10 @@ def check_rows(batch: MixedBatch, size: int, *, own_labels: bool = True) -> None
     seed=st.integers(0, 10_000),
     size=st.integers(1, 70),
     base_rate=st.sampled_from([0.0, 0.5, 0.75, 0.9, 1.0]),
-    mix_probability=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    probability=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
     pair_rule=st.sampled_from(["round", "multinomial"]),
     pure_class=st.sampled_from(["first", "either"]),
-    mix_probability_rule=st.sampled_from(["squared", "once"]),
+    probability_rule=st.sampled_from(["squared", "once"]),
     known=st.sampled_from([2, 3, 4]),
 )
 def test_every_batch_is_whole(seed: int, size: int, known: int, base_rate: float, **options: object) -> None:
@@ -582,7 +584,7 @@ def test_every_batch_is_whole(seed: int, size: int, known: int, base_rate: float
 
 
 def test_base_rows_are_distinct_rows_mixed_with_distinct_partners() -> None:
-    batch, shelf = mixed(1, base_rate=1.0, mix_probability=1.0, size=20, mix_probability_rule="once")
+    batch, shelf = mixed(1, base_rate=1.0, probability=1.0, size=20, probability_rule="once")
     check_rows(batch, 20)
     assert not shelf.asked
     assert float(batch.share.max()) < 0.6
@@ -604,7 +606,7 @@ def test_base_rows_are_distinct_rows_mixed_with_distinct_partners() -> None:
 
 @pytest.mark.parametrize(("rule", "share"), [("squared", 0.36), ("once", 0.6)])
 def test_share_of_mixed_base_rows(rule: str, share: float) -> None:
-    prototypes = OnlinePrototypes(base_rate=1.0, mix_probability_rule=rule)
+    prototypes = OnlinePrototypes(Mixing(base_rate=1.0, probability_rule=rule))
     images, labels, generator = torch.rand(48, 1), torch.arange(48), seeded()
     shares = torch.stack([prototypes.mix(images, labels, Shelf([0]), generator).share for _ in range(1500)])
     per_batch = (shares > 0).double().mean(dim=1)
@@ -616,7 +618,7 @@ def test_share_of_mixed_base_rows(rule: str, share: float) -> None:
 
 
 def test_shares_of_pairs_have_their_distribution_and_one_coin_per_pair() -> None:
-    prototypes = OnlinePrototypes(base_rate=0.0, mix_probability=0.6)
+    prototypes = OnlinePrototypes(Mixing(base_rate=0.0, probability=0.6))
     prototypes.keep(torch.tensor([2, 5]), MEANS[:2])
     shelf, generator = Shelf(FULL), seeded()
     batches = [prototypes.mix(shelf.images[:16], shelf.labels[:16], shelf, generator) for _ in range(1500)]
@@ -631,14 +633,14 @@ def test_shares_of_pairs_have_their_distribution_and_one_coin_per_pair() -> None
 
 @pytest.mark.parametrize(("rule", "share"), [("first", 0.0), ("either", 0.5)])
 def test_class_of_images_that_were_not_mixed(rule: str, share: float) -> None:
-    prototypes = OnlinePrototypes(base_rate=0.0, mix_probability=0.0, pure_class=rule)
+    prototypes = OnlinePrototypes(Mixing(base_rate=0.0, probability=0.0, pure_class=rule))
     prototypes.keep(torch.tensor([2, 5]), MEANS[:2])
     shelf = Shelf(FULL)
     batch = prototypes.mix(shelf.images, shelf.labels, shelf, seeded(), size=2000)
     assert torch.equal(batch.images[:, 0, 0, 0], batch.first.float())  # an image of the class it is labelled with
     assert (batch.first == 5).double().mean().item() == pytest.approx(share, abs=0.04)
     assert not batch.mixed.any()
-    prototypes = OnlinePrototypes(base_rate=0.0, mix_probability=1.0, pure_class=rule)
+    prototypes = OnlinePrototypes(Mixing(base_rate=0.0, probability=1.0, pure_class=rule))
     prototypes.keep(torch.tensor([2, 5]), MEANS[:2])
     batch = prototypes.mix(shelf.images, shelf.labels, shelf, seeded(), size=50)
     assert set(batch.first.tolist()) == {2}  # mixed ones stay in order
@@ -649,7 +651,7 @@ GOLDEN = [(0, 2)] * 13 + [(0, 5)] + [(2, 5)] + [(5, 9)]  # the counts 13, 1, 0, 
 
 
 def test_pairs_come_as_often_as_they_are_counted_each_with_rows_and_shares_of_its_own() -> None:
-    prototypes = OnlinePrototypes(base_rate=0.0, mix_probability=0.6)
+    prototypes = OnlinePrototypes(Mixing(base_rate=0.0, probability=0.6))
     prototypes.keep(KNOWN, MEANS.float())
     shelf, generator, coins, of_first = Shelf(FULL), seeded(), [], set()
     for _ in range(800):
@@ -668,7 +670,7 @@ def test_pairs_come_as_often_as_they_are_counted_each_with_rows_and_shares_of_it
 
 
 def test_what_replaces_a_class_is_drawn_once_for_a_pair() -> None:
-    prototypes, instead = OnlinePrototypes(base_rate=0.0), []
+    prototypes, instead = OnlinePrototypes(Mixing(base_rate=0.0)), []
     prototypes.keep(torch.tensor([0, 2, 5]), torch.tensor([[0.0, 0], [1, 1], [0, 1e-3]]))  # nearly all: the pair 0, 5
     shelf = Shelf([0] * 4 + [2] * 4)
     for seed in range(60):
@@ -693,7 +695,7 @@ def test_a_class_that_left_the_memory_is_replaced_by_one_they_share() -> None:
 @pytest.mark.parametrize("ids", [KNOWN[:0], KNOWN[:1], torch.tensor([3, 4])])
 def test_without_pairs_all_rows_are_mixed_among_themselves(ids: Tensor) -> None:
     """No prototypes, one, and two whose classes the memory lacks."""
-    batch, shelf = mixed(3, ids=ids, size=20, mix_probability=1.0)
+    batch, shelf = mixed(3, ids=ids, size=20, probability=1.0)
     check_rows(batch, 20)
     assert not shelf.asked
     assert len(mixed(3, ids=ids, size=60)[0].images) == len(FULL)
@@ -701,7 +703,7 @@ def test_without_pairs_all_rows_are_mixed_among_themselves(ids: Tensor) -> None:
 
 def test_small_samples_and_coincident_prototypes() -> None:
     shelf = Shelf([0, 0, 2])
-    prototypes = OnlinePrototypes(base_rate=0.75)
+    prototypes = OnlinePrototypes(Mixing(base_rate=0.75))
     prototypes.keep(torch.tensor([0, 2]), torch.ones(2, 3))
     batch = prototypes.mix(shelf.images, shelf.labels, shelf, seeded(), size=64)
     check_rows(batch, 64)
@@ -714,7 +716,7 @@ def test_with_a_reservoir() -> None:
         labels = torch.tensor([0, 2, 5, 9]).repeat(15)[start : start + 10]
         memory.add(labels.float().reshape(-1, 1, 1, 1).expand(-1, 1, 1, 2), labels)
     kept = memory.state_dict()["generator"].clone()
-    prototypes = OnlinePrototypes(mix_probability=1.0)
+    prototypes = OnlinePrototypes(Mixing(probability=1.0))
     prototypes.keep(KNOWN, MEANS)
     sample = memory.sample(16, seeded())
     batch = prototypes.mix(sample.data, sample.label, memory, seeded(1), size=32)
@@ -738,7 +740,7 @@ def test_same_generator_same_batch_and_global_states_stay() -> None:
     ("dtype", "share"), [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float16, torch.float32)]
 )
 def test_dtypes_of_a_batch(dtype: torch.dtype, share: torch.dtype) -> None:
-    shelf, prototypes = Shelf(FULL, torch.float64), OnlinePrototypes(mix_probability=1.0)
+    shelf, prototypes = Shelf(FULL, torch.float64), OnlinePrototypes(Mixing(probability=1.0))
     prototypes.keep(KNOWN, MEANS)
     batch = prototypes.mix(shelf.images.to(dtype), shelf.labels.int(), shelf, seeded())
     assert batch.images.dtype == dtype

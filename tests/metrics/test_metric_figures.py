@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from clkit import metrics as M
 from clkit.errors import ArgumentError
 from clkit.metrics import figures
+from clkit.report import replay_figures
 
 NAN = float("nan")
 
@@ -180,30 +181,23 @@ def test_nothing_evaluated_yet_is_an_empty_frame(tmp_path: Path) -> None:
 # --- what a replay memory holds ---------------------------------------------------------------------------------------
 
 
-def held(axes: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Edges in steps, and the rows of each class (NaN where blank), of a drawn memory."""
-    (mesh,) = (part for part in axes.collections if isinstance(part, QuadMesh))
-    return np.asarray(mesh.get_coordinates())[0, :, 0], np.asarray(np.ma.filled(mesh.get_array(), np.nan))
-
-
 def test_memory_balance_is_a_stair_of_classes_in_their_order_of_arrival() -> None:
-    counts = [{9: 4}, {9: 2, 4: 2}, {4: 2, 9: 1, 1: 1}, {4: 0, 1: 3}]
-    figure, axes = figures.plot_memory_balance([5, 6, 10, 30], counts, boundaries=[5, 10, 99], title="er")
-    edges, rows = held(axes)
-    np.testing.assert_array_equal(edges, [4, 5, 9, 29, 30])  # each count from the batch that brought it
+    counts = {0: {9: 4}, 1: {9: 2, 4: 2}, 3: {4: 2, 9: 1, 1: 1}, 4: {4: 0, 1: 3}}
+    figure, axes = replay_figures.plot_memory_balance(counts, title="er")
+    (mesh,) = (part for part in axes.collections if isinstance(part, QuadMesh))
+    rows = np.asarray(np.ma.filled(mesh.get_array(), np.nan))
     np.testing.assert_array_equal(rows, [[4, 2, 1, NAN], [NAN, 2, 2, NAN], [NAN, NAN, 1, 3]])
+    assert labels(axes.get_xticklabels()) == ["1", "2", "4", "5"]
     assert labels(axes.get_yticklabels()) == ["9", "4", "1"]
     assert axes.get_ylim() == (2.5, -0.5)  # the first class above
-    upright = [line for line in axes.lines if len(set(line.get_xdata())) == 1]
-    assert [float(np.asarray(line.get_xdata())[0]) for line in upright] == [5, 10]
-    assert (axes.get_xlabel(), axes.get_title()) == ("training step", "er")
+    assert (axes.get_xlabel(), axes.get_title()) == ("after experience", "er")
     (scale,) = [other for other in figure.axes if other is not axes]
     assert scale.get_ylabel() == "rows in memory"
     assert labels(scale.get_yticklabels())[-1] == "4"
 
 
 def test_memory_balance_in_grey_only_gets_darker_and_one_row_is_not_blank() -> None:
-    _, axes = figures.plot_memory_balance(range(1, 102), [{0: rows} for rows in range(1, 102)])
+    _, axes = replay_figures.plot_memory_balance({rows: {0: rows} for rows in range(1, 102)})
     (mesh,) = (part for part in axes.collections if isinstance(part, QuadMesh))
     shades = lightness(mesh.to_rgba(mesh.get_array())[0])
     assert (np.diff(shades) <= 1e-9).all()
@@ -212,23 +206,22 @@ def test_memory_balance_in_grey_only_gets_darker_and_one_row_is_not_blank() -> N
     assert shades[4] - shades[9] > 0.05  # five rows and ten can be told apart beside a hundred
 
 
-def test_memory_balance_of_100_classes_and_many_boundaries_can_be_read(tmp_path: Path) -> None:
-    counts = [dict.fromkeys(range(5 * step), 3) for step in range(1, 21)]
-    steps = list(range(100, 2100, 100))
-    few, axes = figures.plot_memory_balance(steps, counts, boundaries=range(100, 2100, 40))
+def test_memory_balance_of_100_classes_and_experiences_can_be_read(tmp_path: Path) -> None:
+    few, axes = replay_figures.plot_memory_balance({e: dict.fromkeys(range(e + 1), 3) for e in range(100)})
     assert len(axes.get_yticks()) == 10
-    assert len(axes.lines) == 48  # of those inside, and none between so many classes
-    _, axes = figures.plot_memory_balance(steps, counts, boundaries=range(100, 2100, 10))
     assert not axes.lines
     few.savefig(tmp_path / "figure.png")
     few.draw_without_rendering()
-    boxes = [tick.get_window_extent() for tick in few.axes[0].get_yticklabels()]
-    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    for ticks in (few.axes[0].get_yticklabels(), few.axes[0].get_xticklabels()):
+        boxes = [tick.get_window_extent() for tick in ticks]
+        assert not any(one.overlaps(other) for one, other in pairwise(boxes))
 
 
 def test_similarities_are_cosines_and_a_mean_without_direction_is_blank() -> None:
     means = [[2.0, 0.0], [3.0, 4.0], [0.0, 0.0], [-1.0, 0.0]]
-    _, axes = figures.plot_prototype_similarity(torch.tensor([3, 8, 9, 70]), torch.tensor(means), title="after 2")
+    _, axes = replay_figures.plot_prototype_similarity(
+        torch.tensor([3, 8, 9, 70]), torch.tensor(means), title="after 2"
+    )
     expected = [[1, 0.6, NAN, -1], [0.6, 1, NAN, -0.6], [NAN] * 4, [-1, -0.6, NAN, 1]]
     np.testing.assert_allclose(shaded(axes), expected, atol=1e-7)
     assert texts(axes)[1, 3] == "\N{MINUS SIGN}0.60"
@@ -239,7 +232,7 @@ def test_similarities_are_cosines_and_a_mean_without_direction_is_blank() -> Non
 
 @pytest.mark.parametrize(("smallest", "lowest"), [(0.3, 0.0), (0.0, 0.0), (-0.2, -0.5), (-0.7, -1.0), (-1.0, -1.0)])
 def test_the_palest_shade_is_the_lowest_cosine_there_can_be(smallest: float, lowest: float) -> None:
-    _, axes = figures.plot_prototype_similarity([0, 1], [[1.0, 0.0], [smallest, (1 - smallest**2) ** 0.5]])
+    _, axes = replay_figures.plot_prototype_similarity([0, 1], [[1.0, 0.0], [smallest, (1 - smallest**2) ** 0.5]])
     assert axes.images[0].get_clim() == (lowest, 1.0)
     background = lightness(axes.images[0].to_rgba(np.array([[smallest, 1.0]]))[0])
     assert background[0] > background[1]
@@ -248,59 +241,29 @@ def test_the_palest_shade_is_the_lowest_cosine_there_can_be(smallest: float, low
         assert abs(background[int(row == column)] - number) > 0.4
 
 
-def test_the_history_of_prototypes_has_a_panel_each_with_one_scale_and_one_order(tmp_path: Path) -> None:
-    first = (1, [5, 7], [[1.0, 0.0], [0.0, 1.0]])
-    second = (2, [2, 5, 7], [[-1.0, 0.0], [1.0, 0.0], [0.6, 0.8]])
-    figure, panels = figures.plot_prototype_history([first, second], title="onpro")
-    assert [axes.get_title() for axes in panels] == ["after experience 1", "after experience 2"]
-    assert labels(panels[1].get_xticklabels()) == ["5", "7", "2"]
-    np.testing.assert_allclose(shaded(panels[1]), [[1, 0.6, -1], [0.6, 1, -0.6], [-1, -0.6, 1]])
-    assert [axes.images[0].get_clim() for axes in panels] == [(-1.0, 1.0)] * 2
-    assert [axes.get_ylabel() for axes in figure.axes].count("cosine") == 1
-    figure.savefig(tmp_path / "figure.png")
-
-
-def test_of_many_snapshots_twelve_are_shown_evenly() -> None:
-    snapshots = [(number, [0], [[1.0]]) for number in range(1, 101)]
-    _, panels = figures.plot_prototype_history(snapshots)
-    shown = [int(axes.get_title().removeprefix("after experience ")) for axes in panels]
-    assert len(shown) == 12
-    assert (shown[0], shown[-1]) == (1, 100)
-    assert {after - before for before, after in pairwise(shown)} == {9}
-    assert len(figures.plot_prototype_history(snapshots[:7])[1]) == 7
-
-
 def test_a_memory_that_holds_nothing_is_an_empty_frame(tmp_path: Path) -> None:
     for figure, _ in (
-        figures.plot_memory_balance([], []),
-        figures.plot_memory_balance([1, 2], [{}, {}], boundaries=[1]),
-        figures.plot_memory_balance([1], [{3: 1}]),
-        figures.plot_prototype_similarity([], np.zeros((0, 0))),
-        figures.plot_prototype_history([]),
-        figures.plot_prototype_history([(1, [], np.zeros((0, 4))), (2, [3], [[0.0]])]),
+        replay_figures.plot_memory_balance({}),
+        replay_figures.plot_memory_balance({0: {}, 1: {}}),
+        replay_figures.plot_prototype_similarity([], np.zeros((0, 0))),
+        replay_figures.plot_prototype_similarity([3], [[0.0]]),
     ):
         figure.savefig(tmp_path / "figure.png")
         assert (tmp_path / "figure.png").stat().st_size > 0
 
 
-def test_malformed_memories_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="counts has 1 entries: give one for each of the 2 steps"):
-        figures.plot_memory_balance([1, 2], [{}])
-    with pytest.raises(ArgumentError, match="steps must ascend"):
-        figures.plot_memory_balance([2, 2], [{}, {}])
+def test_malformed_prototypes_are_refused() -> None:
     with pytest.raises(ArgumentError, match="ids has 1 entries"):
-        figures.plot_prototype_similarity([1], [[1.0], [2.0]])
-    with pytest.raises(ArgumentError, match="ids has 1 entries"):
-        figures.plot_prototype_history([(1, [1], [[1.0], [2.0]])])
+        replay_figures.plot_prototype_similarity([1], [[1.0], [2.0]])
     with pytest.raises(ArgumentError, match="means has 1 dimensions"):
-        figures.plot_prototype_similarity([1], [1.0])
+        replay_figures.plot_prototype_similarity([1], [1.0])
 
 
 def test_figures_of_a_memory_take_axes() -> None:
     mine = Figure()
     left, right = mine.subplots(1, 2)
-    assert figures.plot_memory_balance([1, 2], [{0: 1}, {0: 2}], ax=right) == (mine, right)
-    assert figures.plot_prototype_similarity([0], [[1.0]], ax=left) == (mine, left)
+    assert replay_figures.plot_memory_balance({0: {0: 1}}, ax=right) == (mine, right)
+    assert replay_figures.plot_prototype_similarity([0], [[1.0]], ax=left) == (mine, left)
     assert left.images
     assert right.collections
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.data import ClassIncremental, Custom, StreamDataModule
-from clkit.strategies import REPLAY_METHODS, OnProStrategy
+from clkit.methods import Mixing, OnProLosses
+from clkit.strategies import ERStrategy, MemorySettings, OnProStrategy, Projection, ReplayStrategy
 
 # 2, 3 and 1 classes; 4, 6 and 2 batches of at most 5, because equal experiences would hide lost ones
 SAMPLES = (9, 8, 5, 12, 11, 7)
 BATCHES = ((5, 4, 4, 4), (5, 5, 5, 5, 4, 4), (4, 3))
-ER: dict[str, Any] = dict(REPLAY_METHODS["er"])
 
 
 class Net(nn.Module):
@@ -62,8 +63,24 @@ def lit(kind: Callable[..., Any] = Lit, **options: Any) -> Any:
     return kind(**options)
 
 
-def onpro(**options: Any) -> OnProStrategy:
-    return OnProStrategy(**{"capacity": 20, "rotation": "none", "replay_batch": 12, **options})
+def onpro(kind: Callable[..., Any] = OnProStrategy, **options: Any) -> Any:
+    """A small strategy; its settings are told apart by their names, as far as the kind has them."""
+    options = {"capacity": 20, "rotation": "none", "replay_batch": 12, **options}
+    parts: dict[str, Any] = {}
+    if kind is not OnProStrategy:
+        del options["rotation"]
+    for name, settings in (("losses", OnProLosses), ("mixing", Mixing), ("memory", MemorySettings)):
+        known = {each.name for each in fields(settings)}
+        given = {key: options.pop(key) for key in list(options) if key in known}
+        if given:
+            parts[name] = settings(**given)
+    if "dim" in options:
+        parts["projection"] = Projection(dim=options.pop("dim"))
+    return kind(**parts, **options)
+
+
+def er(**options: Any) -> Any:
+    return onpro(ERStrategy, **options)
 
 
 def images_of(labels: Tensor, seed: int, channels: int = 3, size: int = 4) -> Tensor:
@@ -119,7 +136,7 @@ class Watch(pl.Callback):
 class Offers:
     """What the memory was offered."""
 
-    def __init__(self, strategy: OnProStrategy) -> None:
+    def __init__(self, strategy: ReplayStrategy) -> None:
         assert strategy.memory is not None
         self.images: list[Tensor] = []
         self.labels: list[int] = []

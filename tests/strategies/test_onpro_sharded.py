@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from onpro_runs import onpro
 from test_onpro_two_processes import (
-    ER,
+    DER,
+    GATHERED,
     SIZES,
     TASKS,
     Net,
@@ -34,41 +36,33 @@ from clkit.callbacks import NMC
 from clkit.errors import ArgumentError, ClkitError, StateError
 from clkit.methods import NearestMeanHead, ReservoirBuffer
 from clkit.methods.replay.buffer import MemoryRows
-from clkit.methods.replay.rule import Part
-from clkit.strategies import OnProStrategy
+from clkit.methods.replay.step import Part
+from clkit.strategies import ERStrategy, MemorySettings, OnProStrategy
 from clkit.strategies._ranks import Incoming, ReplayRanks
 
 CAPACITY = 7
 PARTS = [4, 3]
-DER: dict[str, Any] = {
-    **ER,
-    "ce_mean": "separate",
-    "ce_mem_weight": 0,
-    "logit_weight": 0.5,
-    "logit_ce_weight": 0.5,
-}
-GATHERED = {"gather": "embeddings"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "er": {**ER, **GATHERED},
-    "contrasts": {"apf": False, **GATHERED},
+    "er": {"kind": ERStrategy, **GATHERED},
+    "contrasts": {"mixing": None, **GATHERED},
     "der": {**DER, **GATHERED},
-    "a rank without rows": {"apf": False, **GATHERED},
+    "a rank without rows": {"mixing": None, **GATHERED},
     "der without rows": {**DER, **GATHERED},
-    "bytes without rows": {"memory_storage": "uint8"},
+    "bytes without rows": {"storage": "uint8"},
     "der locally, without rows": DER,
     "seen only": {
-        "apf": False,
+        "mixing": None,
         "rotation": "none",
         "instance_new": 0,
         "instance_mem": 0,
         "ope_new": 0,
         "replay_batch": 1,
     },
-    "balanced": {"memory_policy": "class_balanced"},
+    "balanced": {"policy": "class_balanced"},
     "saved": {},
-    "whole": {"memory_scope": "replicated"},
-    "balanced saved": {"memory_policy": "class_balanced"},
+    "whole": {"scope": "replicated"},
+    "balanced saved": {"policy": "class_balanced"},
     "two epochs": {},
 }
 STARTS = {  # which file a run goes on from, and how many processes wrote it
@@ -85,8 +79,8 @@ OPTIONS |= {
     "resumed": {},
     "from one": {},
     "from a whole one": {},
-    "whole from parts": {"memory_scope": "replicated"},
-    "balanced from one": {"memory_policy": "class_balanced"},
+    "whole from parts": {"scope": "replicated"},
+    "balanced from one": {"policy": "class_balanced"},
     "smaller": {"capacity": 5},
     "smaller parts": {"capacity": 5},
     "fewer rows than processes": {"capacity": 1},
@@ -116,8 +110,8 @@ def run(
 ) -> dict[str, Any]:
     """One fit a task with one strategy, as users with plain loaders do; what it ended with."""
     module, before, nmc = Net(norm=False), Before(), NMC(memory="replay")
-    options = {"capacity": CAPACITY, "rotation": "rot4", "replay_batch": 5, "memory_scope": "sharded", **OPTIONS[name]}
-    strategy: Any = OnProStrategy(**options)
+    options = {"capacity": CAPACITY, "rotation": "rot4", "replay_batch": 5, "scope": "sharded", **OPTIONS[name]}
+    strategy = onpro(**options)
     prepare(strategy)
     callbacks: list[Any] = [before, nmc] if name in ("plain", "bytes without rows", "from one") else [before]
     writes = [each for each, _ in STARTS.values()]
@@ -142,8 +136,8 @@ def run(
         "projector": {} if strategy.part is None else {k: v.clone() for k, v in strategy.part.state_dict().items()},
         "memory": saved_memory(strategy),
         "before": before.state,
-        "prototypes": strategy.prototypes.state_dict(),
-        "balance": strategy._balance.state_dict(),
+        "prototypes": strategy.prototypes.state_dict() if hasattr(strategy, "prototypes") else {},
+        "balance": strategy.stream_state()["counts"],
         "nmc": dict(nmc.head.state_dict()) if nmc in callbacks else {},
     }
 
@@ -203,7 +197,7 @@ def labelled(rank: int, unlabelled: bool, tasks: int = len(TASKS)) -> list[tuple
 @names(*QUICK, "er", "der", "balanced", "seen only", *UNLABELLED)
 def test_a_rank_keeps_what_a_memory_of_its_own_stream_keeps(ranks: Any, name: str) -> None:
     for rank, found in enumerate(ranks(name)):
-        options = {key.removeprefix("memory_"): v for key, v in OPTIONS[name].items() if key.startswith("memory_")}
+        options = {key: OPTIONS[name][key] for key in ("policy", "storage") if key in OPTIONS[name]}
         alone = ReservoirBuffer(PARTS[rank], seed=seed_of(rank), **options)
         for images, labels, task in labelled(rank, name in UNLABELLED):
             alone.add(images, labels, task)
@@ -222,15 +216,13 @@ def test_both_ranks_train_the_same_weights_and_know_the_same_prototypes(ranks: A
     assert all(not torch.equal(value, first["weights"][key]) for key, value in start.items())
 
 
-def test_the_balance_counts_the_rows_of_all_parts(ranks: Any) -> None:
+def test_the_counts_are_of_the_rows_of_all_parts(ranks: Any) -> None:
     first, second = ranks("plain")
-    steps, lengths = first["balance"]["steps"], first["balance"]["lengths"]
-    rows = first["balance"]["rows"].split(lengths.tolist())
-    assert steps.tolist() == list(range(1, len(SIZES) + 1))
-    seen = np.cumsum(SIZES, axis=0)
-    assert [int(each.sum()) for each in rows] == np.minimum(seen, PARTS).sum(axis=1).tolist()
+    assert list(first["balance"]) == [0, 1]
+    seen = np.cumsum(SIZES, axis=0)[[len(TASKS[0]) - 1, -1]]
+    assert [sum(rows.values()) for rows in first["balance"].values()] == np.minimum(seen, PARTS).sum(axis=1).tolist()
     labels = torch.cat([first["memory"]["label"], second["memory"]["label"]])
-    assert rows[-1].tolist() == torch.unique(labels, return_counts=True)[1].tolist()
+    assert list(first["balance"][1].values()) == torch.unique(labels, return_counts=True)[1].tolist()
 
 
 @names("plain", "bytes without rows", "from one")
@@ -294,11 +286,11 @@ class OneForTwo(ReplayRanks):
     def incoming(self, images: Tensor, labels: Tensor, memory: Any) -> Incoming:
         return Incoming(Part.whole(images, labels), labels, images, labels, memory.size, images[:0])
 
-    def sample(self, memory: Any, wanted: int, generator: Any, like: Tensor) -> MemoryRows:
+    def retrieve(self, memory: Any, wanted: int, generators: list[torch.Generator]) -> MemoryRows:
         shares = [wanted - wanted // 2, wanted // 2]
         drawn = [
             part.sample(share, own)
-            for part, share, own in zip(memory.parts, shares, generator, strict=True)
+            for part, share, own in zip(memory.parts, shares, generators, strict=True)
             if part.size
         ]
         starts = [0, shares[0]] if len(drawn) == 2 else [0 if memory.parts[0].size else shares[0]]
@@ -307,8 +299,8 @@ class OneForTwo(ReplayRanks):
         extras = {key: torch.cat([rows.extras[key] for rows in drawn]) for key in drawn[0].extras}
         return MemoryRows(data, label, label, label, label, extras)
 
-    def _places(self, rows: int, wanted: int) -> tuple[Tensor, int]:
-        return self.at, wanted
+    def _places(self, rows: int, count: int) -> tuple[Tensor, int]:
+        return self.at, count
 
 
 @names("contrasts", "er", "der", "a rank without rows", "der without rows")
@@ -319,8 +311,15 @@ def test_gathered_embeddings_train_the_weights_of_one_process_with_both_memories
 
     def prepare(strategy: Any) -> None:
         strategy._memory.rows = TwoMemories(sizes)
-        strategy._memory.ranks = strategy._ranks = OneForTwo()
-        strategy._memory_generator = lambda purpose: [strategy._generator(purpose, shard=rank) for rank in (0, 1)]
+        ranks = strategy._memory.ranks = strategy._ranks = OneForTwo()
+        drawn = type(strategy)._drawn
+
+        def of_both(new: Part, count: int, purpose: int) -> Any:
+            generators = [strategy._generator(purpose, rank) for rank in (0, 1)]
+            strategy.retrieve = lambda new, count, _: ranks.retrieve(strategy.memory, count, generators)
+            return drawn(strategy, new, count, purpose)
+
+        strategy._drawn = of_both
 
     one, two = run(1, folder, name, prepare), ranks(name)[0]
     for part in ("weights", "projector", "prototypes"):
@@ -414,7 +413,7 @@ def test_parts_that_are_too_large_for_the_capacity_are_refused(ranks: Any) -> No
 def test_fewer_rows_than_processes_are_refused(ranks: Any) -> None:
     for found in ranks("fewer rows than processes"):
         assert found["error"] == (
-            "ArgumentError: memory_scope='sharded' needs at least one image for each of the 2 processes, got capacity=1"
+            "ArgumentError: memory.scope='sharded' needs at least one image for each of the 2 processes, got capacity=1"
         )
 
 
@@ -424,15 +423,15 @@ def test_fewer_rows_than_processes_are_refused(ranks: Any) -> None:
 @pytest.mark.parametrize("gather", [None, "embeddings"])
 def test_alone_a_part_is_the_whole(folder: Path, gather: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPTIONS, "sharded", {"gather": gather})
-    monkeypatch.setitem(OPTIONS, "replicated", {"gather": gather, "memory_scope": "replicated"})
+    monkeypatch.setitem(OPTIONS, "replicated", {"gather": gather, "scope": "replicated"})
     found, expected = run(1, folder, "sharded"), run(1, folder, "replicated")
     for part in ("weights", "projector", "prototypes", "memory", "balance"):
         assert_same_bits(found[part], expected[part])
 
 
 def test_an_unknown_scope_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="memory_scope must be one of"):
-        OnProStrategy(memory_scope="everywhere")
+    with pytest.raises(ArgumentError, match="scope must be one of"):
+        MemorySettings(scope="everywhere")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from onpro_runs import (
     BATCHES,
-    ER,
     SAMPLES,
     Lit,
     Net,
@@ -26,6 +25,7 @@ from onpro_runs import (
     dataset,
     differences,
     equal,
+    er,
     images_of,
     lit,
     loader,
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import AEFOCL, NMC, FeatureCallback, StreamEvaluation
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
-from clkit.strategies import OnProStrategy
+from clkit.strategies import ERStrategy, OnProStrategy
 
 Make = Callable[..., Any]
 
@@ -173,7 +173,7 @@ def test_rows_know_their_experience(make_trainer: Make) -> None:
 def test_a_closure_that_is_called_again_sees_the_same_views_and_draws(
     make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import clkit.methods.replay.rule as used
+    import clkit.methods.onpro as used
 
     module, calls, offsets = lit(LBFGS), [], []
     module.net.register_forward_hook(lambda m, args, out: calls.append((module.trainer.fit_loop.total_batch_idx, args)))
@@ -184,7 +184,7 @@ def test_a_closure_that_is_called_again_sees_the_same_views_and_draws(
 
     original = used.instance_contrast
     monkeypatch.setattr(used, "instance_contrast", contrast)
-    make_trainer(strategy=onpro(projection_dim=3), limit_val_batches=0).fit(module, datamodule=stream())
+    make_trainer(strategy=onpro(dim=3), limit_val_batches=0).fit(module, datamodule=stream())
     views: dict[int, list[Tensor]] = {}
     for step, (images,) in calls:
         views.setdefault(step, []).append(images)
@@ -400,10 +400,10 @@ class Projector(pl.Callback):
         self.gradients: list[Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.start = values(pl_module.onpro_projector)
+        self.start = values(pl_module.replay_projector)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.gradients.append(pl_module.onpro_projector.layers[0].weight.grad.clone())
+        self.gradients.append(pl_module.replay_projector.layers[0].weight.grad.clone())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.steps = trainer.global_step
@@ -447,27 +447,27 @@ def test_the_projector_has_the_settings_of_the_first_group(make_trainer: Make) -
     assert torch.equal(module.net.fc.weight, classifier)
 
 
-@pytest.mark.parametrize("options", [{}, ER], ids=["onpro", "er"])
-def test_a_module_without_an_optimizer_is_named(make_trainer: Make, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match=r"OnProStrategy.*configure_optimizers\(\) of NoOptimizer gives no"):
-        make_trainer(strategy=onpro(**options)).fit(lit(NoOptimizer), datamodule=stream())
+@pytest.mark.parametrize("make", [onpro, er])
+def test_a_module_without_an_optimizer_is_named(make_trainer: Make, make: Make) -> None:
+    with pytest.raises(ConfigurationError, match=r"Strategy.*configure_optimizers\(\) of NoOptimizer gives no"):
+        make_trainer(strategy=make()).fit(lit(NoOptimizer), datamodule=stream())
 
 
-@pytest.mark.parametrize("options", [{}, ER], ids=["onpro", "er"])
-def test_two_optimizers_are_named(make_trainer: Make, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("make", [onpro, er])
+def test_two_optimizers_are_named(make_trainer: Make, make: Make) -> None:
     module = lit(TwoOptimizers)
     keys = list(module.state_dict())
     with pytest.raises(ConfigurationError, match=r"one optimizer, configure_optimizers\(\) of TwoOptimizers gives 2"):
-        make_trainer(strategy=onpro(**options)).fit(module, datamodule=stream())
+        make_trainer(strategy=make()).fit(module, datamodule=stream())
     assert list(module.state_dict()) == keys
     assert module.automatic_optimization is False
 
 
 def test_a_name_that_is_taken_is_named(make_trainer: Make) -> None:
     class Taken(Lit):
-        onpro_projector = None
+        replay_projector = None
 
-    with pytest.raises(ConfigurationError, match=r"Taken has an attribute 'onpro_projector'.*rename"):
+    with pytest.raises(ConfigurationError, match=r"Taken has an attribute 'replay_projector'.*rename"):
         make_trainer(strategy=onpro()).fit(lit(Taken), datamodule=stream())
 
 
@@ -595,7 +595,7 @@ def test_batches_of_one_class_and_of_one_image(make_trainer: Make, sizes: tuple[
 
 
 def test_while_the_memory_has_one_class_the_replay_batch_is_mixed_among_itself(make_trainer: Make) -> None:
-    strategy = onpro(first_experience="replay", replay_batch=6, mix_probability=1.0)
+    strategy = onpro(first_experience="replay", replay_batch=6, probability=1.0)
     mixed, module = Mixed(strategy), lit()
     make_trainer(strategy=strategy, max_epochs=1).fit(module, loader(*(batch(3, 3, 3, seed=i) for i in range(5))))
     assert [len(each.images) for each in mixed.batches] == [3, 6, 6, 6]  # what there is, at most six
@@ -697,8 +697,8 @@ def test_one_channel_and_any_size_that_the_rotation_allows(
 
 
 def test_an_embedding_wider_than_the_features_is_named(make_trainer: Make) -> None:
-    with pytest.raises(ArgumentError, match=r"projection_dim=9 .*8 features"):
-        fitted(make_trainer, batch(0, 1), projection_dim=9)
+    with pytest.raises(ArgumentError, match=r"projection.dim=9 .*8 features"):
+        fitted(make_trainer, batch(0, 1), dim=9)
 
 
 def test_gaps_any_order_and_classes_that_come_back(make_trainer: Make) -> None:
@@ -796,7 +796,7 @@ def test_images_of_another_size_than_the_memorys_are_named(make_trainer: Make) -
 def test_a_label_beyond_a_classifier_that_nobody_found_is_named_before_the_weights_change(make_trainer: Make) -> None:
     module = lit(norm=False)
     with pytest.raises(BatchError, match="label 6, and the classifier 6 outputs"):
-        fitted(make_trainer, batch(0, 6), module=module, **{**ER, "layer": "net"})
+        fitted(make_trainer, batch(0, 6), module=module, kind=ERStrategy, layer="net")
     assert equal(values(module), values(lit(norm=False)))
 
 
@@ -811,7 +811,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 
 def test_terms_are_logged_by_name(make_trainer: Make) -> None:
     watch = Watch()
-    strategy = onpro(mix_probability=1.0)
+    strategy = onpro(probability=1.0)
     mixed = Mixed(strategy)
     make_trainer(strategy=strategy, callbacks=[watch], limit_val_batches=0).fit(lit(), datamodule=stream())
     first, second, later = watch.logged[0], watch.logged[1], watch.logged[6]
@@ -854,11 +854,8 @@ def test_the_entropy_is_that_of_the_distribution_over_pairs(make_trainer: Make) 
 
 def test_another_name_is_another_prefix(make_trainer: Make) -> None:
     watch = Watch()
-    make_trainer(strategy=onpro(name="er", **ER), callbacks=[watch], limit_val_batches=0).fit(
-        lit(), datamodule=stream()
-    )
-    assert set(watch.logged[0]) == {"er/loss", "er/ce_new", "er/memory"}
-    assert set(watch.logged[-1]) == {"er/loss", "er/ce_new", "er/ce", "er/memory"}
+    make_trainer(strategy=er(name="mine"), callbacks=[watch], limit_val_batches=0).fit(lit(), datamodule=stream())
+    assert all(set(logged) == {"mine/loss", "mine/ce", "mine/memory"} for logged in watch.logged)
 
 
 def test_the_first_step_says_what_it_costs_and_what_less_would(
@@ -894,7 +891,7 @@ def test_a_second_epoch_over_an_experience_is_a_warning(make_trainer: Make, recw
     assert sum("the memory counts its images again" in message for message in messages) == 1
     recwarn.clear()
     make_trainer(strategy=onpro()).fit(lit(), datamodule=stream())
-    make_trainer(strategy=onpro(**{**ER, "capacity": 0})).fit(lit(), datamodule=stream(epochs_per_experience=2))
+    make_trainer(strategy=er(capacity=0)).fit(lit(), datamodule=stream(epochs_per_experience=2))
     assert not any("again" in str(warning.message) for warning in recwarn)
 
 

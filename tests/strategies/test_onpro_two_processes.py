@@ -14,12 +14,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from onpro_runs import onpro
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from two_ranks import drive, driven
 
 from clkit.errors import ClkitError
-from clkit.strategies import REPLAY_METHODS, OnProStrategy
+from clkit.strategies import DERPPStrategy, ERStrategy
 
 SIZES = [(3, 3), (3, 3), (3, 2), (1, 3), (2, 2), (3, 3), (3, 3), (3, 2)]  # of the batches of both ranks
 TASKS = [range(4), range(4, 8)]  # which batches an experience has
@@ -74,26 +75,20 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-ER: dict[str, Any] = dict(REPLAY_METHODS["er"])
+GATHERED = {"gather": "embeddings"}
+DER: dict[str, Any] = {"kind": DERPPStrategy, "alpha": 0.5, "beta": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "gathered": {"gather": "embeddings"},
+    "gathered": GATHERED,
     "local": {},
     "norm": {},
-    "er": {**ER, "gather": "embeddings"},
-    "der": {
-        **ER,
-        "ce_mean": "separate",
-        "ce_mem_weight": 0,
-        "logit_weight": 0.5,
-        "logit_ce_weight": 0.5,
-        "gather": "embeddings",
-    },
-    "class balanced": {"memory_policy": "class_balanced", "gather": "embeddings"},
-    "bytes": {"memory_storage": "uint8"},
-    "saved": {"gather": "embeddings"},
-    "a rank without rows": {"gather": "embeddings"},
-    "er without rows": {**ER},
-    "from two": {"gather": "embeddings"},
+    "er": {"kind": ERStrategy, **GATHERED},
+    "der": {**DER, **GATHERED},
+    "class balanced": {"policy": "class_balanced", **GATHERED},
+    "bytes": {"storage": "uint8"},
+    "saved": GATHERED,
+    "a rank without rows": GATHERED,
+    "er without rows": {"kind": ERStrategy},
+    "from two": GATHERED,
 }
 
 
@@ -125,7 +120,7 @@ def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> di
     """One fit a task with one strategy, as users with plain loaders do; what it ended with."""
     module = Net(norm=name == "norm")
     options = {"capacity": 7, "rotation": "rot4", "replay_batch": 6, **OPTIONS[name]}
-    strategy: Any = OnProStrategy(**options)
+    strategy = onpro(**options)
     saved = folder / f"{name}-{devices}"
     callbacks: list[Any] = []
     if name == "saved":
@@ -149,7 +144,7 @@ def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> di
         "memory": {
             key: value.clone() if isinstance(value, Tensor) else value for key, value in memory.state_dict().items()
         },
-        "prototypes": strategy.prototypes.state_dict(),
+        "prototypes": strategy.prototypes.state_dict() if hasattr(strategy, "prototypes") else {},
         "experience": strategy._experience,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,20 +13,21 @@ from torch import Tensor, nn
 
 from clkit.callbacks import NMC
 from clkit.data import ClassIncremental, StreamDataModule
-from clkit.strategies import OnProStrategy
+from clkit.methods import OnProLosses
+from clkit.strategies import DERPPStrategy, ERStrategy, OnProStrategy, SCRStrategy
 
 Make = Callable[..., Any]
 
-NO_CONTRAST = {"instance_new": 0, "instance_mem": 0, "ope_new": 0, "ope_seen": 0, "apf": False}
-REPLAY = {**NO_CONTRAST, "first_experience": "replay", "replay_per_class": None}
-RULES: dict[str, dict[str, Any]] = {
-    "onpro": {"rotation": "none"},
-    "er": {**REPLAY, "ce_new_weight": 1, "ce_mean": "joint"},
-    "memory only": REPLAY,
-    "scr": {**REPLAY, "ce_mem_weight": 0, "contrast": 1},
-    "scr and er": {**REPLAY, "ce_new_weight": 1, "contrast": 1},  # the contrast comes after the cross-entropy
+METHODS: dict[str, Callable[..., Any]] = {
+    "onpro": partial(OnProStrategy, losses=OnProLosses(rotation="none")),
+    "er": ERStrategy,
+    "der_pp": DERPPStrategy,
+    "memory only": partial(
+        OnProStrategy, losses=OnProLosses(instance_new=0, instance_mem=0, ope_new=0, ope_seen=0), mixing=None
+    ),
+    "scr": SCRStrategy,
 }
-SHOWN = {"onpro": {True, False}, "er": {True}, "memory only": set(), "scr": {True, False}, "scr and er": {True, False}}
+SHOWN = {"onpro": {True, False}, "er": {True}, "der_pp": {True}, "memory only": set(), "scr": {True, False}}
 
 
 class Rows(pl.Callback):
@@ -48,16 +50,16 @@ class Rows(pl.Callback):
 
 
 @pytest.mark.parametrize("identity", [True, False], ids=["identity", "augmented"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("method", METHODS)
 def test_rows_of_the_stream_are_the_batch_as_it_came(
-    make_trainer: Make, lit_small: Make, rule: str, identity: bool
+    make_trainer: Make, lit_small: Make, method: str, identity: bool
 ) -> None:
     transform = nn.Identity() if identity else lambda image: image + 0.5
-    strategy = OnProStrategy(capacity=20, transform=transform, **RULES[rule])
+    strategy = METHODS[method](capacity=20, transform=transform)
     rows, nmc = Rows(), NMC()
     trainer = make_trainer(strategy=strategy, callbacks=[rows, nmc], limit_train_batches=3)
     trainer.fit(lit_small(), datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=2)))
     assert all(rows.right)
-    assert len(rows.right) >= 6 * (identity in SHOWN[rule])
+    assert len(rows.right) >= 6 * (identity in SHOWN[method])
     # where the batch does not go through the network as it is, a head that wants its features pays for them
-    assert strategy.augments_stream == (identity not in SHOWN[rule])
+    assert strategy.augments_stream == (identity not in SHOWN[method])

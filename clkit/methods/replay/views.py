@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_probability
 
-__all__ = ["VARIANTS", "RandomViews", "Rotation", "rotate_views"]
+__all__ = ["VARIANTS", "RandomViews", "Rotation", "rotate_views", "variant_labels"]
 
 Rotation = Literal["rot16", "rot4", "none"]
 
@@ -67,6 +67,31 @@ def rotate_views(images: Tensor, rotation: Rotation = "rot16") -> Tensor:
     halves = [(left, right), (left_turned, right), (left_turned, right_turned), (left, right_turned)]
     upright = torch.cat([torch.cat(pair, dim=3) for pair in halves])
     return torch.cat([torch.rot90(upright, turns, (2, 3)) for turns in (0, 2, 1, 3)])
+
+
+def variant_labels(labels: Tensor, variants: int, num_classes: int, mixed: Tensor | None = None) -> Tensor:
+    r"""A class id for each row of :func:`rotate_views`: :math:`y_j + C \cdot k` for variant k of image j.
+
+    Args:
+        labels: (n,) integer class ids below ``num_classes``.
+        variants: V, rotated variants per image.
+        num_classes: C.
+        mixed: (n,) bool, images that are mixed from two classes: each of their variants becomes a class of its own,
+            with the ids :math:`C V + k n + j` that no image has.
+
+    Returns:
+        (V·n,) int64.
+
+    Example:
+        >>> variant_labels(torch.tensor([0, 2]), 2, 10, torch.tensor([False, True])).tolist()
+        [0, 21, 10, 23]
+    """
+    blocks = torch.arange(variants, device=labels.device)[:, None]
+    ids = labels.long() + num_classes * blocks
+    if mixed is not None:
+        fresh = torch.arange(ids.numel(), device=labels.device).view_as(ids) + num_classes * variants
+        ids = torch.where(mixed, fresh, ids)
+    return ids.flatten()
 
 
 def _check_square(images: Tensor, rotation: str) -> None:

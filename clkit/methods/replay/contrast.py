@@ -1,0 +1,323 @@
+"""Contrasts of embeddings: of class means, of views of each image, and of all images of a class."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn import functional as F
+
+from clkit.errors import BatchError
+from clkit.methods._checks import check_choice, check_number
+
+__all__ = [
+    "PrototypeContrast",
+    "check_labels",
+    "check_rows",
+    "draw_offset",
+    "instance_contrast",
+    "prototype_contrast",
+    "supervised_contrast",
+    "wide",
+]
+
+_EPSILON = 1e-8  # keeps the logarithm of the instance contrast finite
+_SHORTEST = 1e-12  # vectors up to this length have no direction
+
+
+class PrototypeContrast(NamedTuple):
+    """What :func:`prototype_contrast` gives.
+
+    Attributes:
+        loss: Scalar, float32 (float64 for float64 rows).
+        ids: (K,) int64, the classes of the batch, ascending, where the labels are.
+        means: (K, p) detached means of both views, not normalised.
+    """
+
+    loss: Tensor
+    ids: Tensor
+    means: Tensor
+
+
+def prototype_contrast(first: Tensor, second: Tensor, labels: Tensor, temperature: float = 0.5) -> PrototypeContrast:
+    r"""Online prototype equilibrium: class means attract their other view and repel all other classes.
+
+    With :math:`P, P'` the class means of the two views and :math:`r` their 2K rows scaled to length 1, it is the mean
+    over i of :math:`-\log \mathrm{softmax}_{j \neq i}(r_i \cdot r_j / \tau)` at the row of the same class in the other
+    view. One class gives exactly 0 without a gradient, no rows give 0. Gradients flow through both views. A mean of
+    length zero keeps its class and counts as a vector of zeros. Computed in float32 with autocast off, or in float64.
+
+    Args:
+        first: (n, p) unit rows, the embeddings of n images.
+        second: (n, p) unit rows, another view of the same images.
+        labels: (n,) integer class ids, any values. Labels on the host spare a GPU the wait for the number of classes.
+        temperature: :math:`\tau`.
+
+    Raises:
+        ArgumentError: If the temperature is not positive.
+        BatchError: If shapes or dtypes do not fit.
+
+    Example:
+        >>> views = torch.eye(4)
+        >>> loss, ids, means = prototype_contrast(views, views, torch.tensor([7, 7, 2, 2]))
+        >>> ids.tolist(), means[0].tolist()
+        ([2, 7], [0.0, 0.0, 0.5, 0.5])
+        >>> round(float(loss), 4)  # -log(e^2 / (e^2 + 2))
+        0.2395
+
+    Source: Y. Wei, J. Ye, Z. Huang, J. Zhang, H. Shan, arXiv 2308.00301.
+    """
+    check_number("temperature", temperature, above=0)
+    check_rows("first", first, None)
+    check_rows("second", second, tuple(first.shape))
+    check_labels("labels", labels, len(first))
+    with torch.autocast(first.device.type, enabled=False):
+        rows = torch.cat([wide(first), wide(second)], dim=1)
+        ids, inverse, counts = torch.unique(labels, sorted=True, return_inverse=True, return_counts=True)
+        sums = rows.new_zeros(len(ids), rows.shape[1])
+        sums = sums.index_add_(0, inverse.to(rows.device), rows)
+        means = sums / counts.to(rows)[:, None]
+        own, other = means.chunk(2, dim=1)
+        kept = ((own + other) / 2).detach()
+        if not len(ids):
+            return PrototypeContrast(rows.sum(), ids, kept)
+        units = _unit_rows(torch.cat([own, other]))
+        itself = torch.eye(len(units), dtype=torch.bool, device=units.device)
+        scores = (units @ units.T / temperature).masked_fill(itself, -torch.inf)
+        partners = torch.arange(len(units), device=units.device).roll(-len(ids))
+        return PrototypeContrast(F.cross_entropy(scores, partners), ids, kept)
+
+
+def draw_offset(in_features: int, projection_dim: int, generator: torch.Generator) -> int:
+    """First column of the slice of the features that :func:`instance_contrast` compares with: uniform in [0, D - p).
+
+    Nothing is drawn and it is 0 where the embedding is as wide as the features.
+
+    Example:
+        >>> draw_offset(128, 128, torch.Generator())
+        0
+    """
+    if in_features <= projection_dim:
+        return 0
+    return int(torch.randint(in_features - projection_dim, (), generator=generator, device=generator.device))
+
+
+def instance_contrast(
+    embeddings: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    form: Literal["new", "memory"],
+    offset: int = 0,
+    temperature: float = 0.07,
+    scale: float = 1.0,
+) -> Tensor:
+    r"""Supervised contrast of 2n rows, two views of n images, with an embedding and a slice of the features.
+
+    With unit embeddings z, :math:`h = f / \lVert f \rVert` and o the offset:
+
+    .. math::
+        A = s (z\, h_{:, o:o+p}^\top + z z^\top), \quad
+        E = \exp\bigl((A - \operatorname{rowmax} A) / \tau\bigr), \quad
+        \ell = -\log\Bigl(\frac{E}{\sum_j E_{ij} + \epsilon} + \epsilon\Bigr), \quad \epsilon = 10^{-8}
+
+    ``sup`` is the mean over rows of the mean :math:`\ell_{ij}` over all rows j of the same label, i itself included.
+    ``form="memory"`` is ``sup``. ``form="new"`` sets :math:`E_{ii} = 0` and is the mean of :math:`\ell` at the other
+    view of the same image, plus twice ``sup``; its diagonal adds a constant (18.42 / positives, twice) that has no
+    gradient. The row maximum is not differentiated. Computed in float32 with autocast off, or in float64.
+
+    Args:
+        embeddings: (2n, p) unit rows; row i + n is the other view of row i.
+        features: (2n, D), D at least p, as they are: they are scaled to length 1 here.
+        labels: (n,) integer ids of the first n rows, see :func:`variant_labels`; the other view has the same.
+            Labels on the host spare a GPU the wait for how many pairs there are.
+        form: See above.
+        offset: First column of the slice, see :func:`draw_offset`.
+        temperature: :math:`\tau`.
+        scale: s.
+
+    Returns:
+        Scalar; 0 with a graph for no rows.
+
+    Raises:
+        ArgumentError: If an option is not allowed.
+        BatchError: If shapes or dtypes do not fit, or the slice ends beyond the features.
+
+    Example:
+        >>> rows = torch.nn.functional.normalize(torch.randn(8, 3), dim=1)
+        >>> loss = instance_contrast(rows, torch.randn(8, 5), torch.tensor([0, 1, 0, 2]), form="memory", offset=1)
+
+    Source: Y. Wei et al., arXiv 2308.00301; Y. Guo, B. Liu, D. Zhao, ICML 2022.
+    """
+    check_choice("form", form, ("new", "memory"))
+    check_number("temperature", temperature, above=0)
+    check_number("scale", scale, above=0)
+    check_rows("embeddings", embeddings, None)
+    check_rows("features", features, (len(embeddings), None))
+    check_labels("labels", labels, len(embeddings) // 2)
+    width = embeddings.shape[1]
+    if len(embeddings) % 2 or not 0 <= offset <= features.shape[1] - width:
+        raise BatchError(
+            f"embeddings must have two views of each row and features at least offset + p columns, got embeddings of "
+            f"shape {tuple(embeddings.shape)}, features of shape {tuple(features.shape)} and offset={offset}; "
+            f"project to at most as many dimensions as the features have"
+        )
+    with torch.autocast(embeddings.device.type, enabled=False):
+        z, f = wide(embeddings), wide(features)
+        if not len(z):
+            return z.sum() + f.sum()
+        h = _unit_rows(f)[:, offset : offset + width]
+        row, column, positives = (part.to(z.device) for part in _same_label(torch.cat([labels, labels])))
+        share = (1 / len(z)) / (positives.to(z)[row] + _EPSILON)
+        if form == "new":
+            rows = torch.arange(len(z), device=z.device)
+            row, column = torch.cat([row, rows]), torch.cat([column, rows.roll(len(labels))])
+            share = torch.cat([2 * share, share.new_full((len(z),), 1 / len(z))])
+        # the small factor is scaled, not the product, which is (2n, 2n)
+        loss: Tensor = _PairCosts.apply(scale / temperature * z, h + z, row, column, share, form == "memory")
+        return loss
+
+
+def _same_label(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of each pair with one label, row after row, and in how many pairs a row is."""
+    ordered, order = labels.sort(stable=True)
+    begin = torch.searchsorted(ordered, labels)
+    positives = torch.searchsorted(ordered, labels, right=True) - begin
+    row = torch.arange(len(labels), device=labels.device).repeat_interleave(positives)
+    number = torch.arange(len(row), device=labels.device)  # of the pair; those of the rows before are taken off
+    return row, order[number + (begin - positives.cumsum(0) + positives)[row]], positives
+
+
+class _PairCosts(torch.autograd.Function):
+    r"""The sum of :math:`\ell` of some pairs of rows, each with its share; see :func:`instance_contrast`.
+
+    Nearly all entries of the matrix of weights are needed for the row sums only, and so for the gradient, which is
+    found together with the loss: no matrix is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, row: Tensor, column: Tensor, share: Tensor, diagonal: bool
+    ) -> Tensor:
+        ctx.diagonal = diagonal
+        loss, *slopes = _cost_and_slopes(left, right, row, column, share, diagonal)
+        ctx.save_for_backward(left, right, row, column, share, *slopes)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, row, column, share, of_left, of_right = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the slopes will be differentiated themselves
+            _, of_left, of_right = _cost_and_slopes(left, right, row, column, share, ctx.diagonal)
+        return slope * of_left, slope * of_right, None, None, None, None
+
+
+def _cost_and_slopes(
+    left: Tensor, right: Tensor, row: Tensor, column: Tensor, share: Tensor, diagonal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, and its slopes by ``left`` and ``right``; works in place, for the matrix has a row for each view."""
+    scores = left @ right.T
+    scores = scores.sub_(scores.detach().amax(dim=1, keepdim=True))
+    if not diagonal:
+        with torch.no_grad():
+            scores.fill_diagonal_(-torch.inf)
+    weights = scores.exp_()
+    totals = weights.sum(dim=1) + _EPSILON
+    parts = weights[row, column] / totals[row]
+    kept = parts + _EPSILON
+    of_pairs = -share * parts / kept  # the slopes by the scores of the pairs, the totals held
+    of_rows = torch.zeros_like(totals).index_put_((row,), of_pairs, accumulate=True)
+    by_row = (-of_rows / totals)[:, None]
+    slopes = weights * by_row if torch.is_grad_enabled() else weights.mul_(by_row)  # autograd still needs the weights
+    slopes = slopes.index_put_((row, column), of_pairs, accumulate=True)
+    return -(share * kept.log()).sum(), slopes @ right, (left.T @ slopes).T
+
+
+def supervised_contrast(first: Tensor, second: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    r"""Mean over all 2n rows of the mean cost of finding each row of the same class among all others.
+
+    With :math:`z` the rows of both views and :math:`P(i)` the other rows with the label of row i:
+
+    .. math::
+        L = \frac{1}{2n} \sum_i \frac{-1}{|P(i)|} \sum_{p \in P(i)}
+            \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \neq i} \exp(z_i \cdot z_a / \tau)}
+
+    Computed in float32 with autocast off, or in float64.
+
+    Args:
+        first: (n, p) unit rows, the embeddings of n images.
+        second: (n, p) unit rows, another view of the same images.
+        labels: (n,) integer class ids, any values.
+        temperature: :math:`\tau`.
+
+    Returns:
+        Scalar; 0 with a graph for no rows.
+
+    Raises:
+        ArgumentError: If the temperature is not positive.
+        BatchError: If shapes or dtypes do not fit.
+
+    Example:
+        >>> rows = torch.eye(2)
+        >>> round(float(supervised_contrast(rows, rows, torch.tensor([0, 1]), temperature=1.0)), 4)
+        0.5514
+
+    Source: P. Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2; in replay learning: Z. Mai et
+    al., "Supervised Contrastive Replay", CVPR Workshops 2021.
+    """
+    check_number("temperature", temperature, above=0)
+    check_rows("first", first, None)
+    check_rows("second", second, tuple(first.shape))
+    check_labels("labels", labels, len(first))
+    with torch.autocast(first.device.type, enabled=False):
+        rows = wide(torch.cat([first, second]))
+        if not len(rows):
+            return rows.sum()
+        ids = labels.repeat(2)
+        itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        same = (ids[:, None] == ids).to(rows.device) & ~itself
+        costs = -F.log_softmax((rows @ rows.T / temperature).masked_fill(itself, -torch.inf), dim=1)
+        # where, not a product: the cost of a row with itself is infinite
+        return (torch.where(same, costs, 0).sum(dim=1) / same.sum(dim=1)).mean()
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return the values in float32, or in float64 if they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    """Rows of length 1; a row without a direction stays as it is, with a gradient of ordinary size."""
+    lengths = vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(lengths > _SHORTEST, lengths, 1.0)
+
+
+def check_rows(name: str, rows: Tensor, shape: tuple[int | None, ...] | None) -> None:
+    """Refuse what is no matrix of floating-point numbers of that shape; ``None`` stands for any size."""
+    fits = rows.ndim == 2 and (
+        shape is None or all(wanted in (None, got) for wanted, got in zip(shape, rows.shape, strict=True))
+    )
+    if not fits or not rows.dtype.is_floating_point:
+        told = "(n, p)" if shape is None else str(shape).replace("None", "D")
+        raise BatchError(
+            f"{name} must be floating-point numbers of shape {told}, got {rows.dtype} of shape {tuple(rows.shape)}"
+        )
+
+
+def check_labels(name: str, labels: Tensor, rows: int, *, below: int | None = None) -> None:
+    """Refuse what is no vector of so many integers, from 0 if there is a limit to them."""
+    if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
+        raise BatchError(
+            f"{name} must be integer class ids, got {labels.dtype}; call .long() if they are whole numbers"
+        )
+    if labels.shape != (rows,):
+        raise BatchError(f"{name} must have shape ({rows},), got {tuple(labels.shape)}")
+    if below is not None and labels.device.type == "cpu" and rows:  # elsewhere the question would cost a wait
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= below:
+            raise BatchError(
+                f"{name} must be class ids from 0 to {below - 1}, as the head has {below} outputs, "
+                f"got {low if low < 0 else high}; make the head as wide as the number of classes"
+            )

@@ -1,0 +1,559 @@
+"""The base of replay strategies: the memory, the single forward of a step, and the losses that a method takes on it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
+from clkit.features.batch import BatchReader, read_batch
+from clkit.features.tap import FeatureTap, Tapped
+from clkit.methods._checks import check_choice, check_count
+from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
+from clkit.methods.replay.projector import Projector
+from clkit.methods.replay.segments import BatchNormSegments
+from clkit.methods.replay.step import Part, StepBatch, StepOutputs, StepViews, arrange, total_loss
+from clkit.schema import saved_entry, saved_list
+from clkit.strategies._augmentation import Augmentation
+from clkit.strategies._memory import MemorySettings, ReplayMemory
+from clkit.strategies._ranks import Incoming
+from clkit.strategies.base import LearningStrategy
+from clkit.stream.experience import Experience
+
+__all__ = ["Projection", "ReplayStrategy"]
+
+# so that no two purposes of a step share their draws
+SAMPLE, MIX, VIEWS, OFFSET, SECOND = range(5)
+_UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The embedding that contrastive losses compare, beside the classifier.
+
+    Args:
+        kind: ``"linear"``, or ``"mlp"`` with one hidden layer as wide as the features.
+        dim: p, width of the embedding; ``None`` for min(128, D).
+
+    Raises:
+        ArgumentError: If an argument is not allowed.
+    """
+
+    kind: Literal["linear", "mlp"] = "linear"
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("projection.kind", self.kind, ("linear", "mlp"))
+        if self.dim is not None:
+            check_count("projection.dim", self.dim)
+
+
+class ReplayStrategy(LearningStrategy):
+    """Learns a stream in a single pass, with images of a small memory beside each batch; the base of such methods.
+
+    Each step runs the incoming batch and images of the memory through the network, in one forward, and trains it by
+    the losses of the method. The user's optimizer, schedule, precision, gradient clipping and accumulation apply;
+    their ``training_step`` is not called, and the run says so. Prediction is the module's own classifier.
+
+    **The loader must deliver images that are not augmented**: they are what the memory keeps. The strategy augments
+    them itself, by ``transform``. A whole checkpoint contains the memory, that is, training images; a weights-only one
+    does not.
+
+    A method says in :meth:`views` which images go through the network, and in :meth:`terms` what its losses are. Where
+    they are not drawn at random it says in :meth:`retrieve` which rows are replayed, and by ``extra_names`` and
+    :meth:`remember` what is kept beside an image.
+
+    Logged under ``name``: ``er/loss``, each term, ``er/memory`` (rows in this process's memory) and, at the end of
+    each experience, ``er/memory/class_3`` (rows of a class). Monitors of values that the ``training_step`` logs do not
+    exist.
+
+    With several processes the memory is the same in all of them, that of one process fed with the batches of all, or,
+    by ``memory.scope="sharded"``, each has a part of it for its own stream; ``replay_batch`` is shared out. Losses are
+    over each process's own rows, and gradients are averaged, unless ``gather="embeddings"``.
+
+    Args:
+        capacity: M, images kept; 0 for none.
+        replay_batch: Most images retrieved from the memory in a step, over all processes.
+        transform: Augments a batch of images; ``None`` for :class:`~clkit.methods.RandomViews`. Another callable is
+            given one image at a time, since most draw one set of parameters a call, unless it has an attribute
+            ``per_sample`` that is true. It may draw from the global random states, which are restored.
+        memory: How the images are kept.
+        batch_norm: ``"segments"``: each group of views is normalised by its own statistics, as separate forward calls
+            would; ``"joint"``: all together.
+        gather: ``"embeddings"``: with several processes the losses are over the rows of all; ``None``: over their own.
+        name: Prefix of what is logged; ``None`` for the strategy's ``state_key``.
+        layer: Where features are read; see :class:`~clkit.FeatureTap`.
+        seed: Of all draws of the strategy, at least 0; the global random states are left alone.
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+        ddp_options: Keyword arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+
+    Raises:
+        ArgumentError: If an argument is not allowed.
+
+    Attributes:
+        projection: The embedding beside the classifier; ``None`` where no loss needs one.
+        extra_names: Names of the tensors that the memory keeps with each image.
+        segmented: Whether :meth:`views` may give more than one group.
+        settings: What a checkpoint is compared with: options that change the method, as plain types.
+    """
+
+    part_name = "replay_projector"
+    skips_unlabelled = True
+    projection: Projection | None = None
+    extra_names: ClassVar[tuple[str, ...]] = ()
+    segmented: bool = True
+
+    def __init__(
+        self,
+        capacity: int = 200,
+        *,
+        replay_batch: int = 64,
+        transform: Callable[[Tensor], Any] | None = None,  # Any: the command line takes Tensor for a class to build
+        memory: MemorySettings = MemorySettings(),
+        batch_norm: Literal["segments", "joint"] = "segments",
+        gather: Literal["embeddings"] | None = None,
+        name: str | None = None,
+        layer: str = "auto",
+        seed: int = 0,
+        batch_reader: BatchReader | None = None,
+        **ddp_options: Any,
+    ) -> None:
+        super().__init__(batch_reader=batch_reader, **ddp_options)
+        self.capacity = check_count("capacity", capacity, at_least=0)
+        self.replay_batch = check_count("replay_batch", replay_batch)
+        self.batch_norm = check_choice("batch_norm", batch_norm, ("segments", "joint"))
+        self.gather = gather if check_choice("gather", gather or "none", ("none", "embeddings")) != "none" else None
+        self.name = name or self.state_key
+        self.layer = layer
+        self.seed = check_count("seed", seed, at_least=0)
+        self.memory_scope = memory.scope
+        self.settings: dict[str, Any] = {}
+        self.augmentation = Augmentation(transform)
+        self.augments_stream = not self.augmentation.is_identity
+        self._memory = ReplayMemory(capacity, memory, self.seed)
+        self._ranks = self._memory.ranks
+        self._counts: dict[int, dict[int, int]] = {}  # rows of each class in memory when an experience ended
+        self._seen: set[int] = set()
+        self._step = 0  # batches learned
+        self._batch_in_experience = 0
+        self._experience = 0
+        self._epoch: int | None = None  # in which the experience began
+        self._tap: FeatureTap | None = None
+        self._segments: BatchNormSegments | None = None
+        self._automatic: bool | None = None
+        self._work: _Work | None = None
+        self._said: set[str] = set()
+
+    @property
+    def memory(self) -> ReservoirBuffer | None:
+        """What is kept of the stream, of one's own stream where the memory is sharded; ``None`` for capacity 0."""
+        return self._memory.rows
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """The embedding beside the classifier, D to p; ``None`` before the first fit and where no loss needs it."""
+        return self.part
+
+    # ---- the method
+
+    @abstractmethod
+    def views(self, batch: StepBatch) -> Sequence[Mapping[str, Part]]:
+        """Return the images that go through the network, as named blocks; those of one mapping are normalised together.
+
+        Images are augmented, those of :attr:`Part.plain <clkit.methods.replay.step.Part.plain>` are not.
+        """
+
+    @abstractmethod
+    def terms(self, outputs: StepOutputs) -> Mapping[str, tuple[float, Tensor]]:
+        """Return each loss by name with its weight, from what the network gave for the blocks of :meth:`views`."""
+
+    def retrieve(self, new: Part, count: int, generator: torch.Generator) -> MemoryRows:
+        """Return the rows of the memory that are replayed beside the incoming batch: some at random.
+
+        Args:
+            new: The incoming batch.
+            count: Rows wanted.
+            generator: For all draws: in the same state in all processes that have the same memory.
+        """
+        assert self.memory is not None
+        return self.memory.sample(count, generator)
+
+    def replay_count(self, classes_seen: int) -> int:
+        """Return how many rows a step asks of the memory, over all processes; it has some."""
+        return self.replay_batch
+
+    def remember(self, outputs: StepOutputs) -> Mapping[str, Tensor]:
+        """Return what the memory keeps with each incoming image, called once a batch on all processes."""
+        return {}
+
+    def logged(self) -> Mapping[str, float]:
+        """Return what is logged of a step beside its losses."""
+        return {}
+
+    # ---- before and after the loops
+
+    def make_part(self, trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
+        """Return the projector, with weights that depend on the seed alone; ``None`` where no loss needs it.
+
+        Raises:
+            ConfigurationError: If the width of the features is not known before the first forward.
+            ArgumentError: If the embedding would be wider than they are.
+        """
+        if self.projection is None:
+            return None
+        with FeatureTap(module, self.layer) as tap:
+            width = tap.width
+        if width is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} cannot tell the width of the features that go into the classifier before the "
+                "first forward; pass layer=, the dotted path of the network's last linear layer"
+            )
+        dim = min(128, width) if self.projection.dim is None else self.projection.dim
+        if dim > width:
+            raise ArgumentError(
+                f"projection.dim={dim} is larger than the {width} features of {type(module).__name__}; an embedding is "
+                "at most as wide"
+            )
+        return Projector(width, dim, self.projection.kind, seed=self.seed)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Prepare the module for replay.
+
+        Raises:
+            ConfigurationError: If the module cannot be trained so; the message names the reason.
+        """
+        super().setup(trainer)
+        if trainer.state.fn != "fit":
+            return
+        self._memory.share_out()
+        module = self.lightning_module
+        assert module is not None
+        self._tell_once(
+            "step",
+            f"clkit: {type(self).__name__} computes the training loss itself; training_step() of "
+            f"{type(module).__name__} is not called, and what it logs does not exist",
+        )
+        self._check_optimizers()
+        if len(self.optimizers) != 1:
+            raise ConfigurationError(
+                f"{type(self).__name__} steps one optimizer, configure_optimizers() of {type(module).__name__} gives "
+                f"{len(self.optimizers)}"
+            )
+        if type(module).forward is pl.LightningModule.forward and not self.single_device:
+            raise ConfigurationError(
+                f"{type(module).__name__} has no forward(), through which DDP must run the network; define it to "
+                "return the logits"
+            )
+        self._tap = FeatureTap(module, self.layer)
+        if self.batch_norm == "segments" and self.segmented:
+            self._segments = BatchNormSegments(module)
+        self._automatic, module.automatic_optimization = module.automatic_optimization, True
+
+    def teardown(self) -> None:
+        """Give the user's module back as it was."""
+        if self._segments is not None:
+            self._segments.close()
+        if self._tap is not None:
+            self._tap.close()
+        if self.lightning_module is not None and self._automatic is not None:
+            self.lightning_module.automatic_optimization = self._automatic
+        self._segments = self._tap = self._automatic = self._work = None
+        super().teardown()
+
+    # ---- boundaries
+
+    def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        """Begin to count the batches of the experience."""
+        self._batch_in_experience = 0
+        self._experience = experience.index
+        self._epoch = trainer.current_epoch
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        """Log how many rows of each class the memory has, and keep the numbers for the figure of the run."""
+        if self.memory is not None:
+            counts = self._counts[experience.index] = self._ranks.class_counts(self.memory)
+            self._log_now(trainer, {f"memory/class_{c}": float(rows) for c, rows in counts.items()})
+
+    def _log_now(self, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+        for logger in trainer.loggers:
+            named = {f"{self.name}/{key}": value for key, value in values.items()}
+            logger.log_metrics(named, step=trainer.global_step)
+
+    def run_figures(self) -> dict[str, Any]:
+        """Return figures of the run by file name, for :class:`~clkit.callbacks.StreamEvaluation`; needs matplotlib.
+
+        How many rows of each class the memory held at the end of each experience.
+        """
+        if not any(self._counts.values()):
+            return {}
+        from clkit.report.replay_figures import plot_memory_balance
+
+        return {"memory_balance": plot_memory_balance(self._counts)[0]}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let go of what was prepared for the last batch."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._work = None
+        epoch = self._trainer.current_epoch
+        if self._epoch is not None and epoch > self._epoch and self.capacity and "epochs" not in self._said:
+            self._said.add("epochs")
+            rank_zero_warn(
+                f"epoch {epoch} is a further one over experience {self._experience}: the memory counts its images "
+                "again, as if they were new; train each experience for one epoch"
+            )
+        self._epoch = epoch if self._epoch is None else self._epoch
+
+    # ---- one batch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of one batch, from one forward call.
+
+        Called again for the same batch (by an optimizer with a closure) it computes the loss of the same views anew,
+        and the memory is not offered the batch again.
+        """
+        if self._work is None:
+            self._work = self._prepared(args[0] if args else kwargs["batch"])
+        work = self._work
+        if not len(work.incoming.labels):
+            return self._nothing()
+        with self.precision_plugin.train_step_context():
+            own = self._forward(work.views)
+        with torch.autocast(own.all_logits.device.type, enabled=False):
+            outputs = own if self.gather is None else self._ranks.joined(own)
+            terms = self.terms(outputs)
+            loss = total_loss(terms, outputs)
+        if work.extras is None:
+            work.extras = {name: self._ranks.offered_rows(rows) for name, rows in self.remember(own).items()}
+            self._report(work, terms, loss.detach())
+        return loss
+
+    def _prepared(self, batch: Any) -> _Work:
+        """Draw and read all that a step needs before the forward; nothing that is kept changes."""
+        x, y = self._checked(*read_batch(batch, self.batch_reader))
+        incoming, memory = self._ranks.incoming(x, y, self.memory), self.memory
+        if memory is not None:  # what it would refuse is known before the step
+            memory.check(incoming.offered, incoming.offered_labels, self.extra_names)
+        self._work = work = _Work(self._step, incoming, self._seen | set(incoming.labels.tolist()))
+        count = self.replay_count(len(work.seen)) if memory is not None and incoming.stored else 0
+        step = self._retrieved(incoming.part, count) if count else _without_replay(incoming.part, self.extra_names)
+        transform = None if self.augmentation.is_identity else self._augmented
+        views = arrange(self.views(step), transform, x)
+        self.stream_rows = views.stream
+        if not len(views.images) and len(incoming.labels):
+            # other processes wait for this one's part in the step: it runs a row that no loss looks at
+            views.images, views.segments = incoming.spare, [1]
+        work.views = views
+        return work
+
+    def _retrieved(self, new: Part, count: int) -> StepBatch:
+        rows, replay = self._drawn(new, count, SAMPLE)
+        extras = {name: self._ranks.mine(rows.extras[name]).cpu() for name in self.extra_names if name in rows.extras}
+        return StepBatch(new, replay, count, rows, extras)
+
+    def _drawn(self, new: Part, count: int, purpose: int) -> tuple[MemoryRows, Part]:
+        """Return what this process retrieves of the memory, and its share of that."""
+        assert self.memory is not None
+        if self.memory.size:
+            generator = self._generator(purpose, self._ranks.shard)
+            rows = self.retrieve(new, self._ranks.drawn_here(count), generator)
+        else:  # the process's own part of the memory
+            none = torch.empty(0, dtype=torch.int64)
+            extras = {name: torch.empty(0) for name in self.extra_names}
+            rows = MemoryRows(new.images[:0], none, none, none, none, extras)
+        return rows, self._ranks.share(rows.data, rows.label, new.images, count)
+
+    def _forward(self, views: StepViews) -> StepOutputs:
+        tap, module, heard = self._tap, self.lightning_module, list[Tapped]()
+        assert tap is not None
+        assert module is not None
+        run: Any = tap.network if type(module).forward is pl.LightningModule.forward else self.model
+        listener = tap.listen(heard.append)
+        try:
+            if self._segments is None:
+                output = run(views.images)
+            else:
+                with self._segments.step(views.segments):
+                    output = run(views.images)
+        finally:
+            listener.remove()
+        if not heard:
+            raise ConfigurationError(
+                f"no features passed the tap at {tap.point!r}: forward() does not run the classifier; pass layer=, the "
+                "dotted path of the classifier that it does run"
+            )
+        features, logits = heard[0]
+        logits = output if logits is None else logits
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(views.images):
+            raise ConfigurationError(
+                f"forward() must give logits of shape (B, C) for {type(self).__name__}, got "
+                f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
+            )
+        assert self._work is not None
+        _check_label(self._work.incoming.part.labels, logits.shape[1])
+        return StepOutputs(views, logits, features, None if self.part is None else self.part(features))
+
+    def on_batch_learned(self) -> None:
+        """Offer the batch to the memory, whatever the loss."""
+        work = self._work
+        if work is None or work.extras is None or work.kept:  # a batch without rows, or a second step for one batch
+            return
+        work.kept = True
+        if self.memory is not None:
+            offered = work.incoming.offered, work.incoming.offered_labels
+            self.memory.add(*offered, self._experience, **work.extras)
+        self._seen = work.seen
+        self._step += 1
+        self._batch_in_experience += 1
+
+    def _report(self, work: _Work, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
+        losses = {name: term.detach() for name, (_, term) in terms.items()}
+        bad = [name for name, term in losses.items() if name not in self._said and not bool(term.isfinite())]
+        if bad:  # once for each term: what follows is not finite either
+            self._said.update(bad)
+            rank_zero_warn(
+                f"batch {work.step}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
+                f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
+            )
+        values: dict[str, Any] = {"loss": loss, **losses, **self.logged()}
+        if self.memory is not None:
+            rows, limit = self.memory.size + len(work.incoming.offered_labels), self.memory.capacity
+            values["memory"] = float(rows if limit is None else min(rows, limit))  # once it has the batch
+        logged = {f"{self.name}/{key}": value for key, value in values.items()}
+        assert self.lightning_module is not None
+        count = max(1, len(work.incoming.labels))
+        self.lightning_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=count)
+
+    def _nothing(self) -> Tensor:
+        """Return a zero with a graph, for no rows."""
+        assert self.lightning_module is not None
+        parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]
+        return torch.stack([parameter.flatten()[:0].float().sum() for parameter in parameters]).sum()
+
+    # ---- small things
+
+    def _checked(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images, and labels on the host, of the labelled rows of a batch.
+
+        Raises:
+            BatchError: If they cannot be learned.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            seen = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise BatchError(f"{type(self).__name__} needs images as one floating-point tensor (B, …), got {seen}")
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.shape != (len(x),):
+            raise BatchError(
+                f"targets must be {len(x)} integer class ids, one per image, got {y.dtype} of shape {tuple(y.shape)}"
+            )
+        labels = y.cpu().long()
+        known = labels != _UNLABELLED
+        if not bool(known.all()):
+            x, labels = x[known.to(x.device)], labels[known]
+        if not bool(x.isfinite().all()):
+            raise BatchError("images of the batch are not finite; it was refused, nothing was changed")
+        _check_label(labels, self._width())
+        return x, labels
+
+    def _width(self) -> int | None:
+        """Return how many outputs the classifier has, where it tells."""
+        assert self._tap is not None
+        classifier = self._tap.classifier
+        if classifier is None:
+            return None
+        widths = [getattr(m, "out_features", getattr(m, "out_channels", None)) for m in classifier.modules()]
+        return next((int(width) for width in reversed(widths) if width is not None), None)
+
+    def _augmented(self, images: Tensor, positions: Tensor, total: int) -> Tensor:
+        return self.augmentation(images, positions, total, self._generator(VIEWS))
+
+    def _generator(self, purpose: int, shard: int = 0) -> torch.Generator:
+        """Return the draws of one purpose and batch, the same in all processes that have the same memory."""
+        assert self._work is not None
+        words = np.random.SeedSequence((self.seed, purpose, self._work.step, shard)).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+    def _tell_once(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            rank_zero_info(message)
+
+    # ---- state
+
+    def stream_state(self) -> dict[str, Any]:
+        """Return memories, classes seen and counters, and the settings that gave them."""
+        return {
+            "memory": self._memory.saved(),
+            "counts": {experience: dict(counts) for experience, counts in self._counts.items()},
+            "seen": sorted(self._seen),
+            "step": self._step,
+            "batch_in_experience": self._batch_in_experience,
+            "experience": self._experience,
+            "epoch": self._epoch,
+            "settings": dict(self.settings),
+        }
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`stream_state` gave.
+
+        Raises:
+            StateError: If it does not fit these settings; nothing is changed then.
+        """
+        key = self.state_key
+        self._memory.check(state, key)
+        seen = set(saved_list(state, "seen", int, key))
+        numbers = {name: saved_entry(state, name, int, key) for name in ("step", "batch_in_experience", "experience")}
+        negative = [name for name, number in numbers.items() if number < 0]
+        if negative:
+            raise StateError(f"{key}: {', '.join(negative)} in the saved state must be at least 0; the file is damaged")
+        epoch = saved_entry(state, "epoch", int | None, key)
+        settings = saved_entry(state, "settings", dict, key)
+        counts = saved_entry(state, "counts", dict, key)
+        for experience in counts:
+            for c in saved_entry(counts, experience, dict, f"{key}: counts"):
+                saved_entry(counts[experience], c, int, f"{key}: counts of experience {experience}")
+        self._memory.load(state["memory"], key)
+        self._counts = {experience: dict(rows) for experience, rows in counts.items()}
+        self._seen, self._epoch = seen, epoch
+        self._step, self._batch_in_experience, self._experience = numbers.values()
+        changed = [
+            f"{name}={value!r} (was {settings[name]!r})"
+            for name, value in self.settings.items()
+            if name in settings and settings[name] != value
+        ]
+        if changed:
+            rank_zero_warn(f"{key}: the checkpoint was saved with other settings: {', '.join(changed)}")
+
+
+@dataclass
+class _Work:
+    """What a batch needs until it is learned."""
+
+    step: int
+    incoming: Incoming
+    seen: set[int]  # classes, its own among them
+    views: StepViews = None  # type: ignore[assignment]  # made a moment later
+    extras: dict[str, Tensor] | None = None  # for the memory, once the loss is there
+    kept: bool = False  # whether the memory has the batch
+
+
+def _without_replay(new: Part, extra_names: tuple[str, ...]) -> StepBatch:
+    none = torch.empty(0, dtype=torch.int64)
+    return StepBatch(new, Part(new.images[:0], none, none, 0), extras={name: torch.empty(0) for name in extra_names})
+
+
+def _check_label(labels: Tensor, width: int | None) -> None:
+    if not len(labels):
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (width is not None and high >= width):
+        raise BatchError(
+            f"a batch has the label {low if low < 0 else high}, and the classifier {width} outputs (0 to "
+            f"{'?' if width is None else width - 1}); build it with as many outputs as there will be classes"
+        )
