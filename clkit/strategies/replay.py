@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.features.batch import BatchReader, read_batch
+from clkit.features.observer import evaluating
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
@@ -185,6 +187,19 @@ class ReplayStrategy(LearningStrategy):
         """
         assert self.memory is not None
         return self.memory.sample(count, generator)
+
+    def look(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the network's logits for some images, in evaluation mode and without a trace; for :meth:`retrieve`.
+
+        Args:
+            images: (n, …), on the device of the module.
+            weights: Weights by the names of ``lightning_module.named_parameters()`` to use in place of the module's.
+        """
+        module = self.lightning_module
+        assert module is not None
+        with evaluating(module), self.precision_plugin.forward_context():
+            logits: Tensor = functional_call(module, dict(weights or {}), (images,))
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
     def replay_count(self, classes_seen: int) -> int:
         """Return how many rows a step asks of the memory, over all processes; it has some."""

@@ -45,6 +45,12 @@ class MemoryRows(NamedTuple):
     origin: Tensor
     extras: dict[str, Tensor]
 
+    def take(self, at: Tensor) -> MemoryRows:
+        """Return some of the rows, by their positions (m,) on the host."""
+        data, label, experience, arrival, origin = (each[at.to(each.device)] for each in self[:5])
+        extras = {name: each[at.to(each.device)] for name, each in self.extras.items()}
+        return MemoryRows(data, label, experience, arrival, origin, extras)
+
 
 class ReservoirBuffer(PlainState):
     r"""A memory of M rows of a stream that is exactly uniform over everything seen, or balanced over classes.
