@@ -172,7 +172,8 @@ class LibraryStep:
         images, labels, mixed = setting.draw(generator, apf=self.losses is not None)
         new, seen = Part.whole(setting.x, setting.y), Part.whole(images, labels)
         if self.losses is None:
-            blocks = self.er.views(StepBatch(new, seen))
+            rows = setting.memory.sample(0)
+            blocks = self.er.views(StepBatch(new, seen, REPLAYED, rows, {}))
         else:
             blocks = self.losses.views(new, seen, Part.whole(mixed.images, mixed.labels), CLASSES, first=False)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods._checks import check_choice, check_number, check_probability
+from clkit.methods._checks import check_choice, check_number
 from clkit.methods._state import exact
 from clkit.methods.replay.contrast import (
     PrototypeContrast,
@@ -23,7 +23,7 @@ from clkit.methods.replay.contrast import (
 from clkit.methods.replay.mixing import (
     ClassMemory,
     MixedBatch,
-    PairRule,
+    Mixing,
     mixed_cross_entropy,
     mixture,
     pair_counts,
@@ -33,7 +33,7 @@ from clkit.methods.replay.step import Part, StepOutputs, cross_entropy
 from clkit.methods.replay.views import VARIANTS, Rotation, rotate_views, variant_labels
 from clkit.schema import FLOATS, Numbers, read_state
 
-__all__ = ["Mixing", "OnProLosses", "OnlinePrototypes"]
+__all__ = ["OnProLosses", "OnlinePrototypes"]
 
 _NEW = ("upright1", "turned1", "upright2", "turned2")  # blocks of the incoming images; turned: all other variants
 
@@ -207,42 +207,6 @@ class OnProLosses:
         return prototype_contrast(first, second, outputs.labels(one), self.prototype_temperature)
 
 
-@dataclass(frozen=True)
-class Mixing:
-    r"""How the images of a replay batch are mixed (adaptive prototypical feedback).
-
-    Args:
-        base_rate: :math:`\rho`, share of a replay batch that is mixed among itself.
-        probability: P, how often images are mixed at all.
-        largest: Largest share of the second image in the first part.
-        alpha: The share in the second part has the distribution Beta(alpha, alpha).
-        pair_rule: ``"round"`` or ``"multinomial"``, see :func:`~clkit.methods.replay.mixing.pair_counts`.
-        pure_class: Which class an image of a pair has that is not mixed: always the ``"first"`` of the two, as
-            published, or ``"either"``.
-        probability_rule: ``"squared"``: one coin for the whole first part and one for each row, so that a row is
-            mixed with probability P squared, as published; ``"once"``: one for each row.
-
-    Raises:
-        ArgumentError: If an argument is not allowed.
-    """
-
-    base_rate: float = 0.75
-    probability: float = 0.6
-    largest: float = 0.6
-    alpha: float = 0.4
-    pair_rule: PairRule = "round"
-    pure_class: Literal["first", "either"] = "first"
-    probability_rule: Literal["squared", "once"] = "squared"
-
-    def __post_init__(self) -> None:
-        for name in ("base_rate", "probability", "largest"):
-            check_probability(name, getattr(self, name))
-        check_number("alpha", self.alpha, above=0)
-        check_choice("pair_rule", self.pair_rule, ("round", "multinomial"))
-        check_choice("pure_class", self.pure_class, ("first", "either"))
-        check_choice("probability_rule", self.probability_rule, ("squared", "once"))
-
-
 class OnlinePrototypes:
     r"""The class means of the last step, and the replay batches that they ask for (adaptive prototypical feedback).
 
@@ -274,7 +238,7 @@ class OnlinePrototypes:
         self._probabilities: Tensor | None = None
 
     def __len__(self) -> int:
-        """Classes whose mean is known."""
+        """Return how many classes have a known mean."""
         return len(self.ids)
 
     def keep(self, ids: Tensor, means: Tensor) -> None:
@@ -304,7 +268,7 @@ class OnlinePrototypes:
         *,
         size: int | None = None,
     ) -> MixedBatch:
-        """A replay batch made of a sample of the memory, and of pairs of classes drawn from the whole of it.
+        """Return a replay batch made of a sample of the memory, and of pairs of classes drawn from the whole of it.
 
         The first ``floor(size * base_rate)`` rows (or as many as there are) are rows of the sample mixed among
         themselves; the others are mixtures of pairs of classes. Classes that have left the memory are replaced by
@@ -377,13 +341,13 @@ class OnlinePrototypes:
         return mixture(x, y, first, second, share)
 
     def _stored(self, ids: Tensor, shared: list[int], generator: torch.Generator) -> Tensor:
-        """The classes themselves, and random shared ones for those that have left the memory."""
+        """Return the classes themselves, and random shared ones for those that have left the memory."""
         stored = torch.tensor(shared)
         instead = stored[torch.randint(len(shared), ids.shape, generator=generator)]
         return torch.where(torch.isin(ids, stored), ids, instead)
 
     def _pair_shares(self, counts: Tensor, generator: torch.Generator) -> Tensor:
-        """Beta numbers by the inverse of the distribution function, one uniform number each; one coin for a pair."""
+        """Return beta numbers by the inverse of the distribution function, one coin for a pair."""
         coins = torch.rand(len(counts), generator=generator, dtype=torch.float64) < self.mixing.probability
         share = torch.rand(int(counts.sum()), generator=generator, dtype=torch.float64)
         quantiles = torch.from_numpy(betaincinv(self.mixing.alpha, self.mixing.alpha, share.numpy()))
@@ -393,11 +357,11 @@ class OnlinePrototypes:
         return float(torch.rand((), generator=generator, dtype=torch.float64)) < self.mixing.probability
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is known, as plain tensors: ``ids`` (K,) int64 and ``means`` (K, p)."""
+        """Return what is known, as plain tensors: ``ids`` (K,) int64 and ``means`` (K, p)."""
         return {"ids": self.ids.clone(), "means": self.means.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave.
+        """Take back what :meth:`state_dict` gave.
 
         Raises:
             StateError: If it is of another form; what was known before is kept.

@@ -5,6 +5,7 @@ Importing this package registers the names ``"gradient_free"``, ``"er"`` … wit
 """
 
 from clkit._registry import register_strategies
+from clkit.strategies._forward import Projection
 from clkit.strategies._memory import MemorySettings
 from clkit.strategies.base import LearningStrategy
 from clkit.strategies.der_pp import DERPPStrategy
@@ -12,7 +13,7 @@ from clkit.strategies.er import ERStrategy
 from clkit.strategies.er_ace import ERACEStrategy
 from clkit.strategies.gradient_free import GradientFreeStrategy
 from clkit.strategies.onpro import OnProStrategy
-from clkit.strategies.replay import Projection, ReplayStrategy
+from clkit.strategies.replay import ReplayStrategy
 from clkit.strategies.scr import SCRStrategy
 
 __all__ = [

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError
+from clkit.methods.replay.step import Transform
 from clkit.methods.replay.views import RandomViews
 
 __all__ = ["Augmentation"]
@@ -40,8 +42,12 @@ class Augmentation:
         self.transform: Callable[[Tensor], Tensor] = RandomViews() if transform is None else transform
         self.is_identity = isinstance(self.transform, nn.Identity)
 
+    def drawing_from(self, generator: torch.Generator) -> Transform | None:
+        """Return the transform with its generator; ``None`` if it changes nothing."""
+        return None if self.is_identity else partial(self, generator=generator)
+
     def __call__(self, images: Tensor, positions: Tensor, total: int, generator: torch.Generator) -> Tensor:
-        """New views of some of the images of a step.
+        """Return new views of some of the images of a step.
 
         Args:
             images: (n, …).
@@ -79,7 +85,7 @@ class Augmentation:
 
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Gives what seeds all generators that a transform of images there may draw from; they are put back afterwards."""
+    """Yield what seeds all generators that a transform of images there may draw from; put them back afterwards."""
     # not `torch.manual_seed`, which would also seed every other accelerator
     generators = [torch.default_generator]
     if device.type == "cuda":

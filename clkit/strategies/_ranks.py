@@ -198,7 +198,7 @@ class ShardedRanks(ReplayRanks):
 
 
 def _all_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    """Rows of all processes, which may have different numbers of them."""
+    """Return the rows of all processes, which may have different numbers of them."""
     return torch.cat(gather_rows(rows.contiguous(), sizes, "the rows of a step"))
 
 

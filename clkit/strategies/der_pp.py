@@ -52,8 +52,8 @@ class DERPPStrategy(ReplayStrategy):
 
     def views(self, batch: StepBatch) -> list[dict[str, Part]]:
         """Return three groups: the incoming images, a sample with its stored logits, another with its classes."""
-        again = self._drawn(batch.new, batch.wanted, SECOND)[1] if batch.wanted else batch.replay
         stored = batch.replay._replace(labels=batch.extras["logits"])
+        _, again = self.drawn(batch.new, batch.wanted, SECOND)
         return [{"new": batch.new}, {"logit": stored}, {"logit_ce": again}]
 
     def terms(self, outputs: StepOutputs) -> dict[str, tuple[float, Tensor]]:

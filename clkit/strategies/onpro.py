@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from clkit.errors import ArgumentError
 from clkit.features.batch import BatchReader
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods.onpro import Mixing, OnlinePrototypes, OnProLosses
+from clkit.methods.onpro import OnlinePrototypes, OnProLosses
 from clkit.methods.replay.contrast import PrototypeContrast
-from clkit.methods.replay.mixing import MixedBatch
+from clkit.methods.replay.mixing import MixedBatch, Mixing
 from clkit.methods.replay.step import Part, StepBatch, StepOutputs
 from clkit.schema import saved_entry
+from clkit.strategies._forward import Projection
 from clkit.strategies._memory import MemorySettings
-from clkit.strategies.replay import MIX, OFFSET, Projection, ReplayStrategy
+from clkit.strategies.replay import MIX, OFFSET, ReplayStrategy
 from clkit.stream._lightning import datamodule_of
 from clkit.stream.experience import Experience
 
@@ -131,13 +132,13 @@ class OnProStrategy(ReplayStrategy):
     def _first(self) -> bool:
         """Whether the rule of the first experience holds."""
         assert self._work is not None
-        early = self.first_experience == "paper" and self._experience == 0
+        early = self.first_experience == "paper" and self._counters.experience == 0
         return early or not self._work.incoming.stored
 
     def replay_count(self, classes_seen: int) -> int:
         """Return how many rows are sampled: none in the first batch of the first experience, some for each class."""
         if self._first:
-            return self.replay_batch if self._batch_in_experience else 0
+            return self.replay_batch if self._counters.batch_in_experience else 0
         per_class = self.replay_per_class
         return self.replay_batch if per_class is None else min(self.replay_batch, per_class * classes_seen)
 
@@ -146,16 +147,17 @@ class OnProStrategy(ReplayStrategy):
         assert self._work is not None
         first, mixed = self._first, self._mixed(batch)
         self._tell_cost(len(batch.new.images), self.replay_batch if first else len(batch.replay.images))
-        classes = self._width() or 1 + max(self._work.seen, default=0)
+        assert self._forward is not None
+        classes = self._forward.width or 1 + max(self._work.seen, default=0)
         return self.losses.views(batch.new, batch.replay if batch.wanted else None, mixed, classes, first=first)
 
     def _mixed(self, batch: StepBatch) -> Part | None:
         """Return this process's share of the replay batch, if there is one."""
         self._mixed_share = 0.0
-        if batch.rows is None or self._first or not self.losses.replays:
+        if not batch.wanted or self._first or not self.losses.replays:
             return None
         images, labels = batch.rows.data, batch.rows.label.cpu()
-        if self.mixes and self._batch_in_experience:
+        if self.mixes and self._counters.batch_in_experience:
             assert self.memory is not None
             generator, size = self._generator(MIX, self._ranks.shard), self._ranks.drawn_here(batch.wanted)
             mixed = self.prototypes.mix(images, labels, self.memory, generator, size=size)
@@ -190,9 +192,9 @@ class OnProStrategy(ReplayStrategy):
 
     def on_batch_learned(self) -> None:
         """Offer the batch to the memory, and keep the class means."""
-        step = self._step
+        step = self._counters.step
         super().on_batch_learned()
-        if self._step > step and self._means is not None:
+        if self._counters.step > step and self._means is not None:
             self.prototypes.keep(*self._means)
 
     # ---- boundaries and messages

@@ -12,50 +12,26 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
+from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader, read_batch
-from clkit.features.observer import evaluating
-from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
-from clkit.methods.replay.projector import Projector
-from clkit.methods.replay.segments import BatchNormSegments
+from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.step import Part, StepBatch, StepOutputs, StepViews, arrange, total_loss
-from clkit.schema import saved_entry, saved_list
+from clkit.methods.replay.stored import MemoryRows
+from clkit.schema import saved_entry
 from clkit.strategies._augmentation import Augmentation
+from clkit.strategies._counters import Counters
+from clkit.strategies._forward import Projection, SingleForward, checked_batch
 from clkit.strategies._memory import MemorySettings, ReplayMemory
 from clkit.strategies._ranks import Incoming
 from clkit.strategies.base import LearningStrategy
 from clkit.stream.experience import Experience
 
-__all__ = ["Projection", "ReplayStrategy"]
+__all__ = ["ReplayStrategy"]
 
 # so that no two purposes of a step share their draws
 SAMPLE, MIX, VIEWS, OFFSET, SECOND = range(5)
-_UNLABELLED = -1
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The embedding that contrastive losses compare, beside the classifier.
-
-    Args:
-        kind: ``"linear"``, or ``"mlp"`` with one hidden layer as wide as the features.
-        dim: p, width of the embedding; ``None`` for min(128, D).
-
-    Raises:
-        ArgumentError: If an argument is not allowed.
-    """
-
-    kind: Literal["linear", "mlp"] = "linear"
-    dim: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("projection.kind", self.kind, ("linear", "mlp"))
-        if self.dim is not None:
-            check_count("projection.dim", self.dim)
 
 
 class ReplayStrategy(LearningStrategy):
@@ -142,15 +118,8 @@ class ReplayStrategy(LearningStrategy):
         self.augments_stream = not self.augmentation.is_identity
         self._memory = ReplayMemory(capacity, memory, self.seed)
         self._ranks = self._memory.ranks
-        self._counts: dict[int, dict[int, int]] = {}  # rows of each class in memory when an experience ended
-        self._seen: set[int] = set()
-        self._step = 0  # batches learned
-        self._batch_in_experience = 0
-        self._experience = 0
-        self._epoch: int | None = None  # in which the experience began
-        self._tap: FeatureTap | None = None
-        self._segments: BatchNormSegments | None = None
-        self._automatic: bool | None = None
+        self._counters = Counters()
+        self._forward: SingleForward | None = None  # while a fit runs
         self._work: _Work | None = None
         self._said: set[str] = set()
 
@@ -189,17 +158,15 @@ class ReplayStrategy(LearningStrategy):
         return self.memory.sample(count, generator)
 
     def look(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the network's logits for some images, in evaluation mode and without a trace; for :meth:`retrieve`.
+        """Return the network's logits for some images in evaluation mode and without a trace; for :meth:`retrieve`.
 
         Args:
             images: (n, …), on the device of the module.
             weights: Weights by the names of ``lightning_module.named_parameters()`` to use in place of the module's.
         """
-        module = self.lightning_module
-        assert module is not None
-        with evaluating(module), self.precision_plugin.forward_context():
-            logits: Tensor = functional_call(module, dict(weights or {}), (images,))
-        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        assert self._forward is not None
+        with self.precision_plugin.forward_context():
+            return self._forward.look(images, weights or {})
 
     def replay_count(self, classes_seen: int) -> int:
         """Return how many rows a step asks of the memory, over all processes; it has some."""
@@ -216,28 +183,8 @@ class ReplayStrategy(LearningStrategy):
     # ---- before and after the loops
 
     def make_part(self, trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
-        """Return the projector, with weights that depend on the seed alone; ``None`` where no loss needs it.
-
-        Raises:
-            ConfigurationError: If the width of the features is not known before the first forward.
-            ArgumentError: If the embedding would be wider than they are.
-        """
-        if self.projection is None:
-            return None
-        with FeatureTap(module, self.layer) as tap:
-            width = tap.width
-        if width is None:
-            raise ConfigurationError(
-                f"{type(self).__name__} cannot tell the width of the features that go into the classifier before the "
-                "first forward; pass layer=, the dotted path of the network's last linear layer"
-            )
-        dim = min(128, width) if self.projection.dim is None else self.projection.dim
-        if dim > width:
-            raise ArgumentError(
-                f"projection.dim={dim} is larger than the {width} features of {type(module).__name__}; an embedding is "
-                "at most as wide"
-            )
-        return Projector(width, dim, self.projection.kind, seed=self.seed)
+        """Return the projector; ``None`` where no loss needs it."""
+        return None if self.projection is None else self.projection.build(module, self.layer, self.seed)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Prepare the module for replay.
@@ -262,69 +209,52 @@ class ReplayStrategy(LearningStrategy):
                 f"{type(self).__name__} steps one optimizer, configure_optimizers() of {type(module).__name__} gives "
                 f"{len(self.optimizers)}"
             )
-        if type(module).forward is pl.LightningModule.forward and not self.single_device:
-            raise ConfigurationError(
-                f"{type(module).__name__} has no forward(), through which DDP must run the network; define it to "
-                "return the logits"
-            )
-        self._tap = FeatureTap(module, self.layer)
-        if self.batch_norm == "segments" and self.segmented:
-            self._segments = BatchNormSegments(module)
-        self._automatic, module.automatic_optimization = module.automatic_optimization, True
+        segments = self.batch_norm == "segments" and self.segmented
+        self._forward = SingleForward(module, self.layer, segments=segments, wrapped=not self.single_device)
 
     def teardown(self) -> None:
         """Give the user's module back as it was."""
-        if self._segments is not None:
-            self._segments.close()
-        if self._tap is not None:
-            self._tap.close()
-        if self.lightning_module is not None and self._automatic is not None:
-            self.lightning_module.automatic_optimization = self._automatic
-        self._segments = self._tap = self._automatic = self._work = None
+        if self._forward is not None:
+            self._forward.close()
+        self._forward = self._work = None
         super().teardown()
 
     # ---- boundaries
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
         """Begin to count the batches of the experience."""
-        self._batch_in_experience = 0
-        self._experience = experience.index
-        self._epoch = trainer.current_epoch
+        self._counters.begin(experience.index, trainer.current_epoch)
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
         """Log how many rows of each class the memory has, and keep the numbers for the figure of the run."""
         if self.memory is not None:
-            counts = self._counts[experience.index] = self._ranks.class_counts(self.memory)
-            self._log_now(trainer, {f"memory/class_{c}": float(rows) for c, rows in counts.items()})
+            held = self._counters.held[experience.index] = self._ranks.class_counts(self.memory)
+            self._log_now(trainer, {f"memory/class_{c}": float(rows) for c, rows in held.items()})
 
     def _log_now(self, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         for logger in trainer.loggers:
-            named = {f"{self.name}/{key}": value for key, value in values.items()}
-            logger.log_metrics(named, step=trainer.global_step)
+            logger.log_metrics({f"{self.name}/{key}": value for key, value in values.items()}, trainer.global_step)
 
     def run_figures(self) -> dict[str, Any]:
-        """Return figures of the run by file name, for :class:`~clkit.callbacks.StreamEvaluation`; needs matplotlib.
-
-        How many rows of each class the memory held at the end of each experience.
-        """
-        if not any(self._counts.values()):
+        """Return the figures of the run by file name: the rows of each class in memory after each experience."""
+        if not any(self._counters.held.values()):
             return {}
         from clkit.report.replay_figures import plot_memory_balance
 
-        return {"memory_balance": plot_memory_balance(self._counts)[0]}
+        return {"memory_balance": plot_memory_balance(self._counters.held)[0]}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let go of what was prepared for the last batch."""
         super().on_train_batch_start(batch, batch_idx)
         self._work = None
-        epoch = self._trainer.current_epoch
-        if self._epoch is not None and epoch > self._epoch and self.capacity and "epochs" not in self._said:
+        epoch, counters = self._trainer.current_epoch, self._counters
+        counters.epoch = epoch if counters.epoch is None else counters.epoch
+        if epoch > counters.epoch and self.capacity and "epochs" not in self._said:
             self._said.add("epochs")
             rank_zero_warn(
-                f"epoch {epoch} is a further one over experience {self._experience}: the memory counts its images "
+                f"epoch {epoch} is a further one over experience {counters.experience}: the memory counts its images "
                 "again, as if they were new; train each experience for one epoch"
             )
-        self._epoch = epoch if self._epoch is None else self._epoch
 
     # ---- one batch
 
@@ -337,10 +267,11 @@ class ReplayStrategy(LearningStrategy):
         if self._work is None:
             self._work = self._prepared(args[0] if args else kwargs["batch"])
         work = self._work
+        assert self._forward is not None
         if not len(work.incoming.labels):
-            return self._nothing()
+            return self._forward.zero()
         with self.precision_plugin.train_step_context():
-            own = self._forward(work.views)
+            own = self._forward(self.model, work.views, work.incoming.part.labels, self.part)
         with torch.autocast(own.all_logits.device.type, enabled=False):
             outputs = own if self.gather is None else self._ranks.joined(own)
             terms = self.terms(outputs)
@@ -352,15 +283,18 @@ class ReplayStrategy(LearningStrategy):
 
     def _prepared(self, batch: Any) -> _Work:
         """Draw and read all that a step needs before the forward; nothing that is kept changes."""
-        x, y = self._checked(*read_batch(batch, self.batch_reader))
-        incoming, memory = self._ranks.incoming(x, y, self.memory), self.memory
+        assert self._forward is not None
+        memory = self._memory.rows
+        x, y = checked_batch(*read_batch(batch, self.batch_reader), self._forward.width)
+        incoming = self._ranks.incoming(x, y, memory)
         if memory is not None:  # what it would refuse is known before the step
             memory.check(incoming.offered, incoming.offered_labels, self.extra_names)
-        self._work = work = _Work(self._step, incoming, self._seen | set(incoming.labels.tolist()))
-        count = self.replay_count(len(work.seen)) if memory is not None and incoming.stored else 0
-        step = self._retrieved(incoming.part, count) if count else _without_replay(incoming.part, self.extra_names)
-        transform = None if self.augmentation.is_identity else self._augmented
-        views = arrange(self.views(step), transform, x)
+        self._work = work = _Work(self._counters.step, incoming, self._counters.seen | set(incoming.labels.tolist()))
+        count = self.replay_count(len(work.seen)) if incoming.stored else 0
+        rows, replay = self.drawn(incoming.part, count, SAMPLE)
+        extras = {name: self._ranks.mine(rows.extras[name]).cpu() for name in self.extra_names}
+        step = StepBatch(incoming.part, replay, count, rows, extras)
+        views = arrange(self.views(step), self.augmentation.drawing_from(self._generator(VIEWS)), x)
         self.stream_rows = views.stream
         if not len(views.images) and len(incoming.labels):
             # other processes wait for this one's part in the step: it runs a row that no loss looks at
@@ -368,52 +302,16 @@ class ReplayStrategy(LearningStrategy):
         work.views = views
         return work
 
-    def _retrieved(self, new: Part, count: int) -> StepBatch:
-        rows, replay = self._drawn(new, count, SAMPLE)
-        extras = {name: self._ranks.mine(rows.extras[name]).cpu() for name in self.extra_names if name in rows.extras}
-        return StepBatch(new, replay, count, rows, extras)
-
-    def _drawn(self, new: Part, count: int, purpose: int) -> tuple[MemoryRows, Part]:
-        """Return what this process retrieves of the memory, and its share of that."""
-        assert self.memory is not None
-        if self.memory.size:
-            generator = self._generator(purpose, self._ranks.shard)
-            rows = self.retrieve(new, self._ranks.drawn_here(count), generator)
-        else:  # the process's own part of the memory
+    def drawn(self, new: Part, count: int, purpose: int) -> tuple[MemoryRows, Part]:
+        """Return what this process retrieves of ``count`` rows over all processes, and its share of that."""
+        ranks, memory = self._ranks, self._memory.rows
+        if count and memory is not None and memory.size:
+            rows = self.retrieve(new, ranks.drawn_here(count), self._generator(purpose, ranks.shard))
+        else:  # also where the own part of the memory is empty
             none = torch.empty(0, dtype=torch.int64)
             extras = {name: torch.empty(0) for name in self.extra_names}
             rows = MemoryRows(new.images[:0], none, none, none, none, extras)
-        return rows, self._ranks.share(rows.data, rows.label, new.images, count)
-
-    def _forward(self, views: StepViews) -> StepOutputs:
-        tap, module, heard = self._tap, self.lightning_module, list[Tapped]()
-        assert tap is not None
-        assert module is not None
-        run: Any = tap.network if type(module).forward is pl.LightningModule.forward else self.model
-        listener = tap.listen(heard.append)
-        try:
-            if self._segments is None:
-                output = run(views.images)
-            else:
-                with self._segments.step(views.segments):
-                    output = run(views.images)
-        finally:
-            listener.remove()
-        if not heard:
-            raise ConfigurationError(
-                f"no features passed the tap at {tap.point!r}: forward() does not run the classifier; pass layer=, the "
-                "dotted path of the classifier that it does run"
-            )
-        features, logits = heard[0]
-        logits = output if logits is None else logits
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(views.images):
-            raise ConfigurationError(
-                f"forward() must give logits of shape (B, C) for {type(self).__name__}, got "
-                f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
-            )
-        assert self._work is not None
-        _check_label(self._work.incoming.part.labels, logits.shape[1])
-        return StepOutputs(views, logits, features, None if self.part is None else self.part(features))
+        return rows, ranks.share(rows.data, rows.label, new.images, count)
 
     def on_batch_learned(self) -> None:
         """Offer the batch to the memory, whatever the loss."""
@@ -421,12 +319,10 @@ class ReplayStrategy(LearningStrategy):
         if work is None or work.extras is None or work.kept:  # a batch without rows, or a second step for one batch
             return
         work.kept = True
-        if self.memory is not None:
-            offered = work.incoming.offered, work.incoming.offered_labels
-            self.memory.add(*offered, self._experience, **work.extras)
-        self._seen = work.seen
-        self._step += 1
-        self._batch_in_experience += 1
+        memory, incoming = self._memory.rows, work.incoming
+        if memory is not None:
+            memory.add(incoming.offered, incoming.offered_labels, self._counters.experience, **work.extras)
+        self._counters.learned(work.seen)
 
     def _report(self, work: _Work, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
         losses = {name: term.detach() for name, (_, term) in terms.items()}
@@ -438,55 +334,13 @@ class ReplayStrategy(LearningStrategy):
                 f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
             )
         values: dict[str, Any] = {"loss": loss, **losses, **self.logged()}
-        if self.memory is not None:
-            rows, limit = self.memory.size + len(work.incoming.offered_labels), self.memory.capacity
-            values["memory"] = float(rows if limit is None else min(rows, limit))  # once it has the batch
+        memory = self._memory.rows
+        if memory is not None:  # once it has the batch
+            values["memory"] = float(min(memory.size + len(work.incoming.offered_labels), memory.capacity or 0))
         logged = {f"{self.name}/{key}": value for key, value in values.items()}
         assert self.lightning_module is not None
         count = max(1, len(work.incoming.labels))
         self.lightning_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=count)
-
-    def _nothing(self) -> Tensor:
-        """Return a zero with a graph, for no rows."""
-        assert self.lightning_module is not None
-        parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        return torch.stack([parameter.flatten()[:0].float().sum() for parameter in parameters]).sum()
-
-    # ---- small things
-
-    def _checked(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images, and labels on the host, of the labelled rows of a batch.
-
-        Raises:
-            BatchError: If they cannot be learned.
-        """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            seen = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise BatchError(f"{type(self).__name__} needs images as one floating-point tensor (B, …), got {seen}")
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.shape != (len(x),):
-            raise BatchError(
-                f"targets must be {len(x)} integer class ids, one per image, got {y.dtype} of shape {tuple(y.shape)}"
-            )
-        labels = y.cpu().long()
-        known = labels != _UNLABELLED
-        if not bool(known.all()):
-            x, labels = x[known.to(x.device)], labels[known]
-        if not bool(x.isfinite().all()):
-            raise BatchError("images of the batch are not finite; it was refused, nothing was changed")
-        _check_label(labels, self._width())
-        return x, labels
-
-    def _width(self) -> int | None:
-        """Return how many outputs the classifier has, where it tells."""
-        assert self._tap is not None
-        classifier = self._tap.classifier
-        if classifier is None:
-            return None
-        widths = [getattr(m, "out_features", getattr(m, "out_channels", None)) for m in classifier.modules()]
-        return next((int(width) for width in reversed(widths) if width is not None), None)
-
-    def _augmented(self, images: Tensor, positions: Tensor, total: int) -> Tensor:
-        return self.augmentation(images, positions, total, self._generator(VIEWS))
 
     def _generator(self, purpose: int, shard: int = 0) -> torch.Generator:
         """Return the draws of one purpose and batch, the same in all processes that have the same memory."""
@@ -505,12 +359,7 @@ class ReplayStrategy(LearningStrategy):
         """Return memories, classes seen and counters, and the settings that gave them."""
         return {
             "memory": self._memory.saved(),
-            "counts": {experience: dict(counts) for experience, counts in self._counts.items()},
-            "seen": sorted(self._seen),
-            "step": self._step,
-            "batch_in_experience": self._batch_in_experience,
-            "experience": self._experience,
-            "epoch": self._epoch,
+            "counters": self._counters.state_dict(),
             "settings": dict(self.settings),
         }
 
@@ -522,21 +371,10 @@ class ReplayStrategy(LearningStrategy):
         """
         key = self.state_key
         self._memory.check(state, key)
-        seen = set(saved_list(state, "seen", int, key))
-        numbers = {name: saved_entry(state, name, int, key) for name in ("step", "batch_in_experience", "experience")}
-        negative = [name for name, number in numbers.items() if number < 0]
-        if negative:
-            raise StateError(f"{key}: {', '.join(negative)} in the saved state must be at least 0; the file is damaged")
-        epoch = saved_entry(state, "epoch", int | None, key)
+        counters = Counters.from_state(saved_entry(state, "counters", dict, key), key)
         settings = saved_entry(state, "settings", dict, key)
-        counts = saved_entry(state, "counts", dict, key)
-        for experience in counts:
-            for c in saved_entry(counts, experience, dict, f"{key}: counts"):
-                saved_entry(counts[experience], c, int, f"{key}: counts of experience {experience}")
         self._memory.load(state["memory"], key)
-        self._counts = {experience: dict(rows) for experience, rows in counts.items()}
-        self._seen, self._epoch = seen, epoch
-        self._step, self._batch_in_experience, self._experience = numbers.values()
+        self._counters = counters
         changed = [
             f"{name}={value!r} (was {settings[name]!r})"
             for name, value in self.settings.items()
@@ -556,19 +394,3 @@ class _Work:
     views: StepViews = None  # type: ignore[assignment]  # made a moment later
     extras: dict[str, Tensor] | None = None  # for the memory, once the loss is there
     kept: bool = False  # whether the memory has the batch
-
-
-def _without_replay(new: Part, extra_names: tuple[str, ...]) -> StepBatch:
-    none = torch.empty(0, dtype=torch.int64)
-    return StepBatch(new, Part(new.images[:0], none, none, 0), extras={name: torch.empty(0) for name in extra_names})
-
-
-def _check_label(labels: Tensor, width: int | None) -> None:
-    if not len(labels):
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (width is not None and high >= width):
-        raise BatchError(
-            f"a batch has the label {low if low < 0 else high}, and the classifier {width} outputs (0 to "
-            f"{'?' if width is None else width - 1}); build it with as many outputs as there will be classes"
-        )

@@ -9,7 +9,8 @@ from torch import Tensor
 from clkit.methods._checks import check_number
 from clkit.methods.replay.contrast import supervised_contrast
 from clkit.methods.replay.step import Part, StepBatch, StepOutputs
-from clkit.strategies.replay import Projection, ReplayStrategy
+from clkit.strategies._forward import Projection
+from clkit.strategies.replay import ReplayStrategy
 
 __all__ = ["SCRStrategy"]
 

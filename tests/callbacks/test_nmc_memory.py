@@ -442,7 +442,7 @@ def test_it_reads_the_memory_of_a_strategy_in_any_order_of_callbacks(make_traine
 def test_its_passes_are_apart_from_the_one_call_of_a_step(make_trainer: Make) -> None:
     (_, analytic, _), module, strategy = replayed(make_trainer, [0, 1, 2], ROT4, limit_val_batches=0)
     assert analytic.head.statistics.samples == 899
-    steps = strategy._step
+    steps = strategy._counters.step
     assert sum(training for training, _ in module.calls) == steps
     heads = [size for training, size in module.calls if not training]
     # AEF-OCL pays one a batch for eval-mode features, NMC two a boundary

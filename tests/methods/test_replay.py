@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clkit.errors import ArgumentError, BatchError, NotFittedError, StateError
 from clkit.methods import MemoryRows, ReservoirBuffer
 
-TRIALS = 10_000
+TRIALS = 3000
 
 
 def offer(memory: ReservoirBuffer, rows: int, batch: int = 10, start: int = 0, classes: int = 1) -> ReservoirBuffer:
@@ -153,11 +153,11 @@ def test_each_pair_is_kept_equally_often(setting: tuple[int, int, int]) -> None:
 def test_the_slots_of_the_memory_are_filled_by_any_arrival() -> None:
     """A later row does not favour a slot: over seeds, each slot holds each late arrival equally often."""
     counts = np.zeros((3, 4))
-    for seed in range(3000):
+    for seed in range(1000):
         arrival = offer(ReservoirBuffer(3, seed=seed), 12, 12).arrival.numpy()
         late = arrival >= 8
         counts[np.flatnonzero(late), arrival[late] - 8] += 1
-    assert chi_square_tail(counts.flatten(), 3000, counts.sum() / 3000) > 1e-3
+    assert chi_square_tail(counts.flatten(), 1000, counts.sum() / 1000) > 1e-3
 
 
 @pytest.mark.parametrize("policy", ["uniform", "class_balanced"])
@@ -205,7 +205,7 @@ def test_a_row_stays_whole_when_many_hit_one_slot(policy: str) -> None:
 
 def test_class_balanced_counts_and_uniformity_within_each_class() -> None:
     labels = torch.tensor([0] * 200 + [1] * 100 + [2] * 7)
-    trials, counts = 500, np.zeros(307)
+    trials, counts = 300, np.zeros(307)
     for seed in range(trials):
         order = torch.from_numpy(np.random.default_rng(seed).permutation(307)) if seed % 2 else torch.arange(307)
         memory = ReservoirBuffer(30, policy="class_balanced", seed=seed)
@@ -221,7 +221,7 @@ def test_class_balanced_counts_and_uniformity_within_each_class() -> None:
 
 
 def test_class_balanced_is_uniform_within_a_class_whose_rows_come_late_and_early() -> None:
-    labels, trials = torch.tensor(([0] * 12 + [1] * 3) * 2 + [2] * 6), 3000
+    labels, trials = torch.tensor(([0] * 12 + [1] * 3) * 2 + [2] * 6), 1000
     counts = np.zeros(len(labels))
     kept = np.zeros(3)
     for seed in range(trials):
@@ -284,7 +284,7 @@ def test_sample_takes_distinct_rows_each_equally_often() -> None:
     memory = offer(ReservoirBuffer(8), 8, classes=3)
     generator = torch.Generator().manual_seed(0)
     counts = np.zeros(8)
-    for _ in range(3000):
+    for _ in range(1000):
         rows = memory.sample(3, generator)
         assert len(set(rows.arrival.tolist())) == 3
         counts[rows.arrival.numpy()] += 1
@@ -503,7 +503,7 @@ def three(seed: int, capacity: int, policy: str = "uniform") -> list[ReservoirBu
 
 
 @pytest.mark.parametrize("order", ["left", "right"])
-@pytest.mark.parametrize(("capacity", "trials"), [(4, 600), (8, 600), pytest.param(8, TRIALS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("capacity", "trials"), [(4, 300), (8, 300), pytest.param(8, TRIALS, marks=pytest.mark.slow)])
 def test_three_way_merge_is_uniform_in_both_orders(order: str, capacity: int, trials: int) -> None:
     found = np.zeros((trials, 38))
     for seed in range(trials):
@@ -525,7 +525,7 @@ def test_three_way_merge_is_uniform_in_both_orders(order: str, capacity: int, tr
 
 
 def test_a_merged_memory_stays_uniform_when_it_learns_on() -> None:
-    trials, counts = 1000, np.zeros(40)
+    trials, counts = 400, np.zeros(40)
     for seed in range(trials):
         a, b = ReservoirBuffer(5, seed=2 * seed), ReservoirBuffer(5, seed=2 * seed + 1)
         for memory, start, rows in ((a, 0, 4), (b, 4, 20)):
@@ -571,7 +571,7 @@ def test_merge_of_memories_that_lost_nothing_keeps_everything() -> None:
 
 
 def test_class_balanced_merge_is_by_class() -> None:
-    trials, labels = 800, torch.tensor([0] * 30 + [1] * 8 + [2] * 2 + [0] * 10 + [1] * 25 + [3] * 3)
+    trials, labels = 400, torch.tensor([0] * 30 + [1] * 8 + [2] * 2 + [0] * 10 + [1] * 25 + [3] * 3)
     counts, kept = np.zeros(len(labels)), np.zeros(4)
     for seed in range(trials):
         a, b = (ReservoirBuffer(12, policy="class_balanced", seed=2 * seed + place) for place in range(2))
@@ -592,7 +592,7 @@ def test_class_balanced_merge_is_by_class() -> None:
 
 def test_class_balanced_merge_takes_no_more_of_a_class_than_is_exact() -> None:
     """3 of 30 rows here and 12 of 12 there: only 3 of the 42 can be a uniform sample; later rows keep it one."""
-    trials, counts = 800, np.zeros(82)
+    trials, counts = 400, np.zeros(82)
     for seed in range(trials):
         a, b = (ReservoirBuffer(12, policy="class_balanced", seed=2 * seed + place) for place in range(2))
         a.add(torch.arange(30), torch.zeros(30, dtype=torch.int64))
@@ -610,7 +610,7 @@ def test_class_balanced_merge_takes_no_more_of_a_class_than_is_exact() -> None:
 
 def test_class_balanced_merge_may_leave_room_that_only_new_classes_fill() -> None:
     """Of 2 and 1 rows left of class 0, and 1 and 2 of class 1, one of each is exact: the third row stays free."""
-    trials, counts = 500, np.zeros(17)
+    trials, counts = 300, np.zeros(17)
     for seed in range(trials):
         a, b = (ReservoirBuffer(3, policy="class_balanced", seed=2 * seed + place) for place in range(2))
         a.add(torch.arange(11), torch.tensor([1] * 3 + [0] * 8))
@@ -658,7 +658,7 @@ def test_merge_refuses_itself_and_other_rows() -> None:
 
 
 def test_shrink_keeps_a_uniform_memory_uniform() -> None:
-    trials, counts = 1000, np.zeros(24)
+    trials, counts = 400, np.zeros(24)
     for seed in range(trials):
         memory = ReservoirBuffer(9, seed=seed)
         memory.add(torch.arange(15), torch.zeros(15, dtype=torch.int64))

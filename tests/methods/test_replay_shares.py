@@ -49,7 +49,7 @@ def dealt(shards: list[ReservoirBuffer], parts: int, capacity: int, **options: A
     policy=st.sampled_from(["uniform", "class_balanced"]),
     classes=st.integers(1, 5),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_row_is_in_one_of_them_and_each_can_go_on(
     capacity: int, old: int, new: int, rows: list[int], policy: str, classes: int
 ) -> None:
@@ -110,7 +110,7 @@ def test_rows_of_one_shard_keep_their_order_of_arrival() -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "trials"),
-    [(2, 3, 800), *[pytest.param(*case, 3000, marks=pytest.mark.slow) for case in ((3, 2), (1, 4), (4, 1))]],
+    [(2, 3, 300), *[pytest.param(*case, 3000, marks=pytest.mark.slow) for case in ((3, 2), (1, 4), (4, 1))]],
 )
 def test_each_row_of_the_stream_is_kept_as_often_as_any_other(old: int, new: int, trials: int) -> None:
     """120 arrivals to 12 rows in ``old`` parts, then 60 more to ``new`` parts: all 180 with one probability."""

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clkit.errors import ArgumentError
-from clkit.methods import BatchNormSegments, MixedBatch, OnProLosses, Projector
+from clkit.methods import BatchNormSegments, MemoryRows, MixedBatch, OnProLosses, Projector
 from clkit.methods.replay.step import Part, StepBatch, StepOutputs, StepViews, arrange, total_loss
 from clkit.strategies import DERPPStrategy, ERACEStrategy, ERStrategy, ReplayStrategy, SCRStrategy
 
 CLASSES, WIDTH, DIM = 7, 6, 4
 OFFSET_SEED = 5
+NO_ROWS = MemoryRows(*[torch.empty(0)] * 5, extras={})  # no method reads them here
 
 
 class Net(nn.Module):
@@ -87,9 +88,11 @@ class Given:
             return method.views(new, seen, mixed, CLASSES, first=first)
         if seen is None:
             none = torch.empty(0, dtype=torch.int64)
-            return list(method.views(StepBatch(new, Part.whole(self.x[:0], none), extras={"logits": torch.empty(0)})))
-        method._drawn = lambda *_: (None, Part.whole(self.second, torch.tensor(self.second_labels)))
-        return list(method.views(StepBatch(new, seen, len(seen.images), None, {"logits": self.logits})))
+            nothing = Part.whole(self.x[:0], none)
+            method.drawn = lambda *_: (None, nothing)
+            return list(method.views(StepBatch(new, nothing, 0, NO_ROWS, {"logits": torch.empty(0)})))
+        method.drawn = lambda *_: (None, Part.whole(self.second, torch.tensor(self.second_labels)))
+        return list(method.views(StepBatch(new, seen, len(seen.images), NO_ROWS, {"logits": self.logits})))
 
 
 def pure(given: Given) -> Given:

@@ -137,7 +137,7 @@ def run(
         "memory": saved_memory(strategy),
         "before": before.state,
         "prototypes": strategy.prototypes.state_dict() if hasattr(strategy, "prototypes") else {},
-        "balance": strategy.stream_state()["counts"],
+        "balance": strategy._counters.held,
         "nmc": dict(nmc.head.state_dict()) if nmc in callbacks else {},
     }
 
@@ -312,14 +312,14 @@ def test_gathered_embeddings_train_the_weights_of_one_process_with_both_memories
     def prepare(strategy: Any) -> None:
         strategy._memory.rows = TwoMemories(sizes)
         ranks = strategy._memory.ranks = strategy._ranks = OneForTwo()
-        drawn = type(strategy)._drawn
+        drawn = type(strategy).drawn
 
         def of_both(new: Part, count: int, purpose: int) -> Any:
             generators = [strategy._generator(purpose, rank) for rank in (0, 1)]
             strategy.retrieve = lambda new, count, _: ranks.retrieve(strategy.memory, count, generators)
             return drawn(strategy, new, count, purpose)
 
-        strategy._drawn = of_both
+        strategy.drawn = of_both
 
     one, two = run(1, folder, name, prepare), ranks(name)[0]
     for part in ("weights", "projector", "prototypes"):

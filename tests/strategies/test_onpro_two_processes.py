@@ -145,7 +145,7 @@ def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> di
             key: value.clone() if isinstance(value, Tensor) else value for key, value in memory.state_dict().items()
         },
         "prototypes": strategy.prototypes.state_dict() if hasattr(strategy, "prototypes") else {},
-        "experience": strategy._experience,
+        "experience": strategy._counters.experience,
     }
 
 

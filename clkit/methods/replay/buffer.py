@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, NotFittedError
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods._state import PlainState, exact
-from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, Ids, RowCodec, RowLayout, RowTable, host_tensor, taken
+from clkit.methods._state import exact
+from clkit.methods.replay.merging import MERGE_LIMIT, Sample, merged_rows, remaining_rows
+from clkit.methods.replay.offered import checked_experience, checked_rows
+from clkit.methods.replay.reservoir import balanced_slots, uniform_slots
+from clkit.methods.replay.rows import NUMBERS, RowCodec, RowLayout, RowTable, host_tensor, taken
 from clkit.methods.replay.saved import FORMAT, SavedMemory
-from clkit.methods.replay.shares import dealt, even, numbered
+from clkit.methods.replay.shares import dealt, even, shared_table
+from clkit.methods.replay.stored import MemoryRows, StoredRows
 
 __all__ = ["MemoryRows", "ReservoirBuffer"]
 
@@ -23,36 +27,9 @@ _POLICIES = ("uniform", "class_balanced")
 _STORAGES = ("same", "uint8", "float16")
 _NUMBER_BYTES = 24  # of the four numbers of a row
 _MERGE, _SHRINK, _SHARE = 1, 2, 3  # so that no two purposes share their draws
-_MERGE_LIMIT = 10**9  # of NumPy's hypergeometric distribution
 
 
-class MemoryRows(NamedTuple):
-    """Rows read from a :class:`ReservoirBuffer`, copies on its device; ``rows.data, rows.label`` is the usual use.
-
-    Attributes:
-        data: (k, …) as they were given to ``add``, in the same dtype.
-        label: (k,) int64.
-        experience: (k,) int64.
-        arrival: (k,) int64, 0-based number of the row in its stream.
-        origin: (k,) int64, the stream it came by: 0 for rows added here, others for rows of merged memories.
-        extras: Further tensors by name, each (k, …).
-    """
-
-    data: Tensor
-    label: Tensor
-    experience: Tensor
-    arrival: Tensor
-    origin: Tensor
-    extras: dict[str, Tensor]
-
-    def take(self, at: Tensor) -> MemoryRows:
-        """Return some of the rows, by their positions (m,) on the host."""
-        data, label, experience, arrival, origin = (each[at.to(each.device)] for each in self[:5])
-        extras = {name: each[at.to(each.device)] for name, each in self.extras.items()}
-        return MemoryRows(data, label, experience, arrival, origin, extras)
-
-
-class ReservoirBuffer(PlainState):
+class ReservoirBuffer(StoredRows):
     r"""A memory of M rows of a stream that is exactly uniform over everything seen, or balanced over classes.
 
     Use it to replay images or features. With ``policy="uniform"`` each of the n rows seen so far is in the memory with
@@ -125,11 +102,9 @@ class ReservoirBuffer(PlainState):
         self._codec = RowCodec(self.storage, mean, std)
         self._device = torch.empty(0, device=device).device
         self._generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
-        self._table: RowTable | None = None
+        self._table = None
         self._seen = [0]  # arrivals by origin
         self._class_seen: Counter[int] = Counter()
-
-    # Learning ---------------------------------------------------------------------------------------------------
 
     def add(self, data: Tensor, label: Tensor, experience: int | Tensor = 0, **extras: Tensor) -> None:
         """Offer a batch of rows, each to be kept or not.
@@ -145,8 +120,8 @@ class ReservoirBuffer(PlainState):
             ArgumentError: If ``capacity_bytes`` is less than one row.
         """
         with exact():
-            labels, tensors = _checked_rows(data, label, extras)
-            numbers = {"label": labels, "experience": _checked_experience(experience, labels.size)}
+            labels, tensors = checked_rows(data, label, extras)
+            numbers = {"label": labels, "experience": checked_experience(experience, labels.size)}
             layout = RowLayout(data, extras)
             if self._table is not None:
                 layout.check_equal(self._table.layout)
@@ -160,7 +135,12 @@ class ReservoirBuffer(PlainState):
             if self._table is None:
                 self._capacity = self._capacity_for(layout)
                 self._table = RowTable(layout, stored, self._capacity, self._device)
-            slots, rows = self._decide(self._table, labels)
+            # One number a row, also while filling: the position of the generator then follows from the rows offered.
+            drawn = torch.rand(labels.size, dtype=torch.float64, generator=self._generator, device="cpu").numpy()
+            if self._balanced:
+                slots, rows = balanced_slots(self._table, drawn, labels, self._class_seen)
+            else:
+                slots, rows = uniform_slots(self._table, drawn, self.n_seen)
             numbers["arrival"] = self._seen[0] + np.arange(labels.size)
             numbers["origin"] = np.zeros_like(labels)  # a merge may have left another one in the slot
             self._seen[0] += labels.size
@@ -189,20 +169,18 @@ class ReservoirBuffer(PlainState):
             clkit.errors.BatchError: storage='uint8' would lose up to ...
         """
         with exact():
-            _checked_rows(data, label, {})
-            layout = RowLayout(data, {})
-            if self._table is not None:
-                fixed = self._table.layout
-                if fixed.names != {"data", *extras}:
+            checked_rows(data, label, {})
+            layout, table = RowLayout(data, {}), self._table
+            if table is not None:
+                if table.layout.shapes.keys() != {"data", *extras}:
                     raise BatchError(
-                        f"the rows in memory consist of {', '.join(sorted(fixed.names))}, those to be added of "
+                        f"the rows in memory consist of {', '.join(sorted(table.layout.shapes))}, those to be added of "
                         f"{', '.join(sorted({'data', *extras}))}; begin with an empty memory, or with the settings "
                         "with which it was filled"
                     )
-                row = torch.empty((0, *fixed.shapes["data"]), dtype=fixed.dtypes["data"], device="cpu")
-                layout.check_equal(RowLayout(row, {}))
+                layout.check_equal(table.layout, "data")
             self._codec.stored_dtype(layout)
-            if len(data) and (self._table is None or data.device.type == "cpu"):
+            if len(data) and (table is None or data.device.type == "cpu"):
                 self._codec.encode(data, check=True)
 
     def merge(self, other: ReservoirBuffer, *, seed: int = 0) -> None:
@@ -221,11 +199,17 @@ class ReservoirBuffer(PlainState):
             ArgumentError: If the two do not fit together; nothing is changed then.
         """
         check_count("seed", seed, at_least=0)
-        self._check_mergeable(other)
-        theirs = other._table
+        self._check_alike(other)
+        mine, theirs = self._table, other._table
+        if mine is not None and theirs is not None and mine.layout != theirs.layout:
+            raise ArgumentError(f"cannot merge a memory of rows of {theirs.layout} into one of {mine.layout}")
+        if self.n_seen + other.n_seen >= MERGE_LIMIT:
+            raise ArgumentError(
+                f"memories can be merged up to {MERGE_LIMIT} rows seen together, "
+                f"these have seen {self.n_seen} and {other.n_seen}"
+            )
         if theirs is not None:
             with exact():
-                mine = self._table
                 capacity = self._capacity_for(theirs.layout)
                 if mine is None:
                     mine = RowTable(theirs.layout, theirs.stored, 0, self._device)
@@ -235,7 +219,13 @@ class ReservoirBuffer(PlainState):
                         f"into one of capacity {capacity}; call shrink({theirs.capacity}) on the larger one first"
                     )
                 generator = np.random.default_rng([seed, _MERGE, self.n_seen, other.n_seen])
-                ours_kept, theirs_kept = self._merged_rows(mine, other, theirs, capacity, generator)
+                ours_kept, theirs_kept = merged_rows(
+                    Sample(mine.now("label"), self.n_seen, self._class_seen),
+                    Sample(theirs.now("label"), other.n_seen, other._class_seen),
+                    capacity,
+                    generator,
+                    balanced=self._balanced,
+                )
                 merged = mine.resized(capacity, ours_kept)
                 merged.append(theirs, theirs_kept, len(self._seen))
                 self._capacity, self._table = capacity, merged
@@ -264,7 +254,8 @@ class ReservoirBuffer(PlainState):
         if self._table is not None:
             with exact():
                 generator = np.random.default_rng([seed, _SHRINK, self.n_seen, capacity])
-                self._table = self._table.resized(capacity, self._remaining(self._table, capacity, generator))
+                kept = remaining_rows(self._table, capacity, generator, balanced=self._balanced)
+                self._table = self._table.resized(capacity, kept)
         self._capacity = capacity
 
     def take_share(
@@ -309,12 +300,11 @@ class ReservoirBuffer(PlainState):
             raise ArgumentError("shards must have at least one memory, got none")
         for shard in shards:
             self._check_alike(shard)
-        filled = [shard for shard in shards if shard._table is not None]
-        tables = [shard._filled() for shard in filled]
-        if any(table.layout != tables[0].layout for table in tables):
-            kinds = "; ".join(str(table.layout) for table in tables)
-            raise ArgumentError(f"shards must all have rows of one kind, got {kinds}")
-        labels = np.concatenate([np.empty(0, np.int64), *[table.now("label") for table in tables]])
+        filled = [(shard._table, shard._seen) for shard in shards if shard._table is not None]
+        kinds = [table.layout for table, _ in filled]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ArgumentError(f"shards must all have rows of one kind, got {'; '.join(map(str, kinds))}")
+        labels = np.concatenate([np.empty(0, np.int64), *[table.now("label") for table, _ in filled]])
         for room, capacity in zip(even(labels.size, len(capacities)), capacities, strict=True):
             if room > capacity:
                 raise ArgumentError(
@@ -323,267 +313,21 @@ class ReservoirBuffer(PlainState):
                 )
         seen: Counter[int] = sum((shard._class_seen for shard in shards), Counter())
         draws = [seed, _SHARE, seen.total(), len(capacities)]
-        generator = np.random.default_rng(draws)
-        share = dealt(labels, seen, capacities, generator, balanced=self.policy == "class_balanced")[part]
-        table = None
-        if tables:
-            with exact():
-                table = RowTable(tables[0].layout, tables[0].stored, capacities[part], self._device)
-                starts = np.cumsum([0, *[old.size for old in tables]])
-                ages = []
-                for shard, old, start in zip(filled, tables, starts, strict=False):
-                    rows = share.rows[(share.rows >= start) & (share.rows < start + old.size)] - start
-                    table.append(old, rows)
-                    ages.append((old.now("arrival") / np.array(shard._seen)[old.now("origin")])[rows])
-                table.numbers["origin"][:] = 0
-                table.numbers["arrival"][: table.size] = numbered(np.concatenate(ages), share.class_seen.total())
+        share = dealt(labels, seen, capacities, np.random.default_rng(draws), balanced=self._balanced)[part]
+        with exact():
+            self._table = shared_table(filled, share, capacities[part], self._device) if filled else None
         words = np.random.SeedSequence([*draws, part]).generate_state(1, np.uint64)
         self._generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-        self._table, self._seen, self._class_seen = table, [share.class_seen.total()], share.class_seen
-
-    # Reading ----------------------------------------------------------------------------------------------------
-
-    def sample(self, k: int, generator: torch.Generator | None = None) -> MemoryRows:
-        """``k`` distinct rows at random; all rows in stored order if there are not more than ``k``.
-
-        Args:
-            k: Rows wanted, at least 0.
-            generator: A CPU generator to draw with, torch's global one if ``None``.
-
-        Raises:
-            NotFittedError: If nothing was ever added.
-        """
-        check_count("k", k, at_least=0)
-        table = self._filled()
-        if k >= table.size:
-            return self._rows_at(table, np.arange(table.size))
-        return self._rows_at(table, torch.randperm(table.size, generator=generator, device="cpu")[:k].numpy())
-
-    def sample_class(
-        self, class_id: int, k: int, *, replace: bool = False, generator: torch.Generator | None = None
-    ) -> MemoryRows:
-        """Rows of one class at random.
-
-        Args:
-            class_id: A class that has rows in memory, one of :meth:`classes`.
-            k: Rows wanted, at least 0; without replacement at most as many as there are.
-            replace: Draw each of the ``k`` from all rows of the class.
-            generator: A CPU generator to draw with, torch's global one if ``None``.
-
-        Raises:
-            ArgumentError: If the class has no row in memory.
-            NotFittedError: If nothing was ever added.
-        """
-        check_count("k", k, at_least=0)
-        table = self._filled()
-        at = np.flatnonzero(table.now("label") == class_id)
-        if at.size == 0:
-            raise ArgumentError(f"class_id must have rows in memory, {self.classes()}, got {class_id!r}")
-        if replace:
-            drawn = torch.randint(at.size, (k,), generator=generator, device="cpu")
-        else:
-            drawn = torch.randperm(at.size, generator=generator, device="cpu")[:k]
-        return self._rows_at(table, at[drawn.numpy()])
-
-    def sample_classes(self, class_ids: Tensor, generator: torch.Generator | None = None) -> MemoryRows:
-        """One random row of each class that is named, drawn with replacement.
-
-        Use it instead of many calls of :meth:`sample_class`: the labels are sorted once, and the rows read at once.
-
-        Args:
-            class_ids: (k,) integers, each one of :meth:`classes`; a class may be named any number of times.
-            generator: A CPU generator to draw with, torch's global one if ``None``.
-
-        Returns:
-            k rows in the order of ``class_ids``.
-
-        Raises:
-            ArgumentError: If they are no such integers, or a class has no row in memory.
-            NotFittedError: If nothing was ever added.
-
-        Example:
-            >>> memory = ReservoirBuffer(4)
-            >>> memory.add(torch.tensor([[0.0], [0.5], [7.0]]), torch.tensor([0, 0, 7]))
-            >>> rows = memory.sample_classes(torch.tensor([7, 0, 7]))
-            >>> rows.label.tolist(), rows.arrival[::2].tolist()
-            ([7, 0, 7], [2, 2])
-        """
-        table = self._filled()
-        named = _checked_class_ids(class_ids)
-        labels = table.now("label")
-        order = labels.argsort(kind="stable")
-        first, behind = (labels.searchsorted(named, side, order) for side in ("left", "right"))
-        absent = named[first == behind]
-        if absent.size:
-            raise ArgumentError(f"class_ids must have rows in memory, {self.classes()}, got {absent[0]}")
-        drawn = torch.rand(named.size, dtype=torch.float64, generator=generator, device="cpu").numpy()
-        return self._rows_at(table, order[first + (drawn * (behind - first)).astype(np.int64)])
-
-    def classes(self) -> list[int]:
-        """Class ids that have rows in memory, sorted."""
-        return list(self.class_counts())
-
-    def class_counts(self) -> dict[int, int]:
-        """Rows in memory of each class, by class id in order."""
-        return {} if self._table is None else self._table.class_counts()
-
-    @property
-    def class_seen(self) -> dict[int, int]:
-        """Rows seen of each class, by class id in order."""
-        return dict(sorted(self._class_seen.items()))
-
-    @property
-    def n_seen(self) -> int:
-        """Rows seen, those of merged memories included."""
-        return sum(self._seen)
-
-    @property
-    def size(self) -> int:
-        """Rows in memory."""
-        return 0 if self._table is None else self._table.size
-
-    @property
-    def capacity(self) -> int | None:
-        """M; ``None`` where it was given in bytes and nothing was added yet."""
-        return self._capacity
-
-    @property
-    def data(self) -> Tensor:
-        """(size, …) as stored, in the dtype of the storage; a copy, as the others. (0,) before the first ``add``."""
-        table = self._table
-        return torch.empty(0, device=self._device) if table is None else table.tensors["data"][: table.size].clone()
-
-    @property
-    def label(self) -> Tensor:
-        """(size,) int64."""
-        return self._number("label")
-
-    @property
-    def experience(self) -> Tensor:
-        """(size,) int64."""
-        return self._number("experience")
-
-    @property
-    def arrival(self) -> Tensor:
-        """(size,) int64, 0-based number of each row in its stream."""
-        return self._number("arrival")
-
-    @property
-    def origin(self) -> Tensor:
-        """(size,) int64, the stream of each row: 0 for rows added here, others for rows of merged memories."""
-        return self._number("origin")
+        self._seen, self._class_seen = [share.class_seen.total()], share.class_seen
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(memory)``."""
+        """Return the sizes, for ``print(memory)``."""
         limit = f"capacity={self._capacity}" if self._capacity else f"capacity_bytes={self._capacity_bytes}"
         return f"{limit}, policy={self.policy!r}, storage={self.storage!r}, size={self.size}, n_seen={self.n_seen}"
 
-    # Which rows -------------------------------------------------------------------------------------------------
-
-    def _decide(self, table: RowTable, labels: Ids) -> tuple[Ids, Ids]:
-        """Sorted distinct slots to be written, and the row of the batch for each; sets the size of the table."""
-        # One number per row, also while filling: the position of the generator then follows from the rows offered.
-        drawn = torch.rand(labels.size, dtype=torch.float64, generator=self._generator, device="cpu").numpy()
-        if self.policy == "class_balanced":
-            return self._decide_balanced(table, labels, drawn)
-        seen = self.n_seen
-        ordinal = np.arange(seen + 1, seen + 1 + labels.size)
-        slots = (drawn * ordinal).astype(np.int64)
-        if seen < table.capacity:
-            slots = np.where(ordinal <= table.capacity, ordinal - 1, slots)
-            table.size = min(table.capacity, seen + labels.size)
-        rows = np.flatnonzero(slots < table.capacity)
-        slots = slots[rows]
-        if slots.size < 2:
-            return slots, rows
-        order = slots.argsort(kind="stable")
-        slots, rows = slots[order], rows[order]
-        last = np.ones(slots.size, dtype=bool)  # of the rows that hit the same slot
-        np.not_equal(slots[1:], slots[:-1], out=last[:-1])
-        return slots[last], rows[last]
-
-    def _decide_balanced(
-        self, table: RowTable, labels: Ids, drawn: np.ndarray[Any, np.dtype[np.float64]]
-    ) -> tuple[Ids, Ids]:
-        if table.counts is None:
-            table.counts = table.class_counts()
-        stored, of_slot = table.counts, table.numbers["label"]
-        seen = Counter({int(c): self._class_seen[int(c)] for c in np.unique(labels)})
-        written: dict[int, int] = {}
-        for row, (c, number) in enumerate(zip(labels.tolist(), drawn.tolist(), strict=True)):
-            incomplete = stored.get(c, 0) < seen[c]
-            seen[c] += 1
-            if table.size < table.capacity and not incomplete:
-                slot = table.size
-                table.size += 1
-            else:
-                largest = max(stored.values(), default=0)
-                # A class is full once it was the largest. The largest count never grows, so that a class that was
-                # the largest either still is, or has lost a row.
-                if incomplete or stored.get(c, 0) == largest:
-                    victim, position = c, int(number * seen[c])
-                    if position >= stored.get(c, 0):
-                        continue
-                else:
-                    victim = min(other for other, count in stored.items() if count == largest)
-                    position = int(number * largest)
-                slot = int(np.flatnonzero(of_slot[: table.size] == victim)[position])
-                stored[victim] -= 1
-            stored[c] = stored.get(c, 0) + 1
-            of_slot[slot] = c
-            written[slot] = row
-        slots = sorted(written)
-        return np.array(slots, dtype=np.int64), np.array([written[slot] for slot in slots], dtype=np.int64)
-
-    def _remaining(self, table: RowTable, capacity: int, generator: np.random.Generator) -> Ids:
-        """Rows that stay when there is room for ``capacity``."""
-        if self.policy == "uniform":
-            return _drawn(np.arange(table.size), min(capacity, table.size), generator)
-        counts = table.class_counts()
-        shares = _levelled(list(counts.values()), capacity)
-        labels = table.now("label")
-        kept = [_drawn(np.flatnonzero(labels == c), share, generator) for c, share in zip(counts, shares, strict=True)]
-        return np.sort(np.concatenate(kept))
-
-    def _merged_rows(
-        self, mine: RowTable, other: ReservoirBuffer, theirs: RowTable, capacity: int, generator: np.random.Generator
-    ) -> tuple[Ids, Ids]:
-        """Rows to keep of this memory and of the other."""
-        if self.policy == "uniform":
-            total = min(capacity, self.n_seen + other.n_seen)
-            return _shared_out(
-                (np.arange(mine.size), self.n_seen), (np.arange(theirs.size), other.n_seen), total, generator
-            )
-        parts = []
-        for c in sorted(self._class_seen.keys() | other._class_seen.keys()):
-            ours = np.flatnonzero(mine.now("label") == c), self._class_seen[c]
-            parts.append((ours, (np.flatnonzero(theirs.now("label") == c), other._class_seen[c])))
-        most = [
-            min(seen + others_seen, _exact_limit(at, seen), _exact_limit(others_at, others_seen))
-            for (at, seen), (others_at, others_seen) in parts
-        ]
-        shares = _levelled(most, capacity)
-        kept = [_shared_out(*part, share, generator) for part, share in zip(parts, shares, strict=True)]
-        first, second = zip(*kept, strict=True)
-        return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
-
-    # Parts ------------------------------------------------------------------------------------------------------
-
-    def _filled(self) -> RowTable:
-        if self._table is None:
-            raise NotFittedError("the memory is empty: nothing was added yet")
-        return self._table
-
-    def _number(self, name: str) -> Tensor:
-        numbers = np.empty(0) if self._table is None else self._table.now(name)
-        return torch.from_numpy(numbers.astype(np.int64)).to(self._device)
-
-    def _rows_at(self, table: RowTable, at: Ids) -> MemoryRows:
-        with exact():
-            numbers = torch.from_numpy(np.stack([table.numbers[name][at] for name in NUMBERS])).to(self._device)
-            tensors = {name: taken(tensor, at) for name, tensor in table.tensors.items()}
-            data = self._codec.decode(tensors.pop("data"), table.layout.dtypes["data"])
-            return MemoryRows(data, **dict(zip(NUMBERS, numbers.unbind(), strict=True)), extras=tensors)
+    @property
+    def _balanced(self) -> bool:
+        return self.policy == "class_balanced"
 
     def _capacity_for(self, layout: RowLayout) -> int:
         if self._capacity is not None:
@@ -607,20 +351,6 @@ class ReservoirBuffer(PlainState):
                 )
         if (other._codec.mean, other._codec.std) != (self._codec.mean, self._codec.std):
             raise ArgumentError("cannot take over a memory of images that were normalised by another mean and std")
-
-    def _check_mergeable(self, other: ReservoirBuffer) -> None:
-        self._check_alike(other)
-        if self._table is not None and other._table is not None and self._table.layout != other._table.layout:
-            raise ArgumentError(
-                f"cannot merge a memory of rows of {other._table.layout} into one of {self._table.layout}"
-            )
-        if self.n_seen + other.n_seen >= _MERGE_LIMIT:
-            raise ArgumentError(
-                f"memories can be merged up to {_MERGE_LIMIT} rows seen together, "
-                f"these have seen {self.n_seen} and {other.n_seen}"
-            )
-
-    # State ------------------------------------------------------------------------------------------------------
 
     def _move(self, device: torch.device) -> None:
         if self._table is not None:
@@ -660,83 +390,3 @@ class ReservoirBuffer(PlainState):
                 table = saved.table(capacity, self._device)
         self._table, self._capacity = table, capacity
         self._seen, self._class_seen, self._generator = saved.seen, saved.class_seen, saved.generator
-
-
-def _checked_rows(data: Tensor, label: Tensor, extras: Mapping[str, Tensor]) -> tuple[Ids, dict[str, Tensor]]:
-    tensors = {"data": data, **extras}
-    for name, tensor in tensors.items():
-        if name in NUMBERS:
-            raise BatchError(f"{name} is the name of a number that the memory keeps itself; call the tensor otherwise")
-        if not isinstance(tensor, Tensor):
-            raise BatchError(f"{name} must be a tensor with one row per sample, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-            raise BatchError(f"{name} must be a plain dense tensor; call to_dense() on a sparse one")
-        if tensor.ndim == 0 or len(tensor) != len(data):
-            raise BatchError(f"{name} must have one row per sample of data, got shape {tuple(tensor.shape)}")
-    labels = _host_integers("label", label, len(data))
-    return labels, tensors
-
-
-def _checked_experience(experience: int | Tensor, rows: int) -> Ids:
-    if isinstance(experience, Tensor):
-        numbers = _host_integers("experience", experience, rows)
-        largest = numbers.max(initial=0)
-    else:
-        largest = check_count("experience", experience, at_least=0)
-        numbers = np.full(rows, min(largest, EXPERIENCE_LIMIT))
-    if largest > EXPERIENCE_LIMIT:
-        raise BatchError(f"experience must be at most {EXPERIENCE_LIMIT}, got {largest}")
-    return numbers
-
-
-def _checked_class_ids(class_ids: Tensor) -> Ids:
-    told = type(class_ids).__name__
-    if isinstance(class_ids, Tensor):
-        told = f"{class_ids.dtype} of shape {tuple(class_ids.shape)}"
-        floating = class_ids.dtype.is_floating_point or class_ids.dtype.is_complex
-        if class_ids.ndim == 1 and not floating and class_ids.dtype != torch.bool:
-            ids: Ids = class_ids.detach().to("cpu", torch.int64).numpy()
-            return ids
-    raise ArgumentError(f"class_ids must be a tensor (k,) of integer class ids, got {told}")
-
-
-def _host_integers(name: str, values: Tensor, rows: int) -> Ids:
-    if not isinstance(values, Tensor):
-        raise BatchError(f"{name} must be a tensor of {rows} integers, got {type(values).__name__}")
-    if values.dtype == torch.bool or values.dtype.is_floating_point or values.dtype.is_complex:
-        raise BatchError(f"{name} must be integers, got {values.dtype}; call .long() if they are whole numbers")
-    if values.shape != (rows,):
-        raise BatchError(f"{name} must have shape ({rows},), one per row of data, got {tuple(values.shape)}")
-    numbers: Ids = values.detach().to("cpu", torch.int64).numpy()
-    if numbers.size and numbers.min() < 0:
-        raise BatchError(
-            f"{name} must not be negative, got {numbers.min()} in row {numbers.argmin()}; leave unlabelled rows out"
-        )
-    return numbers
-
-
-def _drawn(rows: Ids, k: int, generator: np.random.Generator) -> Ids:
-    """``k`` of the rows, in order."""
-    return np.sort(generator.choice(rows, k, replace=False))
-
-
-def _levelled(counts: list[int], capacity: int) -> list[int]:
-    """Counts with the largest reduced until they add up to ``capacity`` at most."""
-    left = np.array(counts, dtype=np.int64)
-    for _ in range(int(left.sum()) - capacity):
-        left[left.argmax()] -= 1
-    return [int(count) for count in left]
-
-
-def _exact_limit(rows: Ids, seen: int) -> int:
-    """How large a uniform sample of this stream and another can be when these rows of ``seen`` are left."""
-    return _MERGE_LIMIT if rows.size == seen else rows.size
-
-
-def _shared_out(
-    one: tuple[Ids, int], other: tuple[Ids, int], total: int, generator: np.random.Generator
-) -> tuple[Ids, Ids]:
-    """Rows of two samples, each with the number it was drawn from, that are a uniform sample of the union."""
-    (ours, seen), (theirs, others_seen) = one, other
-    k = int(generator.hypergeometric(seen, others_seen, total))
-    return _drawn(ours, k, generator), _drawn(theirs, total - k, generator)

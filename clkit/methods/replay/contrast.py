@@ -91,7 +91,7 @@ def prototype_contrast(first: Tensor, second: Tensor, labels: Tensor, temperatur
 
 
 def draw_offset(in_features: int, projection_dim: int, generator: torch.Generator) -> int:
-    """First column of the slice of the features that :func:`instance_contrast` compares with: uniform in [0, D - p).
+    """Draw the first column of the slice of features in :func:`instance_contrast`, uniform in [0, D - p).
 
     Nothing is drawn and it is 0 where the embedding is as wide as the features.
 
@@ -181,7 +181,7 @@ def instance_contrast(
 
 
 def _same_label(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column of each pair with one label, row after row, and in how many pairs a row is."""
+    """Return row and column of each pair with one label, row after row, and in how many pairs a row is."""
     ordered, order = labels.sort(stable=True)
     begin = torch.searchsorted(ordered, labels)
     positives = torch.searchsorted(ordered, labels, right=True) - begin
@@ -217,7 +217,7 @@ class _PairCosts(torch.autograd.Function):
 def _cost_and_slopes(
     left: Tensor, right: Tensor, row: Tensor, column: Tensor, share: Tensor, diagonal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, and its slopes by ``left`` and ``right``; works in place, for the matrix has a row for each view."""
+    """Return the sum and its slopes by both factors; works in place, for the matrix has a row for each view."""
     scores = left @ right.T
     scores = scores.sub_(scores.detach().amax(dim=1, keepdim=True))
     if not diagonal:
@@ -289,7 +289,7 @@ def wide(values: Tensor) -> Tensor:
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows of length 1; a row without a direction stays as it is, with a gradient of ordinary size."""
+    """Return rows of length 1; a row without a direction stays as it is, with a gradient of ordinary size."""
     lengths = vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(lengths > _SHORTEST, lengths, 1.0)
 

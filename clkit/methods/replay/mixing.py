@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -11,12 +12,13 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods._checks import check_choice
+from clkit.methods._checks import check_choice, check_number, check_probability
 from clkit.methods.replay.contrast import check_labels, check_rows, wide
 
 __all__ = [
     "ClassMemory",
     "MixedBatch",
+    "Mixing",
     "PairRule",
     "mixed_cross_entropy",
     "mixture",
@@ -69,7 +71,7 @@ def mixed_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Te
 
 
 def pair_probabilities(means: Tensor) -> tuple[Tensor, Tensor]:
-    r"""How often each pair of classes is mixed: :math:`\mathrm{softmax}(1 / \lVert \mu_i - \mu_k \rVert)`.
+    r"""Return how often each pair of classes is mixed: :math:`\mathrm{softmax}(1 / \lVert \mu_i - \mu_k \rVert)`.
 
     Args:
         means: (K, p).
@@ -90,7 +92,7 @@ def pair_probabilities(means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pair_counts(probabilities: Tensor, total: int, generator: torch.Generator, *, rule: PairRule = "round") -> Tensor:
-    """How many images each pair gets; they always add up to ``total``.
+    """Return how many images each pair gets; they always add up to ``total``.
 
     ``"round"`` rounds ``probabilities * total`` half to even, and adds or takes one at random pairs until the sum is
     right; where all round to zero, the pairs are therefore uniform whatever the probabilities. ``"multinomial"``
@@ -126,6 +128,42 @@ def pair_counts(probabilities: Tensor, total: int, generator: torch.Generator, *
         order = torch.randperm(len(eligible), generator=generator)[: abs(surplus)]
         counts[eligible[order]] -= 1 if surplus > 0 else -1
     return counts
+
+
+@dataclass(frozen=True)
+class Mixing:
+    r"""How the images of a replay batch are mixed (adaptive prototypical feedback).
+
+    Args:
+        base_rate: :math:`\rho`, share of a replay batch that is mixed among itself.
+        probability: P, how often images are mixed at all.
+        largest: Largest share of the second image in the first part.
+        alpha: The share in the second part has the distribution Beta(alpha, alpha).
+        pair_rule: ``"round"`` or ``"multinomial"``, see :func:`pair_counts`.
+        pure_class: Which class an image of a pair has that is not mixed: always the ``"first"`` of the two, as
+            published, or ``"either"``.
+        probability_rule: ``"squared"``: one coin for the whole first part and one for each row, so that a row is
+            mixed with probability P squared, as published; ``"once"``: one for each row.
+
+    Raises:
+        ArgumentError: If an argument is not allowed.
+    """
+
+    base_rate: float = 0.75
+    probability: float = 0.6
+    largest: float = 0.6
+    alpha: float = 0.4
+    pair_rule: PairRule = "round"
+    pure_class: Literal["first", "either"] = "first"
+    probability_rule: Literal["squared", "once"] = "squared"
+
+    def __post_init__(self) -> None:
+        for name in ("base_rate", "probability", "largest"):
+            check_probability(name, getattr(self, name))
+        check_number("alpha", self.alpha, above=0)
+        check_choice("pair_rule", self.pair_rule, ("round", "multinomial"))
+        check_choice("pure_class", self.pure_class, ("first", "either"))
+        check_choice("probability_rule", self.probability_rule, ("squared", "once"))
 
 
 class MixedBatch(NamedTuple):
@@ -164,10 +202,10 @@ class ClassMemory(Protocol):
     """What :meth:`OnlinePrototypes.mix` asks of a memory; :class:`~clkit.methods.ReservoirBuffer` is one."""
 
     def classes(self) -> Iterable[int]:
-        """The class ids that have rows stored."""
+        """Return the class ids that have rows stored."""
 
     def sample_classes(self, class_ids: Tensor, generator: torch.Generator) -> Sequence[Any]:
-        """A random stored row of each class named, as something whose first entry is the images."""
+        """Return a random stored row of each class named, as something whose first entry is the images."""
 
 
 def mixture(x: Tensor, y: Tensor, first: Tensor, second: Tensor, share: Tensor) -> MixedBatch:

@@ -48,14 +48,14 @@ class Projector(nn.Module):
         self.layers = nn.Sequential(*hidden, last)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Unit rows (B, p), float32 (float64 for float64 features), for features (B, D)."""
+        """Return unit rows (B, p), float32 (float64 for float64 features), for features (B, D)."""
         embeddings: Tensor = self.layers(features)
         wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
         return F.normalize(wide, dim=1)
 
 
 def _linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
-    """A layer with torch's own first weights, drawn from the generator and not from the global random states."""
+    """Return a layer with torch's own first weights, drawn from the generator and not from the global random states."""
     layer = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(in_features)

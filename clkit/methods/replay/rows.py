@@ -33,18 +33,21 @@ class RowLayout:
     def __str__(self) -> str:
         return ", ".join(f"{name} {shape} {self.dtypes[name]}" for name, shape in self.shapes.items())
 
-    @property
-    def names(self) -> set[str]:
-        """Of the tensors."""
-        return set(self.shapes)
+    def check_equal(self, fixed: RowLayout, *names: str) -> None:
+        """Refuse rows of another layout than the one that the first batch fixed, in all tensors or in some."""
+        kinds = (fixed, self) if not names else (fixed.only(*names), self.only(*names))
+        if kinds[0] != kinds[1]:
+            raise BatchError(f"the first batch fixed the rows to {kinds[0]}, got {kinds[1]}; nothing was changed")
 
-    def check_equal(self, fixed: RowLayout) -> None:
-        """Refuses rows of another layout than the one that the first batch fixed."""
-        if self != fixed:
-            raise BatchError(f"the first batch fixed the rows to {fixed}, got {self}; nothing was changed")
+    def only(self, *names: str) -> RowLayout:
+        """Return the layout of some of the tensors."""
+        part = RowLayout.__new__(RowLayout)
+        part.shapes = {name: self.shapes[name] for name in names}
+        part.dtypes = {name: self.dtypes[name] for name in names}
+        return part
 
     def row_bytes(self, stored: torch.dtype) -> int:
-        """Bytes of one row's tensors with ``data`` in dtype ``stored``."""
+        """Return the bytes of one row's tensors with ``data`` in dtype ``stored``."""
         dtypes = {**self.dtypes, "data": stored}
         return sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in self.shapes.items())
 
@@ -70,11 +73,11 @@ class RowTable:
         }
 
     def now(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-        """(size,) the numbers of that name; not a copy."""
+        """Return the numbers of that name, (size,); not a copy."""
         return self.numbers[name][: self.size]
 
     def class_counts(self) -> dict[int, int]:
-        """Rows in memory by class id."""
+        """Return the rows in memory by class id."""
         ids, counts = np.unique(self.now("label"), return_counts=True)
         return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
@@ -94,7 +97,7 @@ class RowTable:
         self.size += rows.size
 
     def resized(self, capacity: int, rows: Ids) -> RowTable:
-        """A table of that capacity with these rows of this one."""
+        """Return a table of that capacity with these rows of this one."""
         device = self.tensors["data"].device
         table = RowTable(self.layout, self.stored, capacity, device)
         table.append(self, rows)
@@ -102,12 +105,12 @@ class RowTable:
 
 
 def host_tensor(values: int | list[int]) -> Tensor:
-    """An int64 tensor on the host."""
+    """Return an int64 tensor on the host."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def taken(tensor: Tensor, rows: Ids) -> Tensor:
-    """Rows of a tensor, on its own device."""
+    """Return rows of a tensor, on its own device."""
     return tensor.index_select(0, torch.from_numpy(rows).to(tensor.device))
 
 
@@ -131,7 +134,7 @@ class RowCodec:
         self.std = stds * (channels // len(stds))
 
     def stored_dtype(self, layout: RowLayout) -> torch.dtype:
-        """The dtype in memory of such rows.
+        """Return the dtype in memory of such rows.
 
         Raises:
             BatchError: If they cannot be stored so.
@@ -155,11 +158,11 @@ class RowCodec:
         return torch.uint8
 
     def normalised(self) -> Tensor:
-        """(2, channels) float64: mean and std, for the saved state."""
+        """Return mean and std for the saved state, (2, channels) float64."""
         return torch.tensor([self.mean, self.std], dtype=torch.float64, device="cpu")
 
     def encode(self, data: Tensor, *, check: bool) -> Tensor:
-        """``data`` as stored.
+        """Return ``data`` as stored.
 
         Args:
             data: (B, …) rows.
@@ -189,7 +192,7 @@ class RowCodec:
         return whole.to(torch.uint8)
 
     def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows in the dtype that they came in."""
+        """Return the rows in the dtype that they came in."""
         if stored.dtype != torch.uint8 or dtype == torch.uint8:
             return stored.to(dtype)
         images = stored.to(dtype).div_(255)

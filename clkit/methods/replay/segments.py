@@ -118,7 +118,7 @@ class BatchNormSegments:
         )
 
     def _lengths(self, layer: _BatchNorm, shape: torch.Size, sizes: tuple[int, ...]) -> list[int]:
-        """Rows that the layer normalises together, part by part."""
+        """Return how many rows the layer normalises together, part by part."""
         rows, total = shape[0], sum(sizes)
         if rows < total or rows % total:
             name = next(name for name, known in self._layers.items() if known is layer)
@@ -154,7 +154,7 @@ class _Segmented(_BatchNorm):
         return torch.cat([normalize(part) for part in torch.split(input, lengths)])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What the plain layer says: a copy has nobody to close it."""
+        """Return what the plain layer says: a copy has nobody to close it."""
         segmented = type(self)
         _become(self, self.plain)
         try:

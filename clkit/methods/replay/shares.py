@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from clkit.methods.replay.rows import Ids
+from clkit.methods.replay.rows import Ids, RowTable
 
-__all__ = ["Share", "dealt", "even", "numbered"]
+__all__ = ["Share", "dealt", "even", "numbered", "shared_table"]
 
 
 class Share(NamedTuple):
@@ -26,14 +27,14 @@ class Share(NamedTuple):
 
 
 def even(total: int, parts: int) -> list[int]:
-    """Whole numbers that add up to ``total`` and differ by one at most, the larger ones first."""
+    """Return whole numbers that add up to ``total`` and differ by one at most, the larger ones first."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def dealt(
     labels: Ids, class_seen: Counter[int], capacities: Sequence[int], generator: np.random.Generator, *, balanced: bool
 ) -> list[Share]:
-    """Deals rows at random, to each part about as many, and the arrivals that they stand for.
+    """Deal rows at random, to each part about as many, and the arrivals that they stand for.
 
     A uniform memory that is not full has dropped nothing, so it counts what it holds; arrivals that were dropped before
     are counted by the full ones, each about as many. A class-balanced memory keeps its shares class by class, so the
@@ -55,8 +56,31 @@ def dealt(
     return [Share(part, own + extra) for part, own, extra in zip(rows, held, more, strict=True)]
 
 
+def shared_table(
+    shards: Sequence[tuple[RowTable, Sequence[int]]], share: Share, capacity: int, device: torch.device
+) -> RowTable:
+    """Return the rows of a share, numbered anew in the order of their ages.
+
+    Args:
+        shards: Their rows, and how many each has seen by origin.
+        share: Which of all rows.
+        capacity: Of the table.
+        device: Where it lies.
+    """
+    first = shards[0][0]
+    table, ages, start = RowTable(first.layout, first.stored, capacity, device), [], 0
+    for old, seen in shards:
+        rows = share.rows[(share.rows >= start) & (share.rows < start + old.size)] - start
+        table.append(old, rows)
+        ages.append((old.now("arrival") / np.array(seen)[old.now("origin")])[rows])
+        start += old.size
+    table.numbers["origin"][:] = 0
+    table.numbers["arrival"][: table.size] = numbered(np.concatenate(ages), share.class_seen.total())
+    return table
+
+
 def numbered(ages: np.ndarray[tuple[int], np.dtype[np.float64]], n_seen: int) -> Ids:
-    """Distinct arrival numbers below ``n_seen`` in the order of the ages, each near its share of the stream.
+    """Return distinct arrival numbers below ``n_seen`` in the order of the ages, each near its share of the stream.
 
     Args:
         ages: (size,) when each row came, as a share of its own stream, in [0, 1).
@@ -71,7 +95,7 @@ def numbered(ages: np.ndarray[tuple[int], np.dtype[np.float64]], n_seen: int) ->
 
 
 def _by_class(dropped: Counter[int], held: list[Counter[int]]) -> list[Counter[int]]:
-    """Of each class to each part in proportion to the rows that it holds."""
+    """Share out each class in proportion to the rows that it holds."""
     more: list[Counter[int]] = [Counter() for _ in held]
     for c, count in sorted(dropped.items()):
         weights = np.array([own[c] for own in held]) if any(own[c] for own in held) else np.ones(len(held), dtype=int)
@@ -82,7 +106,7 @@ def _by_class(dropped: Counter[int], held: list[Counter[int]]) -> list[Counter[i
 
 
 def _by_part(dropped: Counter[int], held: list[Counter[int]], capacities: Sequence[int]) -> list[Counter[int]]:
-    """To each full part as many in all, whatever their classes."""
+    """Give each full part as many in all, whatever their classes."""
     more: list[Counter[int]] = [Counter() for _ in held]
     full = [part for part, own in enumerate(held) if own.total() == capacities[part]]
     if not full:  # so little is missing in each that the arrivals of the past are no longer known

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clkit.methods.replay.buffer import MemoryRows
+from clkit.methods.replay.stored import MemoryRows
 
 __all__ = ["Part", "StepBatch", "StepOutputs", "StepViews", "Transform", "arrange", "cross_entropy", "total_loss"]
 
@@ -54,15 +54,15 @@ class StepBatch(NamedTuple):
         new: The incoming batch.
         replay: This process's share of the rows that were retrieved from the memory; none in the first steps.
         wanted: Rows that were asked of the memory, over all processes; 0 where nothing is replayed.
-        rows: What this process retrieved, before it was shared out; ``None`` where nothing is replayed.
-        extras: For each name in the strategy's ``extra_names`` the tensors stored with the rows of ``replay``.
+        rows: What this process retrieved, before it was shared out.
+        extras: For each name of the strategy's ``extra_names`` the tensors stored with the rows of ``replay``.
     """
 
     new: Part
     replay: Part
-    wanted: int = 0
-    rows: MemoryRows | None = None
-    extras: Mapping[str, Tensor] = {}
+    wanted: int
+    rows: MemoryRows
+    extras: Mapping[str, Tensor]
 
 
 @dataclass

@@ -25,7 +25,7 @@ _TRIES = 10  # crops proposed per image; the first that fits is taken
 
 
 def rotate_views(images: Tensor, rotation: Rotation = "rot16") -> Tensor:
-    r"""All rotated variants of a batch, variant-major: rows ``[k·B, (k+1)·B)`` are variant k of all images.
+    r"""Return all rotated variants of a batch, variant-major: rows ``[k·B, (k+1)·B)`` are variant k of all images.
 
     Use it to make several classes out of one: a turned image counts as another class in a contrastive loss.
 
@@ -70,7 +70,7 @@ def rotate_views(images: Tensor, rotation: Rotation = "rot16") -> Tensor:
 
 
 def variant_labels(labels: Tensor, variants: int, num_classes: int, mixed: Tensor | None = None) -> Tensor:
-    r"""A class id for each row of :func:`rotate_views`: :math:`y_j + C \cdot k` for variant k of image j.
+    r"""Return a class id for each row of :func:`rotate_views`: :math:`y_j + C \cdot k` for variant k of image j.
 
     Args:
         labels: (n,) integer class ids below ``num_classes``.
@@ -149,7 +149,7 @@ class RandomViews:
         _check_range("aspect", self.aspect, math.inf)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """The random numbers of ``count`` images, (count, 24) float64, for a call that gets them as ``numbers``.
+        """Draw the random numbers of ``count`` images, (count, 24) float64, for a call that gets them as ``numbers``.
 
         So each of several processes can draw for all images of a step and use the numbers of its own.
         """
@@ -159,7 +159,7 @@ class RandomViews:
     def __call__(
         self, images: Tensor, generator: torch.Generator | None = None, *, numbers: Tensor | None = None
     ) -> Tensor:
-        """New views of the images.
+        """Return new views of the images.
 
         Args:
             images: (B, c, H, W), floating point.
@@ -188,7 +188,7 @@ class RandomViews:
         return _resampled(wide, boxes).to(images.dtype)
 
     def _boxes(self, drawn: Tensor, height: int, width: int) -> Tensor:
-        """(B, 4): centre x, y in [-1, 1] and the share of the width and of the height of each crop."""
+        """Return (B, 4): centre x, y in [-1, 1] and the share of the width and of the height of each crop."""
         areas = self.area[0] + (self.area[1] - self.area[0]) * drawn[:, 2 : 2 + _TRIES]
         low, high = (math.log(bound * height / width) for bound in self.aspect)  # aspect counts pixels, shares do not
         roots = (0.5 * (low + (high - low) * drawn[:, 2 + _TRIES :])).exp()
@@ -211,7 +211,7 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _resampled(images: Tensor, boxes: Tensor) -> Tensor:
-    """The boxes of the images, each stretched to the full size."""
+    """Return the boxes of the images, each stretched to the full size."""
 
     def points(length: int, axis: int) -> Tensor:
         pixels = (2 * torch.arange(length, device=images.device, dtype=images.dtype) + 1) / length - 1
