@@ -132,3 +132,30 @@ def test_the_results_page_names_every_key_of_a_results_file(tmp_path: Path, make
     keys = {*results, *results["stream"], *results["stream"]["experiences"][0], *results["predictors"]["nmc"]}
     page = (ROOT / "docs" / "guide" / "results.md").read_text(encoding="utf-8")
     assert keys | set(results["seconds"]) <= set(re.findall(r"\w+", page))
+
+
+def methods_by_state(page: str, state: int) -> dict[str, bool]:
+    """The methods of a page's table, and whether each is done; ``state`` is the column that says so."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    heading = next(index for index, row in enumerate(rows) if row[0] == "method")
+    found = {}
+    for row in rows[heading + 2 :]:
+        name = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", row[0]).replace("\u2011", "-")
+        found[name] = "done" in row[state]
+        assert found[name] or row[state] == "not yet"
+    return found
+
+
+def test_readme_front_page_and_changelog_say_the_same_of_what_is_done() -> None:
+    readme = methods_by_state("README.md", 3)
+    assert readme == methods_by_state("docs/index.md", 3)
+    assert sum(readme.values()) >= 5
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("|") and line.endswith("| done |"):
+            for name in re.findall(r"`(\w+)`", line.split("|")[3]):
+                assert f"`{name}`" in changelog, name
+    for name, done in readme.items():
+        if not done:
+            assert f"`{name.replace('-', '')}`" not in changelog

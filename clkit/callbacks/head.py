@@ -334,7 +334,7 @@ class HeadCallback(FeatureCallback):
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
-        """Head, width and tap point; summed over processes first, so that the file is the same for any number."""
+        """Return head, width and tap point, summed over processes so that the file is the same for any number."""
         graft = None if self._graft is None else self._graft.state()
         if self._head is None:
             return {"head": None, "in_features": None, "tap": None, "graft": graft}
