@@ -108,7 +108,7 @@ class AEFOCL(HeadCallback):
         self.make_head(1)  # a wrong argument is an error now, not after the first batch
 
     def make_head(self, in_features: int) -> AnalyticHead:
-        """A ridge head of these settings."""
+        """Return a ridge head of these settings."""
         return AnalyticHead(
             in_features,
             gamma=self.gamma,

@@ -83,30 +83,30 @@ class StreamCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Passes the moment on."""
+        """Pass the moment on."""
         self._boundaries.on_train_batch_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the batch, so that a checkpoint can be checked for a lost one."""
+        """Count the batch, so that a checkpoint can be checked for a lost one."""
         self._batches += 1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Passes the moment on, once all processes have the same network to evaluate."""
+        """Pass the moment on, once all processes have the same network to evaluate."""
         share_buffers(trainer.strategy.model)
         self._boundaries.on_validation_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Passes the moment on."""
+        """Pass the moment on."""
         self._boundaries.on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Passes the moment on."""
+        """Pass the moment on."""
         self._boundaries.on_train_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Does what the end of training owes where Lightning skips training.
+        """Do what the end of training owes where Lightning skips training.
 
         It does so when a run was killed between its last step and its end, and goes on from that step's checkpoint.
         """
@@ -125,22 +125,22 @@ class StreamCallback(pl.Callback):
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
-        """What the subclass has learned: tensors and plain types only."""
+        """Return what the subclass has learned: tensors and plain types only."""
         return {}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`stream_state` gave; the position in the stream is restored afterwards.
+        """Take back what :meth:`stream_state` gave; the position in the stream is restored afterwards.
 
         Raises:
             StateError: If it does not fit; nothing may be changed then.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """The callback's whole state, loadable with ``weights_only=True``."""
+        """Return the callback's whole state, loadable with ``weights_only=True``."""
         return {"format": FORMAT, "batches": self._batches, **self.stream_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a saved state.
+        """Take up a saved state.
 
         Raises:
             StateError: If it was written by a newer format, or does not fit this callback.
@@ -159,7 +159,7 @@ class StreamCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Makes the saved progress whole and checks that nothing of this callback is missing.
+        """Make the saved progress whole and checks that nothing of this callback is missing.
 
         Raises:
             StateError: If the checkpoint was saved before this callback had learned its last batch, holds a state of

@@ -92,7 +92,7 @@ class HeadCallback(FeatureCallback):
 
     @abstractmethod
     def make_head(self, in_features: int) -> Head:
-        """A head, with nothing learned, for features of width ``in_features``."""
+        """Return a head, with nothing learned, for features of width ``in_features``."""
 
     # ---- the head
 
@@ -137,7 +137,7 @@ class HeadCallback(FeatureCallback):
         self._evaluated_head = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks for the classifier again, puts a restored graft back, and checks what could fail at the end."""
+        """Look for the classifier again, puts a restored graft back, and checks what could fail at the end."""
         super().on_fit_start(trainer, pl_module)
         self._restore_graft(pl_module)
         self._learned_in_fit = False
@@ -198,7 +198,7 @@ class HeadCallback(FeatureCallback):
             self._say(f"the backbone changed: {reason}; what was learned before may no longer fit its features")
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Sums over processes, and grafts where the user asked for that."""
+        """Sum over processes, and grafts where the user asked for that."""
         if self._head is None:
             return
         self._head.synchronize()
@@ -207,7 +207,7 @@ class HeadCallback(FeatureCallback):
             self.graft(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sums over processes, and grafts where the user asked for that."""
+        """Sum over processes, and grafts where the user asked for that."""
         super().on_train_end(trainer, pl_module)
         if self._head is None:
             return
@@ -216,7 +216,7 @@ class HeadCallback(FeatureCallback):
             self.graft(pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A fit that taught nothing is most often a mistake in its settings."""
+        """Warn of a fit that taught nothing, most often a mistake in its settings."""
         super().on_fit_end(trainer, pl_module)
         if not self._learned_in_fit and not is_fast_dev_run(trainer):
             self._say(
@@ -250,7 +250,7 @@ class HeadCallback(FeatureCallback):
             rank_zero_warn(f"{self.state_key}: {message}")
 
     def _ensure_head(self, features: Tensor, point: str) -> Head:
-        """The head, made for the first features, and checked to be one for features like these."""
+        """Return the head, made for the first features, and checked to be one for features like these."""
         width = features.shape[1]
         if self._head is None:
             self._head, self._tap_point = self.make_head(width), point
@@ -311,7 +311,7 @@ class HeadCallback(FeatureCallback):
     # ---- graft
 
     def graft(self, pl_module: pl.LightningModule) -> None:
-        """Replaces the user's own classifier by the head, until :meth:`ungraft`.
+        """Replace the user's own classifier by the head, until :meth:`ungraft`.
 
         Raises:
             NotFittedError: Before anything is learned.
@@ -324,7 +324,7 @@ class HeadCallback(FeatureCallback):
             self._observer.refresh()
 
     def ungraft(self, pl_module: pl.LightningModule) -> None:
-        """Gives the user's classifier back as it was."""
+        """Give the user's classifier back as it was."""
         if self._graft is not None:
             self._graft.undo(pl_module)
             self._graft = None
@@ -347,7 +347,7 @@ class HeadCallback(FeatureCallback):
         }
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Builds a head of the saved width and fills it."""
+        """Build a head of the saved width and fills it."""
         grafted = saved_entry(state, "graft", dict | None, self.state_key)
         graft = None if grafted is None else Graft(self.state_key, grafted)
         tap = saved_entry(state, "tap", str | None, self.state_key)
@@ -374,7 +374,7 @@ class HeadCallback(FeatureCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The module has the checkpoint's weights by now, so a graft from before lets go of it."""
+        """Let go of a graft from before: the module has the checkpoint's weights by now."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._graft is not None:
             self._graft.release(pl_module)
@@ -383,7 +383,7 @@ class HeadCallback(FeatureCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A grafted module is saved under the user's own keys."""
+        """Save a grafted module under the user's own keys."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._graft is not None:
             self._graft.restore_keys(checkpoint["state_dict"])

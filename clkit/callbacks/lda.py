@@ -67,5 +67,5 @@ class LDA(HeadCallback):
         self.make_head(1)  # a wrong argument is an error now, not after the first batch
 
     def make_head(self, in_features: int) -> LDAHead:
-        """An LDA head of these settings."""
+        """Return an LDA head of these settings."""
         return LDAHead(in_features, shrinkage=self.shrinkage, max_classes=self.max_classes)

@@ -104,13 +104,13 @@ class NMC(HeadCallback):
         self.make_head(1)  # a wrong argument is an error now, not after the first batch
 
     def make_head(self, in_features: int) -> NearestMeanHead:
-        """A nearest-mean head of these settings."""
+        """Return a nearest-mean head of these settings."""
         return NearestMeanHead(in_features, metric=self.metric, max_classes=self.max_classes)
 
     # ---- means of a replay memory
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Looks for the strategy's memory, where the means shall be those of its rows."""
+        """Look for the strategy's memory, where the means shall be those of its rows."""
         super().setup(trainer, pl_module, stage)
         self._read_at = None
         if self.memory and stage == "fit":
@@ -122,13 +122,13 @@ class NMC(HeadCallback):
             super().on_experience_start(trainer, pl_module, experience)
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Sums over processes or reads the memory, and grafts where the user asked for that."""
+        """Sum over processes or reads the memory, and grafts where the user asked for that."""
         if self.memory:
             self._learn_memory(trainer, pl_module)
         super().on_experience_end(trainer, pl_module, experience)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sums over processes or reads the memory, and grafts where the user asked for that."""
+        """Sum over processes or reads the memory, and grafts where the user asked for that."""
         Boundaries.of(trainer).on_train_end(trainer, pl_module)  # an end that nothing noticed comes first
         if self._is_out_of_date(trainer):
             self._learn_memory(trainer, pl_module)
@@ -154,7 +154,7 @@ class NMC(HeadCallback):
         self._learned_in_fit = self._learned_in_fit or self._head is not None
 
     def _head_of_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> NearestMeanHead | None:
-        """A new head that has learned the memory's rows in stored order; none where it is empty."""
+        """Return a new head that has learned the memory's rows in stored order; none where it is empty."""
         strategy: Any = trainer.strategy
         memory = strategy.memory  # looked for in `setup`
         size = sum(memory.class_counts().values())

@@ -18,7 +18,7 @@ TARGET_KEYS = ("label", "labels", "target", "y")
 
 
 def read_batch(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tensor]:
-    """Finds inputs and targets in a batch.
+    """Find inputs and targets in a batch.
 
     Args:
         batch: ``(inputs, targets)`` or ``(inputs, targets, …)``, or a mapping with one of ``image``, ``inputs``, ``x``
@@ -57,7 +57,7 @@ def read_batch(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tens
 
 
 def read_inputs(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tensor | None]:
-    """Finds inputs, and targets where there are any: prediction needs none.
+    """Find inputs, and targets where there are any: prediction needs none.
 
     Args:
         batch: What :func:`read_batch` reads, or inputs alone (a tensor).

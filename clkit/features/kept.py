@@ -131,7 +131,7 @@ class KeptFeatures:
             )
 
     def after_batch(self) -> None:
-        """Gives the network its own forward back, and keeps what a real one gave."""
+        """Give the network its own forward back, and keeps what a real one gave."""
         if self._overridden is not None:
             served = "forward" in vars(self._overridden)
             if served:
@@ -188,7 +188,7 @@ def _can_answer(module: pl.LightningModule, tap: FeatureTap) -> bool:
 
 
 def _fingerprint(tap: FeatureTap) -> tuple[tuple[int, int], ...]:
-    """Changes when a parameter or buffer outside the classifier is replaced or written to."""
+    """Change when a parameter or buffer outside the classifier is replaced or written to."""
     own = set()
     if tap.classifier is not None:
         own = {id(tensor) for tensor in [*tap.classifier.parameters(), *tap.classifier.buffers()]}
@@ -200,7 +200,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _classified(classifier: nn.Module | None, features: Tensor) -> Tensor:
-    """What the network makes of its features (B, D), which the tap flattens where the classifier is a convolution."""
+    """Return the network's answer to features (B, D), which the tap flattens before a convolutional classifier."""
     if classifier is None:
         return features
     if isinstance(classifier, nn.Conv2d):

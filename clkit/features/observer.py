@@ -61,7 +61,7 @@ class BatchObserver:
 
     @classmethod
     def attach(cls, trainer: pl.Trainer, module: pl.LightningModule, layer: str = "auto") -> BatchObserver:
-        """The observer of a trainer and layer, made by the first callback that asks (in ``setup``)."""
+        """Return the observer of a trainer and layer, made by the first callback that asks (in ``setup``)."""
         observers = cls._of_trainer.setdefault(trainer, {})
         if layer not in observers:
             observers[layer] = cls(module, layer)
@@ -69,7 +69,7 @@ class BatchObserver:
         return observers[layer]
 
     def detach(self, trainer: pl.Trainer) -> None:
-        """Gives the observer back; the last one removes every hook from the user's module."""
+        """Give the observer back; the last one removes every hook from the user's module."""
         self._users -= 1
         if self._users > 0:
             return
@@ -204,7 +204,7 @@ class BatchObserver:
         self._live = None
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """A value computed once for the open batch, whoever asks first."""
+        """Return a value computed once for the open batch, whoever asks first."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
@@ -263,7 +263,7 @@ class BatchObserver:
 
 
 def forward(module: pl.LightningModule, network: nn.Module, inputs: Any) -> Any:
-    """The user's own ``forward``, or the tapped network where the module defines none."""
+    """Return the user's own ``forward``, or the tapped network where the module defines none."""
     own = type(module).forward is not pl.LightningModule.forward
     return module(inputs) if own else network(inputs)
 

@@ -51,7 +51,7 @@ class Handle:
         self._listener = listener
 
     def remove(self) -> None:
-        """Stops listening. A second call does nothing."""
+        """Stop listening. A second call does nothing."""
         self._listeners[:] = [other for other in self._listeners if other is not self._listener]
 
 
@@ -154,7 +154,7 @@ class FeatureTap:
         return self._place.width if self._relay.width is None else self._relay.width
 
     def listen(self, listener: Callable[[Tapped], None]) -> Handle:
-        """Calls ``listener`` with what each forward from now on gives, until the handle's ``remove()``.
+        """Call ``listener`` with what each forward from now on gives, until the handle's ``remove()``.
 
         Raises:
             TapError: If the tap was closed.
@@ -165,7 +165,7 @@ class FeatureTap:
         return Handle(self._relay.listeners, listener)
 
     def resolve(self) -> None:
-        """Looks again: after a classifier was replaced, or on a tap that was closed. Listeners stay.
+        """Look again: after a classifier was replaced, or on a tap that was closed. Listeners stay.
 
         Hooks die with the layer that they sit on (``net.fc = nn.Linear(...)``), so call this wherever the user may
         have replaced something. Nothing is touched if nothing changed.
@@ -221,7 +221,7 @@ class FeatureTap:
         return heard[0].features.detach()
 
     def mode_sensitive(self) -> list[nn.Module]:
-        """The network's layers whose forward differs between training and evaluation mode, in order of definition.
+        """Return the layers whose forward differs between training and evaluation mode, in order of definition.
 
         Features read in training mode equal those of evaluation mode if none of these is in training mode. They are
         layers with running statistics, dropout of any kind with a rate above 0 (also functional, in attention, in
@@ -236,7 +236,7 @@ class FeatureTap:
         return [module for module in self.network.modules() if _is_mode_sensitive(module)]
 
     def close(self) -> None:
-        """Removes every hook and every listener. A second call does nothing."""
+        """Remove every hook and every listener. A second call does nothing."""
         self._unregister()
         self._relay.listeners.clear()
 
@@ -470,13 +470,13 @@ def _is_clkit(module: nn.Module) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` wrapped, or the module itself."""
+    """Return what ``torch.compile`` wrapped, or the module itself."""
     inner = dict(module.named_children()).get("_orig_mod")
     return module if inner is None else _unwrapped(inner)
 
 
 def _networks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules with ``get_classifier`` (in their compiled form), each once."""
+    """Return the outermost modules with ``get_classifier`` (in their compiled form), each once."""
     seen: set[int] = set()
 
     def walk(outer: nn.Module) -> Iterator[nn.Module]:
@@ -512,7 +512,7 @@ def _linear_heads(module: nn.Module, path: str) -> Iterator[str]:
 
 
 def _runnable(module: nn.Module, path: str) -> nn.Module:
-    """The outermost module on the way to ``path`` that has a ``forward``: a ``LightningModule`` may have none."""
+    """Return the outermost module on the way to ``path`` that has a ``forward``: a module may have none."""
     for name in path.split("."):
         if _has_forward(module):
             return module
@@ -557,7 +557,7 @@ def width_of(layer: nn.Module) -> int | None:
 
 
 def _name(network: nn.Module, layer: nn.Module) -> str:
-    """The layer's path inside the network, the same whether parts are compiled or not."""
+    """Return the layer's path inside the network, the same whether parts are compiled or not."""
     steps = path_of(_unwrapped(network), _unwrapped(layer)).split(".")
     return ".".join(step for step in steps if step != "_orig_mod") or "module"
 
@@ -566,7 +566,7 @@ def _name(network: nn.Module, layer: nn.Module) -> str:
 
 
 def _classifier_place(network: nn.Module) -> _Place:
-    """The input of the network's classifier, or the network's output if it has none."""
+    """Return the input of the network's classifier, or the network's output if it has none."""
     classifier = _classifier_of(network)
     branches = _branches(classifier)
     if not branches:
@@ -589,7 +589,7 @@ def _classifier_of(network: nn.Module) -> Any:
 
 
 def _branches(classifier: Any) -> list[list[nn.Module]]:
-    """The layers that read features: one list for each classifier of a distilled pair, usually one list of one."""
+    """Return the layers that read features: a list for each classifier of a distilled pair, usually one of one."""
     parts: Sequence[Any] = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
     branches = [
         [_last_layer(module) for module in (part if isinstance(part, nn.ModuleList) else (part,)) if module is not None]

@@ -112,7 +112,7 @@ class TimmClassifier(pl.LightningModule):
         return {**config, "input_size": (wanted, height, width)}
 
     def setup(self, stage: str) -> None:
-        """Gives the network as many outputs as the stream has classes, where no number was given."""
+        """Give the network as many outputs as the stream has classes, where no number was given."""
         wanted = getattr(datamodule_of(self.trainer), "num_classes", None)
         if wanted is None:
             return
@@ -140,7 +140,7 @@ class TimmClassifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Runs the forward; accuracies are the callbacks' business."""
+        """Run the forward; accuracies are the callbacks' business."""
         self(read_inputs(batch, self.batch_reader)[0])
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -153,7 +153,7 @@ class TimmClassifier(pl.LightningModule):
         return output
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and a schedule where one was given."""
+        """Return the optimizer, and a schedule where one was given."""
         if next(self.parameters(), None) is None:
             raise self._nothing_to_train()
         optimizer = self.optimizer(self.parameters())
@@ -169,7 +169,7 @@ class TimmClassifier(pl.LightningModule):
 
 
 def _replace_stem(network: Any, backbone: str) -> None:
-    """The stem that is usual for CIFAR: nothing is lost before the first block."""
+    """Build the stem that is usual for CIFAR: nothing is lost before the first block."""
     if not all(hasattr(network, name) for name in ("conv1", "bn1", "maxpool", "layer1")):
         raise ArgumentError(
             f"small_images=True needs one of timm's ResNets, whose stem is conv1, bn1 and maxpool; {backbone!r} has "
@@ -182,7 +182,7 @@ def _replace_stem(network: Any, backbone: str) -> None:
 
 
 def _headless(network: nn.Module) -> bool:
-    """An identity backbone of unknown width cannot get a classifier."""
+    """Return whether a network cannot get a classifier: an identity backbone of unknown width."""
     return isinstance(network, IdentityBackbone) and network.num_features is None
 
 

@@ -38,11 +38,11 @@ class IdentityBackbone(nn.Module):
         self.reset_classifier(num_classes)
 
     def get_classifier(self) -> nn.Module:
-        """The linear classifier, or an identity."""
+        """Return the linear classifier, or an identity."""
         return self.fc
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier."""
+        """Make a new classifier."""
         if num_classes and self.num_features is None:
             raise ArgumentError(
                 f"an identity backbone with num_classes={num_classes} needs the width of the features: "

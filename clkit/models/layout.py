@@ -15,7 +15,7 @@ _VECTOR = 16
 
 
 def to_channels_last(network: nn.Module) -> None:
-    """Puts the weights of all 2-d convolutions into the layout ``channels_last``.
+    """Put the weights of all 2-d convolutions into the layout ``channels_last``.
 
     Args:
         network: Any network; layers that have no such layout stay as they are.

@@ -60,7 +60,7 @@ def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> list
 
 
 def save_figures(folder: Path, parts: Iterable[Any]) -> list[Path]:
-    """Saves the figures of those parts of a trainer that have some.
+    """Save the figures of those parts of a trainer that have some.
 
     Args:
         folder: Where the PNG files go; made if there is none.

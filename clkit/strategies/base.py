@@ -105,12 +105,12 @@ class LearningStrategy(DDPStrategy):
             super()._configure_launcher()
 
     def connect(self, model: pl.LightningModule) -> None:
-        """Takes the user's module; checkpoints are written and read whole from now on."""
+        """Take the user's module; checkpoints are written and read whole from now on."""
         super().connect(model)
         protect_checkpoints(self)
 
     def setup_distributed(self) -> None:
-        """Starts the process group; on one device only the ranks are set."""
+        """Start the process group; on one device only the ranks are set."""
         if self.single_device:
             self.set_world_ranks()
         else:
@@ -120,7 +120,7 @@ class LearningStrategy(DDPStrategy):
         return model if self.single_device else super()._setup_model(model)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Prepares the module; on one device as the simplest of Lightning's strategies does."""
+        """Prepare the module; on one device as the simplest of Lightning's strategies does."""
         if trainer.state.fn == "fit":
             self._boundaries = Boundaries.join(trainer, self._boundaries)
             self._attach_part(trainer)
@@ -142,7 +142,7 @@ class LearningStrategy(DDPStrategy):
     # ---- a part of its own
 
     def make_part(self, trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
-        """The strategy's own trainable module, asked for once; ``None`` where it needs none."""
+        """Return the strategy's own trainable module, asked for once; ``None`` where it needs none."""
         return None
 
     def _attach_part(self, trainer: pl.Trainer) -> None:
@@ -165,7 +165,7 @@ class LearningStrategy(DDPStrategy):
             delattr(module, self.part_name)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Builds the user's optimizers; parameters of the strategy's own part that they leave out join the first group.
+        """Build the user's optimizers; parameters of the strategy's own part that they leave out join the first group.
 
         Raises:
             ConfigurationError: If there is a part to train and no optimizer.
@@ -184,7 +184,7 @@ class LearningStrategy(DDPStrategy):
             )
 
     def _check_optimizers(self) -> set[int]:
-        """The objects that the user's optimizers train, by their ids.
+        """Return the objects that the user's optimizers train, by their ids.
 
         Raises:
             ConfigurationError: If nothing of the module is among them. Where ``configure_optimizers`` gives none,
@@ -203,14 +203,14 @@ class LearningStrategy(DDPStrategy):
     # ---- one batch
 
     def on_batch_learned(self) -> None:
-        """The optimizer has stepped for the batch, or its gradients wait for further batches; called once a batch.
+        """Learn what a batch leaves beside its gradient; called once a batch.
 
         Where the user's ``optimizer_step`` runs the closure itself, or steps by hand, this comes after the first
         backward pass. The trainer counts the batch as done a little later, when the user's code has returned.
         """
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the backward pass; outside of a step of the optimizer it is the last thing that a batch needs."""
+        """Run the backward pass; outside of a step of the optimizer it is the last thing that a batch needs."""
         loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         if not self._stepping:
             self._learn()
@@ -223,7 +223,7 @@ class LearningStrategy(DDPStrategy):
         model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the step, forward and backward pass within it."""
+        """Run the step, forward and backward pass within it."""
 
         def watched() -> Any:
             result = closure()
@@ -248,24 +248,24 @@ class LearningStrategy(DDPStrategy):
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
-        """What the strategy has learned beside the weights: tensors and plain types only; a call on all processes."""
+        """Return what is learned beside the weights, as tensors and plain types; a call on all processes."""
         return {}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`stream_state` gave.
+        """Take back what :meth:`stream_state` gave.
 
         Raises:
             StateError: If it does not fit; nothing may be changed then.
         """
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The user's own state, without the strategy's part."""
+        """Return the user's own state, without the strategy's part."""
         state = super().lightning_module_state_dict()
         prefix = f"{self.part_name}."
         return {key: value for key, value in state.items() if not (self.part_name and key.startswith(prefix))}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Adds what the strategy has learned to a whole checkpoint; a weights-only one stays the user's own."""
+        """Add what the strategy has learned to a whole checkpoint; a weights-only one stays the user's own."""
         if "optimizer_states" in checkpoint:
             assert self.lightning_module is not None
             resume.save(self._trainer, checkpoint)
@@ -282,14 +282,14 @@ class LearningStrategy(DDPStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint; a fit goes on from it without losing or repeating a batch."""
+        """Read a checkpoint; a fit goes on from it without losing or repeating a batch."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         if self._trainer.state.fn == "fit":
             resume.load(self._trainer, checkpoint)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads the user's module and, where a fit goes on, what the strategy had learned.
+        """Load the user's module and, where a fit goes on, what the strategy had learned.
 
         Raises:
             StateError: If the saved state does not fit.
@@ -302,7 +302,7 @@ class LearningStrategy(DDPStrategy):
             self._load_state(checkpoint)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Loads the states of the user's optimizers.
+        """Load the states of the user's optimizers.
 
         Raises:
             StateError: If the saved ones train another number of tensors, as those of a run without this strategy's
@@ -376,7 +376,7 @@ class LearningStrategy(DDPStrategy):
     # ---- several devices: a process that is lost is said in words, not in those of the backend
 
     def barrier(self, *args: Any, **options: Any) -> None:
-        """Waits for all processes.
+        """Wait for all processes.
 
         Raises:
             ProcessLostError: If one of them died.
@@ -385,7 +385,7 @@ class LearningStrategy(DDPStrategy):
             super().barrier(*args, **options)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Gives all processes what one of them has.
+        """Give all processes what one of them has.
 
         Raises:
             ProcessLostError: If one of them died.
@@ -394,7 +394,7 @@ class LearningStrategy(DDPStrategy):
             return super().broadcast(obj, src)
 
     def reduce(self, *args: Any, **options: Any) -> Any:
-        """Sums or averages over all processes.
+        """Sum or averages over all processes.
 
         Raises:
             ProcessLostError: If one of them died.

@@ -79,7 +79,7 @@ class GradientFreeStrategy(LearningStrategy):
         return super()._setup_model(model) if self.warmup_epochs else model
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """The user's optimizers serve the warm-up; without one nothing is built."""
+        """Build the user's optimizers for the warm-up, and none without one."""
         if self.warmup_epochs:
             super().setup_optimizers(trainer)
         else:
@@ -90,7 +90,7 @@ class GradientFreeStrategy(LearningStrategy):
             super()._register_ddp_hooks()
 
     def on_train_start(self) -> None:
-        """The phase is not in a checkpoint: it follows from the epoch, which is restored by now."""
+        """Freeze where the epoch says so: the phase is not in a checkpoint."""
         super().on_train_start()
         if Boundaries.of(self._trainer).upcoming(self._trainer).phase == "learn":
             self._freeze()
@@ -133,7 +133,7 @@ class GradientFreeStrategy(LearningStrategy):
                 self._network = tap.network
 
     def teardown(self) -> None:
-        """Gives the module its gradients, modes and way of optimising back."""
+        """Give the module its gradients, modes and way of optimising back."""
         module = self.lightning_module
         for parameter in self._thawed_parameters:
             parameter.requires_grad_(True)
@@ -148,7 +148,7 @@ class GradientFreeStrategy(LearningStrategy):
     # ---- one batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's step during a warm-up, one forward without gradients afterwards."""
+        """Run the user's step during a warm-up, one forward without gradients afterwards."""
         if not self._learning:
             return super().training_step(*args, **kwargs)
         module = self.lightning_module
@@ -163,7 +163,7 @@ class GradientFreeStrategy(LearningStrategy):
         return targets.new_zeros((), dtype=torch.float32)
 
     def _log_loss(self, module: pl.LightningModule, output: Any, targets: Tensor) -> None:
-        """Logs the mean over the epoch's labels with its last batch: a log a batch costs more than the batch."""
+        """Log the mean over the epoch's labels with its last batch: a log a batch costs more than the batch."""
         loss = _module_loss(output, targets)
         if loss is not None:
             summed, known = self._loss or (0, 0)
@@ -182,7 +182,7 @@ class GradientFreeStrategy(LearningStrategy):
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the step; no parameter moves once the network is frozen."""
+        """Run the step; no parameter moves once the network is frozen."""
         if self._learning:
             return closure()
         return super().optimizer_step(optimizer, closure, *args, **kwargs)
@@ -199,7 +199,7 @@ class _NoUpdate(Optimizer):
 
 
 def _module_loss(output: Any, targets: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Summed cross-entropy of the module's own output over the labels that it has a column for, and their number."""
+    """Return the summed cross-entropy of the module's own output over labels with a column, and their number."""
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(targets) or output.shape[1] < 2:
         return None
     if targets.ndim != 1 or targets.is_floating_point():  # the heads say what is wrong with these

@@ -50,12 +50,12 @@ def _seen(owner: object, path: str) -> Any:
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:
-    """The trainer's data module, or ``None``."""
+    """Return the trainer's data module, or ``None``."""
     return getattr(trainer, "datamodule", None)
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """The trainer's callbacks, in Lightning's order."""
+    """Return the trainer's callbacks, in Lightning's order."""
     return list(_seen(trainer, "callbacks"))
 
 
@@ -98,7 +98,7 @@ def started_epochs(trainer: pl.Trainer) -> int:
 
 
 def stream_position(trainer: pl.Trainer) -> tuple[int, int]:
-    """The training epoch in which a resume goes on, and how many of its batches are done.
+    """Return the training epoch in which a resume goes on, and how many of its batches are done.
 
     After an epoch's end Lightning keeps its count of batches until the next begins, and it counts an epoch that
     ``max_steps`` cut as done.
@@ -126,18 +126,18 @@ def reload_loaders_every_epoch(trainer: pl.Trainer) -> None:
 
 
 def cap_max_epochs(trainer: pl.Trainer, epochs: int) -> None:
-    """Ends the fit after ``epochs`` epochs."""
+    """End the fit after ``epochs`` epochs."""
     _seen(trainer, "fit_loop.max_epochs")
     trainer.fit_loop.max_epochs = epochs
 
 
 def loaded_checkpoint(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """The checkpoint that the trainer is restoring from at this moment."""
+    """Return the checkpoint that the trainer is restoring from at this moment."""
     return _seen(trainer, "_checkpoint_connector._loaded_checkpoint") or None
 
 
 def longest_validation_interval(trainer: pl.Trainer, batches: int) -> int:
-    """The largest integer ``val_check_interval`` that Lightning takes for an epoch of so many batches."""
+    """Return the largest integer ``val_check_interval`` that Lightning takes for an epoch of so many batches."""
     limit = _seen(trainer, "limit_train_batches")
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 

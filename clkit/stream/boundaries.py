@@ -49,7 +49,7 @@ class StreamSchedule(Protocol):
     """What a data module offers so that boundaries follow its stream: two questions about an epoch."""
 
     def experience_at(self, epoch: int) -> Experience | None:
-        """The experience trained in an epoch (counted from 0), ``None`` after the stream's end."""
+        """Return the experience trained in an epoch (counted from 0), ``None`` after the stream's end."""
 
     def is_last_epoch(self, epoch: int) -> bool:
         """Whether an epoch is the last of its experience."""
@@ -73,7 +73,7 @@ class Boundaries:
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> Boundaries:
-        """The one object of a trainer, made when first asked for."""
+        """Return the one object of a trainer, made when first asked for."""
         found = cls._of_trainer.get(trainer)
         if found is None:
             found = cls._of_trainer[trainer] = cls()
@@ -93,7 +93,7 @@ class Boundaries:
         return own
 
     def upcoming(self, trainer: pl.Trainer) -> Experience:
-        """The experience, with its phase, to which the next training batch belongs."""
+        """Return the experience, with its phase, to which the next training batch belongs."""
         schedule = _schedule(trainer)
         scheduled = None if schedule is None else schedule.experience_at(trainer.current_epoch)
         if scheduled is not None:
@@ -123,7 +123,7 @@ class Boundaries:
             self._end(trainer, module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The start is announced here, since a resume may skip ``on_train_epoch_start``."""
+        """Announce a start, here because a resume may skip ``on_train_epoch_start``."""
         if self.running and self._epoch == trainer.current_epoch:  # nothing changes within an epoch
             return
         self._epoch = trainer.current_epoch
@@ -140,17 +140,17 @@ class Boundaries:
         _announce(trainer, module, "on_experience_start", now)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The validation that measures a finished experience comes before ``on_train_epoch_end``."""
+        """Announce an end before the validation that measures the finished experience."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self.is_over(trainer):
             self._end(trainer, module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The end where no validation ran."""
+        """Announce an end where no validation ran."""
         if self.is_over(trainer):
             self._end(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The end that nothing noticed: a strategy alone hears of no epoch's end, and has no next batch here.
+        """Announce an end that nothing noticed: a strategy alone hears of no epoch's end and has no next batch.
 
         With plain loaders a fit that stopped at an epoch's end (early stopping, say) was one experience.
         """

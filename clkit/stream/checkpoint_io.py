@@ -28,7 +28,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint beside the file of that name, and moves it there in one step.
+        """Write a checkpoint beside the file of that name, and moves it there in one step.
 
         Raises:
             WriteError: If it cannot be written; the file of that name from before is unchanged.
@@ -44,7 +44,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Reads a checkpoint.
+        """Read a checkpoint.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -59,7 +59,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def read_run(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """A checkpoint of a Lightning run, with its main parts in their place.
+    """Return a checkpoint of a Lightning run, with its main parts in their place.
 
     Args:
         path: A file that a trainer saved.

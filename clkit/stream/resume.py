@@ -128,7 +128,7 @@ def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def capture_random_state() -> dict[str, Any]:
-    """The states of torch, CUDA, Python and NumPy; nothing is drawn.
+    """Return the states of torch, CUDA, Python and NumPy; nothing is drawn.
 
     Example:
         >>> state = capture_random_state()
@@ -155,7 +155,7 @@ def capture_random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Takes up what :func:`capture_random_state` gave."""
+    """Take up what :func:`capture_random_state` gave."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

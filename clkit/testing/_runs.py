@@ -56,7 +56,7 @@ class SmallModule(pl.LightningModule):
         return nn.functional.cross_entropy(logits, batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs a loss."""
+        """Log a loss."""
         self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -105,14 +105,14 @@ def loader(batches: Sequence[Any]) -> DataLoader[Any]:
 
 
 def seed(value: int) -> None:
-    """Sets the global generators of torch, NumPy and Python."""
+    """Set the global generators of torch, NumPy and Python."""
     torch.manual_seed(value)
     np.random.seed(value)  # noqa: NPY002  the global generator is what is checked to be left alone
     random.seed(value)
 
 
 def random_bits() -> Any:
-    """The global random state in a form that can be compared."""
+    """Return the global random state in a form that can be compared."""
     state = capture_random_state()
     return [str(value.tolist() if isinstance(value, Tensor) else value) for value in _flat(state)]
 
@@ -125,7 +125,7 @@ def _flat(value: Any) -> list[Any]:
 
 
 def trainer(folder: Path, callbacks: Sequence[Any], **options: Any) -> pl.Trainer:
-    """A trainer without output on one CPU process; its files land in ``folder``."""
+    """Return a trainer without output on one CPU process; its files land in ``folder``."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -175,7 +175,7 @@ def fit(
 
 
 def small_module(**options: Any) -> SmallModule:
-    """A new module, always of the same weights."""
+    """Return a new module, always of the same weights."""
     seed(0)
     return SmallModule(**options)
 

@@ -42,7 +42,7 @@ class Check:
         return f"<check {self.__name__}>"
 
     def __call__(self, folder: str | Path) -> None:
-        """Runs the check.
+        """Run the check.
 
         Args:
             folder: For the files of its runs, which land in a folder of its own there; pytest's ``tmp_path``, say.
@@ -69,7 +69,7 @@ class Check:
 
 
 def contract(entry: Entry) -> list[Check]:
-    """The checks that a method must pass, one callable each.
+    """Return the checks that a method must pass, one callable each.
 
     Args:
         entry: The method.
@@ -87,7 +87,7 @@ def contract(entry: Entry) -> list[Check]:
 
 
 def contract_together(entries: Sequence[Entry] | None = None) -> list[Check]:
-    """The checks that methods must pass beside each other: callbacks in one run, under every strategy.
+    """Return the checks that methods must pass beside each other: callbacks in one run, under every strategy.
 
     Args:
         entries: The methods; clkit's own by default. Add yours to clkit's to see whether they get along.
@@ -106,7 +106,7 @@ def contract_together(entries: Sequence[Entry] | None = None) -> list[Check]:
 
 
 def check_contract(entry: Entry, folder: str | Path) -> dict[str, str]:
-    """Runs all checks of a method.
+    """Run all checks of a method.
 
     Args:
         entry: The method.

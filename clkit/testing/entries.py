@@ -102,7 +102,7 @@ class Entry:
 
 
 def clkit_entries() -> list[Entry]:
-    """The table of clkit's own heads, callbacks and strategies; a new method joins by adding its line.
+    """Return the table of clkit's own heads, callbacks and strategies; a new method joins by adding its line.
 
     Example:
         >>> [entry.name for entry in clkit_entries() if entry.registered]
