@@ -123,27 +123,19 @@ def _refuse(name: str, wanted: str, seen: Any, advice: str = _DAMAGED) -> NoRetu
 
 
 def describe(value: Any) -> str:
-    """Return a few words about a value of unknown origin, whose whole content may be endless.
-
-    Example:
-        >>> describe([["x"] * 10**6]), describe(torch.zeros(2, 3))
-        ('a list', 'a float32 tensor of shape (2, 3)')
-    """
-    if value is None or type(value) in (bool, float):
+    """Return a few words about a value of unknown origin, whose whole content may be endless."""
+    kind = type(value)
+    if value is None or kind in (bool, float) or (kind is int and value.bit_length() < 128):
         return repr(value)
-    if type(value) is int:
-        return repr(value) if value.bit_length() < 128 else f"a number of {value.bit_length()} bits"
-    if type(value) is str:
-        return repr(value) if len(value) <= 60 else f"{value[:60]!r} and more"
-    if isinstance(value, Tensor):
-        return _form(value) if is_plain(value) else "a tensor that does not store each of its values"
-    return f"a {type(value).__name__}"
-
-
-def _form(tensor: Tensor) -> str:
-    if tensor.numel() <= 8 and tensor.dtype in (torch.float64, torch.int64):
-        return f"{_dtype_name(tensor.dtype)} {tensor.tolist()}"
-    return f"{_dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
+    if kind is str:
+        return repr(value[:60]) + " and more" * (len(value) > 60)
+    if not isinstance(value, Tensor):
+        return f"a number of {value.bit_length()} bits" if kind is int else f"a {kind.__name__}"
+    if not is_plain(value):
+        return "a tensor that does not store each of its values"
+    if value.numel() <= 8 and value.dtype in (torch.float64, torch.int64):
+        return f"{_dtype_name(value.dtype)} {value.tolist()}"
+    return f"{_dtype_name(value.dtype)} of shape {tuple(value.shape)}"
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,25 +38,41 @@ class SavedMemory:
         self.generator = torch.Generator()
         table = {**_settings(policy, codec, self.generator), **(_rows(names) if filled else {})}
         self._saved = read_state(state, table, _OWNER, prefix)
-        self._prefix = prefix
         self._capacity = int(self._saved["capacity"])
-        self._extras = [name.removeprefix("extras.") for name in table if name.startswith("extras.")]
         self.seen: list[int] = self._saved["seen"].tolist()
         ids, counts = (self._saved[name].tolist() for name in ("classes", "class_seen"))
         self.class_seen = Counter(dict(zip(ids, counts, strict=True)))
-        self.layout: RowLayout | None = None
-        self.size = 0
-        if filled:
-            self.layout = RowLayout(self._saved["row"], {name: self._saved[f"extras.{name}"] for name in self._extras})
-            self.size = len(self._saved["data"])
-            self._check_data(self.layout, codec)
-            self._check_rows()
+        extras = {name.removeprefix("extras."): self._saved[name] for name in table if name.startswith("extras.")}
+        self.layout = RowLayout(self._saved["row"], extras) if filled else None
+        self.size = len(self._saved["data"]) if filled else 0
+        for what in self._contradictions(policy, codec):
+            raise StateError(f"{_OWNER}: {prefix}{what}; the file is damaged")
+
+    def _contradictions(self, policy: str, codec: RowCodec) -> Iterator[str]:
+        """Yield what in the entries cannot be true together; each is asked only where those before it are in order."""
         n_seen = sum(self.seen)
+        if self.layout is not None:
+            data, shape = self._saved["data"], self.layout.shapes["data"]
+            try:
+                stored = codec.stored_dtype(self.layout)
+            except BatchError as error:
+                yield f"row does not fit: {error}"
+            if data.dtype != stored or tuple(data.shape[1:]) != shape:
+                yield f"data of {data.dtype} has rows {tuple(data.shape[1:])}, row says {stored} and {shape}"
+            label, arrival, origin = (self._saved[name].cpu() for name in ("label", "arrival", "origin"))
+            if bool((origin >= len(self.seen)).any()):
+                yield f"origin is not below {len(self.seen)}"
+            if bool((arrival >= host_tensor(self.seen)[origin]).any()):
+                yield "arrival has rows that arrived after the last row seen"
+            if len(set(zip(origin.tolist(), arrival.tolist(), strict=True))) < self.size:
+                yield "arrival has one row twice"
+            if any(count > self.class_seen[c] for c, count in Counter(label.tolist()).items()):
+                yield "label has more rows of a class than were seen"
         most = min(self._capacity, n_seen)
         if self.size > most or (policy == "uniform" and self.size < most):
-            self._refuse(f"has {self.size} rows with capacity {self._capacity} and {n_seen} rows seen")
+            yield f"data has {self.size} rows with capacity {self._capacity} and {n_seen} rows seen"
         if self.class_seen.total() != n_seen:
-            self._refuse(f"has seen {n_seen} rows, but class_seen adds up to {self.class_seen.total()}")
+            yield f"seen is {n_seen} rows, but class_seen adds up to {self.class_seen.total()}"
 
     def table(self, capacity: int, device: torch.device) -> RowTable:
         """Return the rows in a table of the capacity with which the memory goes on.
@@ -84,29 +101,6 @@ class SavedMemory:
             table.numbers[name][: self.size] = self._saved[name].cpu().numpy()
         table.size = self.size
         return table
-
-    def _check_data(self, layout: RowLayout, codec: RowCodec) -> None:
-        try:
-            stored = codec.stored_dtype(layout)
-        except BatchError as error:
-            raise StateError(f"{_OWNER}: {self._prefix}row does not fit: {error}") from error
-        data = self._saved["data"]
-        if data.dtype != stored or tuple(data.shape[1:]) != layout.shapes["data"]:
-            self._refuse(f"has data of {data.dtype} and rows {tuple(data.shape[1:])}, not {stored} as {layout} says")
-
-    def _check_rows(self) -> None:
-        label, arrival, origin = (self._saved[name].cpu() for name in ("label", "arrival", "origin"))
-        if bool((origin >= len(self.seen)).any()):
-            self._refuse(f"has an origin that is not below {len(self.seen)}")
-        if bool((arrival >= host_tensor(self.seen)[origin]).any()):
-            self._refuse("has rows that arrived after the last row seen")
-        if len(set(zip(origin.tolist(), arrival.tolist(), strict=True))) < self.size:
-            self._refuse("has one row twice")
-        if any(count > self.class_seen[c] for c, count in Counter(label.tolist()).items()):
-            self._refuse("has more rows of a class than were seen")
-
-    def _refuse(self, what: str) -> None:
-        raise StateError(f"the saved memory {self._prefix.rstrip('.')} {what}; the file is damaged")
 
 
 def _settings(policy: str, codec: RowCodec, generator: torch.Generator) -> dict[str, Kind]:
