@@ -22,6 +22,7 @@ __all__ = [
     "check_features",
     "check_number",
     "check_probability",
+    "derived_seed",
     "generator",
 ]
 
@@ -254,21 +255,23 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def generator(seed: int, *path: int) -> torch.Generator:
-    """Return a CPU generator that is a function of the numbers alone, so that no two uses share their draws.
+def derived_seed(seed: int, *path: int) -> int:
+    """Return a seed that is a function of the numbers alone, so that no two uses share their draws.
 
     Args:
         seed: The user's seed, at least 0.
         path: Numbers, at least 0, that tell the use from all others of the seed: a purpose, a class, a rank.
 
     Example:
-        >>> generator(0, 3).initial_seed() == generator(0, 3).initial_seed()
-        True
-        >>> generator(0, 3).initial_seed() == generator(0, 4).initial_seed()
-        False
+        >>> derived_seed(0, 3) == derived_seed(0, 3), derived_seed(0, 3) == derived_seed(0, 4)
+        (True, False)
     """
-    word = np.random.SeedSequence((seed, *path)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+    return int(np.random.SeedSequence((seed, *path)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(seed: int, *path: int) -> torch.Generator:
+    """Return a CPU generator with the :func:`derived_seed` of the numbers."""
+    return torch.Generator().manual_seed(derived_seed(seed, *path))
 
 
 def _shortened(rows: list[int], shown: int = 10) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
-from clkit.methods._checks import check_choice
+from clkit.methods._checks import check_choice, derived_seed
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.shares import even
 from clkit.schema import saved_entry, saved_list
@@ -145,8 +144,7 @@ class ReplayMemory:
 
     def _empty(self, parts: int) -> ReservoirBuffer:
         """Return this process's memory of so many."""
-        words = np.random.SeedSequence((self._seed, _SHARDS, self.ranks.shard)).generate_state(1, np.uint64)
-        seed = self._seed if parts == 1 else int(words[0] >> np.uint64(1))
+        seed = self._seed if parts == 1 else derived_seed(self._seed, _SHARDS, self.ranks.shard)
         return ReservoirBuffer(even(self.capacity, parts)[self.ranks.shard], seed=seed, **self._options)
 
     def _whole(self, state: dict[str, Any], owner: str) -> ReservoirBuffer:

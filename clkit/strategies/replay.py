@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader, read_batch
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.step import Part, StepBatch, StepOutputs, StepViews, arrange, total_loss
 from clkit.methods.replay.stored import MemoryRows
@@ -345,8 +344,7 @@ class ReplayStrategy(LearningStrategy):
     def _generator(self, purpose: int, shard: int = 0) -> torch.Generator:
         """Return the draws of one purpose and batch, the same in all processes that have the same memory."""
         assert self._work is not None
-        words = np.random.SeedSequence((self.seed, purpose, self._work.step, shard)).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        return generator(self.seed, purpose, self._work.step, shard)
 
     def _tell_once(self, key: str, message: str) -> None:
         if key not in self._said:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, NotFittedError
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods._state import exact
 from clkit.methods.replay.merging import MERGE_LIMIT, Sample, merged_rows, remaining_rows
 from clkit.methods.replay.offered import checked_experience, checked_rows
@@ -316,8 +316,7 @@ class ReservoirBuffer(StoredRows):
         share = dealt(labels, seen, capacities, np.random.default_rng(draws), balanced=self._balanced)[part]
         with exact():
             self._table = shared_table(filled, share, capacities[part], self._device) if filled else None
-        words = np.random.SeedSequence([*draws, part]).generate_state(1, np.uint64)
-        self._generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        self._generator = generator(*draws, part)
         self._seen, self._class_seen = [share.class_seen.total()], share.class_seen
 
     def extra_repr(self) -> str:

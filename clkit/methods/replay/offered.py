@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from clkit.errors import BatchError
-from clkit.methods._checks import check_count
-from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS, Ids
+from clkit.methods._checks import Ids, check_count
+from clkit.methods.replay.rows import EXPERIENCE_LIMIT, NUMBERS
 
 __all__ = ["checked_experience", "checked_rows"]
 

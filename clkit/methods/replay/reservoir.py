@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from clkit.methods.replay.rows import Ids, RowTable
+from clkit.methods._checks import Ids
+from clkit.methods.replay.rows import RowTable
 
 __all__ = ["balanced_slots", "uniform_slots"]
 

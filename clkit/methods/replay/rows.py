@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods._checks import check_number
+from clkit.methods._checks import Ids, check_number
 
-__all__ = ["EXPERIENCE_LIMIT", "NUMBERS", "Ids", "RowCodec", "RowLayout", "RowTable", "host_tensor", "taken"]
+__all__ = ["EXPERIENCE_LIMIT", "NUMBERS", "RowCodec", "RowLayout", "RowTable", "host_tensor", "taken"]
 
 NUMBERS = {"label": np.int64, "arrival": np.int64, "experience": np.int32, "origin": np.int32}
 EXPERIENCE_LIMIT = 2**31 - 1  # kept in 4 bytes
-Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class RowLayout:

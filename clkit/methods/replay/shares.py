@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from clkit.methods.replay.rows import Ids, RowTable
+from clkit.methods._checks import Ids
+from clkit.methods.replay.rows import RowTable
 
 __all__ = ["Share", "dealt", "even", "numbered", "shared_table"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, NotFittedError
-from clkit.methods._checks import check_count
+from clkit.methods._checks import Ids, check_count
 from clkit.methods._state import PlainState, exact
-from clkit.methods.replay.rows import NUMBERS, Ids, RowCodec, RowTable, taken
+from clkit.methods.replay.rows import NUMBERS, RowCodec, RowTable, taken
 
 __all__ = ["MemoryRows", "StoredRows"]
 
