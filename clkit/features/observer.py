@@ -75,6 +75,7 @@ class BatchObserver:
             return
         self._handle.remove()
         self.tap.close()
+        self.forget()
         observers = self._of_trainer.get(trainer, {})
         for layer in [name for name, observer in observers.items() if observer is self]:
             del observers[layer]

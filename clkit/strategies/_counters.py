@@ -43,7 +43,7 @@ class Counters:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all of it, for a checkpoint."""
-        held = {experience: dict(rows) for experience, rows in self.held.items()}
+        held = [[experience, c, n] for experience, rows in self.held.items() for c, n in rows.items()]
         return {**vars(self), "seen": sorted(self.seen), "held": held}
 
     @classmethod
@@ -59,13 +59,17 @@ class Counters:
             raise StateError(
                 f"{owner}: {', '.join(negative)} in the saved state must be at least 0; the file is damaged"
             )
-        held = saved_entry(state, "held", dict, owner)
-        for experience in held:
-            for c in saved_entry(held, experience, dict, owner):
-                saved_entry(held[experience], c, int, owner)
+        held: dict[int, dict[int, int]] = {}
+        for row in saved_list(state, "held", list, owner):
+            if len(row) != 3:
+                raise StateError(
+                    f"{owner}: 'held' in the saved state must be rows of three numbers; the file is damaged"
+                )
+            experience, label, rows = saved_list({"held": row}, "held", int, owner)
+            held.setdefault(experience, {})[label] = rows
         return cls(
             seen=set(saved_list(state, "seen", int, owner)),
             epoch=saved_entry(state, "epoch", int | None, owner),
-            held={experience: dict(rows) for experience, rows in held.items()},
+            held=held,
             **numbers,
         )

@@ -144,7 +144,7 @@ class ReplayRanks:
 
     def _places(self, rows: int, count: int) -> tuple[Tensor, int]:
         """Return the positions of the own share of so many drawn rows, and how many positions there are."""
-        return torch.arange(self.rank, rows, self.size), rows
+        return torch.arange(rows)[self.rank :: self.size], rows
 
 
 class ShardedRanks(ReplayRanks):

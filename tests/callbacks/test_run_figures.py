@@ -26,10 +26,10 @@ Make = Callable[..., Any]
 class Keeping(ERStrategy):
     """A replay strategy that counts how often its figures are drawn, of which it has two."""
 
-    drawn = 0
+    times_drawn = 0
 
     def run_figures(self) -> dict[str, Figure]:
-        self.drawn += 1
+        self.times_drawn += 1
         assert self.memory is not None
         means = torch.stack([self.memory.data[self.memory.label == c].mean(0) for c in self.memory.classes()])
         similarity, _ = plot_prototype_similarity(self.memory.classes(), means)
@@ -63,7 +63,7 @@ OWN = ["accuracy_matrix.png", "accuracy_over_time.png"]
 def test_the_strategys_figures_are_there_and_whole(make_trainer: Make, lit_small: Make, tmp_path: Path) -> None:
     strategy = fitted(make_trainer, lit_small(), StreamEvaluation(table=False))
     assert pictures(tmp_path) == [*OWN, "memory_balance.png", "prototype_similarity.png"]
-    assert strategy.drawn == 1
+    assert strategy.times_drawn == 1
     for name in pictures(tmp_path):
         with Image.open(tmp_path / name) as image:
             image.load()
@@ -82,7 +82,7 @@ def test_they_follow_the_same_switch(
     make_trainer: Make, lit_small: Make, tmp_path: Path, evaluation: dict[str, Any], options: dict[str, Any]
 ) -> None:
     strategy = fitted(make_trainer, lit_small(), StreamEvaluation(table=False, **evaluation), **options)
-    assert strategy.drawn == 0
+    assert strategy.times_drawn == 0
     assert pictures(tmp_path) == []
 
 
