@@ -139,7 +139,7 @@ class StreamPosition:
             self._refuse(f"it had come to experience {reached + 1} of {self.experiences}; here are {now.experiences}")
         for name in ("seed", "shuffle"):
             if self.order[name] != now.order[name]:
-                self._refuse(f"of {name}={self.order[name]}; here it is {now.order[name]}")
+                self._refuse(f"it has {name}={self.order[name]}; here it is {now.order[name]}")
         if rows.min() < 0 or rows.max() >= available:
             missing = int(rows.max() if rows.min() >= 0 else rows.min())
             raise DataError(f"there is no sample {missing}: the training part has the rows 0 to {available - 1}")
