@@ -300,7 +300,7 @@ class OneForTwo(ReplayRanks):
         return MemoryRows(data, label, label, label, label, extras)
 
     def _places(self, rows: int, count: int) -> tuple[Tensor, int]:
-        return self.at, count
+        return self.at if rows else torch.arange(0), count
 
 
 @names("contrasts", "er", "der", "a rank without rows", "der without rows")
