@@ -22,6 +22,7 @@ from clkit.errors import ArgumentError, StateError
 from clkit.files import read_checkpoint
 from clkit.methods import NearestMeanHead
 from clkit.models import TimmClassifier
+from clkit.testing._compare import changed, leaves
 
 Make = Callable[..., Any]
 
@@ -65,25 +66,6 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=1e-2)
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of a nested state under its path."""
-    if isinstance(value, dict):
-        return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{path}/{name}").items()}
-    if isinstance(value, list | tuple):
-        return {key: leaf for i, part in enumerate(value) for key, leaf in flatten(part, f"{path}/{i}").items()}
-    return {path: value}
-
-
-def differences(one: Any, two: Any) -> list[str]:
-    a, b = flatten(one), flatten(two)
-    found = sorted(a.keys() ^ b.keys())
-    for key in a.keys() & b.keys():
-        same = torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key]
-        if not same:
-            found.append(key)
-    return found
 
 
 def learned(callbacks: list[Any]) -> dict[str, Any]:
@@ -152,10 +134,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     strategy, folder, whole = straight
     run = Run(make_trainer, strategy, resume=folder / f"step={step}.ckpt")
-    assert differences(learned(run.heads), learned(whole.heads)) == []
+    assert changed(learned(run.heads), learned(whole.heads)) == []
     assert run.evaluation.results == whole.evaluation.results
-    assert differences(learned([run.evaluation]), learned([whole.evaluation])) == []
-    assert differences(run.module.state_dict(), whole.module.state_dict()) == []
+    assert changed(learned([run.evaluation]), learned([whole.evaluation])) == []
+    assert changed(run.module.state_dict(), whole.module.state_dict()) == []
     assert run.trainer.global_step == STEPS
 
 
@@ -165,7 +147,7 @@ def test_a_run_cut_by_max_steps_goes_on_where_it_stopped(make_trainer: Make, str
     path = Path(first.trainer.default_root_dir) / "cut.ckpt"
     first.trainer.save_checkpoint(path)
     run = Run(make_trainer, strategy, resume=path)
-    assert differences(learned(run.heads), learned(whole.heads)) == []
+    assert changed(learned(run.heads), learned(whole.heads)) == []
     assert run.evaluation.results == whole.evaluation.results
 
 
@@ -185,7 +167,7 @@ def test_a_validation_checkpoint_resumes_with_whole_rows(make_trainer: Make, str
     with drift(strategy):
         make_trainer(strategy=strategy, callbacks=parts).fit(module, datamodule=stream())
     run = Run(make_trainer, strategy, resume=path)
-    assert differences(learned(run.heads), learned(whole.heads)) == []
+    assert changed(learned(run.heads), learned(whole.heads)) == []
     assert run.evaluation.results == whole.evaluation.results
 
 
@@ -198,7 +180,7 @@ def test_the_file_holds_tensors_and_plain_values_only(straight: tuple[str, Path,
         checkpoint = torch.load(folder / f"step={step}.ckpt", weights_only=True)
         keys = {callback.state_key for callback in [*whole.heads, whole.evaluation]}
         assert keys <= checkpoint["callbacks"].keys()
-        kinds = {type(leaf) for key in keys for leaf in flatten(checkpoint["callbacks"][key]).values()}
+        kinds = {type(leaf) for key in keys for leaf in leaves(checkpoint["callbacks"][key]).values()}
         assert kinds <= {Tensor, int, float, str, bool, type(None)}
         assert checkpoint["state_dict"].keys() == whole.module.state_dict().keys()
 
@@ -335,7 +317,7 @@ def test_another_width_is_an_error_and_nothing_is_learned(make_trainer: Make, sa
     module = TimmClassifier("identity")
     with pytest.raises(StateError, match=r"NMC\(nmc\) has learned features of width 64 .*width 128"):
         trainer.fit(module, datamodule=wider, ckpt_path=str(saved))
-    assert differences(dict(callback.head.state_dict()), dict(clkit.load_head(saved, "nmc").state_dict())) == []
+    assert changed(dict(callback.head.state_dict()), dict(clkit.load_head(saved, "nmc").state_dict())) == []
 
 
 def test_another_tap_point_is_an_error(make_trainer: Make, saved: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
+from clkit.testing._compare import changed
 
 Make = Callable[..., Any]
 
@@ -101,16 +102,6 @@ def state(value: Any) -> Any:
     return value
 
 
-def differences(one: Any, two: Any, path: str = "") -> list[str]:
-    if isinstance(one, dict) and isinstance(two, dict):
-        found = [f"{path}/{key}" for key in one.keys() ^ two.keys()]
-        return found + [d for key in one.keys() & two.keys() for d in differences(one[key], two[key], f"{path}/{key}")]
-    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
-        return [d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in differences(a, b, f"{path}/{i}")]
-    same = torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else one == two
-    return [] if same else [path]
-
-
 class End(pl.Callback):
     """Everything that training goes on from, while the run still holds it."""
 
@@ -171,31 +162,26 @@ def unwatched(make_trainer: Make, *case: str) -> dict[str, Any]:
     return UNWATCHED[case]
 
 
-QUICK = [
-    ("auto", "stream", "no graft"),
-    ("gradient_free", "stream", "no graft"),
-    ("auto", "stream", "copied"),
-    ("gradient_free", "stream", "replaced"),
-    ("auto", "loaders", "no graft"),
-]
-EVERY = [
-    (strategy, kind, graft)
-    for strategy in ("auto", "gradient_free")
-    for kind in ("stream", "loaders")
-    for graft in ("no graft", "copied", "replaced")
-]
-
-
 @pytest.mark.parametrize(
     ("strategy", "kind", "graft"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
+    [
+        ("auto", "stream", "no graft"),
+        ("gradient_free", "stream", "no graft"),
+        ("auto", "stream", "copied"),
+        ("gradient_free", "stream", "replaced"),
+        ("auto", "loaders", "no graft"),
+        pytest.param("gradient_free", "stream", "copied", marks=pytest.mark.slow),
+        pytest.param("auto", "stream", "replaced", marks=pytest.mark.slow),
+        pytest.param("auto", "loaders", "copied", marks=pytest.mark.slow),
+        pytest.param("gradient_free", "loaders", "replaced", marks=pytest.mark.slow),
+    ],
 )
 def test_evaluating_at_every_opportunity_changes_no_bit(
     make_trainer: Make, strategy: str, kind: str, graft: str
 ) -> None:
     never = unwatched(make_trainer, strategy, kind, graft)
     always = run(make_trainer, strategy, kind, graft, evaluate=True)
-    assert differences(always, never) == []
+    assert changed(always, never) == []
     assert never["epochs"] == 3
     assert all(sum(head["head"]["statistics.counts"]) == 899 for head in never["heads"].values())
 
@@ -212,7 +198,7 @@ def test_evaluating_at_every_opportunity_changes_no_bit(
 def test_however_it_is_evaluated(make_trainer: Make, strategy: str, extra: dict[str, Any]) -> None:
     never = unwatched(make_trainer, strategy, "stream", "no graft")
     always = run(make_trainer, strategy, "stream", "no graft", evaluate=True, extra=extra)
-    assert differences(always, never) == []
+    assert changed(always, never) == []
 
 
 def test_measuring_the_untrained_network_changes_no_bit(make_trainer: Make) -> None:
@@ -226,7 +212,7 @@ def test_measuring_the_untrained_network_changes_no_bit(make_trainer: Make) -> N
         )
         ends.append(end.state)
     assert evaluation.results["module"]["forward_transfer"] is not None
-    assert differences(*ends) == []
+    assert changed(*ends) == []
 
 
 @pytest.mark.parametrize("graft", ["copied", "replaced"])
@@ -254,7 +240,7 @@ def test_what_an_evaluation_restored_can_be_trained_on(
         )
         ends.append(end.state)
         make_trainer(strategy=strategy, callbacks=heads).fit(module, datamodule=stream())  # and on without a file
-    assert differences(*ends) == []
+    assert changed(*ends) == []
 
 
 @pytest.mark.parametrize("graft", ["copied", "replaced"])

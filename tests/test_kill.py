@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 import torch
 from killed_run import CONFIGS
-from torch import Tensor
 
 from clkit.files import read_checkpoint
 from clkit.methods import ReservoirBuffer
 from clkit.schema import STRATEGY
+from clkit.testing._compare import changed
 
 # every batch has these; the others exist where their name says
 PLACES = (
@@ -130,8 +130,10 @@ class Runs:
 
     def close(self) -> None:
         assert self._server.stdin is not None
+        assert self._server.stdout is not None
         self._server.stdin.close()
-        self._server.wait(10)
+        self._server.wait(60)
+        self._server.stdout.close()
 
     def new_folder(self, name: str) -> Path:
         self._count += 1
@@ -194,15 +196,6 @@ def newest(folder: Path) -> str | None:
     return str(files[-1]) if files else None
 
 
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of a nested state under its path."""
-    if isinstance(value, dict):
-        return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{path}/{name}").items()}
-    if isinstance(value, list | tuple):
-        return {key: leaf for i, part in enumerate(value) for key, leaf in flatten(part, f"{path}/{i}").items()}
-    return {path: value}
-
-
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything that a run leaves behind, but for times, memory and names of files."""
     end = torch.load(folder / "end.pt", weights_only=True)
@@ -220,18 +213,12 @@ def outcome(folder: Path) -> dict[str, Any]:
     if (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
         left["results"] = {key: value for key, value in results.items() if key not in ("seconds", "peak_memory_bytes")}
-    return flatten(left)
+    return left
 
 
 def differences(one: Path, two: Path) -> list[str]:
     """Paths of all leaves that are not the same bits."""
-    a, b = outcome(one), outcome(two)
-    found = sorted(a.keys() ^ b.keys())
-    for key in sorted(a.keys() & b.keys()):
-        same = torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key]
-        if not same:
-            found.append(key)
-    return found
+    return changed(outcome(one), outcome(two))
 
 
 def check(runs: Runs, point: Point, world: int = 1, ranks: tuple[int, ...] = (0,)) -> None:
