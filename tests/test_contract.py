@@ -18,8 +18,9 @@ import clkit.strategies
 from clkit._registry import STRATEGIES
 from clkit.testing import Check, clkit_entries, contract, contract_together
 
-# what the options of a callback or strategy can break; the rest is the same code in all its variants
+# what the options of a callback or strategy can break, or the losses of a replay method; the rest is the same code
 OF_A_VARIANT = {
+    "it_is_built_by_name_and_from_yaml",
     "state_is_in_the_checkpoint",
     "the_file_is_the_users",
     "a_resumed_run_equals_an_uninterrupted_one",
@@ -27,6 +28,7 @@ OF_A_VARIANT = {
     "low_precision_is_taken",
 }
 VARIANTS = {entry.name for entry in clkit_entries() if entry.kind != "head" and "-" in entry.name}
+VARIANTS |= {"ERStrategy", "ERACEStrategy", "DERPPStrategy", "SCRStrategy"}  # OnProStrategy shows their base whole
 CHECKS = [check for entry in clkit_entries() for check in contract(entry)] + contract_together()
 BASES = {
     clkit.callbacks.StreamCallback,
@@ -38,8 +40,9 @@ REASONS = ("there is no CUDA device", "the entry says that it learns nothing of 
 
 
 def marked(check: Check) -> Any:
-    """Two processes take seconds to start, and what does not depend on options is shown by one entry of a class."""
-    slow = check.rule.startswith("two_processes") or (check.name in VARIANTS and check.rule not in OF_A_VARIANT)
+    """Two processes take seconds to start, and what does not depend on options is shown by one entry of a kind."""
+    variant = check.name.removeprefix("together-") in VARIANTS
+    slow = check.rule.startswith("two_processes") or (variant and check.rule not in OF_A_VARIANT)
     return pytest.param(check, marks=pytest.mark.slow if slow else [])
 
 
