@@ -790,7 +790,7 @@ def changed(last: Path, change: Callable[[dict[str, Any]], object]) -> str:
         (lambda s: s["data"]["init_args"].update(seed=3), "comes from another stream: it has seed=0; here it is 3"),
         (lambda s: s["data"]["init_args"]["scenario"]["init_args"].update(experiences=5), "another stream: it had"),
         (lambda s: s["data"]["init_args"].update(stop_after=1), "another stream: it had come to experience 2 of"),
-        (lambda s: s["data"]["init_args"].update(shuffle=False), "of shuffle=True; here it is False"),
+        (lambda s: s["data"]["init_args"].update(shuffle=False), "it has shuffle=True; here it is False"),
         (lambda s: s["trainer"].update(limit_train_batches=1), "limits the training batches"),
         (lambda s: s["data"]["init_args"].update(source="features:elsewhere"), "elsewhere"),
         (
