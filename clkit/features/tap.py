@@ -1,5 +1,7 @@
 """The feature tap: what goes into a network's classifier, read from the forward pass that happens anyway.
 
+One file, though a long one: every rule of where a network's features are stands beside the others.
+
 A :class:`FeatureTap` finds the classifier of any timm network (or of a network of the user's own), listens with
 forward hooks, and hands ``(features, logits)`` of each forward to whoever listens. It copies nothing, keeps nothing
 and costs next to nothing while nobody listens.
