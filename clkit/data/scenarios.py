@@ -1,7 +1,5 @@
 """Scenarios: which rows of a data set arrive in which experience.
 
-One file, though a long one: the scenarios are variations of one cut and are read side by side.
-
 All of them are in this one file, longer than others, because they share their rules and are read side by side.
 
 A scenario reads labels (and domains), never inputs, and answers with row numbers, so a stream over a million images is
