@@ -126,7 +126,8 @@ class ReplayRanks:
         at = torch.cat(order)
         tensors = (outputs.all_logits, outputs.all_features, outputs.all_embeddings)
         joined = [None if each is None else _gathered_rows(each, sizes)[at] for each in tensors]
-        return StepOutputs(StepViews(own.images, own.segments, rows, labels), *joined)  # type: ignore[arg-type]
+        views = StepViews(own.images, own.segments, rows, labels)
+        return StepOutputs(views, *joined)  # type: ignore[arg-type]  # only what was None before is None here
 
     def _all_rows(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes in rank order, without a graph; a call on all of them."""

@@ -389,6 +389,6 @@ class _Work:
     step: int
     incoming: Incoming
     seen: set[int]  # classes, its own among them
-    views: StepViews = None  # type: ignore[assignment]  # made a moment later
+    views: StepViews = None  # type: ignore[assignment]  # set before anyone reads it
     extras: dict[str, Tensor] | None = None  # for the memory, once the loss is there
     kept: bool = False  # whether the memory has the batch

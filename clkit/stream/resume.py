@@ -139,7 +139,7 @@ def capture_random_state() -> dict[str, Any]:
     """
     version, words, gauss = random.getstate()
     # the legacy global generator is what users' code draws from when it calls np.random.rand
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  users draw from it
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
