@@ -17,7 +17,6 @@ __all__ = [
     "broadcast",
     "gather_objects",
     "gather_rows",
-    "rank",
     "report_lost_process",
     "share_buffers",
     "world_size",
@@ -26,27 +25,12 @@ __all__ = [
 
 def world_size(group: Any = None) -> int:
     """Return the number of processes that learn together, 1 where none are set up."""
-    return int(dist.get_world_size(group)) if _is_set_up() else 1
-
-
-def rank(group: Any = None) -> int:
-    """Return the number of this process, counted from 0; 0 where none are set up."""
-    return int(dist.get_rank(group)) if _is_set_up() else 0
-
-
-def _is_set_up() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return int(dist.get_world_size(group)) if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def report_lost_process(what: str) -> Iterator[None]:
-    """Turn a backend's failure inside the block into an error that says which exchange failed, and what to do.
-
-    Args:
-        what: What the processes exchange in the block.
-
-    Raises:
-        ProcessLostError: If the backend fails, because another process died or did not answer in time.
+    """Turn a backend's failure inside the block into a ProcessLostError that says what was to be exchanged.
 
     Example:
         >>> with report_lost_process("the sums"):  # doctest: +ELLIPSIS
@@ -82,9 +66,9 @@ def gather_objects(value: Any, what: str, *, first_only: bool = False) -> list[A
         >>> gather_objects(3, "the numbers")
         [3]
     """
-    if not _is_set_up():
+    if world_size() == 1:
         return [value]
-    receives = not first_only or rank() == 0
+    receives = not first_only or dist.get_rank() == 0
     values: list[Any] = [None] * world_size() if receives else []
     with report_lost_process(what):
         if first_only:
@@ -105,13 +89,8 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], what: str = "their rows", gr
 
     Raises:
         ProcessLostError: If another process died or did not answer in time.
-
-    Example:
-        >>> gather_rows(torch.tensor([[1.0], [2.0]]), [2])
-        [tensor([[1.],
-                [2.]])]
     """
-    if not _is_set_up():
+    if world_size(group) == 1:
         return [rows]
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # all_gather takes equal shapes only
     padded[: len(rows)] = rows
@@ -122,17 +101,12 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], what: str = "their rows", gr
 
 
 def broadcast(tensors: Iterable[Tensor], what: str, group: Any = None) -> None:
-    """Overwrite tensors with those of the first process; all processes must call it.
-
-    Args:
-        tensors: Tensors of the same shapes on all processes, changed in place.
-        what: A name of the tensors for the error message.
-        group: The process group, the default one if ``None``.
+    """Overwrite tensors in place with those of the first process; all processes must call it.
 
     Raises:
-        ProcessLostError: If another process died or did not answer in time.
+        ProcessLostError: If another process died or did not answer in time; it names ``what`` was exchanged.
     """
-    if not _is_set_up():
+    if world_size(group) == 1:
         return
     with report_lost_process(what):
         for tensor in tensors:
@@ -143,10 +117,8 @@ def share_buffers(model: Any) -> None:
     """Give all processes the buffers of the first one (running means of a batch norm), a little before DDP would.
 
     DDP shares them when the next training forward begins. Heads and evaluations that read the network before that
-    would see another network in each process, and a checkpoint holds only the first.
-
-    Args:
-        model: What the strategy runs; nothing happens if it is not wrapped for DDP, or DDP will not share buffers.
+    would see another network in each process, and a checkpoint holds only the first. Does nothing for a ``model``
+    that is not wrapped for DDP, or whose buffers DDP will not share.
     """
     if not isinstance(model, DistributedDataParallel):
         return

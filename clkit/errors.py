@@ -1,10 +1,4 @@
-"""The errors that clkit raises.
-
-Every one is a :class:`ClkitError` and also the built-in exception that it refines, so ``except ValueError`` in
-existing code keeps working. Messages name the argument, show the value that was seen and say what is allowed.
-
-This module is a leaf: it imports nothing of clkit, so every other module may use it.
-"""
+"""The errors that clkit raises: each a :class:`ClkitError` and also the built-in exception that it refines."""
 
 from __future__ import annotations
 
@@ -30,10 +24,6 @@ __all__ = [
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a hint for an error message that ends with a misspelt name, empty where no known name is near.
-
-    Args:
-        name: The name that was seen.
-        known: The names that there are.
 
     Example:
         >>> "no layer 'blok'" + did_you_mean("blok", ["block", "head"])

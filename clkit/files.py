@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,13 +23,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file whole or not at all: the draft that is yielded replaces the old file when the block ends.
 
     Whoever reads ``path`` sees the old content or the new, never a part: not when the disk is full, nor when the
-    process is killed.
-
-    Args:
-        path: The file; its folder is made where there is none.
-
-    Yields:
-        The path of the draft, in the folder of the file.
+    process is killed. The folder of the file is made where there is none.
 
     Raises:
         WriteError: If it cannot be written; the file from before is unchanged.
@@ -63,13 +54,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def check_output(output: str | Path, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
     """Refuse, before any work, a file that may not be written.
 
-    Args:
-        output: The file.
-        inputs: Files that are read, for the message.
-        overwrite: Whether an existing file may be replaced.
-
     Raises:
-        ArgumentError: If its folder is not there, it is a folder, or it exists and may not be replaced.
+        ArgumentError: If its folder is not there, it is a folder, or it exists and ``overwrite`` is not set; the
+            message says whether it is one of the ``inputs``.
 
     Example:
         >>> check_output("no/such/folder/file.pt")
@@ -87,38 +74,17 @@ def check_output(output: str | Path, inputs: Iterable[Path] = (), overwrite: boo
         raise ArgumentError(f"output={str(output)!r} {what}; give another name, or --force (overwrite=True)")
 
 
-# what torch.load and zipfile raise for damaged bytes, found by flipping them
-DAMAGED = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AssertionError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    TypeError,
-)
-
-
 _FOLDER = 0x10  # of a zip entry's external attributes
-
-
 _REFUSED = re.compile(r"Unsupported global: GLOBAL (\S+)|Trying to call reduce for unrecognized function (.+)")
 
 
 def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """Load a checkpoint file without executing anything in it.
+    """Load a checkpoint file that Lightning wrote, without executing anything in it.
 
     The checksums of the file are compared first: torch alone would take flipped bytes in a tensor for its values.
 
     Args:
-        path: A file that Lightning wrote.
+        path: The file.
         map_location: Where tensors go, as :func:`torch.load` takes it.
         weights_only: ``False`` trusts the file, whose objects may then execute anything.
 
@@ -133,7 +99,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only
         if weights_only or zipfile.is_zipfile(path):  # trusted files may be of torch's oldest form, which has no sums
             _compare_checksums(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
-    except DAMAGED as error:
+    except Exception as error:  # damaged bytes make torch and zipfile raise nearly anything
         if refused := _REFUSED.search(str(error)):
             name = (refused.group(1) or refused.group(2)).strip()
             raise StateError(
@@ -150,15 +116,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Save a dictionary as Lightning does, whole or not at all.
-
-    Args:
-        checkpoint: Tensors and plain values.
-        path: The file; replaced where it exists.
-
-    Raises:
-        WriteError: If it cannot be written; the file of that name from before is unchanged.
-    """
+    """Save a dictionary of tensors and plain values as Lightning does, as :func:`atomic_write` writes."""
     buffer = io.BytesIO()  # torch itself, writing to a full disk, says "unexpected pos 704 vs 598"
     torch.save(checkpoint, buffer)
     with atomic_write(path) as draft:
@@ -168,11 +126,10 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 def _compare_checksums(path: str | Path) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        folders = [entry.filename for entry in entries if entry.external_attr & _FOLDER]
-        if folders:  # torch reads no bytes for them, and takes what happens to be in memory
-            raise ValueError(f"{folders[0]} is marked as a folder")
-        if not any(entry.CRC for entry in entries):  # saved after `set_crc32_options(False)`
-            return
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} is wrong")
+        for entry in entries:
+            if entry.external_attr & _FOLDER:  # torch reads no bytes for it, and takes what happens to be in memory
+                raise ValueError(f"{entry.filename} is marked as a folder")
+        if any(entry.CRC for entry in entries):  # all are 0 after `set_crc32_options(False)`
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")

@@ -1,11 +1,7 @@
-"""What a saved state must look like, said as a table and checked in one place, before anything is changed by it.
+"""What a saved state must look like, said as a table of kinds and checked before anything is changed by it.
 
-A table maps the name of each entry to its kind::
-
-    {"format": OneOf((1,)), "classes": Numbers(("C",), least=0, ids=True), "sums": Numbers(("C", 512), torch.float64)}
-
-:func:`read_state` compares a whole state with it. States come out of files of unknown origin: nothing of a value is
-used, not even for an error message, before it is known to be of its kind.
+States come out of files of unknown origin: nothing of a value is used, not even for an error message, before it is
+known to be of its kind.
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import EllipsisType, UnionType
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +34,16 @@ __all__ = [
     "Whole",
     "check_format",
     "describe",
-    "is_plain",
     "read_entries",
     "read_state",
     "saved_entry",
     "saved_list",
 ]
+
+EXPORTED = "clkit_export"  # marks an exported file; the value is its format
+MERGED = "clkit_merged"  # marks a checkpoint made of several, which no fit can go on from; the value lists their names
+STREAM = "clkit_stream"  # the key of a checkpoint under which a run keeps its place in the stream
+STRATEGY = "clkit_strategy"  # the entry of a whole checkpoint that holds what the strategy has learned
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FINITE = 1e120  # squares of larger numbers, summed and multiplied, leave float64
@@ -82,10 +82,8 @@ def read_state(state: Any, table: Table, owner: str, prefix: str = "") -> dict[s
         Traceback (most recent call last):
         clkit.errors.StateError: Averages: ids must be an int64 tensor of shape (2,) with sorted, distinct ids from 0...
     """
-    own: dict[str, Any] = {}
-    for name, value in read_entries(state, owner).items():
-        if name.startswith(prefix):
-            own[name[len(prefix) :]] = value
+    entries = read_entries(state, owner)
+    own = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
     sizes: dict[str, int] = {}
     read: dict[str, Any] = {}
     for name, kind in table.items():  # a newer format explains everything else that is odd
@@ -108,18 +106,18 @@ def read_entries(state: Any, owner: str) -> dict[str, Any]:
         StateError: If it is no dictionary, or has names that are no strings.
     """
     if not isinstance(state, dict):
-        _refuse(f"{owner}: the saved state", "a dictionary", state)
+        _refuse(f"{owner}: the saved state", "a dictionary", describe(state))
     entries = dict(dict.items(state))  # an OrderedDict out of a file may have other methods
     for name in entries:
         if type(name) is not str:
-            _refuse(f"{owner}: each name in the saved state", "a string", name)
+            _refuse(f"{owner}: each name in the saved state", "a string", describe(name))
     return entries
 
 
-def _refuse(name: str, wanted: str, seen: Any, advice: str = _DAMAGED) -> NoReturn:
+def _refuse(name: str, wanted: str, seen: str, advice: str = _DAMAGED) -> NoReturn:
     if name.endswith("format"):
         advice = "use the clkit release that wrote it"
-    raise StateError(f"{name} must be {wanted}, the saved state has {describe(seen)}; {advice}")
+    raise StateError(f"{name} must be {wanted}, the saved state has {seen}; {advice}")
 
 
 def describe(value: Any) -> str:
@@ -129,39 +127,12 @@ def describe(value: Any) -> str:
         return repr(value)
     if kind is str:
         return repr(value[:60]) + " and more" * (len(value) > 60)
-    if not isinstance(value, Tensor):
-        return f"a number of {value.bit_length()} bits" if kind is int else f"a {kind.__name__}"
-    if not is_plain(value):
-        return "a tensor that does not store each of its values"
-    if value.numel() <= 8 and value.dtype in (torch.float64, torch.int64):
-        return f"{_dtype_name(value.dtype)} {value.tolist()}"
-    return f"{_dtype_name(value.dtype)} of shape {tuple(value.shape)}"
-
-
-def _dtype_name(dtype: torch.dtype | None) -> str:
-    name = str(dtype).removeprefix("torch.") + " " if dtype else ""
-    return f"an {name}tensor" if name.startswith("int") else f"a {name}tensor"
-
-
-def is_plain(value: Any) -> TypeGuard[Tensor]:
-    """Return whether a value is a tensor that stores each of its values, once, and about which nothing is odd."""
-    if type(value) not in (Tensor, nn.Parameter) or vars(value) or value.layout is not torch.strided:
-        return False
-    if value.is_nested or value.is_quantized or value.is_meta or value.is_neg() or value.is_conj():
-        return False
-    stored = value.untyped_storage().nbytes() - value.storage_offset() * value.element_size()
-    row = math.prod(value.shape[1:]) * value.element_size()
-    if value.numel() == 0:
-        return bool(row <= _ROW_BYTES)
-    for size, step in zip(value.shape, value.stride(), strict=True):
-        if size > 1 and step == 0:
-            return False
-    return bool(value.numel() * value.element_size() <= stored)
+    return f"a number of {value.bit_length()} bits" if kind is int else f"a {kind.__name__}"
 
 
 @dataclass(frozen=True)
 class Numbers(Kind):
-    """A tensor that stores its values; it is detached when it is read.
+    """A tensor that stores each of its values; it is detached when it is read.
 
     Attributes:
         shape: Sizes as numbers, as letters that mean one size everywhere in a table, or at last ``...`` for any.
@@ -182,27 +153,37 @@ class Numbers(Kind):
     rule: tuple[str, Callable[[Tensor], bool]] | None = None
 
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> Tensor:
-        if not is_plain(value) or self.dtype not in (None, value.dtype, FLOATS if value.dtype in FLOATS else None):
-            _refuse(name, self._wanted(sizes), value)
-        fits = len(self.shape) - (... in self.shape) <= value.ndim <= (99 if ... in self.shape else len(self.shape))
-        for wanted, size in zip(self.shape, value.shape, strict=False):
+        if type(value) not in (Tensor, nn.Parameter):
+            _refuse(name, self._wanted(sizes), describe(value))
+        plain = not vars(value) and value.layout is torch.strided and not (value.is_nested or value.is_quantized)
+        plain = plain and not (value.is_meta or value.is_neg() or value.is_conj())
+        if plain and value.numel():
+            stored = value.untyped_storage().nbytes() - value.storage_offset() * value.element_size()
+            plain = value.numel() * value.element_size() <= stored
+            plain &= not any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride(), strict=True))
+        elif plain:
+            plain = math.prod(value.shape[1:]) * value.element_size() <= _ROW_BYTES
+        if not plain:
+            _refuse(name, self._wanted(sizes), "a tensor that does not store each of its values")
+
+        fits = self.dtype in (None, value.dtype) or (self.dtype == FLOATS and value.dtype in FLOATS)
+        fits &= len(self.shape) == value.ndim or (... in self.shape and len(self.shape) - 1 <= value.ndim)
+        for wanted, size in zip(self.shape, value.shape if fits else (), strict=False):
             fits &= wanted is ... or size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
-        if not fits:
-            _refuse(name, self._wanted(sizes), value)
         tensor: Tensor = value.detach()
-        if tensor.numel() and not self.any_value:
-            low, high = torch.aminmax(tensor)
-            if not (
-                float(low) >= (-self.most if self.least is None else self.least) and float(high) <= self.most
-            ):  # NaN is in no bounds
-                seen = f"its values go from {low.item()} to {high.item()}: {_DAMAGED}"
-                _refuse(name, self._wanted(sizes), value, seen)
-        if (self.ids and bool((tensor.diff() <= 0).any())) or (self.rule is not None and not self.rule[1](tensor)):
-            _refuse(name, self._wanted(sizes), value)
+        if fits and tensor.numel() and not self.any_value:
+            low, high = (each.item() for each in torch.aminmax(tensor))
+            # NaN is in no bounds
+            if not ((-self.most if self.least is None else self.least) <= low and high <= self.most):
+                seen = f"its values go from {low} to {high}: {_DAMAGED}"
+                _refuse(name, self._wanted(sizes), _tensor_in_words(tensor), seen)
+        fits = fits and not (self.ids and bool((tensor.diff() <= 0).any()))
+        if not fits or (self.rule is not None and not self.rule[1](tensor)):
+            _refuse(name, self._wanted(sizes), _tensor_in_words(tensor))
         return tensor
 
     def _wanted(self, sizes: dict[str, int]) -> str:
-        words = "a floating-point tensor" if isinstance(self.dtype, tuple) else _dtype_name(self.dtype)
+        words = "a floating-point tensor" if isinstance(self.dtype, tuple) else _dtype_in_words(self.dtype)
         shape = ["..." if size is ... else str(sizes.get(str(size), size)) for size in self.shape]
         words += f" of shape ({', '.join(shape)}{',' * (len(shape) == 1)})"
         if self.least == self.most:
@@ -211,6 +192,16 @@ class Numbers(Kind):
             words += " with sorted, distinct ids" if self.ids else " with finite values"
             words += f" up to {self.most} in magnitude" if self.least is None else f" from {self.least} to {self.most}"
         return words if self.rule is None else f"{words} that is {self.rule[0]}"
+
+
+def _dtype_in_words(dtype: torch.dtype | None) -> str:
+    name = str(dtype).removeprefix("torch.") + " " if dtype else ""
+    return f"an {name}tensor" if name.startswith("int") else f"a {name}tensor"
+
+
+def _tensor_in_words(tensor: Tensor) -> str:
+    few = tensor.numel() <= 8 and tensor.dtype in (torch.float64, torch.int64)
+    return _dtype_in_words(tensor.dtype) + (f" {tensor.tolist()}" if few else f" of shape {tuple(tensor.shape)}")
 
 
 @dataclass(frozen=True)
@@ -225,7 +216,8 @@ class Whole(Kind):
         if value is None and self.optional:
             return None
         if type(value) is not int or not self.least <= value <= self.most:
-            _refuse(name, f"an integer from {self.least} to {self.most}" + " or None" * self.optional, value)
+            wanted = f"an integer from {self.least} to {self.most}" + " or None" * self.optional
+            _refuse(name, wanted, describe(value))
         return value
 
 
@@ -240,18 +232,12 @@ class OneOf(Kind):
         for allowed in self.values:
             if type(value) is type(allowed) and value == allowed:
                 return value
-        _refuse(name, " or ".join(map(describe, self.values)), value, self.advice)
+        _refuse(name, " or ".join(map(describe, self.values)), describe(value), self.advice)
 
 
 @dataclass(frozen=True)
 class Settings(Kind):
-    """A dictionary of plain values, which must be those of the object that loads them.
-
-    Attributes:
-        values: The object's own.
-        free: Names of those that may differ.
-        advice: What the reader of the error can do.
-    """
+    """A dictionary of plain ``values``, which must be the loading object's own, but for those that are ``free``."""
 
     values: Mapping[str, Any]
     free: tuple[str, ...] = ()
@@ -260,13 +246,13 @@ class Settings(Kind):
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
         entries = read_entries(value, name)
         for key, own in self.values.items():
-            if key in entries and key not in self.free and (type(entries[key]) is not type(own) or entries[key] != own):
-                _refuse(f"{name}: {key}", describe(own), entries[key], self.advice)
-        if entries.keys() != self.values.keys():
-            odd = ", ".join(map(describe, sorted(entries.keys() ^ self.values.keys())[:10]))
-            raise StateError(
-                f"{name} must have the entries {', '.join(self.values)}, but differs in {odd}; {self.advice}"
-            )
+            seen = entries.get(key, own)
+            if key not in self.free and (type(seen) is not type(own) or seen != own):
+                _refuse(f"{name}: {key}", describe(own), describe(seen), self.advice)
+        if odd := entries.keys() ^ self.values.keys():
+            differs = ", ".join(map(describe, sorted(odd)[:10]))
+            wanted = ", ".join(self.values)
+            raise StateError(f"{name} must have the entries {wanted}, but differs in {differs}; {self.advice}")
         return entries
 
 
@@ -279,7 +265,7 @@ class Instance(Kind):
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> Any:
         kinds = self.type.__args__ if isinstance(self.type, UnionType) else (self.type,)
         if not isinstance(value, self.type) or (isinstance(value, bool) and not {bool, object} & set(kinds)):
-            _refuse(name, " or ".join(kind.__name__ for kind in kinds), value)
+            _refuse(name, " or ".join(kind.__name__ for kind in kinds), describe(value))
         return value
 
 
@@ -291,7 +277,7 @@ class Many(Kind):
 
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> list[Any]:
         if type(value) is not list:
-            _refuse(name, "a list", value)
+            _refuse(name, "a list", describe(value))
         return [self.kind._read(each, f"{name}[{place}]", sizes) for place, each in enumerate(value)]
 
 
@@ -307,13 +293,7 @@ class Nested(Kind):
 
 
 def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> Any:
-    """Return one entry of a saved state that has others too.
-
-    Args:
-        state: What should be a dictionary with the entry.
-        name: The name of the entry.
-        kind: Its type; ``True`` is no ``int``.
-        owner: Whose state it is, for the message.
+    """Return one entry, of a type, of a saved state that has others too.
 
     Raises:
         StateError: If there is none, or it is of another type.
@@ -344,22 +324,5 @@ def check_format(state: Any, known: int, owner: str) -> dict[str, Any]:
         StateError: Naming both.
     """
     entries = read_entries(state, owner)
-    found = entries.get("format")
-    if type(found) is not int or found != known:
-        _refuse(f"{owner}: format", str(known), found)
+    OneOf((known,))._read(entries.get("format"), f"{owner}: format", {})
     return entries
-
-
-EXPORTED = "clkit_export"
-"""Marks an exported file; the value is its format."""
-
-
-MERGED = "clkit_merged"
-"""Marks a checkpoint made of several, which no fit can go on from; the value lists their names."""
-
-
-STREAM = "clkit_stream"
-"""The key of a checkpoint under which a run keeps its place in the stream."""
-
-STRATEGY = "clkit_strategy"
-"""The entry of a whole checkpoint that holds what the strategy has learned."""

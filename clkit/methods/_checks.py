@@ -1,4 +1,4 @@
-"""What a batch must look like, asked in one place and before any state is touched."""
+"""What a batch and an argument must look like, asked in one place and before any state is touched."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_features",
+    "check_finite",
     "check_number",
     "check_probability",
     "derived_seed",
@@ -34,7 +35,8 @@ Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 MAGNITUDE_LIMIT = 1e100  # larger values overflow float64 when they are squared and summed
 UNLABELLED = -1
-_SMALL = 8192  # numbers in a matrix up to which BLAS has no use for threads, which would wait for those of torch
+SMALL = 8192  # numbers in a matrix up to which BLAS has no use for threads, which would wait for those of torch
+_HOSTS = ("cpu",)  # types of devices whose values can be read without waiting
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Batch:
         ids: (u,) sorted distinct class ids, on the host.
         first: (u,) index of the first row of each id.
         inverse: (n,) position in ``ids`` of each row's class.
-        counts: (u,) rows of each id, int64.
-        weights: (u, 1) the same in float64.
-        one_hot: (u, n) float64, 1 where a row is of a class; ``None`` for a large batch on a CPU.
+        counts: (u,) rows to be learned of each id, int64; all 0 where the batch turned out not to be finite.
+        weights: (u, 1) rows of each id, float64.
+        one_hot: (u, n) float64, 1 where a row to be learned is of a class; ``None`` for a large batch on a CPU.
         finite: Whether all features are finite, a 0-d bool tensor on the device; ``None`` where that is already known.
         on_host: Whether the arrays are numpy's.
     """
@@ -65,28 +67,9 @@ class Batch:
     finite: Tensor | None
     on_host: bool
 
-    def array(self, tensor: Tensor) -> Array:
-        """Return the tensor, or numpy's view of its memory, as the batch's other arrays are."""
-        return tensor.numpy() if self.on_host else tensor
-
-    def masked(self, rows: Array) -> Array:
-        """Return ``rows`` as they are, or all zero where the batch turned out not to be finite."""
-        return rows if self.finite is None else torch.where(self.finite, rows, torch.zeros_like(rows))
-
-    def summed(self, rows: Array) -> Array:
-        """Return the (u, D) sums of the rows (n, D) of each class; the order of adding, and so every bit, is fixed."""
-        if not self.on_host or (self.one_hot is not None and rows.size <= _SMALL):
-            return self.one_hot @ rows
-        total = torch.zeros(self.ids.size, rows.shape[1], dtype=torch.float64)
-        return total.index_add_(0, torch.from_numpy(self.inverse), torch.from_numpy(rows)).numpy()
-
 
 def check_features(features: Tensor, width: int, device: torch.device) -> Tensor:
-    """Return features as (B, ``width``) float64 on ``device``; the graph, if any, is kept.
-
-    Raises:
-        BatchError: If they are no floating-point tensor of that shape.
-    """
+    """Return features as (B, ``width``) float64 on ``device``, with their graph; else raise a BatchError."""
     if not isinstance(features, Tensor):
         raise BatchError(f"features must be a tensor of shape (B, {width}), got {type(features).__name__}")
     if features.ndim != 2 or features.shape[1] != width:
@@ -102,19 +85,16 @@ def check_features(features: Tensor, width: int, device: torch.device) -> Tensor
 
 
 def check_finite(features: Tensor) -> None:
-    """Refuse features that are not finite numbers of sensible size (asks the device: use it on a CPU).
-
-    Raises:
-        BatchError: Naming the rows.
-    """
+    """Raise a BatchError for rows that are not finite or too large (asks the device: use it on a CPU)."""
     if features.numel() == 0:
         return
     low, high = torch.aminmax(features.detach())  # one pass, and NaN propagates into both
     if not (float(low) > -MAGNITUDE_LIMIT and float(high) < MAGNITUDE_LIMIT):
         good = (features.detach().abs() < MAGNITUDE_LIMIT).all(dim=1)
         rows = torch.nonzero(~good).flatten().tolist()
+        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
         raise BatchError(
-            f"features of rows {_shortened(rows)} are not finite (or above {MAGNITUDE_LIMIT:.0e} in magnitude); "
+            f"features of rows {rows[:10]}{more} are not finite (or above {MAGNITUDE_LIMIT:.0e} in magnitude); "
             f"the batch was refused, nothing was changed; one such row would spoil everything learned"
         )
 
@@ -122,10 +102,10 @@ def check_finite(features: Tensor) -> None:
 def check_batch(
     features: Tensor, targets: Tensor, width: int, *, below: int, limit_name: str, device: torch.device
 ) -> Batch:
-    """Check one labelled batch and group it by class.
+    """Check one labelled batch and group it by class; rows with target -1 are unlabelled and left out.
 
-    Rows with target -1 are unlabelled and left out. On a CPU everything is checked here; elsewhere the labels come to
-    the host, because new classes need new rows, but whether all features are finite stays on the device as a flag.
+    On a CPU everything is checked here; elsewhere the labels come to the host, because new classes need new rows, but
+    whether all features are finite stays on the device as a flag.
 
     Args:
         features: (B, width) of any floating dtype.
@@ -141,9 +121,19 @@ def check_batch(
     rows = check_features(features, width, device).detach()
     labels = _labels(targets, features.shape[0])
     ids, first, inverse, counts = _grouped(labels)
-    _check_ids(ids, labels, below, limit_name)
+    if ids.size and ids[0] < UNLABELLED:
+        row = int(labels.argmin())
+        raise BatchError(
+            f"targets must be class ids from 0, or -1 for an unlabelled row, got {labels[row]} in row {row}"
+        )
+    if ids.size and ids[-1] >= below:
+        row = int(labels.argmax())
+        raise BatchError(
+            f"target {labels[row]} in row {row} is not below {limit_name}={below}; "
+            f"raise {limit_name} or relabel the classes to smaller ids"
+        )
     finite = None
-    on_host = _values_are_at_hand(device)
+    on_host = device.type in _HOSTS
     if on_host:
         check_finite(rows)
     elif rows.numel():
@@ -155,16 +145,16 @@ def check_batch(
 
     weights = counts.astype(np.float64)[:, None]
     if on_host:
-        small = rows.numel() <= _SMALL
+        small = rows.numel() <= SMALL
         one_hot = (inverse == np.arange(ids.size)[:, None]).astype(np.float64) if small else None
         return Batch(rows, ids, first, inverse, counts, weights, one_hot, finite, on_host)
 
-    def on_device(values: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    at = on_device(inverse)
+    arrays = (first, inverse, counts, weights)
+    starts, at, added, divisors = [torch.from_numpy(array).to(device) for array in arrays]
     labelled_as = rows.new_zeros((ids.size, rows.shape[0])).scatter_(0, at[None, :], 1.0)
-    return Batch(rows, ids, on_device(first), at, on_device(counts), on_device(weights), labelled_as, finite, on_host)
+    if finite is not None:
+        added, labelled_as = added * finite, labelled_as * finite
+    return Batch(rows, ids, starts, at, added, divisors, labelled_as, finite, on_host)
 
 
 def _grouped(labels: Ids) -> tuple[Ids, Ids, Ids, Ids]:
@@ -174,11 +164,6 @@ def _grouped(labels: Ids) -> tuple[Ids, Ids, Ids, Ids]:
     first = np.empty_like(ids)
     first[inverse[::-1]] = np.arange(labels.size - 1, -1, -1)  # of several rows of a class the last one written stays
     return ids, first, inverse, np.bincount(inverse, minlength=ids.size)
-
-
-def _values_are_at_hand(device: torch.device) -> bool:
-    """Return whether reading a value costs no synchronisation."""
-    return device.type == "cpu"
 
 
 def _labels(targets: Tensor, rows: int) -> Ids:
@@ -194,37 +179,15 @@ def _labels(targets: Tensor, rows: int) -> Ids:
     return labels
 
 
-def _check_ids(ids: Ids, labels: Ids, below: int, limit_name: str) -> None:
-    if ids.size and ids[0] < UNLABELLED:
-        row = int(labels.argmin())
-        raise BatchError(
-            f"targets must be class ids from 0, or -1 for an unlabelled row, got {labels[row]} in row {row}"
-        )
-    if ids.size and ids[-1] >= below:
-        row = int(labels.argmax())
-        raise BatchError(
-            f"target {labels[row]} in row {row} is not below {limit_name}={below}; "
-            f"raise {limit_name} or relabel the classes to smaller ids"
-        )
-
-
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:
-    """Return an argument that must be an integer with a lower bound.
-
-    Raises:
-        ArgumentError: If it is not an integer, or too small.
-    """
+    """Return an argument that must be an integer with a lower bound; else raise an ArgumentError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ArgumentError(f"{name} must be an integer of at least {at_least}, got {value!r}")
     return value
 
 
 def check_number(name: str, value: float, *, above: float | None = None, at_least: float | None = None) -> float:
-    """Return an argument that must be a finite number, as a float.
-
-    Raises:
-        ArgumentError: If it is not a finite number, or too small.
-    """
+    """Return an argument that must be a finite number, as a float; else raise an ArgumentError."""
     bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     good = good and (above is None or value > above) and (at_least is None or value >= at_least)
@@ -234,22 +197,14 @@ def check_number(name: str, value: float, *, above: float | None = None, at_leas
 
 
 def check_probability(name: str, value: float) -> float:
-    """Return an argument that must be a number from 0 to 1, as a float.
-
-    Raises:
-        ArgumentError: If it is none.
-    """
+    """Return an argument that must be a number from 0 to 1, as a float; else raise an ArgumentError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ArgumentError(f"{name} must be a number from 0 to 1, got {value!r}")
     return float(value)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Return an argument that must be one of some strings.
-
-    Raises:
-        ArgumentError: If it is none of them.
-    """
+    """Return an argument that must be one of some strings; else raise an ArgumentError."""
     if value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -258,13 +213,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
 def derived_seed(seed: int, *path: int) -> int:
     """Return a seed that is a function of the numbers alone, so that no two uses share their draws.
 
-    Args:
-        seed: The user's seed, at least 0.
-        path: Numbers, at least 0, that tell the use from all others of the seed: a purpose, a class, a rank.
-
-    Example:
-        >>> derived_seed(0, 3) == derived_seed(0, 3), derived_seed(0, 3) == derived_seed(0, 4)
-        (True, False)
+    ``path`` tells the use from all others of the user's seed: a purpose, a class, a rank; all numbers are at least 0.
     """
     return int(np.random.SeedSequence((seed, *path)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -272,7 +221,3 @@ def derived_seed(seed: int, *path: int) -> int:
 def generator(seed: int, *path: int) -> torch.Generator:
     """Return a CPU generator with the :func:`derived_seed` of the numbers."""
     return torch.Generator().manual_seed(derived_seed(seed, *path))
-
-
-def _shortened(rows: list[int], shown: int = 10) -> str:
-    return f"{rows[:shown]}" if len(rows) <= shown else f"{rows[:shown]} and {len(rows) - shown} more"

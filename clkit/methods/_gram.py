@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["add_gram_", "mirrored", "new_gram"]
 
@@ -30,38 +30,32 @@ def new_gram(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
-    """Add ``weight · rowsᵀ rows`` to the lower triangle of ``lower``, in place.
+    """Add ``weight · rowsᵀ rows`` to the lower triangle of ``lower``, in place; return ``lower``.
 
-    Half the work of a general product. On a CPU where torch runs one thread it is one call of BLAS ``dsyrk``, which
-    works on the tensor's own memory: the transposed view of a row-major matrix is the column-major matrix that BLAS
-    wants, and its upper triangle is the lower one here. Elsewhere the triangle is covered by blocks, by torch itself:
-    the threads of scipy's BLAS and the waiting ones of torch would take turns on the same cores, milliseconds each.
-    The other triangle is left as it is or filled with values without meaning; :func:`mirrored` gives the whole matrix.
+    Half the work of a product. On a CPU where torch runs one thread it is one call of BLAS ``dsyrk``, which works on
+    the tensor's own memory: the transposed view of a row-major matrix is the column-major matrix that BLAS wants, and
+    its upper triangle is the lower one here. Elsewhere the triangle is covered by blocks, by torch itself: the threads
+    of scipy's BLAS and the waiting ones of torch would take turns on the same cores, milliseconds each. The other
+    triangle is left as it is or filled with values without meaning; :func:`mirrored` gives the whole matrix.
 
     Args:
         lower: (D, D), contiguous or from :func:`new_gram`; changed.
         rows: (B, D) float64 on the same device. Products are formed in float64 whatever the dtype of ``lower``.
         weight: Factor of the product, may be negative.
-
-    Returns:
-        ``lower``.
-
-    Example:
-        >>> add_gram_(torch.zeros(2, 2, dtype=torch.float64), torch.tensor([[1.0, 2.0]], dtype=torch.float64)).tril()
-        tensor([[1., 0.],
-                [2., 4.]], dtype=torch.float64)
     """
     if rows.shape[0] == 0:
         return lower
     on_cpu = lower.device.type == "cpu"
-    whole = _whole(lower) if on_cpu and torch.get_num_threads() == 1 and lower.dtype == torch.float64 else None
-    if whole is not None:
-        values = rows.contiguous().numpy()
-        if whole is not lower:  # zeros for the columns that nobody reads
-            values = np.zeros((rows.shape[0], whole.shape[0]))
-            values[:, : rows.shape[1]] = rows.numpy()
-        dsyrk(weight, values.T, beta=1.0, c=whole.numpy().T, overwrite_c=1)
-        return lower
+    if on_cpu and torch.get_num_threads() == 1 and lower.dtype == torch.float64:
+        whole, values, side = None, rows, lower.shape[0] + _EXTRA
+        if lower.is_contiguous():
+            whole = lower
+        elif lower.stride() == (side, 1) and lower.untyped_storage().nbytes() == side * side * lower.element_size():
+            whole = lower.as_strided((side, side), (side, 1), 0)
+            values = pad(rows, (0, _EXTRA))  # zeros for the columns that nobody reads
+        if whole is not None:
+            dsyrk(weight, values.contiguous().numpy().T, beta=1.0, c=whole.numpy().T, overwrite_c=1)
+            return lower
     size = _CPU_BLOCK if on_cpu else _DEVICE_BLOCK
     for start in range(0, lower.shape[0], size):
         stop = start + size
@@ -71,15 +65,6 @@ def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
         else:
             block.add_((rows[:, start:stop].T @ rows[:, :stop]).mul_(weight).to(lower.dtype))
     return lower
-
-
-def _whole(lower: Tensor) -> Tensor | None:
-    """Return the contiguous matrix that ``lower`` is all of, or a corner of (:func:`new_gram`); else ``None``."""
-    if lower.is_contiguous():
-        return lower
-    side = lower.shape[0] + _EXTRA
-    is_corner = lower.stride() == (side, 1) and lower.untyped_storage().nbytes() == side * side * lower.element_size()
-    return lower.as_strided((side, side), (side, 1), 0) if is_corner else None
 
 
 def mirrored(lower: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class RecursiveRidge(PlainState):
             self.weight = self.weight[:, torch.from_numpy(kept).to(self._device)]
         self.ids = self.ids[kept]
 
-    def update(self, rows: Tensor, batch: Batch) -> None:
+    def _add(self, rows: Tensor, batch: Batch) -> None:
         """Absorb mapped rows (n, D) of a checked batch; all or nothing."""
         if not batch.ids.size:
             return
@@ -50,7 +50,8 @@ class RecursiveRidge(PlainState):
         weight = self.weight.new_zeros(self.width, union.size).index_copy_(1, old, self.weight)
         columns = torch.from_numpy(np.searchsorted(union, batch.ids)).to(rows.device)[batch.inverse]
         targets = rows.new_zeros(rows.shape[0], union.size).scatter_(1, columns[:, None], 1.0)
-        rows, targets = batch.masked(rows), batch.masked(targets)
+        if batch.finite is not None:  # rows of zeros change nothing, whatever their targets
+            rows = torch.where(batch.finite, rows, 0.0)
         self.inverse, self.weight = absorbed(self.inverse, weight, rows, targets, self.gamma)
         self.ids = union
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from clkit.schema import Table, read_state
 
-__all__ = ["TAKEN", "PlainState", "exact"]
+__all__ = ["LOADED", "PlainState", "exact"]
 
-TAKEN = object()
+LOADED = object()
 """Stands in a saved state under the bare prefix of a module whose parent has loaded its entries already."""
 
 
@@ -26,9 +26,7 @@ class PlainState(nn.Module):
     :meth:`_saved_table` what a saved state must look like and in :meth:`_take` how they take one up.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._device = torch.device("cpu")
+    _device = torch.device("cpu")
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +46,7 @@ class PlainState(nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if state_dict.get(prefix) is TAKEN:
+        if state_dict.get(prefix) is LOADED:
             return
         saved = read_state(state_dict, self._saved_table(), type(self).__name__, prefix)
         with exact():

@@ -2,13 +2,11 @@ r"""Linear discriminant analysis from the same sums: nearest mean in the metric 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError
-from clkit.methods._checks import check_number
+from clkit.methods._checks import check_probability
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
@@ -53,6 +51,7 @@ class LDAHead(Head):
     """
 
     _factor: Tensor
+    _own_options = ("shrinkage",)
 
     def __init__(
         self,
@@ -64,16 +63,9 @@ class LDAHead(Head):
         statistics: FeatureStatistics | None = None,
     ) -> None:
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
-        self.shrinkage = check_number("shrinkage", shrinkage, at_least=0)
-        if self.shrinkage > 1:
-            raise ArgumentError(f"shrinkage must be between 0 and 1, got {shrinkage}")
+        self.shrinkage = check_probability("shrinkage", shrinkage)
         self.feature_map = FeatureMap(in_features)
         self.statistics = self._adopt(statistics, in_features, ("sums", "gram"))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values."""
-        return {**super().options, "shrinkage": self.shrinkage}
 
     @property
     def covariance(self) -> Tensor:

@@ -12,7 +12,6 @@ from clkit.methods._checks import Batch, check_choice
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
-from clkit.methods.statistics import FeatureStatistics
 
 __all__ = ["NearestMeanHead"]
 
@@ -61,6 +60,8 @@ class NearestMeanHead(Head):
     Source: P. Janson, W. Zhang, R. Aljundi, M. Elhoseiny, arXiv 2210.04428.
     """
 
+    _own_options = ("metric",)
+
     def __init__(
         self,
         in_features: int,
@@ -77,11 +78,6 @@ class NearestMeanHead(Head):
         self._warned = False
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values."""
-        return {**super().options, "metric": self.metric}
-
-    @property
     def means(self) -> Tensor:
         """(k, D) float64, the means that features are compared with, in the order of :attr:`classes`."""
         means = self.statistics.means
@@ -90,21 +86,20 @@ class NearestMeanHead(Head):
     def _design(self, features: Tensor) -> Tensor:
         return unit_rows(features) if self.normalizes else features
 
-    def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
-        if not self.normalizes:
-            return [(self.statistics, batch.features)]
-        lengths = vector_norm(batch.features, dim=1, keepdim=True)
-        if not self._warned and batch.on_host and not batch.array(lengths).all():
-            self._warn_of_zeros(int((lengths == 0).sum()))
-        return [(self.statistics, batch.features if self.metric == "cosine" else _scaled(batch.features, lengths))]
-
-    def _warn_of_zeros(self, zeros: int) -> None:
-        self._warned = True
-        warnings.warn(
-            f"{zeros} feature vectors of a batch are zero and have no direction: they stay zero and count as "
-            f"samples of their class (said once)",
-            stacklevel=6,
-        )
+    def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
+        rows = batch.features
+        if self.normalizes:
+            lengths = vector_norm(rows, dim=1, keepdim=True)
+            if not self._warned and batch.on_host and not lengths.numpy().all():
+                self._warned = True
+                warnings.warn(
+                    f"{int((lengths == 0).sum())} feature vectors of a batch are zero and have no direction: they stay "
+                    f"zero and count as samples of their class (said once)",
+                    stacklevel=4,
+                )
+            if self.metric != "cosine":
+                rows = _scaled(rows, lengths)
+        return [(self.statistics, rows)]
 
     def _readout_of_sums(self) -> Readout:
         means = self.means

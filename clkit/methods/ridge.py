@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clkit.distributed import world_size
-from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
+from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.methods._checks import Batch, check_choice, check_count, check_number
 from clkit.methods._gram import add_gram_
 from clkit.methods._recursion import RecursiveRidge, absorbed, not_factorised
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
-from clkit.methods.heads.pseudo_features import missing_counts, pseudo_features
+from clkit.methods.heads.pseudo_features import pseudo_features
 from clkit.methods.heads.readout import Readout, first_equal
 from clkit.methods.statistics import FeatureStatistics
 
@@ -85,6 +85,21 @@ class AnalyticHead(Head):
     D. Fang et al., arXiv 2408.10349 (AIR).
     """
 
+    _own_options = (
+        "gamma",
+        "expansion_dim",
+        "activation",
+        "projection_init",
+        "balance",
+        "solver",
+        "noise",
+        "pfg_seed",
+        "pfg_max_per_class",
+        "clamp_min",
+        "bias",
+        "projection_seed",
+    )
+
     def __init__(
         self,
         in_features: int,
@@ -122,49 +137,28 @@ class AnalyticHead(Head):
             )
         if balance == "reweight" and solver == "recursive":
             raise ArgumentError('balance="reweight" needs solver="gram": it weighs sums that recursion does not keep')
+        if statistics is not None and (bias or solver == "recursive" or expansion_dim is not None):
+            raise ArgumentError("statistics can be shared only without expansion_dim, bias and recursion")
         self.feature_map = FeatureMap(
             in_features, expansion_dim, activation=activation, init=projection_init, seed=projection_seed
         )
-        self._factor: tuple[int, Tensor] | None = None
-        self.raw_statistics: FeatureStatistics | None = None
-        self.recursion: RecursiveRidge | None = None
-        self._build_sums(statistics)
+        self.expansion_dim, self.activation = expansion_dim, activation
+        self.projection_init, self.projection_seed = projection_init, projection_seed
 
-    def _build_sums(self, shared: FeatureStatistics | None) -> None:
         width = self.feature_map.out_features + self.bias
-        moments = ("sums", "squares") if self.balance in ("pfg", "expected") else ()
-        if shared is not None and (self.bias or self.solver == "recursive" or not self.feature_map.is_identity):
-            raise ArgumentError("statistics can be shared only without expansion_dim, bias and recursion")
-        if self.solver == "recursive":
-            self.statistics = self._adopt(None, self.in_features, moments)
+        moments = ("sums", "squares") if balance in ("pfg", "expected") else ()
+        sums = ("sums", "class_grams" if balance == "reweight" else "gram")
+        self._factor: tuple[int, Tensor] | None = None
+        self.raw_statistics: FeatureStatistics | None = None  # of the features before the lift
+        self.recursion: RecursiveRidge | None = None
+        if solver == "recursive":
+            self.statistics = self._adopt(None, in_features, moments)
             self.recursion = RecursiveRidge(width, self.gamma)
-            return
-        grams = "class_grams" if self.balance == "reweight" else "gram"
-        if self.feature_map.is_identity:
-            self.statistics = self._adopt(shared, width, ("sums", grams, *moments))
-            return
-        self.statistics = self._adopt(None, width, ("sums", grams))
-        if moments:
-            self.raw_statistics = self._adopt(None, self.in_features, moments)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values."""
-        return {
-            **super().options,
-            "gamma": self.gamma,
-            "expansion_dim": self.feature_map.expansion_dim,
-            "activation": self.feature_map.activation,
-            "projection_init": self.feature_map.init,
-            "balance": self.balance,
-            "solver": self.solver,
-            "noise": self.noise,
-            "pfg_seed": self.pfg_seed,
-            "pfg_max_per_class": self.pfg_max_per_class,
-            "clamp_min": self.clamp_min,
-            "bias": self.bias,
-            "projection_seed": self.feature_map.seed,
-        }
+        elif self.feature_map.is_identity:
+            self.statistics = self._adopt(statistics, width, (*sums, *moments))
+        else:
+            self.statistics = self._adopt(None, width, sums)
+            self.raw_statistics = self._adopt(None, in_features, moments) if moments else None
 
     @property
     def weight(self) -> Tensor:
@@ -195,7 +189,7 @@ class AnalyticHead(Head):
         self._check_sums()
         if not self.statistics.classes.numel():
             raise NotFittedError("this AnalyticHead has learned nothing yet: call update first")
-        design = self._with_constant(self._design(self._check_features(features)))
+        design = self._mapped(self._check_features(features))
         if self.recursion is not None:
             leverage = (design @ self.recursion.inverse * design).sum(dim=1).clamp(min=0)
         else:
@@ -226,17 +220,13 @@ class AnalyticHead(Head):
 
     # Sums -------------------------------------------------------------------------------------------------------
 
-    def _learn(self, batch: Batch) -> None:
+    def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
+        mapped = self._mapped(batch.features)
         if self.recursion is not None:
             if world_size() > 1:
                 self._refuse_recursive("update in several processes")
-            self.recursion.update(self._with_constant(self._design(batch.features)), batch)
-        super()._learn(batch)
-
-    def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
-        if self.recursion is not None:
-            return [(self.statistics, batch.features)]
-        rows = [(self.statistics, self._with_constant(self._design(batch.features)))]
+            return [(self.recursion, mapped), (self.statistics, batch.features)]
+        rows: list[tuple[Any, Tensor]] = [(self.statistics, mapped)]
         return rows if self.raw_statistics is None else [*rows, (self.raw_statistics, batch.features)]
 
     def _all_statistics(self) -> list[FeatureStatistics]:
@@ -248,8 +238,10 @@ class AnalyticHead(Head):
             self.recursion.keep(self.statistics.classes.cpu().numpy())
         return number
 
-    def _with_constant(self, design: Tensor) -> Tensor:
-        return pad(design, (0, 1), value=1.0) if self.bias else design
+    def _mapped(self, features: Tensor) -> Tensor:
+        """Return the rows that products are formed of: lifted, and with the constant 1."""
+        mapped: Tensor = self.feature_map(features)
+        return pad(mapped, (0, 1), value=1.0) if self.bias else mapped
 
     def _refuse_recursive(self, verb: str) -> None:
         if self.recursion is not None:
@@ -302,12 +294,14 @@ class AnalyticHead(Head):
         if self.balance == "none":
             return
         moments = self.statistics if self.raw_statistics is None else self.raw_statistics
-        missing = missing_counts(moments.counts)
+        counts = moments.counts
+        missing = counts.max() - counts
         means, deviations = moments.means[:, : self.in_features], moments.deviations[:, : self.in_features]
-        if self.balance == "expected":
-            yield from self._expected_rows(means, deviations, missing)
-            return
         for position, (class_id, count) in enumerate(zip(moments.classes.tolist(), missing.tolist(), strict=True)):
+            if self.balance == "expected":
+                if count:
+                    yield position, self._mapped(means[position : position + 1]), float(count)
+                continue
             drawn = count if self.pfg_max_per_class is None else min(count, self.pfg_max_per_class)
             blocks = pseudo_features(
                 means[position],
@@ -319,18 +313,10 @@ class AnalyticHead(Head):
                 clamp_min=self.clamp_min,
             )
             for rows in blocks:
-                yield position, self._with_constant(self.feature_map(rows)), count / drawn
-
-    def _expected_rows(
-        self, means: Tensor, deviations: Tensor, missing: Tensor
-    ) -> Iterator[tuple[int | None, Tensor, float]]:
-        r"""Yield rows whose products sum to :math:`\sum_c m_c (\mu_c \mu_c^\top + \mathrm{noise}^2 D(\sigma_c^2))`."""
-        for position, count in enumerate(missing.tolist()):
-            if count:
-                yield position, self._with_constant(means[position : position + 1]), float(count)
-        variances = (missing[:, None] * deviations.square()).sum(dim=0)
-        spread = torch.diag(self.noise * variances.sqrt())
-        yield None, pad(spread, (0, 1)) if self.bias else spread, 1.0
+                yield position, self._mapped(rows), count / drawn
+        if self.balance == "expected":  # the products sum to sum_c m_c (mu_c mu_c^T + noise^2 diag(sigma_c^2))
+            spread = torch.diag(self.noise * (missing[:, None] * deviations.square()).sum(dim=0).sqrt())
+            yield None, pad(spread, (0, 1)) if self.bias else spread, 1.0
 
     def _lower_class_grams(self) -> Tensor:
         return self.statistics.lower_class_grams().to(torch.float64)
@@ -352,16 +338,6 @@ class AnalyticHead(Head):
         if int(failed):
             raise not_factorised(self.gamma, float(lower.diagonal().min()))
         return factor
-
-    # State ------------------------------------------------------------------------------------------------------
-
-    def _check_saved(self, saved: dict[str, Any]) -> None:
-        pairs = [] if self.recursion is None else [("statistics.classes", "recursion.classes")]
-        if self.raw_statistics is not None:
-            pairs += [(f"statistics.{name}", f"raw_statistics.{name}") for name in ("classes", "counts")]
-        for one, other in pairs:
-            if not torch.equal(saved[one], saved[other]):
-                raise StateError(f"AnalyticHead: {other} is not that of {one}; the file is damaged")
 
 
 def _solve(factor: Tensor, sums: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ r"""Running sums of features per class, from which nearest-mean, LDA and ridge c
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class FeatureStatistics(PlainState):
 
     Use it where a classifier on fixed features must equal the one that is fitted to all data at once, whatever the
     order and the batch sizes in which they came. One row per class *seen*, sorted by class id; the size depends on
-    the width and the number of classes only, never on the number of samples. With :math:`F_c` the rows of class c:
+    the width and the number of classes only. With :math:`F_c` the rows of class c:
 
     .. math::
         n_c = |F_c|, \quad s_c = \sum_{f \in F_c} f, \quad M2_c = \sum_{f \in F_c} (f - s_c/n_c)^2, \quad
@@ -35,15 +36,15 @@ class FeatureStatistics(PlainState):
 
     ``M2`` is merged by Chan's rule, :math:`M2 \leftarrow M2_a + M2_b + \delta^2 n_a n_b / (n_a + n_b)`, in
     coordinates centred at the first row of each class, so that a common offset of the features costs no digits.
-    Products are formed in float64, out of reach of autocast and TF32; only one triangle of ``G`` is computed.
+    Products are formed in float64, out of reach of autocast and TF32.
 
     The tensors are no buffers: casts (``.half()``, ``precision="bf16-true"``) leave them alone, device moves do not,
     and ``DistributedDataParallel`` does not overwrite them. On devices without float64 (MPS) they stay on the CPU.
 
-    On a CPU a batch is checked before anything changes. On other devices the labels are brought to the host (one small
-    copy per batch, none if they are there already), but whether all features are finite is not asked: a flag on the
-    device turns the update of a bad batch into a no-op, and the error with the number of the batch is raised by the
-    next call that reads values (:meth:`check`, any property, ``state_dict``).
+    On a CPU a batch is checked before anything changes. Elsewhere the labels are brought to the host, but whether all
+    features are finite is not asked: a flag on the device turns the update of a bad batch into a no-op, and the error
+    with the number of the batch is raised by the next call that reads values (:meth:`check`, any property,
+    ``state_dict``).
 
     In several processes each rank collects what it learns in a part of its own until :meth:`synchronize`; properties
     show the shared part and the own part together.
@@ -97,7 +98,8 @@ class FeatureStatistics(PlainState):
         self.dtype = dtype
         kept = {"sums": sums, "gram": gram, "squares": squares, "class_grams": class_grams}
         self.parts = tuple([name for name in kept if kept[name]])
-        self._steps = _Steps()
+        # counted with every batch: setting an attribute of a module costs as much as a small product
+        self._steps = SimpleNamespace(batches=0, version=0)
         self._bad: Tensor | None = None  # number of the first batch that was not finite, 0 for none
         self._shared = self._new_part()
         self._own: Sums | None = None
@@ -163,7 +165,7 @@ class FeatureStatistics(PlainState):
         """
         with exact():
             batch = self._check(features, targets)
-            self._refuse_subtraction(batch)
+            self._check_removal(batch)
             self._remove(batch.features, batch)
 
     def reset(self) -> None:
@@ -289,12 +291,20 @@ class FeatureStatistics(PlainState):
         self._learning_part().add(rows, batch)
         self._steps.version += 1
 
-    def _refuse_subtraction(self, batch: Batch) -> None:
+    def _check_removal(self, batch: Batch) -> None:
+        """Refuse a batch that has samples of a class that are not there."""
         if batch.finite is not None and not bool(batch.finite):
             raise BatchError("features to subtract are not finite; nothing was changed")
         if self._own is not None:
             raise ConfigurationError("call synchronize() on all ranks before subtract()")
-        self._read().refuse_removal(batch)
+        part = self._read()
+        held = dict(zip(part.ids.tolist(), part.tables["counts"].tolist(), strict=True))
+        for class_id, count in zip(batch.ids.tolist(), batch.counts.tolist(), strict=True):
+            if count > held.get(class_id, 0):
+                raise BatchError(
+                    f"cannot subtract {count} samples of class {class_id}: only {held.get(class_id, 0)} were learned; "
+                    f"nothing was changed"
+                )
 
     def _remove(self, rows: Tensor, batch: Batch) -> None:
         if batch.ids.size:
@@ -335,7 +345,7 @@ class FeatureStatistics(PlainState):
 
     def _new_part(self) -> Sums:
         with exact():
-            return Sums(self.width, self.parts, self.dtype, self._device)
+            return Sums.empty(self.width, self.parts, self.dtype, self._device)
 
     # State ------------------------------------------------------------------------------------------------------
 
@@ -349,49 +359,33 @@ class FeatureStatistics(PlainState):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         part = self._read()
         with exact():
-            values = {
-                "format": torch.tensor(_FORMAT),
-                "classes": torch.from_numpy(part.ids.copy()),
-                **{name: table.clone() for name, table in part.tables.items()},
-            }
+            destination[prefix + "format"] = torch.tensor(_FORMAT)
+            destination[prefix + "classes"] = torch.from_numpy(part.ids.copy())
+            for name, table in part.tables.items():
+                destination[prefix + name] = table.clone()
             if part.gram is not None:
-                values["gram"] = mirrored(part.gram)
-        destination.update({prefix + name: value for name, value in values.items()})
+                destination[prefix + "gram"] = mirrored(part.gram)
 
     def _saved_table(self) -> Table:
-        width, square = self.width, _SQUARE_LIMIT
+        width, dtype, most = self.width, self.dtype, _SQUARE_LIMIT
         kinds = {
             "counts": Numbers(("C",), least=1, most=_COUNT_LIMIT),
             "centres": Numbers(("C", width), torch.float32),
-            "sums": Numbers(("C", width), self.dtype),
-            "squares": Numbers(("C", width), self.dtype, least=0, most=square),
-            "class_grams": Numbers(("C", width, width), self.dtype, most=square),
-            "gram": Numbers((width, width), self.dtype, most=square, rule=("symmetric", _is_symmetric)),
+            "sums": Numbers(("C", width), dtype),
+            "squares": Numbers(("C", width), dtype, least=0, most=most),
+            "class_grams": Numbers(("C", width, width), dtype, most=most),
+            "gram": Numbers(
+                (width, width), dtype, most=most, rule=("symmetric", lambda gram: torch.equal(gram, gram.mT))
+            ),
         }
-        table = {
+        return {
             "format": Numbers(least=_FORMAT, most=_FORMAT),
             "classes": Numbers(("C",), least=0, most=self.max_classes - 1, ids=True),
+            **{name: kinds[name] for name in (*self._shared.tables, *self.parts)},
         }
-        for name in (*self._shared.tables, *self.parts):
-            table[name] = kinds[name]
-        return table
 
     def _take(self, saved: dict[str, Any]) -> None:
         ids = saved["classes"].cpu().numpy().copy()
-        part = Sums.of(ids, {name: saved[name] for name in self._shared.tables}, saved.get("gram"))
+        part = Sums(ids, {name: saved[name] for name in self._shared.tables}, saved.get("gram"))
         self._shared, self._own, self._both, self._bad = part.to(self._device, copy=True), None, None, None
         self._steps.version += 1
-
-
-def _is_symmetric(gram: Tensor) -> bool:
-    return torch.equal(gram, gram.mT)
-
-
-class _Steps:
-    """What is counted with every batch, outside the module, where setting an attribute costs as much as a product."""
-
-    __slots__ = ("batches", "version")
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self.version = 0

@@ -5,23 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clkit.errors import ArgumentError, StateError
 from clkit.files import read_checkpoint
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.methods.heads.base import FORMAT, Head
 from clkit.methods.heads.readout import LinearReadout
-from clkit.schema import (
-    EXPORTED,
-    FLOATS,
-    Instance,
-    Kind,
-    Numbers,
-    check_format,
-    describe,
-    is_plain,
-    read_entries,
-    read_state,
-)
+from clkit.schema import EXPORTED, FLOATS, Instance, Numbers, Table, check_format, describe, read_entries, read_state
 
 __all__ = ["build_head", "head_entries", "load_head", "name_of"]
 
@@ -70,11 +61,12 @@ def head_entries(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         StateError: If the checkpoint's callbacks are no dictionary.
     """
-    found = {}
-    for key, entry in read_entries(checkpoint.get("callbacks", {}), "'callbacks' of the checkpoint").items():
-        if isinstance(entry, dict) and isinstance(dict.get(entry, "head"), dict):
-            found[key] = entry
-    return found
+    entries = read_entries(checkpoint.get("callbacks", {}), "'callbacks' of the checkpoint")
+    return {
+        key: entry
+        for key, entry in entries.items()
+        if isinstance(entry, dict) and isinstance(dict.get(entry, "head"), dict)
+    }
 
 
 def name_of(key: str) -> str:
@@ -88,11 +80,7 @@ def name_of(key: str) -> str:
 
 
 def build_head(state: dict[str, Any], what: str) -> Head:
-    """Return a head made of its saved state.
-
-    Args:
-        state: What a head's ``state_dict`` gave.
-        what: Whose state it is, for the message of an error.
+    """Return a head made of what its ``state_dict`` gave; ``what`` says whose it is, for the message of an error.
 
     Raises:
         StateError: If it is of a kind or a format that this clkit does not know, or damaged.
@@ -104,7 +92,15 @@ def build_head(state: dict[str, Any], what: str) -> Head:
         raise StateError(f"{what} is a {describe(name)}, this clkit knows {sorted(HEADS)}")
     del options["format"], options["head"]
     try:
-        _refuse_absurd_sizes(options, entries)
+        # before a head is made that has room for them, make sure that matrices as large as its options say are there
+        width, lift = options.get("in_features"), options.get("expansion_dim")
+        if type(width) is int and type(lift) in (int, type(None)):  # else the head says it better
+            sizes = {} if lift is None else {"feature_map.projection": (lift, width)}
+            if options.get("solver") == "recursive":
+                side = (lift or width) + (options.get("bias") is True)
+                sizes["recursion.inverse"] = (side, side)
+            for matrix, shape in sizes.items():
+                Numbers(shape, torch.float64, any_value=True)._read(entries.get(matrix), matrix, {})
         head = HEADS[name](**options)
         head.load_state_dict(entries)
     except StateError as error:
@@ -115,23 +111,9 @@ def build_head(state: dict[str, Any], what: str) -> Head:
     return head
 
 
-def _refuse_absurd_sizes(options: dict[str, Any], entries: dict[str, Any]) -> None:
-    """Refuse matrices larger than those that are saved, before a head is made that has room for them."""
-    width, lift = options.get("in_features"), options.get("expansion_dim")
-    if type(width) is not int or type(lift) not in (int, type(None)):
-        return  # the head says it better
-    sizes = {} if lift is None else {"feature_map.projection": lift * width}
-    if options.get("solver") == "recursive":
-        sizes["recursion.inverse"] = (lift or width) ** 2
-    for name, size in sizes.items():
-        saved = entries.get(name)
-        if not is_plain(saved) or saved.numel() < size:
-            raise StateError(f"{name} must have {size} values, the saved state has {describe(saved)}")
-
-
 def _exported_head(exported: dict[str, Any], path: str | Path, name: str) -> LinearReadout:
     check_format({"format": exported[EXPORTED]}, 1, str(path))
-    parts: dict[str, Kind] = {
+    parts: Table = {
         "name": Instance(str),
         "classes": Numbers(("C",), least=0, most=2**31, ids=True, rule=("not empty", lambda ids: len(ids) > 0)),
         "weight": Numbers(("C", "D"), FLOATS),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clkit.methods._checks import generator as generator_of
-from clkit.methods.heads.pseudo_features import missing_counts, pseudo_features
+from clkit.methods.heads.pseudo_features import pseudo_features
 
 MEAN = torch.tensor([1.0, -2.0, 3.0, 0.5, 8.0, 0.0, 1.0], dtype=torch.float64)
 DEVIATION = torch.tensor([0.1, 1.0, 2.0, 0.0, 3.0, 1.0, 1.0], dtype=torch.float64)
@@ -52,11 +52,3 @@ def test_classes_and_seeds_differ_and_the_global_state_stays() -> None:
     drawn(300)
     assert len(seeds) == 25
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_missing_counts_bring_every_class_to_the_largest() -> None:
-    counts = torch.tensor([3, 10, 1, 10])
-    missing = missing_counts(counts)
-    assert missing.tolist() == [7, 0, 9, 0]
-    assert int(missing.sum()) == 10 * 4 - int(counts.sum())
-    assert missing_counts(torch.empty(0, dtype=torch.long)).tolist() == []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
-from clkit.methods._state import TAKEN, exact
+from clkit.methods._state import LOADED, exact
 from clkit.methods._sums import raise_for_batch
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
@@ -19,8 +19,7 @@ from clkit.schema import Kind, Settings, read_state
 __all__ = ["FORMAT", "Head"]
 
 FORMAT = 1
-_ADVICE = "build the head with the saved options, or reset it and learn again"
-_LAYOUT_OPTIONS = ("num_classes", "max_classes")  # may differ between heads that learn the same
+_FREE_OPTIONS = ("num_classes", "max_classes")  # may differ between heads that learn the same
 
 
 class Head(nn.Module):
@@ -35,6 +34,7 @@ class Head(nn.Module):
 
     statistics: FeatureStatistics
     feature_map: FeatureMap
+    _own_options: tuple[str, ...] = ()  # arguments of a subclass's constructor, which are attributes too
 
     def __init__(self, in_features: int, *, num_classes: int | None, max_classes: int) -> None:
         super().__init__()
@@ -42,6 +42,8 @@ class Head(nn.Module):
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes)
         self.max_classes = check_count("max_classes", max_classes)
         self._shares = False
+        fixed = num_classes is not None and num_classes < max_classes
+        self._limit = (num_classes, "num_classes") if fixed else (max_classes, "max_classes")  # no id reaches it
         self._readout: tuple[int, Readout] | None = None
 
     # Learning ---------------------------------------------------------------------------------------------------
@@ -63,18 +65,12 @@ class Head(nn.Module):
     def checked(self, features: Tensor, targets: Tensor) -> Batch:
         """Check a batch for :meth:`learn`, once for all heads of one width and device; change nothing.
 
-        Args:
-            features: (B, in_features) of any floating dtype.
-            targets: (B,) class ids of any integer dtype.
-
-        Raises:
-            BatchError: As for :meth:`update`.
+        Takes and raises what :meth:`update` does.
         """
-        limit, name = self._class_limit()
+        below, name = self._limit
+        device = self.statistics._device
         with exact():
-            return check_batch(
-                features, targets, self.in_features, below=limit, limit_name=name, device=self.statistics.device
-            )
+            return check_batch(features, targets, self.in_features, below=below, limit_name=name, device=device)
 
     def learn(self, batch: Batch) -> None:
         """Learn a batch that :meth:`checked` of this head, or of another of the same width and device, has given.
@@ -84,11 +80,12 @@ class Head(nn.Module):
             ConfigurationError: If the statistics are shared: update those.
         """
         self._refuse_if_shared("update")
-        limit, name = self._class_limit()
+        limit, name = self._limit
         if batch.ids.size and batch.ids[-1] >= limit:
             raise BatchError(f"target {batch.ids[-1]} is not below {name}={limit}; raise {name} or relabel the classes")
         with exact():
-            self._learn(batch)
+            for learner, rows in self._rows(batch):
+                learner._add(rows, batch)
 
     def merge(self, other: Head) -> None:
         """Add all that another head has learned, as if its batches had come here (two machines, federated learning).
@@ -103,7 +100,7 @@ class Head(nn.Module):
         if type(other) is not type(self):
             raise ArgumentError(f"a {type(self).__name__} cannot merge a {type(other).__name__}")
         for (name, mine), theirs in zip(self.options.items(), other.options.values(), strict=True):
-            if mine != theirs and name not in _LAYOUT_OPTIONS:
+            if mine != theirs and name not in _FREE_OPTIONS:
                 raise ArgumentError(f"cannot merge heads with different {name}: {mine!r} here, {theirs!r} there")
         other._check_sums()
         self._check_sums()
@@ -125,7 +122,7 @@ class Head(nn.Module):
         batch = self.checked(features, targets)
         with exact():
             for statistics in self._all_statistics():
-                statistics._refuse_subtraction(batch)
+                statistics._check_removal(batch)
             for statistics, rows in self._rows(batch):
                 statistics._remove(rows, batch)
 
@@ -207,7 +204,8 @@ class Head(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's arguments as plain values: ``type(head)(**head.options)`` builds the same head, empty."""
-        return {"in_features": self.in_features, "num_classes": self.num_classes, "max_classes": self.max_classes}
+        names = ("in_features", "num_classes", "max_classes", *self._own_options)
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """Return the options, for ``print(head)``."""
@@ -227,13 +225,9 @@ class Head(nn.Module):
         """Turn linear scores into those that :meth:`forward` promises; may change a row by a constant."""
         return scores
 
-    def _rows(self, batch: Batch) -> list[tuple[FeatureStatistics, Tensor]]:
-        """Return each statistics object with the rows that it learns of a batch."""
+    def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
+        """Return each statistics object, or other learner, with the rows that it learns of a batch."""
         return [(self.statistics, self._design(batch.features))]
-
-    def _learn(self, batch: Batch) -> None:
-        for statistics, rows in self._rows(batch):
-            statistics._add(rows, batch)
 
     def _all_statistics(self) -> list[FeatureStatistics]:
         return [self.statistics]
@@ -241,14 +235,8 @@ class Head(nn.Module):
     def _adopt(self, statistics: FeatureStatistics | None, width: int, parts: tuple[str, ...]) -> FeatureStatistics:
         """Return the given statistics, if they have what is needed, or new ones."""
         if statistics is None:
-            return FeatureStatistics(
-                width,
-                sums="sums" in parts,
-                gram="gram" in parts,
-                squares="squares" in parts,
-                class_grams="class_grams" in parts,
-                max_classes=self._class_limit()[0],
-            )
+            kept: Any = {name: name in parts for name in ("sums", "gram", "squares", "class_grams")}
+            return FeatureStatistics(width, max_classes=self._limit[0], **kept)
         if statistics.width != width or not set(parts) <= set(statistics.parts):
             raise ArgumentError(
                 f"statistics must have width {width} and keep {parts}, "
@@ -269,12 +257,6 @@ class Head(nn.Module):
             check_finite(rows)
         return rows
 
-    def _class_limit(self) -> tuple[int, str]:
-        """Return the first class id that is too large, and the argument that says so."""
-        if self.num_classes is not None and self.num_classes < self.max_classes:
-            return self.num_classes, "num_classes"
-        return self.max_classes, "max_classes"
-
     def _refuse_if_shared(self, verb: str) -> None:
         if self._shares:
             raise ConfigurationError(
@@ -294,7 +276,7 @@ class Head(nn.Module):
         if self._readout is None or self._readout[0] != version:
             with exact():
                 readout = self._readout_of_sums()
-            limit, name = self._class_limit()
+            limit, name = self._limit
             if readout.size > limit:  # shared statistics may allow more
                 raise StateError(f"class {readout.size - 1} of the statistics is not below {name}={limit}")
             self._readout = (version, readout)
@@ -312,21 +294,22 @@ class Head(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the whole state, or refuse it before anything is changed."""
-        table: dict[str, Kind] = {"_extra_state": Settings(self.get_extra_state(), _LAYOUT_OPTIONS, _ADVICE)}
+        advice = "build the head with the saved options, or reset it and learn again"
+        table: dict[str, Kind] = {"_extra_state": Settings(self.get_extra_state(), _FREE_OPTIONS, advice)}
         parts: dict[str, Any] = dict(self.named_children())
-        names: dict[str, list[str]] = {}
         for part, child in parts.items():
-            own = child._saved_table()
-            names[part] = list(own)
-            for name, kind in own.items():
-                table[f"{part}.{name}"] = kind
-        saved = read_state(state_dict, table, type(self).__name__, prefix)
-        self._check_saved(saved)
+            table |= {f"{part}.{name}": kind for name, kind in child._saved_table().items()}
+        owner = type(self).__name__
+        saved = read_state(state_dict, table, owner, prefix)
+        taken: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        for name, value in saved.items():
+            part, _, entry = name.partition(".")
+            if entry:
+                taken[part][entry] = value
+            if entry in ("classes", "counts") and not torch.equal(value, saved[f"statistics.{entry}"]):
+                raise StateError(f"{owner}: {name} is not that of statistics.{entry}; the file is damaged")
         with exact():
-            for part, child in parts.items():
-                if names[part]:
-                    child._take({name: saved[f"{part}.{name}"] for name in names[part]})
-                state_dict[f"{prefix}{part}."] = TAKEN
-
-    def _check_saved(self, saved: dict[str, Any]) -> None:
-        """Refuse entries that contradict each other."""
+            for part, entries in taken.items():
+                if entries:
+                    parts[part]._take(entries)
+                state_dict[f"{prefix}{part}."] = LOADED

@@ -58,22 +58,17 @@ class FeatureMap(PlainState):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.in_features = check_count("in_features", in_features)
-        self.expansion_dim = None if expansion_dim is None else check_count("expansion_dim", expansion_dim)
+        self.in_features = self.out_features = check_count("in_features", in_features)
+        self.expansion_dim = expansion_dim
+        self.is_identity = expansion_dim is None
         self.activation = check_choice("activation", activation, ("relu", "tanh", "sigmoid"))
         self.init = check_choice("projection_init", init, ("uniform", "normal"))
         self.seed = check_count("projection_seed", seed, at_least=0)
-        self.projection = None if self.expansion_dim is None else self._drawn(self.expansion_dim)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether features pass through unchanged."""
-        return self.expansion_dim is None
-
-    @property
-    def out_features(self) -> int:
-        """D, width of what comes out."""
-        return self.in_features if self.expansion_dim is None else self.expansion_dim
+        self.projection: Tensor | None = None
+        if expansion_dim is not None:
+            self.out_features = check_count("expansion_dim", expansion_dim)
+            with exact():
+                self.projection = self._drawn((expansion_dim, in_features))
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, d) features of any floating dtype to (B, D) float64."""
@@ -84,16 +79,14 @@ class FeatureMap(PlainState):
         """Return sizes and options, for ``print(map)``."""
         if self.is_identity:
             return f"{self.in_features}, identity"
-        return f"{self.in_features}, {self.expansion_dim}, activation={self.activation!r}, init={self.init!r}"
+        return f"{self.in_features}, {self.out_features}, activation={self.activation!r}, init={self.init!r}"
 
-    def _drawn(self, rows: int) -> Tensor:
-        shape = (rows, self.in_features)
-        with exact():
-            generator = torch.Generator().manual_seed(self.seed)
-            if self.init == "normal":
-                return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-            drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-            return (2 * drawn - 1) / math.sqrt(self.in_features)
+    def _drawn(self, shape: tuple[int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.init == "normal":
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return (2 * drawn - 1) / math.sqrt(self.in_features)
 
     def _move(self, device: torch.device) -> None:
         self.projection = None if self.projection is None else self.projection.to(device)

@@ -9,25 +9,9 @@ from torch import Tensor
 
 from clkit.methods._checks import generator
 
-__all__ = ["missing_counts", "pseudo_features"]
+__all__ = ["pseudo_features"]
 
 _BLOCK_ROWS = 256  # fixed for good: the numbers drawn depend on it
-
-
-def missing_counts(counts: Tensor) -> Tensor:
-    r"""Return how many rows each class lacks: :math:`m_c = \max_j n_j - n_c`.
-
-    Args:
-        counts: (k,) int64, samples of the classes seen.
-
-    Returns:
-        (k,) int64.
-
-    Example:
-        >>> missing_counts(torch.tensor([5, 2, 5]))
-        tensor([0, 3, 0])
-    """
-    return counts.max() - counts if counts.numel() else counts.clone()
 
 
 def pseudo_features(
