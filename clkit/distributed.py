@@ -53,14 +53,10 @@ def report_lost_process(what: str) -> Iterator[None]:
 def gather_objects(value: Any, what: str, *, first_only: bool = False) -> list[Any]:
     """Return the values of all processes in the order of their ranks; all processes must call it.
 
-    Args:
-        value: Anything that can be pickled.
-        what: A name of the values for the error message.
-        first_only: Whether only the first process gets the values and the others an empty list, where the values are
-            large.
+    With ``first_only``, for large values, the others get an empty list.
 
     Raises:
-        ProcessLostError: If another process died or did not answer in time.
+        ProcessLostError: If another process died or did not answer in time; it names ``what`` was exchanged.
 
     Example:
         >>> gather_objects(3, "the numbers")
@@ -84,11 +80,8 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], what: str = "their rows", gr
     Args:
         rows: The rows of this process, (N, ...), on a device that the backend reaches.
         sizes: The number N of rows of each process.
-        what: A name of the rows for the error message.
+        what: A name of the rows for the error message, a ProcessLostError.
         group: The process group, the default one if ``None``.
-
-    Raises:
-        ProcessLostError: If another process died or did not answer in time.
     """
     if world_size(group) == 1:
         return [rows]
@@ -103,8 +96,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], what: str = "their rows", gr
 def broadcast(tensors: Iterable[Tensor], what: str, group: Any = None) -> None:
     """Overwrite tensors in place with those of the first process; all processes must call it.
 
-    Raises:
-        ProcessLostError: If another process died or did not answer in time; it names ``what`` was exchanged.
+    A ProcessLostError names ``what`` was exchanged.
     """
     if world_size(group) == 1:
         return

@@ -83,10 +83,8 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only
 
     The checksums of the file are compared first: torch alone would take flipped bytes in a tensor for its values.
 
-    Args:
-        path: The file.
-        map_location: Where tensors go, as :func:`torch.load` takes it.
-        weights_only: ``False`` trusts the file, whose objects may then execute anything.
+    ``map_location`` is that of :func:`torch.load`; ``weights_only=False`` trusts the file, whose objects may then
+    execute anything.
 
     Raises:
         ArgumentError: If there is no such file.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import EllipsisType, UnionType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ __all__ = [
     "Instance",
     "Kind",
     "Many",
-    "Nested",
     "Numbers",
     "OneOf",
     "Settings",
@@ -63,10 +62,10 @@ Table = Mapping[str, Kind]
 
 
 def read_state(state: Any, table: Table, owner: str, prefix: str = "") -> dict[str, Any]:
-    """Compare a saved state with a table and return its entries, without the prefix.
+    """Return the entries of a saved state, which must be exactly those of a table, without their prefix.
 
     Args:
-        state: What should be a dictionary with exactly the entries of the table.
+        state: What should be a dictionary.
         table: The kind of each entry. A symbolic size is bound by the first entry that has it, in the table's order.
         owner: Whose state it is, for the message.
         prefix: Only entries whose names start with it are read.
@@ -100,11 +99,7 @@ def read_state(state: Any, table: Table, owner: str, prefix: str = "") -> dict[s
 
 
 def read_entries(state: Any, owner: str) -> dict[str, Any]:
-    """Return the entries of a dictionary as a plain one.
-
-    Raises:
-        StateError: If it is no dictionary, or has names that are no strings.
-    """
+    """Return the entries of what should be a dictionary whose names are strings, as a plain one."""
     if not isinstance(state, dict):
         _refuse(f"{owner}: the saved state", "a dictionary", describe(state))
     entries = dict(dict.items(state))  # an OrderedDict out of a file may have other methods
@@ -263,7 +258,7 @@ class Instance(Kind):
     type: type | UnionType
 
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> Any:
-        kinds = self.type.__args__ if isinstance(self.type, UnionType) else (self.type,)
+        kinds = get_args(self.type) or (self.type,)
         if not isinstance(value, self.type) or (isinstance(value, bool) and not {bool, object} & set(kinds)):
             _refuse(name, " or ".join(kind.__name__ for kind in kinds), describe(value))
         return value
@@ -281,22 +276,8 @@ class Many(Kind):
         return [self.kind._read(each, f"{name}[{place}]", sizes) for place, each in enumerate(value)]
 
 
-@dataclass(frozen=True)
-class Nested(Kind):
-    """A dictionary with a table of its own, or ``None`` if it is ``optional``."""
-
-    table: Table
-    optional: bool = False
-
-    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any] | None:
-        return None if value is None and self.optional else read_state(value, self.table, name)
-
-
 def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> Any:
-    """Return one entry, of a type, of a saved state that has others too.
-
-    Raises:
-        StateError: If there is none, or it is of another type.
+    """Return one entry, of a type, of a saved state that has others too; else raise a StateError.
 
     Example:
         >>> saved_entry({"observed": 3}, "observed", int, "NMC(nmc)")
@@ -309,20 +290,12 @@ def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> An
 
 
 def saved_list(state: Any, name: str, kind: type, owner: str) -> list[Any]:
-    """Return one entry of a saved state that is a list, each element of one type.
-
-    Raises:
-        StateError: If there is none, or it is of another type.
-    """
+    """Return one entry of a saved state that is a list, each element of one type; else raise a StateError."""
     return Many(Instance(kind))._read(saved_entry(state, name, list, owner), f"{owner}: {name!r}", {})
 
 
 def check_format(state: Any, known: int, owner: str) -> dict[str, Any]:
-    """Return the entries of a state, which must be of a known format.
-
-    Raises:
-        StateError: Naming both.
-    """
+    """Return the entries of a state, which must be of a known format; else raise a StateError."""
     entries = read_entries(state, owner)
     OneOf((known,))._read(entries.get("format"), f"{owner}: format", {})
     return entries

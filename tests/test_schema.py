@@ -16,7 +16,6 @@ from clkit.schema import (
     Instance,
     Kind,
     Many,
-    Nested,
     Numbers,
     OneOf,
     Settings,
@@ -41,7 +40,7 @@ TABLE: dict[str, Kind] = {
     "rate": Instance(float | None),
     "steps": Many(Whole(1)),
     "options": Settings({"gamma": 1.0, "bias": False, "seed": 3}, free=("seed",)),
-    "inner": Nested({"on": Instance(bool), "ids": Numbers(("C",), least=0, ids=True)}),
+    "on": Instance(bool),
 }
 
 
@@ -60,7 +59,7 @@ def state(**changes: Any) -> dict[str, Any]:
         "rate": 0.5,
         "steps": [1, 2],
         "options": {"gamma": 1.0, "bias": False, "seed": "any"},
-        "inner": {"on": True, "ids": torch.tensor([7])},
+        "on": True,
     }
     return {**good, **changes}
 
@@ -168,8 +167,7 @@ def test_nothing_stands_in_for_an_entry(entry: str) -> None:
         ({"options": {"gamma": 1, "bias": False, "seed": 3}}, "options: gamma must be 1.0, the saved state has 1"),
         ({"options": {"gamma": 1.0, "bias": False}}, "options must have the entries gamma, bias, seed, but .* 'seed'"),
         ({"options": {"gamma": 1.0, "bias": 0, "seed": deep()}}, "options: bias must be False"),
-        ({"inner": {"on": 1, "ids": torch.tensor([7])}}, "inner: on must be bool, the saved state has 1"),
-        ({"inner": {"on": True}}, "inner: the saved state has no 'ids'"),
+        ({"on": 1}, "on must be bool, the saved state has 1"),
         ({3: 1}, "each name in the saved state must be a string, the saved state has 3"),
         ({(): 1}, "each name in the saved state must be a string"),
     ],

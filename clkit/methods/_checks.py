@@ -105,18 +105,8 @@ def check_batch(
     """Check one labelled batch and group it by class; rows with target -1 are unlabelled and left out.
 
     On a CPU everything is checked here; elsewhere the labels come to the host, because new classes need new rows, but
-    whether all features are finite stays on the device as a flag.
-
-    Args:
-        features: (B, width) of any floating dtype.
-        targets: (B,) of any integer dtype, each -1 or in [0, ``below``).
-        width: Features per row.
-        below: First class id that is too large.
-        limit_name: The argument that set it, for the message.
-        device: Device of the state.
-
-    Raises:
-        BatchError: If anything is wrong, naming the rows.
+    whether all features are finite stays on the device as a flag. Class ids must be ``below`` what the argument
+    ``limit_name`` says; ``device`` is that of the state. A BatchError names the rows.
     """
     rows = check_features(features, width, device).detach()
     labels = _labels(targets, features.shape[0])

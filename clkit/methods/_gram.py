@@ -37,11 +37,7 @@ def add_gram_(lower: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
     its upper triangle is the lower one here. Elsewhere the triangle is covered by blocks, by torch itself: the threads
     of scipy's BLAS and the waiting ones of torch would take turns on the same cores, milliseconds each. The other
     triangle is left as it is or filled with values without meaning; :func:`mirrored` gives the whole matrix.
-
-    Args:
-        lower: (D, D), contiguous or from :func:`new_gram`; changed.
-        rows: (B, D) float64 on the same device. Products are formed in float64 whatever the dtype of ``lower``.
-        weight: Factor of the product, may be negative.
+    Rows are (B, D) float64, as are the products, whatever the dtype of ``lower`` (D, D).
     """
     if rows.shape[0] == 0:
         return lower

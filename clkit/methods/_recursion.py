@@ -13,12 +13,12 @@ from clkit.methods._checks import Batch, Ids
 from clkit.methods._state import PlainState, exact
 from clkit.schema import Numbers, Table
 
-__all__ = ["RecursiveRidge", "absorbed", "not_factorised"]
+__all__ = ["RecursiveLeastSquares", "not_positive_definite", "woodbury_update"]
 
 _INVERSE_LIMIT = 1e240  # the inverse begins as I/γ
 
 
-class RecursiveRidge(PlainState):
+class RecursiveLeastSquares(PlainState):
     """The pair (R, W) of the recursive form: R = (HᵀH + γI)⁻¹ and one column of W for each class seen."""
 
     def __init__(self, width: int, gamma: float) -> None:
@@ -37,9 +37,9 @@ class RecursiveRidge(PlainState):
     def keep(self, ids: Ids) -> None:
         """Drop the columns of all other classes."""
         kept = np.isin(self.ids, ids)
+        self.ids = self.ids[kept]
         with exact():
             self.weight = self.weight[:, torch.from_numpy(kept).to(self._device)]
-        self.ids = self.ids[kept]
 
     def _add(self, rows: Tensor, batch: Batch) -> None:
         """Absorb mapped rows (n, D) of a checked batch; all or nothing."""
@@ -52,7 +52,7 @@ class RecursiveRidge(PlainState):
         targets = rows.new_zeros(rows.shape[0], union.size).scatter_(1, columns[:, None], 1.0)
         if batch.finite is not None:  # rows of zeros change nothing, whatever their targets
             rows = torch.where(batch.finite, rows, 0.0)
-        self.inverse, self.weight = absorbed(self.inverse, weight, rows, targets, self.gamma)
+        self.inverse, self.weight = woodbury_update(self.inverse, weight, rows, targets, self.gamma)
         self.ids = union
 
     def _move(self, device: torch.device) -> None:
@@ -81,7 +81,9 @@ def _has_positive_diagonal(inverse: Tensor) -> bool:
     return bool((inverse.diagonal() > 0).all())
 
 
-def absorbed(inverse: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def woodbury_update(
+    inverse: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
     r"""Return (R, W) after rows H with targets Y, by the gain form.
 
     .. math::
@@ -99,7 +101,7 @@ def absorbed(inverse: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, gam
         S.diagonal().add_(1.0)
         L, failed = torch.linalg.cholesky_ex(S)
         if int(failed):
-            raise not_factorised(gamma, float(S.diagonal().min()))
+            raise not_positive_definite(gamma, float(S.diagonal().min()))
         weight = weight + U @ torch.cholesky_solve(Y - H @ weight, L)
         V = torch.linalg.solve_triangular(L, U.T, upper=False)
         inverse = torch.addmm(inverse, V.T, V, alpha=-1)
@@ -111,7 +113,7 @@ def absorbed(inverse: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, gam
     return inverse, weight
 
 
-def not_factorised(gamma: float, smallest: float) -> ArgumentError:
+def not_positive_definite(gamma: float, smallest: float) -> ArgumentError:
     """Return the error of a system that is not positive definite."""
     return ArgumentError(
         f"the ridge system has no Cholesky factor with gamma={gamma}: its smallest diagonal is {smallest:.3g}; "

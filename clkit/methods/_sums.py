@@ -51,25 +51,6 @@ class Sums:
             gram = new_gram(gram.shape[0], gram.dtype, device).copy_(gram)
         return Sums(self.ids, {name: table.to(device, copy=copy) for name, table in self.tables.items()}, gram)
 
-    def totals(self) -> Tensor:
-        """Return the (k, D) sums of the features themselves."""
-        sums = self.tables["sums"]
-        if "centres" not in self.tables:
-            return sums.clone()
-        counts = self.tables["counts"].to(torch.float64)[:, None]
-        total = torch.addcmul(sums.to(torch.float64), counts, self.tables["centres"].to(torch.float64))
-        return total.to(sums.dtype)
-
-    def means(self) -> Tensor:
-        """Return the (k, D) float64 mean features."""
-        relative = self.tables["sums"].to(torch.float64) / self.tables["counts"][:, None]
-        return relative + self.tables["centres"].to(torch.float64) if "centres" in self.tables else relative
-
-    def deviations(self) -> Tensor:
-        """Return the (k, D) float64 standard deviations (Bessel-corrected), 0 for a class of one sample."""
-        degrees = (self.tables["counts"] - 1).clamp(min=1)[:, None]
-        return (self.tables["squares"].to(torch.float64) / degrees).sqrt()
-
     def add(self, rows: Tensor, batch: Batch) -> None:
         """Add the rows of a batch."""
         rows = rows if batch.finite is None else torch.where(batch.finite, rows, 0.0)
@@ -230,13 +211,7 @@ def raise_for_batch(number: int, rank: int | None = None) -> None:
 def exchange_sums(own: Sums, bad: int, group: Any) -> Sums | None:
     """Return the total of all ranks, with the same bits on every rank, or ``None`` if nobody has anything.
 
-    Args:
-        own: The sums of this rank.
-        bad: Number of the batch that was masked on this rank, 0 for none.
-        group: The process group.
-
-    Raises:
-        BatchError: On all ranks, if a batch was masked on any.
+    ``bad`` is the number of the batch that was masked on this rank, 0 for none: its error is raised on all ranks.
     """
     device, backend = own.tables["counts"].device, dist.get_backend(group)
     if backend in ("gloo", "nccl"):  # a backend reaches one kind of device only

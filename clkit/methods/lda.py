@@ -93,11 +93,11 @@ class LDAHead(Head):
         self._factor = factor
         plain = nearest_mean_readout(classes, self.statistics.means)
         weight = torch.cholesky_solve(plain.weight.T, factor).T  # 2 Λ (μ - o)
-        weight = weight if plain.twins is None else weight[plain.twins]
+        weight = weight if plain.duplicates is None else weight[plain.duplicates]
         bias = -(weight * plain.weight).sum(dim=1) / 4
         return Readout.of(classes, weight, bias, plain.offset)
 
-    def _finished(self, scores: Tensor, centred: Tensor) -> Tensor:
+    def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         if not scores.shape[1]:
             return scores
         white = torch.linalg.solve_triangular(self._factor, centred.T, upper=False)

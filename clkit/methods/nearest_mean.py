@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn.functional import normalize
 
 from clkit.methods._checks import Batch, check_choice
 from clkit.methods.heads.base import Head
@@ -81,10 +82,10 @@ class NearestMeanHead(Head):
     def means(self) -> Tensor:
         """(k, D) float64, the means that features are compared with, in the order of :attr:`classes`."""
         means = self.statistics.means
-        return unit_rows(means) if self.metric in ("icarl", "cosine") else means
+        return normalize(means, eps=_EPSILON) if self.metric in ("icarl", "cosine") else means
 
     def _design(self, features: Tensor) -> Tensor:
-        return unit_rows(features) if self.normalizes else features
+        return normalize(features, eps=_EPSILON) if self.normalizes else features
 
     def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
         rows = batch.features
@@ -98,7 +99,7 @@ class NearestMeanHead(Head):
                     stacklevel=4,
                 )
             if self.metric != "cosine":
-                rows = _scaled(rows, lengths)
+                rows = rows / lengths.clamp(min=_EPSILON)
         return [(self.statistics, rows)]
 
     def _readout_of_sums(self) -> Readout:
@@ -107,17 +108,8 @@ class NearestMeanHead(Head):
             return Readout.of(self.classes, means, means.new_zeros(means.shape[0]))
         return nearest_mean_readout(self.classes, means)
 
-    def _finished(self, scores: Tensor, centred: Tensor) -> Tensor:
+    def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         return scores if self.metric == "cosine" else negative_distances(scores, centred)
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Scale rows to length 1; a row shorter than 1e-12 is divided by that, so that zero stays zero."""
-    return _scaled(rows, vector_norm(rows, dim=1, keepdim=True))
-
-
-def _scaled(rows: Tensor, lengths: Tensor) -> Tensor:
-    return rows / lengths.clamp(min=_EPSILON)
 
 
 def nearest_mean_readout(classes: Tensor, means: Tensor) -> Readout:

@@ -11,19 +11,20 @@ from torch.nn.functional import pad
 
 from clkit.distributed import world_size
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
-from clkit.methods._checks import Batch, check_choice, check_count, check_number
+from clkit.methods._checks import Batch, check_choice, check_count, check_number, generator
 from clkit.methods._gram import add_gram_
-from clkit.methods._recursion import RecursiveRidge, absorbed, not_factorised
+from clkit.methods._recursion import RecursiveLeastSquares, not_positive_definite, woodbury_update
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
-from clkit.methods.heads.pseudo_features import pseudo_features
 from clkit.methods.heads.readout import Readout, first_equal
 from clkit.methods.statistics import FeatureStatistics
 
-__all__ = ["AnalyticHead"]
+__all__ = ["AnalyticHead", "pseudo_features"]
 
 Balance = Literal["none", "pfg", "reweight", "expected"]
 Solver = Literal["gram", "recursive"]
+
+_BLOCK_ROWS = 256  # of pseudo-features at once; fixed for good: the numbers drawn depend on it
 
 
 class AnalyticHead(Head):
@@ -150,10 +151,10 @@ class AnalyticHead(Head):
         sums = ("sums", "class_grams" if balance == "reweight" else "gram")
         self._factor: tuple[int, Tensor] | None = None
         self.raw_statistics: FeatureStatistics | None = None  # of the features before the lift
-        self.recursion: RecursiveRidge | None = None
+        self.recursion: RecursiveLeastSquares | None = None
         if solver == "recursive":
             self.statistics = self._adopt(None, in_features, moments)
-            self.recursion = RecursiveRidge(width, self.gamma)
+            self.recursion = RecursiveLeastSquares(width, self.gamma)
         elif self.feature_map.is_identity:
             self.statistics = self._adopt(statistics, width, (*sums, *moments))
         else:
@@ -196,35 +197,15 @@ class AnalyticHead(Head):
             leverage = torch.linalg.solve_triangular(self._real_factor(), design.T, upper=False).square().sum(dim=0)
         return (leverage if features.dtype == torch.float64 else leverage.to(torch.float32)).to(features.device)
 
-    def merge(self, other: Head) -> None:
-        """Add all that another head has learned; see :meth:`Head.merge`. Gamma counts once, at solve time."""
-        self._refuse_recursive("merge")
-        super().merge(other)
-
-    def subtract(self, features: Tensor, targets: Tensor) -> None:
-        """Unlearn samples exactly; see :meth:`Head.subtract`."""
-        self._refuse_recursive("subtract")
-        super().subtract(features, targets)
-
-    def synchronize(self, group: Any = None) -> None:
-        """Exchange what each process has learned; see :meth:`FeatureStatistics.synchronize`."""
-        if world_size(group) > 1:
-            self._refuse_recursive("synchronize")
-        super().synchronize(group)
-
     def reset(self) -> None:
         """Forget everything learned; options and projection stay."""
         super().reset()
         if self.recursion is not None:
             self.recursion.reset()
 
-    # Sums -------------------------------------------------------------------------------------------------------
-
     def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
         mapped = self._mapped(batch.features)
         if self.recursion is not None:
-            if world_size() > 1:
-                self._refuse_recursive("update in several processes")
             return [(self.recursion, mapped), (self.statistics, batch.features)]
         rows: list[tuple[Any, Tensor]] = [(self.statistics, mapped)]
         return rows if self.raw_statistics is None else [*rows, (self.raw_statistics, batch.features)]
@@ -243,13 +224,13 @@ class AnalyticHead(Head):
         mapped: Tensor = self.feature_map(features)
         return pad(mapped, (0, 1), value=1.0) if self.bias else mapped
 
-    def _refuse_recursive(self, verb: str) -> None:
-        if self.recursion is not None:
+    def _check_allowed(self, verb: str) -> None:
+        super()._check_allowed(verb)
+        if self.recursion is not None and verb != "reset" and (verb in ("merge", "subtract") or world_size() > 1):
             raise ConfigurationError(
-                f'solver="recursive" cannot {verb}: it keeps an inverse, not sums; use solver="gram"'
+                f'solver="recursive" cannot {verb} here: it keeps an inverse, not sums, and learns in one process '
+                f'only; use solver="gram"'
             )
-
-    # Solving ----------------------------------------------------------------------------------------------------
 
     def _readout_of_sums(self) -> Readout:
         classes = self.statistics.classes
@@ -267,7 +248,8 @@ class AnalyticHead(Head):
         if self.balance == "reweight":
             inverse = 1 / self.statistics.counts.to(torch.float64)
             weights = inverse * (inverse.numel() / inverse.sum())
-            lower = torch.einsum("c,cij->ij", weights, self._lower_class_grams())
+            grams = self.statistics.lower_class_grams().to(torch.float64)
+            lower = torch.einsum("c,cij->ij", weights, grams)
             return _solve(self._factorised(lower), sums * weights[:, None])
         if self.balance == "none":
             return _solve(self._real_factor(), sums)
@@ -286,7 +268,7 @@ class AnalyticHead(Head):
             targets = rows.new_zeros(rows.shape[0], weight.shape[1])
             if position is not None:
                 targets[:, position] = factor**0.5
-            inverse, weight = absorbed(inverse, weight, rows * factor**0.5, targets, self.gamma)
+            inverse, weight = woodbury_update(inverse, weight, rows * factor**0.5, targets, self.gamma)
         return weight
 
     def _pseudo_rows(self) -> Iterator[tuple[int | None, Tensor, float]]:
@@ -318,16 +300,15 @@ class AnalyticHead(Head):
             spread = torch.diag(self.noise * (missing[:, None] * deviations.square()).sum(dim=0).sqrt())
             yield None, pad(spread, (0, 1)) if self.bias else spread, 1.0
 
-    def _lower_class_grams(self) -> Tensor:
-        return self.statistics.lower_class_grams().to(torch.float64)
-
     def _real_factor(self) -> Tensor:
         """Return the Cholesky factor of the system without any balancing, kept until more is learned."""
         version = self.statistics.version
         if self._factor is None or self._factor[0] != version:
-            reweighted = self.balance == "reweight"
-            lower = self._lower_class_grams().sum(dim=0) if reweighted else self.statistics.lower_gram()
-            self._factor = (version, self._factorised(lower.to(torch.float64, copy=True)))
+            if self.balance == "reweight":
+                lower = self.statistics.lower_class_grams().to(torch.float64).sum(dim=0)
+            else:
+                lower = self.statistics.lower_gram().to(torch.float64, copy=True)
+            self._factor = (version, self._factorised(lower))
         return self._factor[1]
 
     def _factorised(self, lower: Tensor) -> Tensor:
@@ -336,12 +317,47 @@ class AnalyticHead(Head):
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(lower)
         if int(failed):
-            raise not_factorised(self.gamma, float(lower.diagonal().min()))
+            raise not_positive_definite(self.gamma, float(lower.diagonal().min()))
         return factor
 
 
 def _solve(factor: Tensor, sums: Tensor) -> Tensor:
     """Return W (D, k) from the sums (k, D); classes with equal sums get equal weights."""
     solved = torch.cholesky_solve(sums.T, factor)
-    twins = first_equal(sums)
-    return solved if twins is None else solved[:, twins]
+    duplicates = first_equal(sums)
+    return solved if duplicates is None else solved[:, duplicates]
+
+
+def pseudo_features(
+    mean: Tensor,
+    deviation: Tensor,
+    count: int,
+    *,
+    class_id: int,
+    seed: int = 0,
+    noise: float = 1.0,
+    clamp_min: float | None = None,
+) -> Iterator[Tensor]:
+    r"""Draw pseudo-features :math:`z = \mu_c + \text{noise} \cdot \sigma_c \odot \varepsilon`, block by block.
+
+    Row r is a function of ``(seed, class_id, r)`` alone: independent of the device, of how many rows are drawn and of
+    everything drawn before. Noise is always drawn on the CPU in float64 blocks of (256, d), and surplus rows are
+    dropped, because how many numbers are asked for at once changes what a generator returns. The global random state
+    is not touched.
+
+    Yields:
+        (at most 256, d) float64 on the device of ``mean``, which is (d,) float64 as ``deviation`` is; together
+        ``count`` rows.
+
+    Example:
+        >>> mean, deviation = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+        >>> [len(rows) for rows in pseudo_features(mean, deviation, 300, class_id=0)]
+        [256, 44]
+
+    Source: H. Zhuang et al., arXiv 2405.17779.
+    """
+    noise_of_class = generator(seed, class_id)
+    for start in range(0, count, _BLOCK_ROWS):
+        drawn = torch.randn(_BLOCK_ROWS, mean.numel(), generator=noise_of_class, dtype=torch.float64, device="cpu")
+        rows = mean + noise * deviation * drawn[: count - start].to(mean.device)
+        yield rows if clamp_min is None else rows.clamp(min=clamp_min)

@@ -41,10 +41,9 @@ class FeatureStatistics(PlainState):
     The tensors are no buffers: casts (``.half()``, ``precision="bf16-true"``) leave them alone, device moves do not,
     and ``DistributedDataParallel`` does not overwrite them. On devices without float64 (MPS) they stay on the CPU.
 
-    On a CPU a batch is checked before anything changes. Elsewhere the labels are brought to the host, but whether all
-    features are finite is not asked: a flag on the device turns the update of a bad batch into a no-op, and the error
-    with the number of the batch is raised by the next call that reads values (:meth:`check`, any property,
-    ``state_dict``).
+    On a CPU a batch is checked before anything changes. Elsewhere a flag on the device turns the update of a batch that
+    is not finite into a no-op, and the error with its number is raised by the next call that reads values
+    (:meth:`check`, any property, ``state_dict``).
 
     In several processes each rank collects what it learns in a part of its own until :meth:`synchronize`; properties
     show the shared part and the own part together.
@@ -105,8 +104,6 @@ class FeatureStatistics(PlainState):
         self._own: Sums | None = None
         self._both: tuple[int, Sums] | None = None  # version and sum of the two, while somebody reads
 
-    # Learning ---------------------------------------------------------------------------------------------------
-
     def update(self, features: Tensor, targets: Tensor) -> None:
         """Add a batch. Rows with target -1 are unlabelled and skipped; an empty batch changes nothing.
 
@@ -126,11 +123,9 @@ class FeatureStatistics(PlainState):
 
         In several processes what is merged counts as this rank's own: merge a thing on one rank, not on all.
 
-        Args:
-            other: Statistics of the same width and parts; not modified.
-
         Raises:
-            ArgumentError: If it differs in width or parts, or has seen ids not below ``max_classes``.
+            ArgumentError: If the other differs in width or parts, or has seen ids not below ``max_classes``; it is not
+                modified.
         """
         if not isinstance(other, FeatureStatistics):
             raise ArgumentError(f"only another FeatureStatistics can be merged, got {type(other).__name__}")
@@ -153,11 +148,7 @@ class FeatureStatistics(PlainState):
         """Take samples out again, exactly: the sums become those of a stream that never held them.
 
         A class without rows left is removed. In several processes: :meth:`synchronize` first, then call this on all
-        ranks with the same samples.
-
-        Args:
-            features: (B, width), the same numbers that were learned.
-            targets: (B,) their class ids.
+        ranks with the same samples, and the same numbers that :meth:`update` took.
 
         Raises:
             BatchError: If the batch is malformed or takes more samples of a class than it has; nothing is changed.
@@ -177,11 +168,8 @@ class FeatureStatistics(PlainState):
     def synchronize(self, group: Any = None) -> None:
         """Exchange what each rank has learned since the last time, so that all ranks hold the same bits.
 
-        A collective call: every rank of ``group`` makes it. Increments are folded in the order of the ranks and added
-        to the shared part; a second call changes nothing. In one process there is nothing to exchange.
-
-        Args:
-            group: The process group, the default one if ``None``.
+        A collective call: every rank of ``group`` (the default one if ``None``) makes it. Increments are folded in the
+        order of the ranks and added to the shared part; a second call changes nothing.
 
         Raises:
             BatchError: On all ranks, if any rank was given features that are not finite.
@@ -198,8 +186,6 @@ class FeatureStatistics(PlainState):
                 self._shared.merge(total.to(self._device))
                 self._own = self._both = None
                 self._steps.version += 1
-
-    # Reading ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise the error of a batch that could not be refused at once (see the class), else do nothing.
@@ -222,12 +208,18 @@ class FeatureStatistics(PlainState):
     @property
     def sums(self) -> Tensor:
         """(k, D), sum of the features of each class."""
-        return self._read("sums").totals()
+        tables = self._read("sums").tables
+        if "centres" not in tables:
+            return tables["sums"].clone()
+        sums, centres, counts = (tables[name].to(torch.float64) for name in ("sums", "centres", "counts"))
+        return torch.addcmul(sums, counts[:, None], centres).to(self.dtype)
 
     @property
     def means(self) -> Tensor:
         """(k, D) float64, mean feature of each class."""
-        return self._read("sums").means()
+        tables = self._read("sums").tables
+        relative = tables["sums"].to(torch.float64) / tables["counts"][:, None]
+        return relative + tables["centres"].to(torch.float64) if "centres" in tables else relative
 
     @property
     def squares(self) -> Tensor:
@@ -237,7 +229,9 @@ class FeatureStatistics(PlainState):
     @property
     def deviations(self) -> Tensor:
         """(k, D) float64, standard deviation of each class (Bessel-corrected), 0 for a class of one sample."""
-        return self._read("squares").deviations()
+        tables = self._read("squares").tables
+        degrees = (tables["counts"] - 1).clamp(min=1)[:, None]
+        return (tables["squares"].to(torch.float64) / degrees).sqrt()
 
     @property
     def gram(self) -> Tensor:
@@ -272,8 +266,6 @@ class FeatureStatistics(PlainState):
     def version(self) -> int:
         """Goes up with every change: tells a read-out whether its solution is still current."""
         return self._steps.version
-
-    # Used by the heads ------------------------------------------------------------------------------------------
 
     def _check(self, features: Tensor, targets: Tensor) -> Batch:
         return check_batch(
@@ -330,9 +322,8 @@ class FeatureStatistics(PlainState):
             return self._shared
         if self._both is None or self._both[0] != self.version:
             with exact():
-                both = self._shared.to(self._device, copy=True)
-                both.merge(self._own)
-            self._both = (self.version, both)
+                self._both = (self.version, self._shared.to(self._device, copy=True))
+                self._both[1].merge(self._own)
         return self._both[1]
 
     def _learning_part(self) -> Sums:
@@ -346,8 +337,6 @@ class FeatureStatistics(PlainState):
     def _new_part(self) -> Sums:
         with exact():
             return Sums.empty(self.width, self.parts, self.dtype, self._device)
-
-    # State ------------------------------------------------------------------------------------------------------
 
     def _move(self, device: torch.device) -> None:
         self._shared = self._shared.to(device)

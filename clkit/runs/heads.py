@@ -56,11 +56,7 @@ def load_head(path: str | Path, name: str) -> Any:
 
 
 def head_entries(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what the callbacks with a learned head have saved, by their key in the checkpoint.
-
-    Raises:
-        StateError: If the checkpoint's callbacks are no dictionary.
-    """
+    """Return what the callbacks with a learned head have saved, by their key in the checkpoint."""
     entries = read_entries(checkpoint.get("callbacks", {}), "'callbacks' of the checkpoint")
     return {
         key: entry

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from clkit.schema import Instance, Many, Nested, OneOf, Table, Whole, read_state, saved_entry
+from clkit.schema import Instance, Many, OneOf, Table, Whole, read_state, saved_entry
 
 __all__ = ["Experience", "experience_state", "saved_experience"]
 
@@ -71,6 +71,6 @@ def saved_experience(state: Any, name: str, owner: str) -> Experience | None:
         >>> saved_experience(state, "pending", "the evaluation").classes
         (1, 2)
     """
-    entry = {name: saved_entry(state, name, object, owner)}
-    saved = read_state(entry, {name: Nested(_FIELDS, optional=True)}, owner)[name]
+    entry = saved_entry(state, name, object, owner)
+    saved = None if entry is None else read_state(entry, _FIELDS, f"{owner}: {name}")
     return None if saved is None else Experience(**{**saved, "classes": tuple(saved["classes"])})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clkit.methods._checks import generator as generator_of
-from clkit.methods.heads.pseudo_features import pseudo_features
+from clkit.methods.ridge import pseudo_features
 
 MEAN = torch.tensor([1.0, -2.0, 3.0, 0.5, 8.0, 0.0, 1.0], dtype=torch.float64)
 DEVIATION = torch.tensor([0.1, 1.0, 2.0, 0.0, 3.0, 1.0, 1.0], dtype=torch.float64)

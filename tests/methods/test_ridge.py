@@ -15,8 +15,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError
 from clkit.methods import AnalyticHead, FeatureMap
-from clkit.methods.heads.pseudo_features import pseudo_features
-from clkit.methods.ridge import absorbed
+from clkit.methods.ridge import pseudo_features, woodbury_update
 
 Digits = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -196,7 +195,7 @@ def test_a_system_that_cannot_be_solved_names_gamma() -> None:
 
 def test_gain_form_keeps_the_inverse_symmetric_and_right() -> None:
     features, targets = sample(100, 12)
-    inverse, _ = absorbed(
+    inverse, _ = woodbury_update(
         torch.eye(12, dtype=torch.float64), torch.zeros(12, 6, dtype=torch.float64), features,
         torch.from_numpy(one_hot(targets)), 1.0,
     )  # fmt: skip

@@ -46,8 +46,6 @@ class Head(nn.Module):
         self._limit = (num_classes, "num_classes") if fixed else (max_classes, "max_classes")  # no id reaches it
         self._readout: tuple[int, Readout] | None = None
 
-    # Learning ---------------------------------------------------------------------------------------------------
-
     def update(self, features: Tensor, targets: Tensor) -> None:
         """Learn a batch. Rows with target -1 are skipped; an empty batch changes nothing.
 
@@ -79,7 +77,7 @@ class Head(nn.Module):
             BatchError: If it has a class id that this head does not allow; nothing is changed then.
             ConfigurationError: If the statistics are shared: update those.
         """
-        self._refuse_if_shared("update")
+        self._check_allowed("update")
         limit, name = self._limit
         if batch.ids.size and batch.ids[-1] >= limit:
             raise BatchError(f"target {batch.ids[-1]} is not below {name}={limit}; raise {name} or relabel the classes")
@@ -90,13 +88,10 @@ class Head(nn.Module):
     def merge(self, other: Head) -> None:
         """Add all that another head has learned, as if its batches had come here (two machines, federated learning).
 
-        Args:
-            other: A head of the same kind with the same options; not modified.
-
         Raises:
-            ArgumentError: If it is of another kind or differs in an option.
+            ArgumentError: If the other is of another kind or differs in an option; it is not modified.
         """
-        self._refuse_if_shared("merge")
+        self._check_allowed("merge")
         if type(other) is not type(self):
             raise ArgumentError(f"a {type(self).__name__} cannot merge a {type(other).__name__}")
         for (name, mine), theirs in zip(self.options.items(), other.options.values(), strict=True):
@@ -110,14 +105,12 @@ class Head(nn.Module):
     def subtract(self, features: Tensor, targets: Tensor) -> None:
         """Unlearn samples exactly: the head becomes the one of a stream that never held them.
 
-        Args:
-            features: (B, in_features), the same numbers that were learned.
-            targets: (B,) their class ids.
+        Takes the same numbers that :meth:`update` took.
 
         Raises:
             BatchError: If the batch is malformed or takes more samples of a class than it has; nothing is changed.
         """
-        self._refuse_if_shared("subtract")
+        self._check_allowed("subtract")
         self._check_sums()
         batch = self.checked(features, targets)
         with exact():
@@ -128,19 +121,18 @@ class Head(nn.Module):
 
     def reset(self) -> None:
         """Forget everything learned; options and projection stay."""
-        self._refuse_if_shared("reset")
+        self._check_allowed("reset")
         for statistics in self._all_statistics():
             statistics.reset()
 
     def synchronize(self, group: Any = None) -> None:
         """Exchange what each process has learned; see :meth:`FeatureStatistics.synchronize`."""
+        self._check_allowed("synchronize")
         everything = self._all_statistics()
         # A masked batch is in all sums: let one of them tell the other ranks, before anything is exchanged.
         everything[0]._bad = torch.tensor(self._take_bad(), device=everything[0].device)
         for statistics in everything:
             statistics.synchronize(group)
-
-    # Predicting -------------------------------------------------------------------------------------------------
 
     def forward(self, features: Tensor) -> Tensor:
         """Return scores with column c for class id c.
@@ -189,7 +181,9 @@ class Head(nn.Module):
         Its input is what :attr:`feature_map` gives, or the L2-normalised features if :attr:`normalizes`. It ranks the
         classes as :meth:`predict` does; scores may differ from :meth:`forward` by a number per row.
         """
-        return self._solved().linear()
+        readout = self._solved()
+        bias = readout.bias if readout.offset is None else readout.bias - readout.weight @ readout.offset
+        return readout.weight.clone(), bias.clone()
 
     @property
     def classes(self) -> Tensor:
@@ -211,8 +205,6 @@ class Head(nn.Module):
         """Return the options, for ``print(head)``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-    # For subclasses ---------------------------------------------------------------------------------------------
-
     def _readout_of_sums(self) -> Readout:
         raise NotImplementedError
 
@@ -221,7 +213,7 @@ class Head(nn.Module):
         design: Tensor = self.feature_map(features)
         return design
 
-    def _finished(self, scores: Tensor, centred: Tensor) -> Tensor:
+    def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         """Turn linear scores into those that :meth:`forward` promises; may change a row by a constant."""
         return scores
 
@@ -247,9 +239,7 @@ class Head(nn.Module):
 
     def _score(self, features: Tensor, readout: Readout) -> Tensor:
         centred = readout.centred(self._design(self._check_features(features)))
-        return self._finished(readout.scores(centred), centred)
-
-    # Checks -----------------------------------------------------------------------------------------------------
+        return self._final_scores(readout.scores(centred), centred)
 
     def _check_features(self, features: Tensor) -> Tensor:
         rows = check_features(features, self.in_features, self.statistics.device)
@@ -257,8 +247,8 @@ class Head(nn.Module):
             check_finite(rows)
         return rows
 
-    def _refuse_if_shared(self, verb: str) -> None:
-        if self._shares:
+    def _check_allowed(self, verb: str) -> None:
+        if self._shares and verb != "synchronize":
             raise ConfigurationError(
                 f"this head reads statistics that it shares with others: call {verb} on those, once, not on the head"
             )
@@ -281,8 +271,6 @@ class Head(nn.Module):
                 raise StateError(f"class {readout.size - 1} of the statistics is not below {name}={limit}")
             self._readout = (version, readout)
         return self._readout[1]
-
-    # State ------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return format and options, as plain values."""

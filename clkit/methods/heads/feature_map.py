@@ -75,12 +75,6 @@ class FeatureMap(PlainState):
         features = features.to(torch.float64)
         return features if self.projection is None else _ACTIVATIONS[self.activation](features @ self.projection.T)
 
-    def extra_repr(self) -> str:
-        """Return sizes and options, for ``print(map)``."""
-        if self.is_identity:
-            return f"{self.in_features}, identity"
-        return f"{self.in_features}, {self.out_features}, activation={self.activation!r}, init={self.init!r}"
-
     def _drawn(self, shape: tuple[int, int]) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         if self.init == "normal":

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from clkit.methods.heads.base import Head
 
 __all__ = [
-    "NEVER",
     "L2Normalize",
     "LinearReadout",
     "Readout",
@@ -28,7 +27,7 @@ __all__ = [
     "readout_tensors",
 ]
 
-NEVER = -1e30  # score of a class never seen; a sum of many such losses is still finite in float32
+_UNSEEN_BIAS = -1e30  # score of a class never seen; a sum of many such losses is still finite in float32
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
@@ -43,7 +42,7 @@ class Readout:
         offset: (D,) float64, taken off the design first so that a common offset of all features costs no digits;
             ``None`` for none.
         size: Largest id + 1, 0 if nothing was learned.
-        twins: (k,) first position with the same weight and bias, or ``None`` if all differ.
+        duplicates: (k,) first position with the same weight and bias, or ``None`` if all differ.
     """
 
     classes: Tensor
@@ -51,7 +50,7 @@ class Readout:
     bias: Tensor
     offset: Tensor | None
     size: int
-    twins: Tensor | None
+    duplicates: Tensor | None
 
     @classmethod
     def of(cls, classes: Tensor, weight: Tensor, bias: Tensor, offset: Tensor | None = None) -> Readout:
@@ -66,12 +65,7 @@ class Readout:
     def scores(self, centred: Tensor) -> Tensor:
         """Return (B, k) float64. Equal classes get equal scores, in whatever order a product adds: ties are ties."""
         scores = torch.addmm(self.bias, centred, self.weight.T)
-        return scores if self.twins is None else scores[:, self.twins]
-
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of one linear layer."""
-        bias = self.bias if self.offset is None else self.bias - self.weight @ self.offset
-        return self.weight.clone(), bias.clone()
+        return scores if self.duplicates is None else scores[:, self.duplicates]
 
 
 def first_equal(table: Tensor) -> Tensor | None:
@@ -82,14 +76,12 @@ def first_equal(table: Tensor) -> Tensor | None:
     """
     values = table.cpu().numpy() + 0.0  # -0.0 equals 0.0
     first: dict[bytes, int] = {}
-    twins = [first.setdefault(row.tobytes(), position) for position, row in enumerate(values)]
-    return None if len(first) == len(twins) else torch.tensor(twins, device=table.device)
+    duplicates = [first.setdefault(row.tobytes(), position) for position, row in enumerate(values)]
+    return None if len(first) == len(duplicates) else torch.tensor(duplicates, device=table.device)
 
 
 class L2Normalize(nn.Module):
-    r"""Divides each row by its length, :math:`x / \max(\lVert x \rVert_2, 10^{-12})`.
-
-    Shape: (B, D) → (B, D), any floating dtype.
+    r"""Divides each row of (B, D) by its length, :math:`x / \max(\lVert x \rVert_2, 10^{-12})`.
 
     Example:
         >>> L2Normalize()(torch.tensor([[3.0, 4.0]]))
@@ -107,13 +99,8 @@ def readout_tensors(head: Head | LinearReadout, outputs: int, dtype: torch.dtype
     Classes never seen get weight 0 and a large negative *finite* bias: they never win, and a cross-entropy stays
     finite.
 
-    Args:
-        head: A head that has learned something.
-        outputs: Rows of the layer; at least the largest id + 1.
-        dtype: The data type of the layer.
-
     Raises:
-        ArgumentError: If there are too few rows.
+        ArgumentError: If ``outputs`` is not above the largest id.
         NotFittedError: If nothing was learned.
 
     Example:
@@ -131,22 +118,17 @@ def readout_tensors(head: Head | LinearReadout, outputs: int, dtype: torch.dtype
         raise ArgumentError(f"outputs={outputs} is too small for class id {int(classes[-1])}")
     weight, bias = head.linear_readout()
     full_weight = weight.new_zeros((outputs, weight.shape[1]))
-    full_bias = bias.new_full((outputs,), max(NEVER, torch.finfo(dtype).min / 4))
+    full_bias = bias.new_full((outputs,), max(_UNSEEN_BIAS, torch.finfo(dtype).min / 4))
     full_weight[classes.to(weight.device)], full_bias[classes.to(bias.device)] = weight, bias
     return full_weight.to(dtype), full_bias.to(dtype)
 
 
 def layer_values(head: Head | LinearReadout, own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return what the tensors of a classifier become when a head is copied into it.
+    """Return what a classifier's ``own`` tensors become when a head is copied into it.
 
-    Args:
-        head: A learned head.
-        own: The classifier's tensors by name: ``weight`` and ``bias``, or ``0.weight``, ``0.bias``, ``1.weight``, …
-            of linear layers or 1x1 convolutions that read the features side by side and of which the network takes
-            the mean.
-
-    Returns:
-        Tensors of the same names and shapes, or ``None`` where the head is no linear layer of that form.
+    They are ``weight`` and ``bias``, or ``0.weight``, ``0.bias``, ``1.weight``, … of linear layers or 1x1 convolutions
+    that read the features side by side and of which the network takes the mean. ``None`` where the head is no linear
+    layer of that form, or has learned nothing.
 
     Example:
         >>> from clkit.methods import NearestMeanHead
@@ -177,16 +159,11 @@ def is_linear(head: Head | LinearReadout) -> bool:
 def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequential:
     """Return the head as a ``Sequential`` of plain layers that ends in an ``nn.Linear`` and ranks as ``predict`` does.
 
-    Args:
-        head: A head that has learned something.
-        outputs: Columns; at least the largest id + 1.
-        dtype: The data type of the layers.
-
     Returns:
         ``Sequential(Flatten, [L2Normalize | lift], Linear)``: (B, D) or (B, D, 1, 1) → (B, outputs).
 
     Raises:
-        ArgumentError: If there are too few columns.
+        ArgumentError: If ``outputs`` is not above the largest id.
         NotFittedError: If nothing was learned.
 
     Example:
@@ -206,12 +183,7 @@ def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequentia
 
 
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """Return a linear layer of these values, made without a draw from the global generator, which is the user's.
-
-    Example:
-        >>> linear_of(torch.eye(2), torch.ones(2))(torch.tensor([[1.0, 2.0]])).tolist()
-        [[2.0, 3.0]]
-    """
+    """Return a linear layer of these values, made without a draw from the global generator, which is the user's."""
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=bias is not None, dtype=weight.dtype, device="meta").to_empty(device="cpu")
     with torch.no_grad():
@@ -224,16 +196,10 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 class LinearReadout(nn.Module):
     """Predicts by one linear layer over the classes that a head had learned, and learns no more.
 
-    :func:`clkit.load_head` returns one for an exported file. The user makes none.
+    :func:`clkit.load_head` returns one for an exported file. The user makes none. Takes the sorted ids of the classes
+    (k,), their weights (k, D) and biases (k,).
 
-    Args:
-        classes: (k,) int64, sorted ids.
-        weight: (k, D) float64.
-        bias: (k,) float64.
-
-    Shape:
-        - input: (B, D) of any floating dtype
-        - output: (B, largest id + 1), column c for class id c, ``-inf`` for classes never seen
+    Shape: (B, D) → (B, largest id + 1), column c for class id c, ``-inf`` for classes never seen.
 
     Example:
         >>> head = LinearReadout(torch.tensor([1]), torch.tensor([[2.0, 0.0]]), torch.tensor([0.5]))
@@ -263,7 +229,7 @@ class LinearReadout(nn.Module):
         return self.classes[self._scores_seen(features).argmax(dim=1)]
 
     def linear_readout(self) -> tuple[Tensor, Tensor]:
-        """Return weight (k, D) and bias (k,), as :meth:`~clkit.methods.heads.base.Head.linear_readout` does."""
+        """Return weight (k, D) and bias (k,) in float64."""
         return self.weight, self.bias
 
     def _scores_seen(self, features: Tensor) -> Tensor:
