@@ -265,7 +265,7 @@ class FeatureStatistics(PlainState):
     @property
     def version(self) -> int:
         """Goes up with every change: tells a read-out whether its solution is still current."""
-        return self._steps.version
+        return int(self._steps.version)
 
     def _check(self, features: Tensor, targets: Tensor) -> Batch:
         return check_batch(

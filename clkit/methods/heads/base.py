@@ -42,8 +42,9 @@ class Head(nn.Module):
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes)
         self.max_classes = check_count("max_classes", max_classes)
         self._shares = False
-        fixed = num_classes is not None and num_classes < max_classes
-        self._limit = (num_classes, "num_classes") if fixed else (max_classes, "max_classes")  # no id reaches it
+        self._limit = (max_classes, "max_classes")  # no class id reaches it
+        if num_classes is not None and num_classes < max_classes:
+            self._limit = (num_classes, "num_classes")
         self._readout: tuple[int, Readout] | None = None
 
     def update(self, features: Tensor, targets: Tensor) -> None:
