@@ -30,7 +30,7 @@ from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataErro
 from clkit.files import read_checkpoint
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.runs.forgetting import read_samples
-from clkit.runs.merging import Learned, classifier_keys
+from clkit.runs.merging import HeadSummary, classifier_keys
 from clkit.schema import MERGED, STRATEGY
 
 Make = Callable[..., Any]
@@ -433,7 +433,7 @@ def test_after_forgetting_all_heads_are_those_of_the_rest(
     kept = FIRST[~torch.isin(FIRST, gone)]
     wanted = by_hand(kind, features[kept], targets[kept])
     assert_equal_heads(load_head(tmp_path / "less.ckpt", kind), wanted, features[1500:])
-    assert Learned(learned[0].head, len(kept), 9) == learned[0]
+    assert HeadSummary(learned[0].head, len(kept), 9) == learned[0]
     assert (finished / "first.ckpt").read_bytes() == before
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from clkit.errors import ClkitError
-from clkit.runs.merging import Learned
+from clkit.runs.merging import HeadSummary
 
 __all__ = ["run_file_command"]
 
@@ -73,7 +73,7 @@ def _export(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _lines(learned: list[Learned]) -> list[str]:
+def _lines(learned: list[HeadSummary]) -> list[str]:
     return [
         f"  {head}: {_count(samples, 'sample')} of {_count(classes, 'class', 'classes')}"
         for head, samples, classes in learned

@@ -17,7 +17,7 @@ from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataErro
 from clkit.files import check_output, read_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.runs.heads import build_head, head_entries, name_of
-from clkit.runs.merging import Learned, hand_over, save_checkpoint
+from clkit.runs.merging import HeadSummary, hand_over, save_checkpoint
 from clkit.schema import MERGED, STRATEGY
 
 __all__ = ["forget_samples", "read_samples"]
@@ -33,7 +33,7 @@ def forget_samples(
     heads: Sequence[str] | None = None,
     config: str | Path | None = None,
     overwrite: bool = False,
-) -> list[Learned]:
+) -> list[HeadSummary]:
     """Write a checkpoint whose heads have never seen some samples.
 
     For a person who withdraws a picture, or labels that were wrong. The samples are taken out of the sums, so each
@@ -81,7 +81,7 @@ def forget_samples(
         ...     entry = {"head": dict(head.state_dict()), "in_features": 3, "tap": "fc:in"}
         ...     torch.save({"state_dict": {}, "callbacks": {"NMC(nmc)": entry}}, f"{folder}/run.ckpt")
         ...     forget_samples(f"{folder}/run.ckpt", f"{folder}/less.ckpt", features=features[1:], targets=targets[1:])
-        [Learned(head='NMC(nmc)', samples=1, classes=1)]
+        [HeadSummary(head='NMC(nmc)', samples=1, classes=1)]
     """
     if (ids is None) == (features is None) or (features is None) != (targets is None):
         raise ArgumentError("give either features and targets, or ids")

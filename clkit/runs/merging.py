@@ -16,12 +16,12 @@ from clkit.methods.heads.readout import layer_values
 from clkit.runs.heads import build_head, head_entries
 from clkit.schema import MERGED, STRATEGY, STREAM, saved_entry
 
-__all__ = ["Learned", "hand_over", "merge_checkpoints", "save_checkpoint"]
+__all__ = ["HeadSummary", "hand_over", "merge_checkpoints", "save_checkpoint"]
 
 _OF_ONE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states", STRATEGY)  # what no merged file can have
 
 
-class Learned(NamedTuple):
+class HeadSummary(NamedTuple):
     """What a head in a written checkpoint has learned.
 
     Attributes:
@@ -35,7 +35,7 @@ class Learned(NamedTuple):
     classes: int
 
 
-def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> list[Learned]:
+def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> list[HeadSummary]:
     """Write a checkpoint whose heads have learned what those of all given ones have together.
 
     For heads that learned on several machines with one frozen network (federated learning, shards of a data set): each
@@ -71,7 +71,7 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
         ...         entry = {"head": dict(head.state_dict()), "in_features": 2, "tap": "fc:in"}
         ...         torch.save({"state_dict": {}, "callbacks": {"NMC(nmc)": entry}}, f"{folder}/{name}.ckpt")
         ...     merge_checkpoints([f"{folder}/a.ckpt", f"{folder}/b.ckpt"], f"{folder}/both.ckpt")
-        [Learned(head='NMC(nmc)', samples=4, classes=2)]
+        [HeadSummary(head='NMC(nmc)', samples=4, classes=2)]
     """
     files = [Path(path) for path in paths]
     if len(files) < 2:
@@ -100,10 +100,10 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
     return save_checkpoint(merged, output, heads)
 
 
-def save_checkpoint(checkpoint: dict[str, Any], output: str | Path, heads: dict[str, Head]) -> list[Learned]:
+def save_checkpoint(checkpoint: dict[str, Any], output: str | Path, heads: dict[str, Head]) -> list[HeadSummary]:
     """Write a checkpoint whole or not at all; return what its heads have learned."""
     write_checkpoint(checkpoint, output)
-    return [Learned(key, int(head.counts.sum()), len(head.classes)) for key, head in heads.items()]
+    return [HeadSummary(key, int(head.counts.sum()), len(head.classes)) for key, head in heads.items()]
 
 
 # ---- what fits together
