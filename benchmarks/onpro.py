@@ -40,9 +40,8 @@ from clkit.methods import (
     ReservoirBuffer,
     rotate_views,
 )
-from clkit.methods.replay.contrast import draw_offset
-from clkit.methods.replay.projector import Projector
-from clkit.methods.replay.step import Part, StepBatch, StepOutputs, arrange, total_loss
+from clkit.methods.replay.contrast import Projector, draw_offset
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs, arrange, total_loss
 from clkit.methods.replay.views import VARIANTS
 from clkit.models import TimmClassifier
 from clkit.strategies import ERStrategy
@@ -170,12 +169,12 @@ class LibraryStep:
         """The loss of one step, after its backward."""
         setting, generator = self.setting, torch.Generator().manual_seed(1)
         images, labels, mixed = setting.draw(generator, apf=self.losses is not None)
-        new, seen = Part.whole(setting.x, setting.y), Part.whole(images, labels)
+        new, seen = Block.whole(setting.x, setting.y), Block.whole(images, labels)
         if self.losses is None:
             rows = setting.memory.sample(0)
             blocks = self.er.views(StepBatch(new, seen, REPLAYED, rows, {}))
         else:
-            blocks = self.losses.views(new, seen, Part.whole(mixed.images, mixed.labels), CLASSES, first=False)
+            blocks = self.losses.views(new, seen, Block.whole(mixed.images, mixed.labels), CLASSES, first=False)
 
         def augmented(images: Tensor, positions: Tensor, total: int) -> Tensor:
             if self.transform is None:

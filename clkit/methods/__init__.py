@@ -5,9 +5,8 @@ from clkit.methods.lda import LDAHead
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.onpro import OnlinePrototypes, OnProLosses
 from clkit.methods.replay.buffer import MemoryRows, ReservoirBuffer
-from clkit.methods.replay.contrast import instance_contrast, prototype_contrast, supervised_contrast
+from clkit.methods.replay.contrast import Projector, instance_contrast, prototype_contrast, supervised_contrast
 from clkit.methods.replay.mixing import MixedBatch, Mixing, mixed_cross_entropy
-from clkit.methods.replay.projector import Projector
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.views import RandomViews, rotate_views, variant_labels
 from clkit.methods.ridge import AnalyticHead

@@ -3,8 +3,8 @@ r"""OnPro: the losses of a step, the class means of the last one, and the replay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from scipy.special import betaincinv
@@ -13,25 +13,20 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_number
 from clkit.methods._state import exact
-from clkit.methods.replay.contrast import (
-    PrototypeContrast,
-    check_labels,
-    draw_offset,
-    instance_contrast,
-    prototype_contrast,
-)
+from clkit.methods.replay import contrast
+from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.mixing import (
-    ClassMemory,
     MixedBatch,
     Mixing,
     mixed_cross_entropy,
     mixture,
+    of_two_classes,
     pair_counts,
     pair_probabilities,
 )
-from clkit.methods.replay.step import Part, StepOutputs, cross_entropy
+from clkit.methods.replay.step import Block, StepOutputs, cross_entropy
 from clkit.methods.replay.views import VARIANTS, Rotation, rotate_views, variant_labels
-from clkit.schema import FLOATS, Numbers, read_state
+from clkit.schema import FLOATS, Numbers, Table, read_state
 
 __all__ = ["OnProLosses", "OnlinePrototypes"]
 
@@ -84,8 +79,7 @@ class OnProLosses:
             check_number(name, getattr(self, name), above=0)
         if not (self.ce_new or self.ce_mem or self.instance_new or self.ope_new):
             raise ArgumentError(
-                "nothing would be learned from an incoming image: one of ce_new, ce_mem, instance_new, ope_new must be "
-                "above 0"
+                "nothing would be learned from an incoming image: raise ce_new, ce_mem, instance_new or ope_new above 0"
             )
 
     @property
@@ -109,68 +103,61 @@ class OnProLosses:
         contrasts = self.instance_new or self.instance_mem or self.ope_new
         return sum(map(bool, (contrasts, self.ce_new or self.ce_mem, self.ope_seen))) > 1
 
+    def settings(self) -> dict[str, Any]:
+        """Return all options, as plain types."""
+        return asdict(self)
+
     def images(self, new: int, replayed: int) -> int:
         """Return how many images a later step runs through the network, for so many incoming and replayed ones."""
         count = 2 * self.variants * (new * bool(self.instance_new or self.ope_new) + replayed * bool(self.instance_mem))
         return count + new * bool(self.ce_new) + replayed * (bool(self.ce_mem) + 2 * bool(self.ope_seen))
 
-    def settings(self) -> dict[str, Any]:
-        """Return all options, as plain types."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
     def views(
-        self, new: Part, seen: Part | None, mixed: Part | None, num_classes: int, *, first: bool
-    ) -> list[dict[str, Part]]:
+        self, new: Block, seen: Block | None, mixed: Block | None, num_classes: int, *, first: bool
+    ) -> list[dict[str, Block]]:
         """Return the blocks of a step, those that are normalised together in one dictionary.
 
         Args:
             new: The incoming batch.
-            seen: A sample of the memory as it is stored, if any.
-            mixed: The replay batch with the labels of :attr:`MixedBatch.labels`; ``None`` if there is none.
+            seen: A sample of the memory, if any.
+            mixed: The replay batch with the labels of :attr:`MixedBatch.labels`, if any.
             num_classes: C, a number above all labels.
             first: Whether the rule of the first experience holds: no replay in cross-entropy and instance contrast.
         """
-        contrasts: dict[str, Part] = {}
+        contrasts: dict[str, Block] = {}
         if self.instance_new or self.ope_new:
-            count = len(new.images)
+            count, turned = len(new.images), self._turned(new)
             ids = variant_labels(new.labels, self.variants, num_classes)
-            turned, at, total = self._turned(new)
-            others = Part(turned[count:], ids[count:], at[count:] - new.total, total - new.total)
+            others = Block(turned.images[count:], ids[count:], turned.at[count:] - new.total, turned.total - new.total)
             contrasts |= dict(zip(_NEW, (new.plain, others.plain, new, others), strict=True))
         if mixed is not None and self.instance_mem:
-            turned, at, total = self._turned(mixed)
-            block = Part(turned, self._mixed_ids(mixed.labels, at, num_classes), at, total)
-            contrasts |= {"mem1": block.plain, "mem2": block}
+            turned = self._turned(mixed)
+            first_class, second_class, share = mixed.labels.unbind(1)
+            ids = variant_labels(first_class.long(), self.variants, num_classes)
+            two = of_two_classes(first_class, second_class, share).repeat(self.variants)
+            # each variant of an image of two classes is a class of its own
+            turned = turned._replace(labels=torch.where(two, turned.at + num_classes * self.variants, ids))
+            contrasts |= {"mem1": turned.plain, "mem2": turned}
         prototypes = {"seen1": seen.plain, "seen2": seen} if seen is not None and self.ope_seen else {}
-        classifier: dict[str, Part] = {}
+        classifier: dict[str, Block] = {}
         if self.ce_new or (first and self.ce_mem):
             classifier["ce_new"] = new
         if mixed is not None and self.ce_mem:
             classifier["ce_mem"] = mixed
         return [contrasts, prototypes, classifier] if first else [contrasts, classifier, prototypes]
 
-    def _turned(self, part: Part) -> tuple[Tensor, Tensor, int]:
-        """Return all variants of the images, the positions of each, and how many positions there are."""
-        images = rotate_views(part.images, self.rotation) if self.variants > 1 else part.images
-        at = part.total * torch.arange(self.variants)[:, None] + part.at
-        return images, at.flatten(), part.total * self.variants
-
-    def _mixed_ids(self, labels: Tensor, at: Tensor, num_classes: int) -> Tensor:
-        """Return an id for each variant: that of its class, or one of its own for an image of two classes."""
-        first, second, share = labels.unbind(1)
-        ids = variant_labels(first.long(), self.variants, num_classes)
-        two = ((first != second) & (share > 0)).repeat(self.variants)
-        return torch.where(two, at + num_classes * self.variants, ids)
+    def _turned(self, block: Block) -> Block:
+        """Return all variants of the images, without labels of their own."""
+        images = rotate_views(block.images, self.rotation) if self.variants > 1 else block.images
+        at = block.total * torch.arange(self.variants)[:, None] + block.at
+        return Block(images, block.labels, at.flatten(), block.total * self.variants)
 
     def losses(
         self, outputs: StepOutputs, generator: torch.Generator, *, first: bool
-    ) -> tuple[dict[str, tuple[float, Tensor]], PrototypeContrast | None]:
+    ) -> tuple[dict[str, tuple[float, Tensor]], contrast.PrototypeContrast | None]:
         """Return each loss by name with its weight, and the class means of the memory's sample if there was one.
 
-        Args:
-            outputs: What the network gave for the blocks of :meth:`views`.
-            generator: Draws the slice of features of each instance contrast.
-            first: As for :meth:`views`.
+        ``generator`` draws the slice of features of each instance contrast, ``first`` is that of :meth:`views`.
         """
         terms: dict[str, tuple[float, Tensor]] = {}
         blocks, logits, labels = outputs.views.rows, outputs.logits, outputs.labels
@@ -184,12 +171,12 @@ class OnProLosses:
         for name, weight, both in (("new", self.instance_new, _NEW), ("mem", self.instance_mem, ("mem1", "mem2"))):
             if both[0] in blocks and weight:
                 features, embeddings = outputs.features(*both), outputs.embeddings(*both)
-                loss = instance_contrast(
+                loss = contrast.instance_contrast(
                     embeddings,
                     features,
                     labels(*both[: len(both) // 2]),
                     form="new" if name == "new" else "memory",
-                    offset=draw_offset(features.shape[1], embeddings.shape[1], generator),
+                    offset=contrast.draw_offset(features.shape[1], embeddings.shape[1], generator),
                     temperature=self.instance_temperature,
                     scale=scale,
                 )
@@ -201,19 +188,17 @@ class OnProLosses:
         prototypes = self._prototypes(outputs, "seen")
         return {**terms, "ope_seen": (self.ope_seen, prototypes.loss)}, prototypes
 
-    def _prototypes(self, outputs: StepOutputs, name: str) -> PrototypeContrast:
+    def _prototypes(self, outputs: StepOutputs, name: str) -> contrast.PrototypeContrast:
         one, two = f"{name}1", f"{name}2"
         first, second = outputs.embeddings(one), outputs.embeddings(two)
-        return prototype_contrast(first, second, outputs.labels(one), self.prototype_temperature)
+        return contrast.prototype_contrast(first, second, outputs.labels(one), self.prototype_temperature)
 
 
 class OnlinePrototypes:
     r"""The class means of the last step, and the replay batches that they ask for (adaptive prototypical feedback).
 
-    Use it in a replay method: after each step :meth:`keep` the means that :func:`prototype_contrast` gave for the
-    memory's sample; before the next one :meth:`mix` that step's sample. A share of the sample is mixed among itself,
-    the rest is replaced by mixtures of pairs of classes, close pairs more often. Everything is drawn from the
-    generator that is given; the global random states are not touched. Means are held on the host, without a graph.
+    After each step :meth:`keep` the means that :func:`prototype_contrast` gave for the memory's sample; before the next
+    one :meth:`mix` that step's sample. Means are held on the host, without a graph.
 
     Args:
         mixing: How images are mixed.
@@ -226,6 +211,9 @@ class OnlinePrototypes:
 
     Source: Y. Wei, J. Ye, Z. Huang, J. Zhang, H. Shan, arXiv 2308.00301.
     """
+
+    table: ClassVar[Table] = {"ids": Numbers(("K",), least=0, ids=True), "means": Numbers(("K", "p"), FLOATS)}
+    """What a saved state must look like."""
 
     def __init__(self, mixing: Mixing = Mixing()) -> None:
         self.mixing = mixing
@@ -242,20 +230,19 @@ class OnlinePrototypes:
         return len(self.ids)
 
     def keep(self, ids: Tensor, means: Tensor) -> None:
-        """Replace what is known by the means of one step.
+        """Replace what is known by a copy of the means of one step.
 
         Args:
             ids: (K,) int64, ascending class ids.
-            means: (K, p) floating point; copied to the host without their graph.
+            means: (K, p) floating point.
 
         Raises:
-            BatchError: If means are not finite; what was known is kept.
-            StateError: If they are of another form; what was known is kept.
+            BatchError: If means are not finite; what was known is kept, as for a :class:`StateError`.
         """
         if means.shape[:1] == ids.shape and not bool(means.isfinite().all()):
             raise BatchError(
-                f"the means of classes {ids.tolist()} are not all finite, as the embeddings of this step were not; "
-                f"the means from before are kept; a lower learning rate may help"
+                f"the means of classes {ids.tolist()} are not all finite, those from before are kept; a lower learning "
+                "rate may help"
             )
         self.load_state_dict({"ids": ids, "means": means})
 
@@ -263,7 +250,7 @@ class OnlinePrototypes:
         self,
         images: Tensor,
         labels: Tensor,
-        memory: ClassMemory,
+        memory: ReservoirBuffer,
         generator: torch.Generator,
         *,
         size: int | None = None,
@@ -271,14 +258,14 @@ class OnlinePrototypes:
         """Return a replay batch made of a sample of the memory, and of pairs of classes drawn from the whole of it.
 
         The first ``floor(size * base_rate)`` rows (or as many as there are) are rows of the sample mixed among
-        themselves; the others are mixtures of pairs of classes. Classes that have left the memory are replaced by
-        random ones that it shares with the prototypes. With fewer than two prototypes, or none that the memory has,
-        there are no pairs: then all rows are of the first kind, at most as many as the sample has.
+        themselves; the others are mixtures of pairs of classes, close pairs more often. Classes that have left the
+        memory are replaced by random ones that it shares with the prototypes. With fewer than two prototypes, or none
+        that the memory has, all rows are of the first kind, at most as many as the sample has.
 
         Args:
             images: (n, ...) floating point, the sample.
             labels: (n,) int64.
-            memory: Where the images of pairs come from, such as a :class:`~clkit.methods.ReservoirBuffer`.
+            memory: Where the images of pairs come from.
             generator: A CPU generator.
             size: Rows wanted; ``None`` for n.
 
@@ -287,14 +274,13 @@ class OnlinePrototypes:
         """
         if not images.dtype.is_floating_point:
             raise BatchError(f"images must be floating-point numbers to be mixed, got {images.dtype}")
-        check_labels("labels", labels, len(images))
+        contrast.check_labels("labels", labels, len(images))
         size = len(images) if size is None else size
         stored = set(memory.classes())
         shared = [c for c in self.ids.tolist() if c in stored]
         paired = len(self) >= 2 and bool(shared)
-        base = self._mix_base(
-            images, labels, min(int(size * self.mixing.base_rate) if paired else size, len(images)), generator
-        )
+        count = int(size * self.mixing.base_rate) if paired else size
+        base = self._mix_base(images, labels, min(count, len(images)), generator)
         missing = size - len(base.images)
         if not paired or not missing:
             return base
@@ -307,7 +293,7 @@ class OnlinePrototypes:
         drawn = torch.rand(count, 2, generator=generator, dtype=torch.float64)
         coins = drawn[:, 0] < self.mixing.probability
         if self.mixing.probability_rule == "squared":
-            coins &= self._coin(generator)
+            coins &= torch.rand((), generator=generator, dtype=torch.float64) < self.mixing.probability
         share = torch.where(coins, drawn[:, 1] * self.mixing.largest, 0.0)
         rows, partners = rows.to(images.device), partners.to(images.device)
         labels = labels.to(images.device, torch.int64)
@@ -321,15 +307,19 @@ class OnlinePrototypes:
         return float(torch.special.entr(self._probabilities).sum())
 
     def _mix_pairs(
-        self, like: Tensor, count: int, memory: ClassMemory, shared: list[int], generator: torch.Generator
+        self, like: Tensor, count: int, memory: ReservoirBuffer, shared: list[int], generator: torch.Generator
     ) -> MixedBatch:
-        pairs, probabilities = pair_probabilities(self.means)
-        self._probabilities = probabilities
-        counts = pair_counts(probabilities, count, generator, rule=self.mixing.pair_rule)
+        pairs, self._probabilities = pair_probabilities(self.means)
+        counts = pair_counts(self._probabilities, count, generator, rule=self.mixing.pair_rule)
         chosen = torch.nonzero(counts).flatten()
         counts = counts[chosen]
-        ids = self._stored(self.ids[pairs[chosen]], shared, generator).repeat_interleave(counts, dim=0)
-        share = self._pair_shares(counts, generator)
+        ids, stored = self.ids[pairs[chosen]], torch.tensor(shared)
+        instead = stored[torch.randint(len(shared), ids.shape, generator=generator)]  # of classes that were dropped
+        ids = torch.where(torch.isin(ids, stored), ids, instead).repeat_interleave(counts, dim=0)
+        coins = torch.rand(len(counts), generator=generator, dtype=torch.float64) < self.mixing.probability
+        drawn = torch.rand(int(counts.sum()), generator=generator, dtype=torch.float64)
+        beta = torch.from_numpy(betaincinv(self.mixing.alpha, self.mixing.alpha, drawn.numpy()))
+        share = torch.where(coins.repeat_interleave(counts), beta, 0.0)
         first, second = ids.unbind(dim=1)
         x, y = memory.sample_classes(torch.cat([first, second]), generator)[0].to(like).chunk(2)
         first, second = first.to(like.device), second.to(like.device)
@@ -340,33 +330,12 @@ class OnlinePrototypes:
             first, second = torch.where(swapped, second, first), torch.where(swapped, first, second)
         return mixture(x, y, first, second, share)
 
-    def _stored(self, ids: Tensor, shared: list[int], generator: torch.Generator) -> Tensor:
-        """Return the classes themselves, and random shared ones for those that have left the memory."""
-        stored = torch.tensor(shared)
-        instead = stored[torch.randint(len(shared), ids.shape, generator=generator)]
-        return torch.where(torch.isin(ids, stored), ids, instead)
-
-    def _pair_shares(self, counts: Tensor, generator: torch.Generator) -> Tensor:
-        """Return beta numbers by the inverse of the distribution function, one coin for a pair."""
-        coins = torch.rand(len(counts), generator=generator, dtype=torch.float64) < self.mixing.probability
-        share = torch.rand(int(counts.sum()), generator=generator, dtype=torch.float64)
-        quantiles = torch.from_numpy(betaincinv(self.mixing.alpha, self.mixing.alpha, share.numpy()))
-        return torch.where(coins.repeat_interleave(counts), quantiles, 0.0)
-
-    def _coin(self, generator: torch.Generator) -> bool:
-        return float(torch.rand((), generator=generator, dtype=torch.float64)) < self.mixing.probability
-
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is known, as plain tensors: ``ids`` (K,) int64 and ``means`` (K, p)."""
         return {"ids": self.ids.clone(), "means": self.means.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave.
-
-        Raises:
-            StateError: If it is of another form; what was known before is kept.
-        """
+        """Take back what :meth:`state_dict` gave; a :class:`StateError` if it is of another form changes nothing."""
         with exact():
-            table = {"ids": Numbers(("K",), least=0, ids=True), "means": Numbers(("K", "p"), FLOATS)}
-            saved = read_state(state, table, "OnlinePrototypes")
+            saved = read_state(state, self.table, "OnlinePrototypes")
             self.ids, self.means = (saved[name].to("cpu", copy=True) for name in ("ids", "means"))

@@ -5,32 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods.replay.step import Transform
 from clkit.methods.replay.views import RandomViews
 
 __all__ = ["Augmentation"]
 
 
 class Augmentation:
-    """A transform of images, whoever wrote it, as a function of the images and one generator.
+    """A transform of images, see :class:`ReplayStrategy`, as a function of the images and one generator.
 
     What becomes of an image depends on the generator and on the image's position among those of the step, and not on
     which other images the same process has.
-
-    Args:
-        transform: ``None`` for :class:`~clkit.methods.RandomViews`; ``nn.Identity()`` for none; any callable. It gets
-            one image (c, H, W) at a time, since most transforms draw one set of parameters a call, or the whole batch
-            where it has an attribute ``per_sample`` that is true; what it draws then depends on the batch.
-
-    Raises:
-        ArgumentError: If it cannot be called.
     """
 
     def __init__(self, transform: Callable[[Tensor], Tensor] | None) -> None:
@@ -42,22 +32,8 @@ class Augmentation:
         self.transform: Callable[[Tensor], Tensor] = RandomViews() if transform is None else transform
         self.is_identity = isinstance(self.transform, nn.Identity)
 
-    def drawing_from(self, generator: torch.Generator) -> Transform | None:
-        """Return the transform with its generator; ``None`` if it changes nothing."""
-        return None if self.is_identity else partial(self, generator=generator)
-
     def __call__(self, images: Tensor, positions: Tensor, total: int, generator: torch.Generator) -> Tensor:
-        """Return new views of some of the images of a step.
-
-        Args:
-            images: (n, …).
-            positions: (n,) of each among all ``total``.
-            total: Images that the step augments in all processes.
-            generator: A CPU generator, in the same state in all processes.
-
-        Raises:
-            BatchError: If the transform gives another shape.
-        """
+        """Return new views of images at some positions among all ``total`` that the processes augment in a step."""
         if self.is_identity or not len(images):
             return images
         if isinstance(self.transform, RandomViews):

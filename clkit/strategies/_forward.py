@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
-from clkit.features.observer import evaluating
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods.replay.projector import Projector
+from clkit.methods.replay.contrast import Projector, check_labels
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.step import StepOutputs, StepViews
 
-__all__ = ["Projection", "SingleForward", "check_labels", "checked_batch"]
+__all__ = ["Projection", "SingleForward", "check_range", "checked_batch"]
 
 _UNLABELLED = -1
 
@@ -45,18 +43,13 @@ class Projection:
             check_count("projection.dim", self.dim)
 
     def build(self, module: nn.Module, layer: str, seed: int) -> Projector:
-        """Return a projector for the features of a module, with weights that depend on the seed alone.
-
-        Raises:
-            ConfigurationError: If the width of the features is not known before the first forward.
-            ArgumentError: If the embedding would be wider than they are.
-        """
+        """Return a projector for the features of a module, with weights that depend on the seed alone."""
         with FeatureTap(module, layer) as tap:
             width = tap.width
         if width is None:
             raise ConfigurationError(
-                f"cannot tell the width of the features of {type(module).__name__} that go into the classifier before "
-                "the first forward; pass layer=, the dotted path of the network's last linear layer"
+                f"cannot tell the width of the features of {type(module).__name__} before the first forward; pass "
+                "layer=, the dotted path of the network's last linear layer"
             )
         dim = min(128, width) if self.dim is None else self.dim
         if dim > width:
@@ -68,17 +61,7 @@ class Projection:
 
 
 class SingleForward:
-    """Runs all blocks of a step through a network in one call.
-
-    Args:
-        module: The user's.
-        layer: Where features are read.
-        segments: Whether each group of blocks is normalised by its own statistics.
-        wrapped: Whether DDP runs the network.
-
-    Raises:
-        ConfigurationError: If the module has no ``forward`` that DDP could run.
-    """
+    """Runs all blocks of a step through a network in one call, with segments each group by its own statistics."""
 
     def __init__(self, module: pl.LightningModule, layer: str, *, segments: bool, wrapped: bool) -> None:
         self._module = module
@@ -93,7 +76,6 @@ class SingleForward:
         self._automatic, module.automatic_optimization = module.automatic_optimization, True
 
     def close(self) -> None:
-        """Give the user's module back as it was."""
         if self._segments is not None:
             self._segments.close()
         self._tap.close()
@@ -112,34 +94,20 @@ class SingleForward:
         return None if width is None else int(width)
 
     def __call__(self, model: Any, views: StepViews, labels: Tensor, projector: nn.Module | None) -> StepOutputs:
-        """Return what the network gave.
-
-        Args:
-            model: The module as the strategy wraps it.
-            views: The images.
-            labels: Of the incoming ones.
-            projector: The embedding, if there is one.
-
-        Raises:
-            ConfigurationError: If no features can be read, or ``forward`` gives no logits.
-            BatchError: If a classifier that did not tell its outputs has too few.
-        """
+        """Return what the module, as the strategy wraps it, gave; ``labels`` are those of the incoming images."""
         if self._runs_itself:
             model = self._tap.network
         heard: list[Tapped] = []
         listener = self._tap.listen(heard.append)
         try:
-            if self._segments is None:
+            with nullcontext() if self._segments is None else self._segments.step(views.segments):
                 output = model(views.images)
-            else:
-                with self._segments.step(views.segments):
-                    output = model(views.images)
         finally:
             listener.remove()
         if not heard:
             raise ConfigurationError(
-                f"no features passed the tap at {self._tap.point!r}: forward() does not run the classifier; pass "
-                "layer=, the dotted path of the classifier that it does run"
+                f"forward() does not run the classifier at {self._tap.point!r}; pass layer=, the dotted path of the "
+                "one that it does run"
             )
         features, logits = heard[0]
         logits = output if logits is None else logits
@@ -147,7 +115,7 @@ class SingleForward:
             seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ConfigurationError(f"forward() must give logits of shape (B, C) to be trained so, got {seen}")
         if self.width is None:
-            check_labels(labels, logits.shape[1])
+            check_range(labels, logits.shape[1])
         return StepOutputs(views, logits, features, None if projector is None else projector(features))
 
     def zero(self) -> Tensor:
@@ -155,42 +123,25 @@ class SingleForward:
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         return torch.stack([parameter.flatten()[:0].float().sum() for parameter in parameters]).sum()
 
-    def look(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return logits in evaluation mode and without a trace."""
-        with evaluating(self._module):
-            logits: Tensor = functional_call(self._module, dict(weights), (images,))
-        return logits if logits.dtype == torch.float64 else logits.float()
-
 
 def checked_batch(x: Any, y: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
-    """Return images, and labels on the host, of the labelled rows of a batch.
-
-    Raises:
-        BatchError: If they cannot be learned.
-    """
+    """Return images, and labels on the host, of the labelled rows of a batch; refuse what cannot be learned."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         seen = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise BatchError(f"replay needs images as one floating-point tensor (B, …), got {seen}")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.shape != (len(x),):
-        raise BatchError(
-            f"targets must be {len(x)} integer class ids, one per image, got {y.dtype} of shape {tuple(y.shape)}"
-        )
+    check_labels("targets", y, len(x))
     labels = y.cpu().long()
     known = labels != _UNLABELLED
     if not bool(known.all()):
         x, labels = x[known.to(x.device)], labels[known]
     if not bool(x.isfinite().all()):
         raise BatchError("images of the batch are not finite; it was refused, nothing was changed")
-    check_labels(labels, width)
+    check_range(labels, width)
     return x, labels
 
 
-def check_labels(labels: Tensor, width: int | None) -> None:
-    """Refuse labels for which the classifier has no output.
-
-    Raises:
-        BatchError: If there are some.
-    """
+def check_range(labels: Tensor, width: int | None) -> None:
+    """Refuse labels for which the classifier has no output."""
     if not len(labels):
         return
     low, high = int(labels.min()), int(labels.max())

@@ -1,20 +1,23 @@
-"""The memory of a replay strategy: whole, or this process's part of it, and how it is saved and loaded."""
+"""What a replay strategy keeps of a stream: its memory, or this process's part of it, and its counters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
 from clkit.methods._checks import check_choice, derived_seed
 from clkit.methods.replay.buffer import ReservoirBuffer
-from clkit.methods.replay.shares import even
-from clkit.schema import saved_entry, saved_list
+from clkit.methods.replay.selection import even
+from clkit.schema import Many, Numbers, Table, Whole
 from clkit.strategies._ranks import ReplayRanks, ShardedRanks
+from clkit.strategies.base import read_own
 
-__all__ = ["MemorySettings", "ReplayMemory"]
+__all__ = ["Counters", "MemorySettings", "ReplayMemory"]
 
 _SHARDS = 5  # a purpose of draws that no step has
 
@@ -55,13 +58,7 @@ class MemorySettings:
 
 
 class ReplayMemory:
-    """Holds ``rows``, the memory of this process: all that is kept, or an even part of it.
-
-    Args:
-        capacity: Rows in all processes; 0 for no memory.
-        settings: How they are kept.
-        seed: Of the draws.
-    """
+    """Holds ``rows``, the memory of this process: all of ``capacity`` (0 for none), or an even part of it."""
 
     def __init__(self, capacity: int, settings: MemorySettings, seed: int) -> None:
         self.capacity = capacity
@@ -72,11 +69,7 @@ class ReplayMemory:
         self._parts = 1  # of which `rows` is one
 
     def share_out(self) -> None:
-        """Make of the memory the part that this process keeps, once it is known how many processes there are.
-
-        Raises:
-            ArgumentError: If there are more processes than rows to keep.
-        """
+        """Make of the memory the part that this process keeps, once it is known how many processes there are."""
         self.ranks.join()
         parts = self.ranks.shards
         if self.rows is None or self._parts == parts:
@@ -86,44 +79,31 @@ class ReplayMemory:
                 f"memory.scope='sharded' needs at least one image for each of the {parts} processes, got "
                 f"capacity={self.capacity}"
             )
-        part = self._empty(parts)
+        rows = self._empty(parts)
         if self.rows.n_seen:
-            part.take_share([self.rows], self.ranks.shard, even(self.capacity, parts), seed=self._seed)
-        self.rows, self._parts = part, parts
+            rows.take_share([self.rows], self.ranks.shard, even(self.capacity, parts), seed=self._seed)
+        self.rows, self._parts = rows, parts
 
-    def saved(self) -> list[dict[str, Any]] | None:
-        """Return the states of all parts in rank order, in the first process; ``None`` without a memory."""
-        return None if self.rows is None else self.ranks.saved(self.rows)
+    def saved(self) -> list[dict[str, Any]]:
+        """Return the states of all parts in rank order, in the first process; none without a memory."""
+        return [] if self.rows is None else self.ranks.saved(self.rows)
 
-    def check(self, state: dict[str, Any], owner: str) -> None:
-        """Check what :meth:`saved` gave as far as :meth:`load` will not.
-
-        Raises:
-            StateError: If it does not fit.
-        """
-        memories = saved_entry(state, "memory", list | None, owner)
-        if (memories is None) != (self.rows is None):
+    def check(self, memories: list[dict[str, Any]], owner: str) -> None:
+        """Check what :meth:`saved` gave as far as :meth:`load` will not."""
+        if bool(memories) != (self.rows is not None):
             raise StateError(
-                f"{owner}: the saved run has {'no memory' if memories is None else 'a memory'}, this strategy has "
+                f"{owner}: the saved run has {'a' if memories else 'no'} memory, this strategy has "
                 f"capacity={self.capacity}; use the capacity of the saved run"
             )
-        if memories is None:
-            return
-        if not saved_list(state, "memory", dict, owner):
-            raise StateError(f"{owner}: the list of saved memories is empty; the file is damaged")
         for memory in memories:
             images = memory.get("data")
             if isinstance(images, Tensor) and images.is_floating_point() and not bool(images.isfinite().all()):
                 raise StateError(f"{owner}: images in the saved memory are not finite; the file is damaged")
 
-    def load(self, memories: list[dict[str, Any]] | None, owner: str) -> None:
-        """Take the part of this process, or a share of all parts where there were more or fewer.
-
-        Raises:
-            StateError: If they do not fit; nothing is changed then.
-        """
+    def load(self, memories: list[dict[str, Any]], owner: str) -> None:
+        """Take the part of this process, or a share of all parts where there were more or fewer; all or nothing."""
         self.share_out()
-        if self.rows is None or memories is None:
+        if self.rows is None:
             return
         if len(memories) == self._parts:
             self.rows.load_state_dict(memories[self.ranks.shard])
@@ -148,9 +128,41 @@ class ReplayMemory:
         return ReservoirBuffer(even(self.capacity, parts)[self.ranks.shard], seed=seed, **self._options)
 
     def _whole(self, state: dict[str, Any], owner: str) -> ReservoirBuffer:
-        capacity = saved_entry(state, "capacity", Tensor, owner)
-        if capacity.numel() != 1 or capacity.is_floating_point() or capacity.is_complex() or int(capacity) < 1:
-            raise StateError(f"{owner} has the capacity {capacity.tolist()}; the file is damaged")
+        capacity = read_own(state, {"capacity": Numbers(least=1)}, owner)["capacity"]
         memory = ReservoirBuffer(int(capacity), **self._options)
         memory.load_state_dict(state)
         return memory
+
+
+@dataclass
+class Counters:
+    """What a replay strategy counts while it learns a stream."""
+
+    table: ClassVar[Table] = {
+        "seen": Many(Whole()),
+        "step": Whole(),
+        "batch_in_experience": Whole(),
+        "experience": Whole(),
+        "epoch": Whole(optional=True),
+        "held": Numbers(("N", 3), least=0),
+    }
+
+    seen: set[int] = field(default_factory=set)  # classes of all batches learned
+    step: int = 0  # batches learned
+    batch_in_experience: int = 0  # of them
+    experience: int = 0  # the present one
+    epoch: int | None = None  # in which it began
+    held: dict[int, dict[int, int]] = field(default_factory=dict)  # rows by class at the end of each experience
+
+    def state_dict(self) -> dict[str, Any]:
+        held = [[experience, c, n] for experience, rows in self.held.items() for c, n in rows.items()]
+        numbers = torch.tensor(held, dtype=torch.int64, device="cpu").reshape(-1, 3)
+        return {**vars(self), "seen": sorted(self.seen), "held": numbers}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Counters:
+        """Return what ``state_dict`` gave, once it is known to fit the table."""
+        held: dict[int, dict[int, int]] = {}
+        for experience, c, n in state["held"].tolist():
+            held.setdefault(experience, {})[c] = n
+        return cls(**{**state, "seen": set(state["seen"]), "held": held})

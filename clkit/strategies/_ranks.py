@@ -12,30 +12,21 @@ from torch import Tensor
 from clkit.distributed import gather_objects, gather_rows, report_lost_process, world_size
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.contrast import PrototypeContrast, prototype_contrast
-from clkit.methods.replay.shares import even
-from clkit.methods.replay.step import Part, StepOutputs, StepViews
+from clkit.methods.replay.selection import even
+from clkit.methods.replay.step import Block, StepOutputs, StepViews
 
 __all__ = ["Incoming", "ReplayRanks", "ShardedRanks"]
 
 
 class Incoming(NamedTuple):
-    """The incoming batches of all processes.
+    """The incoming batches of all processes."""
 
-    Attributes:
-        part: The process's own.
-        labels: (n,) of all in rank order, on the host.
-        offered: (m, …) images that the memory of this process is offered.
-        offered_labels: (m,) theirs, on the host.
-        stored: Rows in memory, of all processes where each has its own.
-        spare: (1, …) an image of this process, or of another where it has none.
-    """
-
-    part: Part
-    labels: Tensor
-    offered: Tensor
-    offered_labels: Tensor
-    stored: int
-    spare: Tensor
+    own: Block  # that of this process
+    labels: Tensor  # (n,) of all in rank order, on the host
+    offered: Tensor  # (m, …) images that the memory of this process is offered
+    offered_labels: Tensor  # (m,) theirs, on the host
+    stored: int  # rows in memory, of all processes where each has its own
+    spare: Tensor  # (1, …) an image of this process, or of another where it has none
 
 
 class ReplayRanks:
@@ -46,43 +37,35 @@ class ReplayRanks:
 
     rank = 0
     size = 1
-    shard = 0
-    """Which memory this process has; its draws from the memory are those of this number."""
+    shard, shards = 0, 1
+    """Which memory this process has, and how many there are; its draws from the memory are those of this number."""
 
     def join(self) -> None:
         """Look up how many processes there are and which of them this one is."""
         self.size = world_size()
         self.rank = dist.get_rank() if self.size > 1 else 0
 
-    @property
-    def shards(self) -> int:
-        """How many memories there are, each with rows of its own."""
-        return 1
-
     def incoming(self, images: Tensor, labels: Tensor, memory: ReservoirBuffer | None) -> Incoming:
         """Return the batches of all processes; a call on all of them."""
         stored = 0 if memory is None else memory.size
         if self.size == 1:
-            return Incoming(Part.whole(images, labels), labels, images, labels, stored, images[:1])
-        part, all_labels, sizes, _ = self._parts(images, labels, stored)
+            return Incoming(Block.whole(images, labels), labels, images, labels, stored, images[:1])
+        own, all_labels, sizes, _ = self._of_all(images, labels, stored)
         offered = _all_rows(images, sizes)
-        return Incoming(part, all_labels, offered, all_labels, stored, offered[:1])
+        return Incoming(own, all_labels, offered, all_labels, stored, offered[:1])
 
     def drawn_here(self, count: int) -> int:
         """Return how many of so many rows over all processes this one draws."""
         return count
 
     def mine(self, rows: Tensor) -> Tensor:
-        """Return this process's share of the rows that it drew: every ``size``-th, since all drew the same."""
-        return rows if self.size == 1 else rows[self.rank :: self.size]
+        """Return this process's share of the rows that it drew: every ``size``-th, where all drew the same."""
+        return rows if self.size == self.shards else rows[self.rank :: self.size]
 
-    def share(self, images: Tensor, labels: Tensor, like: Tensor, count: int) -> Part:
-        """Return this process's share of the rows that it drew, on the device of ``like``, their labels on the host.
-
-        ``count`` is the number of rows that were wanted over all processes.
-        """
+    def share(self, images: Tensor, labels: Tensor, like: Tensor, count: int) -> Block:
+        """Return this process's share of ``count`` rows over all, on the device of ``like``, labels on the host."""
         at, total = self._places(len(images), count)
-        return Part(self.mine(images).to(like.device), self.mine(labels).cpu(), at, total)
+        return Block(self.mine(images).to(like.device), self.mine(labels).cpu(), at, total)
 
     def offered_rows(self, rows: Tensor) -> Tensor:
         """Return such rows for all images that the memory is offered, of those of the own batch; a call on all."""
@@ -125,7 +108,7 @@ class ReplayRanks:
         labels = {name: torch.cat([each[name] for _, _, each in told]) for name in own.labels}
         at = torch.cat(order)
         tensors = (outputs.all_logits, outputs.all_features, outputs.all_embeddings)
-        joined = [None if each is None else _gathered_rows(each, sizes)[at] for each in tensors]
+        joined = [None if each is None else _GatheredRows.apply(each, sizes)[at] for each in tensors]
         views = StepViews(own.images, own.segments, rows, labels)
         return StepOutputs(views, *joined)  # type: ignore[arg-type]  # only what was None before is None here
 
@@ -133,15 +116,15 @@ class ReplayRanks:
         """Return the rows of all processes in rank order, without a graph; a call on all of them."""
         return rows if self.size == 1 else _all_rows(rows, gather_objects(len(rows), "how many rows they have"))
 
-    def _parts(self, images: Tensor, labels: Tensor, stored: int) -> tuple[Part, Tensor, list[int], int]:
+    def _of_all(self, images: Tensor, labels: Tensor, stored: int) -> tuple[Block, Tensor, list[int], int]:
         """Return the own batch among all, the labels of all, how many each has, and the rows in all memories."""
         told = gather_objects((labels.tolist(), stored), "their labels")
         all_labels = [each for each, _ in told]
         sizes = [len(each) for each in all_labels]
         start = sum(sizes[: self.rank])
-        part = Part(images, labels, torch.arange(start, start + len(images)), sum(sizes))
+        own = Block(images, labels, torch.arange(start, start + len(images)), sum(sizes))
         joined = torch.tensor([c for each in all_labels for c in each]).long()
-        return part, joined, sizes, sum(rows for _, rows in told)
+        return own, joined, sizes, sum(rows for _, rows in told)
 
     def _places(self, rows: int, count: int) -> tuple[Tensor, int]:
         """Return the positions of the own share of so many drawn rows, and how many positions there are."""
@@ -149,45 +132,34 @@ class ReplayRanks:
 
 
 class ShardedRanks(ReplayRanks):
-    """Each process has a memory of its own stream, and draws and mixes its share of each sample from that alone."""
+    """Each process has a memory of its own stream, and draws and mixes its share of each sample from that alone.
+
+    Only the first process is given the states of all memories, to save them.
+    """
 
     def join(self) -> None:
-        """Look up how many processes there are; each has a memory."""
         super().join()
-        self.shard = self.rank
-
-    @property
-    def shards(self) -> int:
-        """As many as processes."""
-        return self.size
+        self.shard, self.shards = self.rank, self.size
 
     def incoming(self, images: Tensor, labels: Tensor, memory: ReservoirBuffer | None) -> Incoming:
         """Return the labels of all; one image goes around where a process has none, all others stay."""
-        part, all_labels, sizes, stored = self._parts(images, labels, 0 if memory is None else memory.size)
+        own, all_labels, sizes, stored = self._of_all(images, labels, 0 if memory is None else memory.size)
         spare = images[:1]
         if 0 in sizes and any(sizes):
             spare = _all_rows(images[:1], [min(size, 1) for size in sizes])[:1]
-        return Incoming(part, all_labels, images, labels, stored, spare)
+        return Incoming(own, all_labels, images, labels, stored, spare)
 
     def drawn_here(self, count: int) -> int:
-        """Return an even share."""
         return even(count, self.size)[self.rank]
 
-    def mine(self, rows: Tensor) -> Tensor:
-        """Return all of them: no other process drew them."""
-        return rows
-
     def offered_rows(self, rows: Tensor) -> Tensor:
-        """Return the own ones."""
         return rows
 
     def class_counts(self, memory: ReservoirBuffer) -> dict[int, int]:
-        """Return the sum over all memories."""
         counts = sum(map(Counter, gather_objects(memory.class_counts(), "what they remember")), Counter[int]())
         return dict(sorted(counts.items()))
 
     def saved(self, memory: ReservoirBuffer) -> list[dict[str, Any]]:
-        """Return them in rank order, in the first process; the others get none."""
         state = memory.state_dict()  # by the host: another process may not have the device
         own = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
         return gather_objects(own, "what they remember", first_only=True)
@@ -201,11 +173,6 @@ class ShardedRanks(ReplayRanks):
 def _all_rows(rows: Tensor, sizes: list[int]) -> Tensor:
     """Return the rows of all processes, which may have different numbers of them."""
     return torch.cat(gather_rows(rows.contiguous(), sizes, "the rows of a step"))
-
-
-def _gathered_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    together_rows: Tensor = _GatheredRows.apply(rows, sizes)
-    return together_rows
 
 
 class _GatheredRows(torch.autograd.Function):

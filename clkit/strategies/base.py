@@ -17,31 +17,36 @@ from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
 from clkit.features.batch import BatchReader
 from clkit.models.layout import refuse_unsafe_layout
-from clkit.schema import STRATEGY, check_format, saved_entry
+from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_entries, read_state, saved_entry
 from clkit.stream import resume
 from clkit.stream._lightning import in_step, keep_samplers, trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.checkpoint_io import protect_checkpoints
 
-__all__ = ["LearningStrategy"]
+__all__ = ["LearningStrategy", "read_own"]
 
 FORMAT = 1
+_TABLE: Table = {
+    "format": OneOf((FORMAT,)),
+    "strategy": Instance(str),
+    "projector": Instance(dict | None),
+    "cut": OneOf((False, True)),
+}
+_PROJECTOR = "replay_projector"  # its name in the user's module
 
 
 class LearningStrategy(DDPStrategy):
     """A strategy that says in one method how a batch becomes a loss, on one device or many.
 
-    With one device it runs in the process itself, bit for bit as ``strategy="auto"``: no launcher, no process group,
-    no wrapper. With several devices or nodes it is Lightning's DDP. Subclasses override :meth:`training_step` and
-    follow the stream by ``on_experience_start``, ``on_experience_phase`` and ``on_experience_end``.
+    With one device it runs in the process itself, bit for bit as ``strategy="auto"``; with several devices or nodes it
+    is Lightning's DDP. Subclasses override :meth:`training_step` and follow the stream by ``on_experience_start``,
+    ``on_experience_phase`` and ``on_experience_end``.
 
-    A strategy may train a module of its own beside the user's (a projector): it says in :meth:`make_part` how to build
-    it. The part is one object for the strategy's life, a child of the user's module while a fit runs, trained by the
-    user's optimizer, and never among the keys of the user's own state. What else a strategy has learned it gives in
-    :meth:`stream_state`; a whole checkpoint holds both, a weights-only one neither.
-
-    What it learns of a batch beside the weights it takes up in :meth:`on_batch_learned`, and not before: a checkpoint
-    that is written when a step fails or is interrupted then has nothing of the batch, which a resume is given again.
+    A strategy may train a projector beside the user's network: :meth:`make_projector` builds it. While a fit runs that
+    is a child of the user's module, trained by the user's optimizer, and never among the keys of the user's own state.
+    What else a strategy has learned it gives in :meth:`stream_state`; a whole checkpoint holds both, a weights-only one
+    neither. It learns in :meth:`on_batch_learned` and not before: a checkpoint that is written when a step fails then
+    has nothing of the batch, which a resume is given again.
 
     Args:
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
@@ -57,8 +62,7 @@ class LearningStrategy(DDPStrategy):
         stream_rows: Which rows of a forward are the batch's own, where a strategy runs more rows than that.
         augments_stream: Whether a strategy changes the batch's images before they go through the network.
         skips_unlabelled: Whether rows of the label -1 do not go through the network.
-        part: The strategy's own module, once there is one.
-        part_name: The name of the user's module under which it trains.
+        projector: The strategy's own module; ``None`` before the first fit and where it needs none.
     """
 
     warmup_epochs: int = 0
@@ -66,8 +70,7 @@ class LearningStrategy(DDPStrategy):
     stream_rows: slice | None = None
     augments_stream: bool = False
     skips_unlabelled: bool = False
-    part: nn.Module | None = None
-    part_name: str = ""
+    projector: nn.Module | None = None
 
     def __init__(self, *, batch_reader: BatchReader | None = None, **ddp_options: Any) -> None:
         if ddp_options.get("find_unused_parameters"):
@@ -83,15 +86,23 @@ class LearningStrategy(DDPStrategy):
         super().__init__(**ddp_options)
         self.batch_reader = batch_reader
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
-        self._begun = -1  # batches that were done when the forward of the one in work began
-        self._updated = -1  # the same when its update began
-        self._learned = -1  # the same when the strategy learned it
+        self._begun = self._learned = -1  # batches that were done when the one in work began, and was learned
         self._stepping = False
 
     @property
     def state_key(self) -> str:
         """Whose state a checkpoint holds; a strategy of another key does not take it up."""
         return type(self).__qualname__
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        module = self.lightning_module
+        assert module is not None
+        return module
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        return self._module.trainer
 
     # ---- one device: the process itself
 
@@ -123,11 +134,10 @@ class LearningStrategy(DDPStrategy):
         """Prepare the module; on one device as the simplest of Lightning's strategies does."""
         if trainer.state.fn == "fit":
             self._boundaries = Boundaries.join(trainer, self._boundaries)
-            self._attach_part(trainer)
-            self._begun = self._updated = self._learned = -1
+            self._attach_projector()
+            self._begun = self._learned = -1
             if self.root_device.type == "cpu":
-                assert self.lightning_module is not None
-                refuse_unsafe_layout(self.lightning_module)
+                refuse_unsafe_layout(self._module)
         if self.single_device:
             keep_samplers(trainer)
             Strategy.setup(self, trainer)
@@ -135,63 +145,50 @@ class LearningStrategy(DDPStrategy):
             super().setup(trainer)
 
     def teardown(self) -> None:
-        """Lets go of the user's module."""
+        """Let go of the user's module."""
         super().teardown()
-        self._detach_part()
+        module = self.lightning_module
+        if module is not None and self.projector is not None and _PROJECTOR in module._modules:
+            delattr(module, _PROJECTOR)
 
-    # ---- a part of its own
+    # ---- a projector of its own
 
-    def make_part(self, trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
+    def make_projector(self, module: pl.LightningModule) -> nn.Module | None:
         """Return the strategy's own trainable module, asked for once; ``None`` where it needs none."""
         return None
 
-    def _attach_part(self, trainer: pl.Trainer) -> None:
-        module = self.lightning_module
-        assert module is not None
-        if self.part is None:
-            self.part = self.make_part(trainer, module)
-        if self.part is None:
+    def _attach_projector(self) -> None:
+        module, self.projector = self._module, self.projector or self.make_projector(self._module)
+        if self.projector is None:
             return
-        if getattr(module, self.part_name, self.part) is not self.part:
+        if getattr(module, _PROJECTOR, self.projector) is not self.projector:
             raise ConfigurationError(
-                f"{type(module).__name__} has an attribute {self.part_name!r}, the name under which "
-                f"{type(self).__name__} trains a part of its own; rename it"
+                f"{type(module).__name__} has an attribute {_PROJECTOR!r}, the name under which "
+                f"{type(self).__name__} trains a projector of its own; rename it"
             )
-        module.add_module(self.part_name, self.part)
-
-    def _detach_part(self) -> None:
-        module = self.lightning_module
-        if module is not None and self.part is not None and self.part_name in module._modules:
-            delattr(module, self.part_name)
+        module.add_module(_PROJECTOR, self.projector)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Build the user's optimizers; parameters of the strategy's own part that they leave out join the first group.
-
-        Raises:
-            ConfigurationError: If there is a part to train and no optimizer.
-        """
+        """Build the user's optimizers; parameters of the projector that they leave out join the first group."""
         super().setup_optimizers(trainer)
-        if self.part is None:
+        if self.projector is None:
             return
         known = self._check_optimizers()
-        missing = [parameter for parameter in self.part.parameters() if id(parameter) not in known]
+        missing = [parameter for parameter in self.projector.parameters() if id(parameter) not in known]
         if missing:
             # not a group of its own: schedulers exist by now, and know how many groups there are
             self.optimizers[0].param_groups[0]["params"].extend(missing)
             rank_zero_info(
-                f"clkit: configure_optimizers() leaves out {type(self).__name__}'s {self.part_name} "
-                f"({len(missing)} tensors); the first parameter group of its optimizer trains them too"
+                f"clkit: configure_optimizers() leaves out {type(self).__name__}'s {_PROJECTOR} ({len(missing)} "
+                "tensors); the first parameter group of its optimizer trains them too"
             )
 
     def _check_optimizers(self) -> set[int]:
-        """Return the objects that the user's optimizers train, by their ids.
+        """Return the ids of what the user's optimizers train, something of the module among them.
 
-        Raises:
-            ConfigurationError: If nothing of the module is among them. Where ``configure_optimizers`` gives none,
-                Lightning makes an optimizer of a tensor of its own.
+        Where ``configure_optimizers`` gives no optimizer, Lightning makes one of a tensor of its own.
         """
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         known = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         if not any(id(parameter) in known for parameter in module.parameters()):
             raise ConfigurationError(
@@ -205,8 +202,8 @@ class LearningStrategy(DDPStrategy):
     def on_batch_learned(self) -> None:
         """Learn what a batch leaves beside its gradient; called once a batch.
 
-        Where the user's ``optimizer_step`` runs the closure itself, or steps by hand, this comes after the first
-        backward pass. The trainer counts the batch as done a little later, when the user's code has returned.
+        Where the user's ``optimizer_step`` runs the closure itself, or steps by hand, it is called after the first
+        backward pass.
         """
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -216,33 +213,21 @@ class LearningStrategy(DDPStrategy):
             self._learn()
         return loss
 
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: pl.LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Run the step, forward and backward pass within it."""
-
-        def watched() -> Any:
-            result = closure()
-            self._updated = trained_batches(self._trainer)
-            return result
-
         self._stepping = True
         try:
-            output = super().optimizer_step(optimizer, watched, model, **kwargs)
+            output = super().optimizer_step(optimizer, closure, *args, **kwargs)
         finally:
             self._stepping = False
         self._learn()
         return output
 
     def _learn(self) -> None:
-        batches = trained_batches(self._trainer)
+        batches = trained_batches(self._module.trainer)
         if self._learned == batches:  # a second backward pass or step for the batch
             return
-        self._learned = self._updated = batches  # first: an interrupt while the strategy learns leaves a part of it
+        self._learned = batches  # first: an interrupt while the strategy learns leaves a part of it
         self.on_batch_learned()
 
     # ---- state
@@ -259,24 +244,23 @@ class LearningStrategy(DDPStrategy):
         """
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the user's own state, without the strategy's part."""
+        """Return the user's own state, without the projector."""
         state = super().lightning_module_state_dict()
-        prefix = f"{self.part_name}."
-        return {key: value for key, value in state.items() if not (self.part_name and key.startswith(prefix))}
+        if self.projector is None:
+            return state
+        return {key: value for key, value in state.items() if not key.startswith(f"{_PROJECTOR}.")}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add what the strategy has learned to a whole checkpoint; a weights-only one stays the user's own."""
         if "optimizer_states" in checkpoint:
-            assert self.lightning_module is not None
-            resume.save(self._trainer, checkpoint)
-            batches = trained_batches(self._trainer)
-            cut = self._trainer.state.fn == "fit" and in_step(self._trainer) and self._begun == batches
+            trainer = self._module.trainer
+            resume.save(trainer, checkpoint)
+            cut = trainer.state.fn == "fit" and in_step(trainer) and self._begun == trained_batches(trainer)
             checkpoint[STRATEGY] = {
                 "format": FORMAT,
                 "strategy": self.state_key,
-                "part": None if self.part is None else dict(self.part.state_dict()),
+                "projector": None if self.projector is None else dict(self.projector.state_dict()),
                 "cut": cut,  # the forward of a batch has begun that comes again
-                "cut_in_update": cut and self._updated == batches,
                 **self.stream_state(),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -289,147 +273,107 @@ class LearningStrategy(DDPStrategy):
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the user's module and, where a fit goes on, what the strategy had learned.
-
-        Raises:
-            StateError: If the saved state does not fit.
-        """
-        assert self.lightning_module is not None
+        """Load the user's module and, where a fit goes on, what the strategy had learned."""
         # Lightning casts the module (64-true, bf16-true) after loading: double weights would be rounded on the way
-        self.precision_plugin.convert_module(self.lightning_module)
+        self.precision_plugin.convert_module(self._module)
         super().load_model_state_dict(checkpoint, strict=strict)
         if self._trainer.state.fn == "fit":
-            self._load_state(checkpoint)
+            self._load_state(checkpoint.get(STRATEGY))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the states of the user's optimizers.
-
-        Raises:
-            StateError: If the saved ones train another number of tensors, as those of a run without this strategy's
-                part do.
-        """
-        if self.part is not None:
-            own = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
-            saved = [
-                [len(group["params"]) for group in state["param_groups"]] for state in checkpoint["optimizer_states"]
-            ]
+        """Load the states of the user's optimizers; those of a run without the projector are a :class:`StateError`."""
+        if self.projector is not None:
+            groups = [each.param_groups for each in self.optimizers]
+            saved_groups = [state["param_groups"] for state in checkpoint["optimizer_states"]]
+            own, saved = ([[len(g["params"]) for g in each] for each in side] for side in (groups, saved_groups))
             if own != saved:
                 raise StateError(
                     f"the optimizer of the checkpoint trains {saved} tensors (of each parameter group), that of this "
-                    f"run {own}, with the {self.part_name} of {type(self).__name__}; to begin with the weights alone "
+                    f"run {own}, with the {_PROJECTOR} of {type(self).__name__}; to begin with the weights alone "
                     "load them into the module and leave ckpt_path out"
                 )
         super().load_optimizer_state_dict(checkpoint)
 
-    def _load_state(self, checkpoint: Mapping[str, Any]) -> None:
-        trainer, module = self._trainer, self.lightning_module
-        assert module is not None
-        state = checkpoint.get(STRATEGY)
+    def _load_state(self, state: Any) -> None:
         owner = None if state is None else saved_entry(state, "strategy", str, STRATEGY)
-        if state is None or owner != self.state_key:
+        if owner != self.state_key:
             if type(self).stream_state is not LearningStrategy.stream_state:
                 rank_zero_warn(
                     f"the checkpoint has no state for the strategy {self.state_key!r}"
                     f"{f', but for {owner!r}' if owner else ''}: it starts with nothing learned"
                 )
             return
-        check_format(state, FORMAT, self.state_key)
-        saved = saved_entry(state, "part", dict | None, self.state_key)
-        cut, in_update = (saved_entry(state, name, bool, self.state_key) for name in ("cut", "cut_in_update"))
-        if self.part is None:
-            self.part = self.make_part(trainer, module)
-        if self.part is not None:
-            self.part = self.precision_plugin.convert_module(self.part)
-        if (saved is None) != (self.part is None):
-            raise StateError(
-                f"{self.state_key}: the saved state has {'no' if saved is None else 'a'} {self.part_name or 'part'}, "
-                f"this strategy has {'none' if self.part is None else 'one'}; use the settings of the saved run"
-            )
-        self._check_part(saved)
+        saved = read_own(state, _TABLE, self.state_key)
+        self.projector = self.projector or self.make_projector(self._module)
+        if self.projector is not None:
+            self.projector = self.precision_plugin.convert_module(self.projector)
+        self._check_projector(saved["projector"])
         self.load_stream_state(state)
-        if self.part is not None:
-            self.part.load_state_dict(saved)
-        if cut:
-            twice = ", and counts twice as far as the optimizer and the strategy had learned it" if in_update else ""
+        if self.projector is not None:
+            self.projector.load_state_dict(saved["projector"])
+        if saved["cut"]:
             rank_zero_warn(
-                f"the checkpoint was saved in the middle of a step: its batch comes again{twice}. What its forward "
-                "changed in buffers of the network (running statistics) and drew at random is not taken back"
+                "the checkpoint was saved in the middle of a step: its batch comes again, and counts twice as far as "
+                "the optimizer and the strategy had learned it. What its forward changed in buffers of the network "
+                "(running statistics) and drew at random is not taken back"
             )
 
-    def _check_part(self, saved: Mapping[str, Any] | None) -> None:
-        if self.part is None or saved is None:
-            return
-        own = {name: tuple(value.shape) for name, value in self.part.state_dict().items()}
-        found = {str(name): tuple(getattr(value, "shape", ())) for name, value in saved.items()}
-        if own != found:
+    def _check_projector(self, saved: dict[str, Any] | None) -> None:
+        if (saved is None) != (self.projector is None):
             raise StateError(
-                f"{self.state_key}: the saved {self.part_name} has tensors of shapes {found}, here they are {own}; use "
-                "the network and the settings of the saved run"
+                f"{self.state_key}: the saved state has {'no' if saved is None else 'a'} {_PROJECTOR}, this strategy "
+                f"has {'none' if self.projector is None else 'one'}; use the settings of the saved run"
             )
-        spoiled = [name for name, value in saved.items() if not bool(value.isfinite().all())]
-        if spoiled:
-            raise StateError(
-                f"{self.state_key}: the saved {self.part_name} has numbers that are not finite in {spoiled}; go on "
-                "from an earlier checkpoint"
-            )
+        if self.projector is not None:
+            table = {name: Numbers(tuple(own.shape), FLOATS) for name, own in self.projector.state_dict().items()}
+            try:
+                read_state(saved, table, f"{self.state_key}: {_PROJECTOR}")
+            except StateError as error:
+                raise StateError(f"{error}; use the network and the settings of the saved run") from error
 
     # ---- several devices: a process that is lost is said in words, not in those of the backend
 
     def barrier(self, *args: Any, **options: Any) -> None:
-        """Wait for all processes.
-
-        Raises:
-            ProcessLostError: If one of them died.
-        """
+        """Wait for all processes; a :class:`ProcessLostError` if one of them died, here and below."""
         with report_lost_process("that they are there"):
             super().barrier(*args, **options)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give all processes what one of them has.
-
-        Raises:
-            ProcessLostError: If one of them died.
-        """
+        """Give all processes what one of them has."""
         with report_lost_process("what one of them has"):
             return super().broadcast(obj, src)
 
     def reduce(self, *args: Any, **options: Any) -> Any:
-        """Sum or averages over all processes.
-
-        Raises:
-            ProcessLostError: If one of them died.
-        """
+        """Sum or average over all processes."""
         with report_lost_process("a value"):
             return super().reduce(*args, **options)
 
-    # ---- following the stream: a strategy is one of the parts that notice boundaries
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
+    # ---- following the stream, also where no callback does
 
     def on_train_start(self) -> None:
         """Take up what a resumed run left."""
-        module = self.lightning_module
-        assert module is not None
-        resume.begin(module.trainer, module)
+        resume.begin(self._trainer, self._module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Notice the start of an experience where no callback follows the stream."""
-        module = self.lightning_module
-        assert module is not None
+        """Notice the start of an experience."""
+        module = self._module
         self._boundaries.on_train_batch_start(module.trainer, module)
         self._begun = trained_batches(module.trainer) if self.trains_module and module.training else -1
 
     def on_validation_start(self) -> None:
-        """Notice the end of an experience where no callback follows the stream."""
-        module = self.lightning_module
-        assert module is not None
-        Boundaries.of(module.trainer).on_validation_start(module.trainer, module)
+        """Notice the end of an experience."""
+        Boundaries.of(self._trainer).on_validation_start(self._trainer, self._module)
 
     def on_train_end(self) -> None:
-        """Notice the end of an experience where no callback follows the stream."""
-        module = self.lightning_module
-        assert module is not None
-        self._boundaries.on_train_end(module.trainer, module)
+        """Notice the end of an experience."""
+        self._boundaries.on_train_end(self._trainer, self._module)
+
+
+def read_own(state: Any, table: Table, owner: str) -> dict[str, Any]:
+    """Return the entries of a saved state that a table names; it may have others.
+
+    Raises:
+        StateError: If one of them is missing or of another kind.
+    """
+    own = {name: value for name, value in read_entries(state, owner).items() if name in table}
+    return read_state(own, table, owner)

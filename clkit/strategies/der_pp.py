@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from clkit.methods._checks import check_number
-from clkit.methods.replay.step import Part, StepBatch, StepOutputs, cross_entropy
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs, cross_entropy
 from clkit.strategies.replay import SECOND, ReplayStrategy
 
 __all__ = ["DERPPStrategy"]
@@ -50,7 +50,7 @@ class DERPPStrategy(ReplayStrategy):
         self.beta = check_number("beta", beta, at_least=0)
         self.settings = {"alpha": self.alpha, "beta": self.beta}
 
-    def views(self, batch: StepBatch) -> list[dict[str, Part]]:
+    def views(self, batch: StepBatch) -> list[dict[str, Block]]:
         """Return three groups: the incoming images, a sample with its stored logits, another with its classes."""
         stored = batch.replay._replace(labels=batch.extras["logits"])
         _, again = self.drawn(batch.new, batch.wanted, SECOND)

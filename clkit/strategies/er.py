@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clkit.methods.replay.step import Part, StepBatch, StepOutputs, cross_entropy
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs, cross_entropy
 from clkit.strategies.replay import ReplayStrategy
 
 __all__ = ["ERStrategy"]
@@ -32,7 +32,7 @@ class ERStrategy(ReplayStrategy):
     state_key = "er"
     segmented = False
 
-    def views(self, batch: StepBatch) -> list[dict[str, Part]]:
+    def views(self, batch: StepBatch) -> list[dict[str, Block]]:
         """Return one group: both parts, augmented."""
         return [{"new": batch.new, "memory": batch.replay}]
 

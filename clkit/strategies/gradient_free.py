@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.distributed import broadcast
-from clkit.errors import ArgumentError
 from clkit.features.batch import read_batch
 from clkit.features.tap import FeatureTap
+from clkit.methods._checks import check_count
 from clkit.strategies.base import LearningStrategy
 from clkit.stream._lightning import is_last_batch
 from clkit.stream.boundaries import Boundaries, backbone_changed
@@ -31,17 +31,13 @@ class GradientFreeStrategy(LearningStrategy):
     :class:`~clkit.callbacks.LDA`) and the backbone is pretrained, or can be trained on the first experience: with
     ``warmup_epochs`` the user's own ``training_step`` and optimizer train the network for that many epochs of the
     first experience; then everything freezes and one gradient-free pass over the same data starts the statistics, as
-    ACIL does. Afterwards the user's ``training_step`` is not called any more; the run logs ``gradient_free/loss``, the
-    cross-entropy of the module's own output, so that a monitor has something to look at. Monitors of values that the
-    ``training_step`` logs do not exist in that phase.
-
-    The network is in eval mode and without gradients from then until the end of the fit; both are given back at
-    teardown.
+    ACIL does. From then until the end of the fit the network is in eval mode and without gradients, and the user's
+    ``training_step`` is not called; the run logs ``gradient_free/loss``, the cross-entropy of the module's own output,
+    and nothing that the ``training_step`` logs.
 
     Args:
         warmup_epochs: Epochs (≥ 0) of the first experience trained by gradient; 0 for a pretrained backbone.
-        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
-        ddp_options: Keyword arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+        options: Further arguments of :class:`LearningStrategy`.
 
     Raises:
         ArgumentError: If ``warmup_epochs`` is negative or not an integer.
@@ -54,16 +50,13 @@ class GradientFreeStrategy(LearningStrategy):
         >>> type(trainer.strategy).__name__, trainer.strategy.warmup_epochs
         ('GradientFreeStrategy', 0)
 
-    Reference:
-        The freeze after a first phase: H. Zhuang et al., "ACIL: Analytic Class-Incremental Learning with Absolute
-        Memorization and Privacy Protection", NeurIPS 2022.
+    Source: H. Zhuang et al., "ACIL: Analytic Class-Incremental Learning with Absolute Memorization and Privacy
+    Protection", NeurIPS 2022 (the freeze after a first phase).
     """
 
     def __init__(self, warmup_epochs: int = 0, **options: Any) -> None:
-        if isinstance(warmup_epochs, bool) or not isinstance(warmup_epochs, int) or warmup_epochs < 0:
-            raise ArgumentError(f"warmup_epochs must be an integer of at least 0, got {warmup_epochs!r}")
         super().__init__(**options)
-        self.warmup_epochs = warmup_epochs
+        self.warmup_epochs = check_count("warmup_epochs", warmup_epochs, at_least=0)
         self.trains_module = warmup_epochs > 0
         self._learning = False  # past the warm-up
         self._thawed: list[tuple[nn.Module, bool]] = []
@@ -111,18 +104,16 @@ class GradientFreeStrategy(LearningStrategy):
     def _freeze(self) -> None:
         if self._learning:
             return
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         self._learning = True
         if isinstance(self.model, DistributedDataParallel):
             self.model = module
         if not self.single_device:  # batch statistics differ between ranks when a warm-up ends
             broadcast([*module.parameters(), *module.buffers()], "the network's weights")
+        self._thawed_parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for parameter in module.parameters():
             parameter.grad = None
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                self._thawed_parameters.append(parameter)
+            parameter.requires_grad_(False)
         self._thawed = [(part, part.training) for part in module.modules()]
         module.eval()
         self.lr_scheduler_configs.clear()
@@ -151,23 +142,21 @@ class GradientFreeStrategy(LearningStrategy):
         """Run the user's step during a warm-up, one forward without gradients afterwards."""
         if not self._learning:
             return super().training_step(*args, **kwargs)
-        module = self.lightning_module
-        assert module is not None
         assert self._network is not None
-        batch = args[0] if args else kwargs["batch"]
-        inputs, targets = read_batch(batch, self.batch_reader)
+        inputs, targets = read_batch(args[0] if args else kwargs["batch"], self.batch_reader)
         with torch.no_grad(), self.precision_plugin.train_step_context():
             output = self._network(inputs)
-        self._log_loss(module, output, targets)
+        self._log_loss(output, targets)
         # with several processes Lightning refuses a step that returns nothing
         return targets.new_zeros((), dtype=torch.float32)
 
-    def _log_loss(self, module: pl.LightningModule, output: Any, targets: Tensor) -> None:
+    def _log_loss(self, output: Any, targets: Tensor) -> None:
         """Log the mean over the epoch's labels with its last batch: a log a batch costs more than the batch."""
         loss = _module_loss(output, targets)
         if loss is not None:
             summed, known = self._loss or (0, 0)
             self._loss = summed + loss[0], known + loss[1]
+        module = self._module
         trainer = module.trainer
         last = is_last_batch(trainer) or trainer.global_step + 1 == trainer.max_steps
         if last and self._loss is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,15 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clkit.errors import ArgumentError
-from clkit.features.batch import BatchReader
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods.onpro import OnlinePrototypes, OnProLosses
 from clkit.methods.replay.contrast import PrototypeContrast
-from clkit.methods.replay.mixing import MixedBatch, Mixing
-from clkit.methods.replay.step import Part, StepBatch, StepOutputs
-from clkit.schema import saved_entry
+from clkit.methods.replay.mixing import MixedBatch, Mixing, of_two_classes
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs
+from clkit.schema import Nested, Table
 from clkit.strategies._forward import Projection
-from clkit.strategies._memory import MemorySettings
 from clkit.strategies.replay import MIX, OFFSET, ReplayStrategy
 from clkit.stream._lightning import datamodule_of
 from clkit.stream.experience import Experience
@@ -32,33 +28,20 @@ __all__ = ["OnProStrategy"]
 class OnProStrategy(ReplayStrategy):
     """Learns by contrast of online class means and of turned images, beside the cross-entropy of mixed replay (OnPro).
 
-    Choose it when the whole network must go on learning and some images may be kept. See
-    :class:`~clkit.methods.OnProLosses` for the losses and :class:`ReplayStrategy` for what it shares with all replay
-    methods.
-
-    Logged beside what that logs: ``onpro/mixed_share`` (of the replay batch), ``onpro/pair_entropy`` (of the
-    distribution over pairs of classes, in nats) and, at the end of each experience, ``onpro/prototypes/similarity``
-    and ``onpro/prototypes/nearest`` (mean and largest cosine of two class means).
+    Logged beside what :class:`ReplayStrategy` logs: ``onpro/mixed_share`` (of the replay batch), ``onpro/pair_entropy``
+    (of the distribution over pairs of classes, in nats) and, at the end of each experience,
+    ``onpro/prototypes/similarity`` and ``onpro/prototypes/nearest`` (mean and largest cosine of two class means).
 
     Args:
         capacity: M, images kept; 0 for none.
-        losses: Weights, temperatures and rotation.
+        losses: Weights, temperatures and rotation, see :class:`~clkit.methods.OnProLosses`.
         mixing: How images of the replay batch are mixed (adaptive prototypical feedback); ``None`` to mix none.
-        memory: How the images are kept.
         projection: The embedding beside the classifier.
-        transform: See :class:`ReplayStrategy`, as for ``batch_norm`` and ``gather``.
-        replay_batch: Most images sampled from the memory in a step, over all processes.
         replay_per_class: After the first experience, images sampled for each class seen so far; ``None`` for no such
             limit.
         first_experience: ``"paper"``: the first experience replays nothing in cross-entropy and instance contrast;
             ``"replay"``: the later rule holds from the second batch, for streams whose boundaries are unknown.
-        batch_norm: ``"segments"`` or ``"joint"``.
-        gather: ``"embeddings"``, or ``None``.
-        name: Prefix of what is logged; ``None`` for ``"onpro"``.
-        layer: Where features are read; see :class:`~clkit.FeatureTap`.
-        seed: Of all draws of the strategy, at least 0.
-        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
-        ddp_options: Keyword arguments of :class:`lightning.pytorch.strategies.DDPStrategy`.
+        options: Further arguments of :class:`ReplayStrategy`.
 
     Raises:
         ArgumentError: If an argument is not allowed.
@@ -72,6 +55,7 @@ class OnProStrategy(ReplayStrategy):
     """
 
     state_key = "onpro"
+    _saved: ClassVar[Table] = {**ReplayStrategy._saved, "prototypes": Nested(OnlinePrototypes.table)}
 
     def __init__(
         self,
@@ -79,33 +63,12 @@ class OnProStrategy(ReplayStrategy):
         *,
         losses: OnProLosses = OnProLosses(),
         mixing: Mixing | None = Mixing(),
-        memory: MemorySettings = MemorySettings(),
         projection: Projection = Projection(),
-        transform: Callable[[Tensor], Any] | None = None,
-        replay_batch: int = 64,
         replay_per_class: int | None = 7,
         first_experience: Literal["paper", "replay"] = "paper",
-        batch_norm: Literal["segments", "joint"] = "segments",
-        gather: Literal["embeddings"] | None = None,
-        name: str | None = None,
-        layer: str = "auto",
-        seed: int = 0,
-        batch_reader: BatchReader | None = None,
-        **ddp_options: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            capacity,
-            replay_batch=replay_batch,
-            transform=transform,
-            memory=memory,
-            batch_norm=batch_norm,
-            gather=gather,
-            name=name,
-            layer=layer,
-            seed=seed,
-            batch_reader=batch_reader,
-            **ddp_options,
-        )
+        super().__init__(capacity, **options)
         check_choice("first_experience", first_experience, ("paper", "replay"))
         if mixing is not None and losses.replays and not losses.ope_seen:
             raise ArgumentError(
@@ -142,16 +105,15 @@ class OnProStrategy(ReplayStrategy):
         per_class = self.replay_per_class
         return self.replay_batch if per_class is None else min(self.replay_batch, per_class * classes_seen)
 
-    def views(self, batch: StepBatch) -> list[dict[str, Part]]:
+    def views(self, batch: StepBatch) -> list[dict[str, Block]]:
         """Return the turned images, those for the classifier and those for the prototypes, a group each."""
         assert self._work is not None
-        first, mixed = self._first, self._mixed(batch)
-        self._tell_cost(len(batch.new.images), self.replay_batch if first else len(batch.replay.images))
         assert self._forward is not None
         classes = self._forward.width or 1 + max(self._work.seen, default=0)
-        return self.losses.views(batch.new, batch.replay if batch.wanted else None, mixed, classes, first=first)
+        seen = batch.replay if batch.wanted else None
+        return self.losses.views(batch.new, seen, self._mixed(batch), classes, first=self._first)
 
-    def _mixed(self, batch: StepBatch) -> Part | None:
+    def _mixed(self, batch: StepBatch) -> Block | None:
         """Return this process's share of the replay batch, if there is one."""
         self._mixed_share = 0.0
         if not batch.wanted or self._first or not self.losses.replays:
@@ -163,11 +125,10 @@ class OnProStrategy(ReplayStrategy):
             mixed = self.prototypes.mix(images, labels, self.memory, generator, size=size)
         else:  # the first batch of an experience is replayed as it is
             mixed = MixedBatch.pure(images, labels)
-        part = self._ranks.share(mixed.images, mixed.labels, batch.new.images, batch.wanted)
-        if len(part.images):
-            first, second, share = part.labels.unbind(1)
-            self._mixed_share = float(((first != second) & (share > 0)).float().mean())
-        return part
+        block = self._ranks.share(mixed.images, mixed.labels, batch.new.images, batch.wanted)
+        if len(block.images):
+            self._mixed_share = float(of_two_classes(*block.labels.unbind(1)).float().mean())
+        return block
 
     def terms(self, outputs: StepOutputs) -> dict[str, tuple[float, Tensor]]:
         """Return the losses of :class:`~clkit.methods.OnProLosses`."""
@@ -205,18 +166,13 @@ class OnProStrategy(ReplayStrategy):
         if not self.capacity or self.first_experience != "paper" or self._boundaries.current is not None:
             return
         data, epochs = datamodule_of(self._trainer), self._trainer.max_epochs
-        advice = "use first_experience='replay' where there are no boundaries"
+        advice = "replays nothing in the cross-entropy; use first_experience='replay' where there are no boundaries"
         if not hasattr(data, "experience_at"):
             self._tell_once(
-                "fits",
-                "clkit: without a StreamDataModule each fit is one experience, and the first one replays nothing in "
-                f"the cross-entropy; {advice}",
+                "fits", f"clkit: without a StreamDataModule each fit is one experience, and the first one {advice}"
             )
         elif epochs and epochs > 0 and getattr(data.experience_at(epochs - 1), "index", 1) == 0:
-            rank_zero_warn(
-                f"the stream has a single experience, in which {type(self).__name__}(first_experience='paper') replays "
-                f"nothing in the cross-entropy; {advice}"
-            )
+            rank_zero_warn(f"the stream has a single experience, in which {type(self).__name__} {advice}")
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
         """Log what the memory holds and how similar the class means are."""
@@ -237,18 +193,6 @@ class OnProStrategy(ReplayStrategy):
         figure = plot_prototype_similarity(self.prototypes.ids, self.prototypes.means)[0]
         return {**figures, "prototype_similarity": figure}
 
-    def _tell_cost(self, new: int, replayed: int) -> None:
-        losses = self.losses
-        if losses.variants < 2 or "cost" in self._said or not new:
-            return
-        cheap = replace(losses, rotation="rot4" if losses.rotation == "rot16" else "none")
-        now, then = losses.images(new, replayed), cheap.images(new, replayed)
-        self._tell_once(
-            "cost",
-            f"clkit: once the memory is full each step runs {now} images through the network for {new} new ones "
-            f"(rotation={losses.rotation!r}); rotation={cheap.rotation!r} would run {then} ({100 * then // now} %)",
-        )
-
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
@@ -256,12 +200,6 @@ class OnProStrategy(ReplayStrategy):
         return {**super().stream_state(), "prototypes": self.prototypes.state_dict()}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`stream_state` gave.
-
-        Raises:
-            StateError: If it does not fit these settings; nothing is changed then.
-        """
-        tried = OnlinePrototypes()
-        tried.load_state_dict(saved_entry(state, "prototypes", dict, self.state_key))
-        super().load_stream_state(state)
-        self.prototypes.load_state_dict(tried.state_dict())
+        """Take back what :meth:`stream_state` gave."""
+        super().load_stream_state(state)  # which checks all of it
+        self.prototypes.load_state_dict(state["prototypes"])

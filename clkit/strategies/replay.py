@@ -5,26 +5,29 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader, read_batch
+from clkit.features.observer import evaluating
 from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
-from clkit.methods.replay.step import Part, StepBatch, StepOutputs, StepViews, arrange, total_loss
+from clkit.methods.replay.contrast import wide
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, arrange, total_loss
 from clkit.methods.replay.stored import MemoryRows
-from clkit.schema import saved_entry
+from clkit.schema import Instance, Many, Nested, Table
 from clkit.strategies._augmentation import Augmentation
-from clkit.strategies._counters import Counters
 from clkit.strategies._forward import Projection, SingleForward, checked_batch
-from clkit.strategies._memory import MemorySettings, ReplayMemory
+from clkit.strategies._memory import Counters, MemorySettings, ReplayMemory
 from clkit.strategies._ranks import Incoming
-from clkit.strategies.base import LearningStrategy
+from clkit.strategies.base import LearningStrategy, read_own
 from clkit.stream.experience import Experience
 
 __all__ = ["ReplayStrategy"]
@@ -38,30 +41,28 @@ class ReplayStrategy(LearningStrategy):
 
     Each step runs the incoming batch and images of the memory through the network, in one forward, and trains it by
     the losses of the method. The user's optimizer, schedule, precision, gradient clipping and accumulation apply;
-    their ``training_step`` is not called, and the run says so. Prediction is the module's own classifier.
+    their ``training_step`` is not called. Prediction is the module's own classifier.
 
     **The loader must deliver images that are not augmented**: they are what the memory keeps. The strategy augments
     them itself, by ``transform``. A whole checkpoint contains the memory, that is, training images; a weights-only one
     does not.
 
-    A method says in :meth:`views` which images go through the network, and in :meth:`terms` what its losses are. Where
-    they are not drawn at random it says in :meth:`retrieve` which rows are replayed, and by ``extra_names`` and
-    :meth:`remember` what is kept beside an image.
+    A method says in :meth:`views` which images go through the network, in :meth:`terms` what its losses are, in
+    :meth:`retrieve` which rows are replayed, and by ``extra_names`` and :meth:`remember` what is kept beside an image.
 
     Logged under ``name``: ``er/loss``, each term, ``er/memory`` (rows in this process's memory) and, at the end of
-    each experience, ``er/memory/class_3`` (rows of a class). Monitors of values that the ``training_step`` logs do not
-    exist.
+    each experience, ``er/memory/class_3`` (rows of a class); nothing that the ``training_step`` logs.
 
-    With several processes the memory is the same in all of them, that of one process fed with the batches of all, or,
-    by ``memory.scope="sharded"``, each has a part of it for its own stream; ``replay_batch`` is shared out. Losses are
-    over each process's own rows, and gradients are averaged, unless ``gather="embeddings"``.
+    With several processes the memory is that of one process fed with the batches of all, or each has a part of it for
+    its own stream (``memory.scope="sharded"``); ``replay_batch`` is shared out. Losses are over each process's own
+    rows, and gradients are averaged, unless ``gather="embeddings"``.
 
     Args:
         capacity: M, images kept; 0 for none.
         replay_batch: Most images retrieved from the memory in a step, over all processes.
-        transform: Augments a batch of images; ``None`` for :class:`~clkit.methods.RandomViews`. Another callable is
-            given one image at a time, since most draw one set of parameters a call, unless it has an attribute
-            ``per_sample`` that is true. It may draw from the global random states, which are restored.
+        transform: Augments images; ``None`` for :class:`~clkit.methods.RandomViews`, ``torch.nn.Identity()`` for none.
+            Another callable is given one image at a time, since most draw one set of parameters a call, unless it has
+            an attribute ``per_sample`` that is true. It may draw from the global random states, which are restored.
         memory: How the images are kept.
         batch_norm: ``"segments"``: each group of views is normalised by its own statistics, as separate forward calls
             would; ``"joint"``: all together.
@@ -76,17 +77,21 @@ class ReplayStrategy(LearningStrategy):
         ArgumentError: If an argument is not allowed.
 
     Attributes:
-        projection: The embedding beside the classifier; ``None`` where no loss needs one.
+        projection: How the projector is built; ``None`` where no loss needs one.
         extra_names: Names of the tensors that the memory keeps with each image.
         segmented: Whether :meth:`views` may give more than one group.
         settings: What a checkpoint is compared with: options that change the method, as plain types.
     """
 
-    part_name = "replay_projector"
     skips_unlabelled = True
     projection: Projection | None = None
     extra_names: ClassVar[tuple[str, ...]] = ()
     segmented: bool = True
+    _saved: ClassVar[Table] = {
+        "memory": Many(Instance(dict)),
+        "counters": Nested(Counters.table),
+        "settings": Instance(dict),
+    }
 
     def __init__(
         self,
@@ -127,31 +132,23 @@ class ReplayStrategy(LearningStrategy):
         """What is kept of the stream, of one's own stream where the memory is sharded; ``None`` for capacity 0."""
         return self._memory.rows
 
-    @property
-    def projector(self) -> nn.Module | None:
-        """The embedding beside the classifier, D to p; ``None`` before the first fit and where no loss needs it."""
-        return self.part
-
     # ---- the method
 
     @abstractmethod
-    def views(self, batch: StepBatch) -> Sequence[Mapping[str, Part]]:
+    def views(self, batch: StepBatch) -> Sequence[Mapping[str, Block]]:
         """Return the images that go through the network, as named blocks; those of one mapping are normalised together.
 
-        Images are augmented, those of :attr:`Part.plain <clkit.methods.replay.step.Part.plain>` are not.
+        Images are augmented, but for :attr:`Block.plain <clkit.methods.replay.step.Block.plain>`.
         """
 
     @abstractmethod
     def terms(self, outputs: StepOutputs) -> Mapping[str, tuple[float, Tensor]]:
         """Return each loss by name with its weight, from what the network gave for the blocks of :meth:`views`."""
 
-    def retrieve(self, new: Part, count: int, generator: torch.Generator) -> MemoryRows:
-        """Return the rows of the memory that are replayed beside the incoming batch: some at random.
+    def retrieve(self, new: Block, count: int, generator: torch.Generator) -> MemoryRows:
+        """Return the ``count`` rows of the memory that are replayed beside the incoming batch: some at random.
 
-        Args:
-            new: The incoming batch.
-            count: Rows wanted.
-            generator: For all draws: in the same state in all processes that have the same memory.
+        All is drawn from the generator, which is in the same state in all processes that have the same memory.
         """
         assert self.memory is not None
         return self.memory.sample(count, generator)
@@ -159,13 +156,11 @@ class ReplayStrategy(LearningStrategy):
     def look(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the network's logits for some images in evaluation mode and without a trace; for :meth:`retrieve`.
 
-        Args:
-            images: (n, …), on the device of the module.
-            weights: Weights by the names of ``lightning_module.named_parameters()`` to use in place of the module's.
+        ``weights``, by the names of ``lightning_module.named_parameters()``, are used in place of the module's.
         """
-        assert self._forward is not None
-        with self.precision_plugin.forward_context():
-            return self._forward.look(images, weights or {})
+        module = self._module
+        with self.precision_plugin.forward_context(), evaluating(module):
+            return wide(functional_call(module, dict(weights or {}), (images,)))
 
     def replay_count(self, classes_seen: int) -> int:
         """Return how many rows a step asks of the memory, over all processes; it has some."""
@@ -181,22 +176,17 @@ class ReplayStrategy(LearningStrategy):
 
     # ---- before and after the loops
 
-    def make_part(self, trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module | None:
-        """Return the projector; ``None`` where no loss needs it."""
+    def make_projector(self, module: pl.LightningModule) -> nn.Module | None:
+        """Return the embedding beside the classifier, D to p; ``None`` where no loss needs it."""
         return None if self.projection is None else self.projection.build(module, self.layer, self.seed)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Prepare the module for replay.
-
-        Raises:
-            ConfigurationError: If the module cannot be trained so; the message names the reason.
-        """
+        """Prepare the module for replay; a :class:`ConfigurationError` says why it cannot be trained so."""
         super().setup(trainer)
         if trainer.state.fn != "fit":
             return
         self._memory.share_out()
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         self._tell_once(
             "step",
             f"clkit: {type(self).__name__} computes the training loss itself; training_step() of "
@@ -222,7 +212,8 @@ class ReplayStrategy(LearningStrategy):
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
         """Begin to count the batches of the experience."""
-        self._counters.begin(experience.index, trainer.current_epoch)
+        counters = self._counters
+        counters.experience, counters.epoch, counters.batch_in_experience = experience.index, trainer.current_epoch, 0
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
         """Log how many rows of each class the memory has, and keep the numbers for the figure of the run."""
@@ -258,11 +249,7 @@ class ReplayStrategy(LearningStrategy):
     # ---- one batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of one batch, from one forward call.
-
-        Called again for the same batch (by an optimizer with a closure) it computes the loss of the same views anew,
-        and the memory is not offered the batch again.
-        """
+        """Return the loss of one batch, from one forward call; called again for the same batch, of the same views."""
         if self._work is None:
             self._work = self._prepared(args[0] if args else kwargs["batch"])
         work = self._work
@@ -270,7 +257,7 @@ class ReplayStrategy(LearningStrategy):
         if not len(work.incoming.labels):
             return self._forward.zero()
         with self.precision_plugin.train_step_context():
-            own = self._forward(self.model, work.views, work.incoming.part.labels, self.part)
+            own = self._forward(self.model, work.views, work.incoming.own.labels, self.projector)
         with torch.autocast(own.all_logits.device.type, enabled=False):
             outputs = own if self.gather is None else self._ranks.joined(own)
             terms = self.terms(outputs)
@@ -290,10 +277,11 @@ class ReplayStrategy(LearningStrategy):
             memory.check(incoming.offered, incoming.offered_labels, self.extra_names)
         self._work = work = _Work(self._counters.step, incoming, self._counters.seen | set(incoming.labels.tolist()))
         count = self.replay_count(len(work.seen)) if incoming.stored else 0
-        rows, replay = self.drawn(incoming.part, count, SAMPLE)
+        rows, replay = self.drawn(incoming.own, count, SAMPLE)
         extras = {name: self._ranks.mine(rows.extras[name]).cpu() for name in self.extra_names}
-        step = StepBatch(incoming.part, replay, count, rows, extras)
-        views = arrange(self.views(step), self.augmentation.drawing_from(self._generator(VIEWS)), x)
+        step = StepBatch(incoming.own, replay, count, rows, extras)
+        augment = partial(self.augmentation, generator=self._generator(VIEWS))
+        views = arrange(self.views(step), None if self.augmentation.is_identity else augment, x)
         self.stream_rows = views.stream
         if not len(views.images) and len(incoming.labels):
             # other processes wait for this one's part in the step: it runs a row that no loss looks at
@@ -301,7 +289,7 @@ class ReplayStrategy(LearningStrategy):
         work.views = views
         return work
 
-    def drawn(self, new: Part, count: int, purpose: int) -> tuple[MemoryRows, Part]:
+    def drawn(self, new: Block, count: int, purpose: int) -> tuple[MemoryRows, Block]:
         """Return what this process retrieves of ``count`` rows over all processes, and its share of that."""
         ranks, memory = self._ranks, self._memory.rows
         if count and memory is not None and memory.size:
@@ -321,28 +309,29 @@ class ReplayStrategy(LearningStrategy):
         memory, incoming = self._memory.rows, work.incoming
         if memory is not None:
             memory.add(incoming.offered, incoming.offered_labels, self._counters.experience, **work.extras)
-        self._counters.learned(work.seen)
+        self._counters.seen = work.seen
+        self._counters.step += 1
+        self._counters.batch_in_experience += 1
 
     def _report(self, work: _Work, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
         losses = {name: term.detach() for name, (_, term) in terms.items()}
-        bad = [name for name, term in losses.items() if name not in self._said and not bool(term.isfinite())]
-        if bad:  # once for each term: what follows is not finite either
-            self._said.update(bad)
-            rank_zero_warn(
-                f"batch {work.step}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
-                f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
-            )
+        for name, term in losses.items():
+            if name not in self._said and not bool(term.isfinite()):  # once: what follows is not finite either
+                self._said.add(name)
+                rank_zero_warn(
+                    f"batch {work.step}: the loss term {name} of {type(self).__name__} is not finite; a lower learning "
+                    "rate may help"
+                )
         values: dict[str, Any] = {"loss": loss, **losses, **self.logged()}
         memory = self._memory.rows
         if memory is not None:  # once it has the batch
             values["memory"] = float(min(memory.size + len(work.incoming.offered_labels), memory.capacity or 0))
         logged = {f"{self.name}/{key}": value for key, value in values.items()}
-        assert self.lightning_module is not None
         count = max(1, len(work.incoming.labels))
-        self.lightning_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=count)
+        self._module.log_dict(logged, on_step=True, on_epoch=False, batch_size=count)
 
     def _generator(self, purpose: int, shard: int = 0) -> torch.Generator:
-        """Return the draws of one purpose and batch, the same in all processes that have the same memory."""
+        """Return the draws of one purpose and batch."""
         assert self._work is not None
         return generator(self.seed, purpose, self._work.step, shard)
 
@@ -362,21 +351,16 @@ class ReplayStrategy(LearningStrategy):
         }
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`stream_state` gave.
-
-        Raises:
-            StateError: If it does not fit these settings; nothing is changed then.
-        """
+        """Take back what :meth:`stream_state` gave."""
         key = self.state_key
-        self._memory.check(state, key)
-        counters = Counters.from_state(saved_entry(state, "counters", dict, key), key)
-        settings = saved_entry(state, "settings", dict, key)
-        self._memory.load(state["memory"], key)
-        self._counters = counters
+        saved = read_own(state, self._saved, key)
+        self._memory.check(saved["memory"], key)
+        self._memory.load(saved["memory"], key)
+        self._counters = Counters.from_state(saved["counters"])
         changed = [
-            f"{name}={value!r} (was {settings[name]!r})"
+            f"{name}={value!r} (was {saved['settings'][name]!r})"
             for name, value in self.settings.items()
-            if name in settings and settings[name] != value
+            if saved["settings"].get(name, value) != value
         ]
         if changed:
             rank_zero_warn(f"{key}: the checkpoint was saved with other settings: {', '.join(changed)}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clkit.methods._checks import check_number
 from clkit.methods.replay.contrast import supervised_contrast
-from clkit.methods.replay.step import Part, StepBatch, StepOutputs
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs
 from clkit.strategies._forward import Projection
 from clkit.strategies.replay import ReplayStrategy
 
@@ -18,14 +18,8 @@ __all__ = ["SCRStrategy"]
 class SCRStrategy(ReplayStrategy):
     r"""Contrasts incoming and replayed images, and one augmented view of each, by their classes (SCR).
 
-    With :math:`z` the unit rows that the projector gives for all 2n views and :math:`P(i)` the other rows of the class
-    of row i:
-
-    .. math::
-        L = \frac{1}{2n} \sum_i \frac{-1}{|P(i)|} \sum_{p \in P(i)}
-            \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \neq i} \exp(z_i \cdot z_a / \tau)}
-
-    The classifier is not trained: predict by ``NMC(memory="replay")``.
+    The loss is :func:`~clkit.methods.supervised_contrast` of what the projector gives for all views. The classifier is
+    not trained: predict by ``NMC(memory="replay")``.
 
     Args:
         capacity: M, images kept.
@@ -59,7 +53,7 @@ class SCRStrategy(ReplayStrategy):
         self.settings = {"temperature": self.temperature}
         self.augments_stream = False  # the incoming images also go through the network as they are
 
-    def views(self, batch: StepBatch) -> list[dict[str, Part]]:
+    def views(self, batch: StepBatch) -> list[dict[str, Block]]:
         """Return two groups: all images as they came, and augmented."""
         plain = {"new1": batch.new.plain, "memory1": batch.replay.plain}
         return [plain, {"new2": batch.new, "memory2": batch.replay}]

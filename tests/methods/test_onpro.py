@@ -292,14 +292,6 @@ def test_gradients_of_instances_are_those_of_the_plain_matrices(form: str, tempe
         assert float((ours - plain).norm() / plain.norm()) < 1e-11
 
 
-@pytest.mark.parametrize("form", ["new", "memory"])
-def test_second_derivatives_of_instances_are_finite_differences(form: str) -> None:
-    z, f = EMBEDDINGS.clone().requires_grad_(), (2 * FEATURES).requires_grad_()
-    assert torch.autograd.gradgradcheck(
-        lambda a, b: instance_contrast(a, b, VARIANTS, form=form, offset=1, temperature=0.7), (z, f), atol=1e-6
-    )
-
-
 def test_the_gradient_of_instances_can_be_asked_for_again() -> None:
     z = EMBEDDINGS.clone().requires_grad_()
     loss = instance_contrast(z, FEATURES, VARIANTS, form="new")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError
 from clkit.methods import BatchNormSegments, MemoryRows, MixedBatch, OnProLosses, Projector
-from clkit.methods.replay.step import Part, StepBatch, StepOutputs, StepViews, arrange, total_loss
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, arrange, total_loss
 from clkit.strategies import DERPPStrategy, ERACEStrategy, ERStrategy, ReplayStrategy, SCRStrategy
 
 CLASSES, WIDTH, DIM = 7, 6, 4
@@ -75,23 +75,23 @@ class Given:
     second_labels: list[int] = field(default_factory=lambda: [2, 0, 0, 1])
     logits: Tensor = field(default_factory=lambda: drawn_images(1, 5).flatten()[: 4 * CLASSES].reshape(4, CLASSES))
 
-    def segments(self, method: Any, *, first: bool) -> list[dict[str, Part]]:
+    def segments(self, method: Any, *, first: bool) -> list[dict[str, Block]]:
         """The blocks of a method for this step."""
-        new = Part.whole(self.x, torch.tensor(self.y, dtype=torch.int64))
-        seen = None if self.u is None else Part.whole(self.u, torch.tensor(self.v))
+        new = Block.whole(self.x, torch.tensor(self.y, dtype=torch.int64))
+        seen = None if self.u is None else Block.whole(self.u, torch.tensor(self.v))
         if isinstance(method, OnProLosses):
             mixed = None
             if self.w is not None and not first and method.replays:
                 ids = torch.tensor(self.a), torch.tensor(self.b)
                 batch = MixedBatch(self.w, *ids, torch.tensor(self.share, dtype=torch.float64))
-                mixed = Part.whole(self.w, batch.labels)
+                mixed = Block.whole(self.w, batch.labels)
             return method.views(new, seen, mixed, CLASSES, first=first)
         if seen is None:
             none = torch.empty(0, dtype=torch.int64)
-            nothing = Part.whole(self.x[:0], none)
+            nothing = Block.whole(self.x[:0], none)
             method.drawn = lambda *_: (None, nothing)
             return list(method.views(StepBatch(new, nothing, 0, NO_ROWS, {"logits": torch.empty(0)})))
-        method.drawn = lambda *_: (None, Part.whole(self.second, torch.tensor(self.second_labels)))
+        method.drawn = lambda *_: (None, Block.whole(self.second, torch.tensor(self.second_labels)))
         return list(method.views(StepBatch(new, seen, len(seen.images), NO_ROWS, {"logits": self.logits})))
 
 
@@ -696,8 +696,8 @@ def test_two_halves_have_the_views_and_ids_of_the_whole() -> None:
         assert len(positions.unique()) == len(positions)
         return images + 10 * positions[:, None, None, None]
 
-    def half(part: Part, rank: int) -> Part:
-        return Part(part.images[rank::2], part.labels[rank::2], torch.arange(rank, part.total, 2), part.total)
+    def half(part: Block, rank: int) -> Block:
+        return Block(part.images[rank::2], part.labels[rank::2], torch.arange(rank, part.total, 2), part.total)
 
     given, rule = Given(u=drawn_images(5, 2), v=[0, 1, 0, 2, 2]), OnProLosses(**EVERYTHING)
     whole = arrange(given.segments(rule, first=False), placed)
@@ -707,7 +707,7 @@ def test_two_halves_have_the_views_and_ids_of_the_whole() -> None:
     mixed = MixedBatch(given.w, torch.tensor(given.a), torch.tensor(given.b), share)
     parts = (given.x, torch.tensor(given.y)), (given.u, torch.tensor(given.v)), (given.w, mixed.labels)
     for rank in range(2):
-        mine = [half(Part.whole(*part), rank) for part in parts]
+        mine = [half(Block.whole(*part), rank) for part in parts]
         views = arrange(rule.views(*mine, CLASSES, first=False), placed)
         for name in whole.rows:
             variants = {"turned": 3, "mem": 4}.get(name.rstrip("12"), 1)

@@ -423,11 +423,6 @@ def test_a_copy_is_plain_and_its_original_is_not(how: str) -> None:
     assert type(network.get_submodule("first.1")) is nn.BatchNorm2d
 
 
-def test_the_segments_themselves_are_not_copied() -> None:
-    with pytest.raises(ConfigurationError, match="can't be copied"):
-        copy.deepcopy(BatchNormSegments(nn.BatchNorm1d(3)))
-
-
 def test_a_class_put_on_top_is_not_lost() -> None:
     network, plain = pair(Net)
     segments = BatchNormSegments(network)

@@ -36,7 +36,7 @@ from clkit.callbacks import NMC
 from clkit.errors import ArgumentError, ClkitError, StateError
 from clkit.methods import NearestMeanHead, ReservoirBuffer
 from clkit.methods.replay.buffer import MemoryRows
-from clkit.methods.replay.step import Part
+from clkit.methods.replay.step import Block
 from clkit.strategies import ERStrategy, MemorySettings, OnProStrategy
 from clkit.strategies._ranks import Incoming, ReplayRanks
 
@@ -133,7 +133,9 @@ def run(
         fit_each(trainer, module, tasks)
     return {
         "weights": {key: value.detach().clone() for key, value in module.state_dict().items()},
-        "projector": {} if strategy.part is None else {k: v.clone() for k, v in strategy.part.state_dict().items()},
+        "projector": {}
+        if strategy.projector is None
+        else {k: v.clone() for k, v in strategy.projector.state_dict().items()},
         "memory": saved_memory(strategy),
         "before": before.state,
         "prototypes": strategy.prototypes.state_dict() if hasattr(strategy, "prototypes") else {},
@@ -284,7 +286,7 @@ class OneForTwo(ReplayRanks):
     """A single process that draws from two memories what two ranks would."""
 
     def incoming(self, images: Tensor, labels: Tensor, memory: Any) -> Incoming:
-        return Incoming(Part.whole(images, labels), labels, images, labels, memory.size, images[:0])
+        return Incoming(Block.whole(images, labels), labels, images, labels, memory.size, images[:0])
 
     def retrieve(self, memory: Any, wanted: int, generators: list[torch.Generator]) -> MemoryRows:
         shares = [wanted - wanted // 2, wanted // 2]
@@ -314,7 +316,7 @@ def test_gathered_embeddings_train_the_weights_of_one_process_with_both_memories
         ranks = strategy._memory.ranks = strategy._ranks = OneForTwo()
         drawn = type(strategy).drawn
 
-        def of_both(new: Part, count: int, purpose: int) -> Any:
+        def of_both(new: Block, count: int, purpose: int) -> Any:
             generators = [strategy._generator(purpose, rank) for rank in (0, 1)]
             strategy.retrieve = lambda new, count, _: ranks.retrieve(strategy.memory, count, generators)
             return drawn(strategy, new, count, purpose)
@@ -437,10 +439,10 @@ def test_an_unknown_scope_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda memories: memories.clear(), "the list of saved memories is empty"),
-        (lambda memories: memories.append("no memory"), "'memory'\\[2\\] must be dict"),
-        (lambda memories: memories[1].update(capacity=torch.tensor(0)), "memory 1 has the capacity 0"),
-        (lambda memories: memories[1].update(capacity=torch.tensor([3.0, 1.0])), "memory 1 has the capacity"),
+        (lambda memories: memories.clear(), "the saved run has no memory"),
+        (lambda memories: memories.append("no memory"), r"memory\[2\] must be dict"),
+        (lambda memories: memories[1].update(capacity=torch.tensor(0)), "memory 1: capacity must be"),
+        (lambda memories: memories[1].update(capacity=torch.tensor([3.0, 1.0])), "memory 1: capacity must be"),
         (lambda memories: memories[1]["data"].fill_(torch.nan), "images in the saved memory are not finite"),
         (lambda memories: memories[1].update(capacity=torch.tensor(5)), "have a capacity of 9 rows together"),
         (lambda memories: memories[1].update(storage="uint8"), "storage"),

@@ -139,8 +139,8 @@ def run(devices: int, folder: Path, name: str, resume: Path | None = None) -> di
     return {
         "weights": {key: value.detach().clone() for key, value in module.state_dict().items()},
         "projector": {}
-        if strategy.part is None
-        else {k: v.detach().clone() for k, v in strategy.part.state_dict().items()},
+        if strategy.projector is None
+        else {k: v.detach().clone() for k, v in strategy.projector.state_dict().items()},
         "memory": {
             key: value.clone() if isinstance(value, Tensor) else value for key, value in memory.state_dict().items()
         },

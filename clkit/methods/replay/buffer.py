@@ -13,18 +13,24 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError, NotFittedError
 from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods._state import exact
-from clkit.methods.replay.merging import MERGE_LIMIT, Sample, merged_rows, remaining_rows
-from clkit.methods.replay.offered import checked_experience, checked_rows
-from clkit.methods.replay.reservoir import balanced_slots, uniform_slots
-from clkit.methods.replay.rows import NUMBERS, RowCodec, RowLayout, RowTable, host_tensor, taken
+from clkit.methods.replay import selection
+from clkit.methods.replay.rows import (
+    NUMBERS,
+    Layout,
+    RowCodec,
+    RowTable,
+    check_layout,
+    checked_experience,
+    checked_rows,
+    described,
+    layout_of,
+    taken,
+)
 from clkit.methods.replay.saved import FORMAT, SavedMemory
-from clkit.methods.replay.shares import dealt, even, shared_table
 from clkit.methods.replay.stored import MemoryRows, StoredRows
 
 __all__ = ["MemoryRows", "ReservoirBuffer"]
 
-_POLICIES = ("uniform", "class_balanced")
-_STORAGES = ("same", "uint8", "float16")
 _NUMBER_BYTES = 24  # of the four numbers of a row
 _MERGE, _SHRINK, _SHARE = 1, 2, 3  # so that no two purposes share their draws
 
@@ -32,18 +38,14 @@ _MERGE, _SHRINK, _SHARE = 1, 2, 3  # so that no two purposes share their draws
 class ReservoirBuffer(StoredRows):
     r"""A memory of M rows of a stream that is exactly uniform over everything seen, or balanced over classes.
 
-    Use it to replay images or features. With ``policy="uniform"`` each of the n rows seen so far is in the memory with
-    probability :math:`\min(1, M/n)`, and each set of M rows is equally likely. With ``"class_balanced"`` classes get
-    equal shares as far as they have that many rows, and each class is a uniform sample of its own rows.
+    With ``policy="uniform"`` each of the n rows seen so far is in the memory with probability :math:`\min(1, M/n)`, and
+    each set of M rows is equally likely. With ``"class_balanced"`` classes get equal shares as far as they have that
+    many rows, and each class is a uniform sample of its own rows.
 
-    Rows are copied. What is kept depends on the seed and on the order of the rows, not on the batches they come in:
-    the same arrivals leave the same bits. Reading never changes what will be kept, and the global random state is left
-    alone by ``add``, :meth:`merge` and :meth:`shrink`.
-
-    The tensors are no buffers: casts leave them alone, device moves do not, and ``DistributedDataParallel`` does not
-    overwrite them. Labels and counts are kept on the host, so hand labels over on the CPU where you have them there:
-    from another device they cost a small copy per batch. The saved state holds the rows themselves, which may be
-    images that must not be passed on.
+    Rows are copied. What is kept depends on the seed and on the order of the rows, not on the batches they come in.
+    Reading never changes what will be kept, and the global random state is left alone by ``add``, :meth:`merge` and
+    :meth:`shrink`. Casts of the module leave the rows alone. Labels are kept on the host: from another device they cost
+    a small copy per batch. The saved state holds the rows themselves, which may be images that must not be passed on.
 
     Args:
         capacity: M, the largest number of rows.
@@ -56,8 +58,7 @@ class ReservoirBuffer(StoredRows):
             channel (first dimension of a row); 0 if not given.
         std: The standard deviation that goes with it; 1 if not given.
         device: Where the rows are kept.
-        seed: Of the draws that decide what is kept, at least 0. Give memories that will be merged different seeds;
-            with equal ones each row is still kept with the right probability, but not independently of the others.
+        seed: Of the draws that decide what is kept, at least 0; different ones for memories that will be merged.
 
     Raises:
         ArgumentError: If an argument is not allowed.
@@ -97,8 +98,9 @@ class ReservoirBuffer(StoredRows):
             )
         self._capacity = None if capacity is None else check_count("capacity", capacity)
         self._capacity_bytes = None if capacity_bytes is None else check_count("capacity_bytes", capacity_bytes)
-        self.policy = check_choice("policy", policy, _POLICIES)
-        self.storage = check_choice("storage", storage, _STORAGES)
+        self.policy = check_choice("policy", policy, ("uniform", "class_balanced"))
+        self._balanced = policy == "class_balanced"
+        self.storage = check_choice("storage", storage, ("same", "uint8", "float16"))
         self._codec = RowCodec(self.storage, mean, std)
         self._device = torch.empty(0, device=device).device
         self._generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
@@ -110,7 +112,7 @@ class ReservoirBuffer(StoredRows):
         """Offer a batch of rows, each to be kept or not.
 
         Args:
-            data: (B, …) of any dtype and device; the shape of a row and the dtype are fixed by the first batch.
+            data: (B, …) of any dtype and device; shape and dtype of a row are fixed by the first batch.
             label: (B,) class ids from 0, of any integer dtype.
             experience: Number of the experience, or (B,) numbers.
             extras: Further tensors (B, …) to keep with each row, such as ``logits``; the same names in each call.
@@ -122,10 +124,10 @@ class ReservoirBuffer(StoredRows):
         with exact():
             labels, tensors = checked_rows(data, label, extras)
             numbers = {"label": labels, "experience": checked_experience(experience, labels.size)}
-            layout = RowLayout(data, extras)
+            layout = layout_of(tensors)
             if self._table is not None:
-                layout.check_equal(self._table.layout)
-            stored = self._codec.stored_dtype(layout)
+                check_layout(layout, self._table.layout)
+            stored = self._codec.stored_dtype(*layout["data"])
             if labels.size == 0:
                 return
             # Elsewhere than on a CPU the check of the values would wait for the device, so it is made once.
@@ -138,9 +140,9 @@ class ReservoirBuffer(StoredRows):
             # One number a row, also while filling: the position of the generator then follows from the rows offered.
             drawn = torch.rand(labels.size, dtype=torch.float64, generator=self._generator, device="cpu").numpy()
             if self._balanced:
-                slots, rows = balanced_slots(self._table, drawn, labels, self._class_seen)
+                slots, rows = selection.balanced_slots(self._table, drawn, labels, self._class_seen)
             else:
-                slots, rows = uniform_slots(self._table, drawn, self.n_seen)
+                slots, rows = selection.uniform_slots(self._table, drawn, self.n_seen)
             numbers["arrival"] = self._seen[0] + np.arange(labels.size)
             numbers["origin"] = np.zeros_like(labels)  # a merge may have left another one in the slot
             self._seen[0] += labels.size
@@ -152,15 +154,9 @@ class ReservoirBuffer(StoredRows):
                 self._table.put(slots, kept, {name: values[rows] for name, values in numbers.items()})
 
     def check(self, data: Tensor, label: Tensor, extras: Sequence[str] = ()) -> None:
-        """Refuse a batch that :meth:`add` would refuse, and change nothing; for who has to know before a step.
+        """Raise the :class:`BatchError` with which :meth:`add` would refuse a batch, and change nothing.
 
-        Args:
-            data: (B, …) as for :meth:`add`, like ``label``.
-            label: (B,) class ids.
-            extras: Names of the further tensors.
-
-        Raises:
-            BatchError: If such a batch cannot be added.
+        ``extras`` are the names of further tensors, which need not exist yet.
 
         Example:
             >>> memory = ReservoirBuffer(5, storage="uint8")
@@ -169,26 +165,24 @@ class ReservoirBuffer(StoredRows):
             clkit.errors.BatchError: storage='uint8' would lose up to ...
         """
         with exact():
-            checked_rows(data, label, {})
-            layout, table = RowLayout(data, {}), self._table
+            layout, table = layout_of(checked_rows(data, label, {})[1]), self._table
             if table is not None:
-                if table.layout.shapes.keys() != {"data", *extras}:
+                if table.layout.keys() != {"data", *extras}:
                     raise BatchError(
-                        f"the rows in memory consist of {', '.join(sorted(table.layout.shapes))}, those to be added of "
+                        f"the rows in memory consist of {', '.join(sorted(table.layout))}, those to be added of "
                         f"{', '.join(sorted({'data', *extras}))}; begin with an empty memory, or with the settings "
                         "with which it was filled"
                     )
-                layout.check_equal(table.layout, "data")
-            self._codec.stored_dtype(layout)
+                check_layout(layout, {"data": table.layout["data"]})
+            self._codec.stored_dtype(*layout["data"])
             if len(data) and (table is None or data.device.type == "cpu"):
                 self._codec.encode(data, check=True)
 
     def merge(self, other: ReservoirBuffer, *, seed: int = 0) -> None:
         """Become the memory of both streams together, as if one had seen all rows of both.
 
-        A uniform memory stays exactly uniform over the union: how many rows come from each is drawn from the
-        hypergeometric distribution of the numbers seen. Class-balanced memories are merged class by class in the same
-        way. Rows of ``other`` get origins of their own, counted on from those here.
+        How many rows come from each is drawn from the hypergeometric distribution of the numbers seen, class by class
+        in a class-balanced memory. Rows of ``other`` get origins of their own, counted on from those here.
 
         Args:
             other: A memory of the same policy, storage and kind of rows; not modified. Its capacity must not be
@@ -202,11 +196,8 @@ class ReservoirBuffer(StoredRows):
         self._check_alike(other)
         mine, theirs = self._table, other._table
         if mine is not None and theirs is not None and mine.layout != theirs.layout:
-            raise ArgumentError(f"cannot merge a memory of rows of {theirs.layout} into one of {mine.layout}")
-        if self.n_seen + other.n_seen >= MERGE_LIMIT:
             raise ArgumentError(
-                f"memories can be merged up to {MERGE_LIMIT} rows seen together, "
-                f"these have seen {self.n_seen} and {other.n_seen}"
+                f"cannot merge a memory of rows of {described(theirs.layout)} into one of {described(mine.layout)}"
             )
         if theirs is not None:
             with exact():
@@ -219,9 +210,9 @@ class ReservoirBuffer(StoredRows):
                         f"into one of capacity {capacity}; call shrink({theirs.capacity}) on the larger one first"
                     )
                 generator = np.random.default_rng([seed, _MERGE, self.n_seen, other.n_seen])
-                ours_kept, theirs_kept = merged_rows(
-                    Sample(mine.now("label"), self.n_seen, self._class_seen),
-                    Sample(theirs.now("label"), other.n_seen, other._class_seen),
+                ours_kept, theirs_kept = selection.merged_rows(
+                    (mine.now("label"), self._class_seen),
+                    (theirs.now("label"), other._class_seen),
                     capacity,
                     generator,
                     balanced=self._balanced,
@@ -233,9 +224,7 @@ class ReservoirBuffer(StoredRows):
         self._class_seen.update(other._class_seen)
 
     def shrink(self, capacity: int, *, seed: int = 0) -> None:
-        """Reduce the capacity; rows that no longer fit are dropped at random, and the memory stays what it was.
-
-        A uniform memory drops any rows, a class-balanced one rows of its largest classes.
+        """Reduce the capacity; a uniform memory drops any rows at random, a class-balanced one of its largest classes.
 
         Args:
             capacity: The new capacity, at most the present one.
@@ -254,7 +243,7 @@ class ReservoirBuffer(StoredRows):
         if self._table is not None:
             with exact():
                 generator = np.random.default_rng([seed, _SHRINK, self.n_seen, capacity])
-                kept = remaining_rows(self._table, capacity, generator, balanced=self._balanced)
+                kept = selection.remaining_rows(self._table.now("label"), capacity, generator, balanced=self._balanced)
                 self._table = self._table.resized(capacity, kept)
         self._capacity = capacity
 
@@ -266,9 +255,8 @@ class ReservoirBuffer(StoredRows):
         For memories of which each keeps a part of the stream, as processes do, when there are more or fewer of them
         from now on. Each new memory calls this with the same ``shards``, ``capacities`` and ``seed``, and gets about as
         many rows as the others, at random. The arrivals are shared out too, so that it goes on as if it had seen its
-        part of the stream. That is right where all shards have seen equally many rows. Where no new memory is full
-        although rows were dropped before, the dropped ones are not counted any more. Rows get new arrival numbers, in
-        the order of their age.
+        part of the stream, which is right where all shards have seen equally many rows. Dropped rows are counted no
+        more where no new memory is full. Rows get new arrival numbers, in the order of their age.
 
         Args:
             shards: Memories of the same policy, storage and kind of rows; not modified.
@@ -280,15 +268,11 @@ class ReservoirBuffer(StoredRows):
             ArgumentError: If they do not fit together, or the rows do not fit in here; nothing is changed then.
 
         Example:
-            >>> old = ReservoirBuffer(8)
+            >>> old, new = ReservoirBuffer(8), ReservoirBuffer(4)
             >>> old.add(torch.randn(20, 3), torch.arange(20) % 4)
-            >>> new = [ReservoirBuffer(4, seed=part) for part in range(2)]
-            >>> for part, memory in enumerate(new):
-            ...     memory.take_share([old], part, [4, 4])
-            >>> [(memory.size, memory.n_seen) for memory in new]
-            [(4, 10), (4, 10)]
-            >>> torch.equal(torch.cat([memory.data for memory in new]).sort(0)[0], old.data.sort(0)[0])
-            True
+            >>> new.take_share([old], 0, [4, 4])
+            >>> new.size, new.n_seen
+            (4, 10)
         """
         if not 0 <= part < len(capacities) or capacities[part] != self._capacity:
             raise ArgumentError(
@@ -303,9 +287,9 @@ class ReservoirBuffer(StoredRows):
         filled = [(shard._table, shard._seen) for shard in shards if shard._table is not None]
         kinds = [table.layout for table, _ in filled]
         if any(kind != kinds[0] for kind in kinds):
-            raise ArgumentError(f"shards must all have rows of one kind, got {'; '.join(map(str, kinds))}")
+            raise ArgumentError(f"shards must all have rows of one kind, got {'; '.join(map(described, kinds))}")
         labels = np.concatenate([np.empty(0, np.int64), *[table.now("label") for table, _ in filled]])
-        for room, capacity in zip(even(labels.size, len(capacities)), capacities, strict=True):
+        for room, capacity in zip(selection.even(labels.size, len(capacities)), capacities, strict=True):
             if room > capacity:
                 raise ArgumentError(
                     f"the {labels.size} rows of the shards do not fit into memories of {list(capacities)} rows, each "
@@ -313,26 +297,27 @@ class ReservoirBuffer(StoredRows):
                 )
         seen: Counter[int] = sum((shard._class_seen for shard in shards), Counter())
         draws = [seed, _SHARE, seen.total(), len(capacities)]
-        share = dealt(labels, seen, capacities, np.random.default_rng(draws), balanced=self._balanced)[part]
+        shares = selection.dealt(labels, seen, capacities, np.random.default_rng(draws), balanced=self._balanced)
+        rows, class_seen = shares[part]
+        n_seen, table = class_seen.total(), None
         with exact():
-            self._table = shared_table(filled, share, capacities[part], self._device) if filled else None
+            if filled:
+                table = selection.shared_table(filled, rows, n_seen, capacities[part], self._device)
+        self._table, self._seen, self._class_seen = table, [n_seen], class_seen
         self._generator = generator(*draws, part)
-        self._seen, self._class_seen = [share.class_seen.total()], share.class_seen
 
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(memory)``."""
         limit = f"capacity={self._capacity}" if self._capacity else f"capacity_bytes={self._capacity_bytes}"
         return f"{limit}, policy={self.policy!r}, storage={self.storage!r}, size={self.size}, n_seen={self.n_seen}"
 
-    @property
-    def _balanced(self) -> bool:
-        return self.policy == "class_balanced"
-
-    def _capacity_for(self, layout: RowLayout) -> int:
+    def _capacity_for(self, layout: Layout) -> int:
         if self._capacity is not None:
             return self._capacity
         assert self._capacity_bytes is not None
-        row = layout.row_bytes(self._codec.stored_dtype(layout)) + _NUMBER_BYTES
+        shape, dtype = layout["data"]
+        stored = {**layout, "data": (shape, self._codec.stored_dtype(shape, dtype))}
+        row = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in stored.values()) + _NUMBER_BYTES
         if row > self._capacity_bytes:
             raise ArgumentError(f"capacity_bytes={self._capacity_bytes} is less than one row, which takes {row} bytes")
         return self._capacity_bytes // row
@@ -356,28 +341,24 @@ class ReservoirBuffer(StoredRows):
             self._table.tensors = {name: tensor.to(device) for name, tensor in self._table.tensors.items()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        classes = self.class_seen
+        classes, table = self.class_seen, self._table
+        whole = {"seen": self._seen, "classes": list(classes), "class_seen": list(classes.values())}
         values: dict[str, Any] = {
-            "format": host_tensor(FORMAT),
             "policy": self.policy,
             "storage": self.storage,
             "normalised": self._codec.normalised(),
-            "seen": host_tensor(self._seen),
-            "classes": host_tensor(list(classes)),
-            "class_seen": host_tensor(list(classes.values())),
             "generator": self._generator.get_state(),
-            "capacity": host_tensor(self._capacity or 0),
         }
-        if self._table is not None:
-            table = self._table
+        for name, numbers in {**whole, "format": FORMAT, "capacity": self._capacity or 0}.items():
+            values[name] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        if table is not None:
             values |= {name: torch.from_numpy(table.now(name).astype(np.int64)) for name in NUMBERS}
             with exact():
                 # A tensor without rows tells shape and dtype of what was added.
-                shape, dtype = table.layout.shapes["data"], table.layout.dtypes["data"]
+                shape, dtype = table.layout["data"]
                 values["row"] = torch.empty((0, *shape), dtype=dtype, device="cpu")
                 for name, tensor in table.tensors.items():
-                    key = name if name == "data" else f"extras.{name}"
-                    values[key] = tensor[: table.size].clone()
+                    values[name if name == "data" else f"extras.{name}"] = tensor[: table.size].clone()
         destination.update({prefix + name: value for name, value in values.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -1,18 +1,21 @@
-"""Contrasts of embeddings: of class means, of views of each image, and of all images of a class."""
+"""The embedding that contrastive losses compare, and contrasts of class means, of views, and of images of a class."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
-from clkit.errors import BatchError
-from clkit.methods._checks import check_choice, check_number
+from clkit.errors import ArgumentError, BatchError
+from clkit.methods._checks import check_choice, check_count, check_number
 
 __all__ = [
+    "Projector",
     "PrototypeContrast",
     "check_labels",
     "check_rows",
@@ -27,11 +30,57 @@ _EPSILON = 1e-8  # keeps the logarithm of the instance contrast finite
 _SHORTEST = 1e-12  # vectors up to this length have no direction
 
 
+class Projector(nn.Module):
+    r"""Maps features to rows of length 1: :math:`z = g(f) / \lVert g(f) \rVert`.
+
+    Args:
+        in_features: D.
+        out_features: p, at most D.
+        kind: ``"linear"``: g is one linear layer; ``"mlp"``: two, with D hidden units and a ReLU between.
+        seed: Of the first weights; the global random states are left alone.
+
+    Raises:
+        ArgumentError: If an argument is not allowed.
+
+    Example:
+        >>> lengths = Projector(8, 4)(torch.randn(3, 8)).norm(dim=1)
+        >>> torch.allclose(lengths, torch.ones(3))
+        True
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, kind: Literal["linear", "mlp"] = "linear", *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        check_choice("kind", kind, ("linear", "mlp"))
+        if check_count("out_features", out_features) > check_count("in_features", in_features):
+            raise ArgumentError(
+                f"out_features={out_features} is above in_features={in_features}; an embedding is at most as wide"
+            )
+        generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
+        last = _linear(in_features, out_features, generator)
+        hidden = [_linear(in_features, in_features, generator), nn.ReLU()] if kind == "mlp" else []
+        self.layers = nn.Sequential(*hidden, last)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return unit rows (B, p), float32 (float64 for float64 features), for features (B, D)."""
+        return F.normalize(wide(self.layers(features)), dim=1)
+
+
+def _linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
+    """Return a layer with torch's own first weights, drawn from the generator and not from the global random states."""
+    layer = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(in_features)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return layer
+
+
 class PrototypeContrast(NamedTuple):
     """What :func:`prototype_contrast` gives.
 
     Attributes:
-        loss: Scalar, float32 (float64 for float64 rows).
+        loss: Scalar.
         ids: (K,) int64, the classes of the batch, ascending, where the labels are.
         means: (K, p) detached means of both views, not normalised.
     """
@@ -44,15 +93,15 @@ class PrototypeContrast(NamedTuple):
 def prototype_contrast(first: Tensor, second: Tensor, labels: Tensor, temperature: float = 0.5) -> PrototypeContrast:
     r"""Online prototype equilibrium: class means attract their other view and repel all other classes.
 
-    With :math:`P, P'` the class means of the two views and :math:`r` their 2K rows scaled to length 1, it is the mean
-    over i of :math:`-\log \mathrm{softmax}_{j \neq i}(r_i \cdot r_j / \tau)` at the row of the same class in the other
-    view. One class gives exactly 0 without a gradient, no rows give 0. Gradients flow through both views. A mean of
-    length zero keeps its class and counts as a vector of zeros. Computed in float32 with autocast off, or in float64.
+    With :math:`r` the 2K class means of the two views scaled to length 1, it is the mean over i of
+    :math:`-\log \mathrm{softmax}_{j \neq i}(r_i \cdot r_j / \tau)` at the row of the same class in the other view. One
+    class, or no rows, give exactly 0. A mean of length zero counts as a vector of zeros. Gradients flow through both
+    views. Computed in float32 with autocast off, or in float64.
 
     Args:
         first: (n, p) unit rows, the embeddings of n images.
         second: (n, p) unit rows, another view of the same images.
-        labels: (n,) integer class ids, any values. Labels on the host spare a GPU the wait for the number of classes.
+        labels: (n,) integer class ids, on the host best: else a GPU is waited for.
         temperature: :math:`\tau`.
 
     Raises:
@@ -70,8 +119,8 @@ def prototype_contrast(first: Tensor, second: Tensor, labels: Tensor, temperatur
     Source: Y. Wei, J. Ye, Z. Huang, J. Zhang, H. Shan, arXiv 2308.00301.
     """
     check_number("temperature", temperature, above=0)
-    check_rows("first", first, None)
-    check_rows("second", second, tuple(first.shape))
+    check_rows("first", first)
+    check_rows("second", second, *first.shape)
     check_labels("labels", labels, len(first))
     with torch.autocast(first.device.type, enabled=False):
         rows = torch.cat([wide(first), wide(second)], dim=1)
@@ -91,14 +140,7 @@ def prototype_contrast(first: Tensor, second: Tensor, labels: Tensor, temperatur
 
 
 def draw_offset(in_features: int, projection_dim: int, generator: torch.Generator) -> int:
-    """Draw the first column of the slice of features in :func:`instance_contrast`, uniform in [0, D - p).
-
-    Nothing is drawn and it is 0 where the embedding is as wide as the features.
-
-    Example:
-        >>> draw_offset(128, 128, torch.Generator())
-        0
-    """
+    """Draw the offset of :func:`instance_contrast`, uniform in [0, D - p); 0, and nothing drawn, where D is p."""
     if in_features <= projection_dim:
         return 0
     return int(torch.randint(in_features - projection_dim, (), generator=generator, device=generator.device))
@@ -114,7 +156,7 @@ def instance_contrast(
     temperature: float = 0.07,
     scale: float = 1.0,
 ) -> Tensor:
-    r"""Supervised contrast of 2n rows, two views of n images, with an embedding and a slice of the features.
+    r"""Supervised contrast of 2n rows, two views of n images, with an embedding and a slice of the features; a scalar.
 
     With unit embeddings z, :math:`h = f / \lVert f \rVert` and o the offset:
 
@@ -123,23 +165,18 @@ def instance_contrast(
         E = \exp\bigl((A - \operatorname{rowmax} A) / \tau\bigr), \quad
         \ell = -\log\Bigl(\frac{E}{\sum_j E_{ij} + \epsilon} + \epsilon\Bigr), \quad \epsilon = 10^{-8}
 
-    ``sup`` is the mean over rows of the mean :math:`\ell_{ij}` over all rows j of the same label, i itself included.
-    ``form="memory"`` is ``sup``. ``form="new"`` sets :math:`E_{ii} = 0` and is the mean of :math:`\ell` at the other
-    view of the same image, plus twice ``sup``; its diagonal adds a constant (18.42 / positives, twice) that has no
-    gradient. The row maximum is not differentiated. Computed in float32 with autocast off, or in float64.
+    ``form="memory"`` is the mean over rows of the mean :math:`\ell_{ij}` over all rows j of the same label, also j = i.
+    ``form="new"`` sets :math:`E_{ii} = 0` and is twice that plus the mean of :math:`\ell` at the other view of
+    the same image. The row maximum is not differentiated. Computed in float32 with autocast off, or in float64.
 
     Args:
         embeddings: (2n, p) unit rows; row i + n is the other view of row i.
         features: (2n, D), D at least p, as they are: they are scaled to length 1 here.
-        labels: (n,) integer ids of the first n rows, see :func:`variant_labels`; the other view has the same.
-            Labels on the host spare a GPU the wait for how many pairs there are.
+        labels: (n,) integer ids of the first n rows, on the host best; the other view has the same.
         form: See above.
-        offset: First column of the slice, see :func:`draw_offset`.
+        offset: First column of the slice.
         temperature: :math:`\tau`.
         scale: s.
-
-    Returns:
-        Scalar; 0 with a graph for no rows.
 
     Raises:
         ArgumentError: If an option is not allowed.
@@ -154,15 +191,15 @@ def instance_contrast(
     check_choice("form", form, ("new", "memory"))
     check_number("temperature", temperature, above=0)
     check_number("scale", scale, above=0)
-    check_rows("embeddings", embeddings, None)
-    check_rows("features", features, (len(embeddings), None))
+    check_rows("embeddings", embeddings)
+    check_rows("features", features, len(embeddings))
     check_labels("labels", labels, len(embeddings) // 2)
     width = embeddings.shape[1]
     if len(embeddings) % 2 or not 0 <= offset <= features.shape[1] - width:
         raise BatchError(
             f"embeddings must have two views of each row and features at least offset + p columns, got embeddings of "
             f"shape {tuple(embeddings.shape)}, features of shape {tuple(features.shape)} and offset={offset}; "
-            f"project to at most as many dimensions as the features have"
+            "project to at most as many dimensions as the features have"
         )
     with torch.autocast(embeddings.device.type, enabled=False):
         z, f = wide(embeddings), wide(features)
@@ -191,52 +228,36 @@ def _same_label(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _PairCosts(torch.autograd.Function):
-    r"""The sum of :math:`\ell` of some pairs of rows, each with its share; see :func:`instance_contrast`.
-
-    Nearly all entries of the matrix of weights are needed for the row sums only, and so for the gradient, which is
-    found together with the loss: no matrix is kept for the backward pass.
-    """
+    """Sums the costs of some pairs of rows; the gradient is found with it, so that no (2n, 2n) matrix is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, left: Tensor, right: Tensor, row: Tensor, column: Tensor, share: Tensor, diagonal: bool
     ) -> Tensor:
-        ctx.diagonal = diagonal
-        loss, *slopes = _cost_and_slopes(left, right, row, column, share, diagonal)
-        ctx.save_for_backward(left, right, row, column, share, *slopes)
-        return loss
+        # in place where that can be, for the matrix has a row for each view
+        scores = left @ right.T
+        scores = scores.sub_(scores.amax(dim=1, keepdim=True))
+        if not diagonal:
+            scores.fill_diagonal_(-torch.inf)
+        weights = scores.exp_()
+        totals = weights.sum(dim=1) + _EPSILON
+        parts = weights[row, column] / totals[row]
+        kept = parts + _EPSILON
+        of_pairs = -share * parts / kept  # the slopes by the scores of the pairs, the totals held
+        of_rows = torch.zeros_like(totals).index_put_((row,), of_pairs, accumulate=True)
+        slopes = weights.mul_((-of_rows / totals)[:, None]).index_put_((row, column), of_pairs, accumulate=True)
+        ctx.save_for_backward(slopes @ right, (left.T @ slopes).T)
+        return -(share * kept.log()).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, row, column, share, of_left, of_right = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the slopes will be differentiated themselves
-            _, of_left, of_right = _cost_and_slopes(left, right, row, column, share, ctx.diagonal)
+        of_left, of_right = ctx.saved_tensors
         return slope * of_left, slope * of_right, None, None, None, None
 
 
-def _cost_and_slopes(
-    left: Tensor, right: Tensor, row: Tensor, column: Tensor, share: Tensor, diagonal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum and its slopes by both factors; works in place, for the matrix has a row for each view."""
-    scores = left @ right.T
-    scores = scores.sub_(scores.detach().amax(dim=1, keepdim=True))
-    if not diagonal:
-        with torch.no_grad():
-            scores.fill_diagonal_(-torch.inf)
-    weights = scores.exp_()
-    totals = weights.sum(dim=1) + _EPSILON
-    parts = weights[row, column] / totals[row]
-    kept = parts + _EPSILON
-    of_pairs = -share * parts / kept  # the slopes by the scores of the pairs, the totals held
-    of_rows = torch.zeros_like(totals).index_put_((row,), of_pairs, accumulate=True)
-    by_row = (-of_rows / totals)[:, None]
-    slopes = weights * by_row if torch.is_grad_enabled() else weights.mul_(by_row)  # autograd still needs the weights
-    slopes = slopes.index_put_((row, column), of_pairs, accumulate=True)
-    return -(share * kept.log()).sum(), slopes @ right, (left.T @ slopes).T
-
-
 def supervised_contrast(first: Tensor, second: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    r"""Mean over all 2n rows of the mean cost of finding each row of the same class among all others.
+    r"""Mean over all 2n rows of the mean cost of finding each row of the same class among all others; a scalar.
 
     With :math:`z` the rows of both views and :math:`P(i)` the other rows with the label of row i:
 
@@ -244,16 +265,13 @@ def supervised_contrast(first: Tensor, second: Tensor, labels: Tensor, temperatu
         L = \frac{1}{2n} \sum_i \frac{-1}{|P(i)|} \sum_{p \in P(i)}
             \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \neq i} \exp(z_i \cdot z_a / \tau)}
 
-    Computed in float32 with autocast off, or in float64.
+    Computed as :func:`prototype_contrast`.
 
     Args:
         first: (n, p) unit rows, the embeddings of n images.
         second: (n, p) unit rows, another view of the same images.
-        labels: (n,) integer class ids, any values.
+        labels: (n,) integer class ids.
         temperature: :math:`\tau`.
-
-    Returns:
-        Scalar; 0 with a graph for no rows.
 
     Raises:
         ArgumentError: If the temperature is not positive.
@@ -268,8 +286,8 @@ def supervised_contrast(first: Tensor, second: Tensor, labels: Tensor, temperatu
     al., "Supervised Contrastive Replay", CVPR Workshops 2021.
     """
     check_number("temperature", temperature, above=0)
-    check_rows("first", first, None)
-    check_rows("second", second, tuple(first.shape))
+    check_rows("first", first)
+    check_rows("second", second, *first.shape)
     check_labels("labels", labels, len(first))
     with torch.autocast(first.device.type, enabled=False):
         rows = wide(torch.cat([first, second]))
@@ -294,24 +312,19 @@ def _unit_rows(rows: Tensor) -> Tensor:
     return rows / torch.where(lengths > _SHORTEST, lengths, 1.0)
 
 
-def check_rows(name: str, rows: Tensor, shape: tuple[int | None, ...] | None) -> None:
-    """Refuse what is no matrix of floating-point numbers of that shape; ``None`` stands for any size."""
-    fits = rows.ndim == 2 and (
-        shape is None or all(wanted in (None, got) for wanted, got in zip(shape, rows.shape, strict=True))
-    )
-    if not fits or not rows.dtype.is_floating_point:
-        told = "(n, p)" if shape is None else str(shape).replace("None", "D")
+def check_rows(name: str, rows: Tensor, *shape: int) -> None:
+    """Refuse what is no matrix of floating-point numbers, of these numbers of rows and columns if they are given."""
+    if rows.ndim != 2 or rows.shape[: len(shape)] != shape or not rows.dtype.is_floating_point:
+        told = ", ".join([*map(str, shape), *"nD"[len(shape) :]])
         raise BatchError(
-            f"{name} must be floating-point numbers of shape {told}, got {rows.dtype} of shape {tuple(rows.shape)}"
+            f"{name} must be floating-point numbers of shape ({told}), got {rows.dtype} of shape {tuple(rows.shape)}"
         )
 
 
 def check_labels(name: str, labels: Tensor, rows: int, *, below: int | None = None) -> None:
     """Refuse what is no vector of so many integers, from 0 if there is a limit to them."""
     if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
-        raise BatchError(
-            f"{name} must be integer class ids, got {labels.dtype}; call .long() if they are whole numbers"
-        )
+        raise BatchError(f"{name} must be integers, got {labels.dtype}; call .long() if they are whole numbers")
     if labels.shape != (rows,):
         raise BatchError(f"{name} must have shape ({rows},), got {tuple(labels.shape)}")
     if below is not None and labels.device.type == "cpu" and rows:  # elsewhere the question would cost a wait

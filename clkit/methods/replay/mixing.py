@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +15,14 @@ from clkit.methods._checks import check_choice, check_number, check_probability
 from clkit.methods.replay.contrast import check_labels, check_rows, wide
 
 __all__ = [
-    "ClassMemory",
     "MixedBatch",
     "Mixing",
-    "PairRule",
     "mixed_cross_entropy",
     "mixture",
+    "of_two_classes",
     "pair_counts",
     "pair_probabilities",
 ]
-
-PairRule = Literal["round", "multinomial"]
 
 _NEAREST = 1e-6  # smallest distance of two means that is told from none
 
@@ -34,16 +30,11 @@ _NEAREST = 1e-6  # smallest distance of two means that is told from none
 def mixed_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     r"""Cross-entropy of images mixed from two classes: mean of :math:`(1-\lambda)\,CE(a) + \lambda\,CE(b)`.
 
-    Computed in float32, or in float64 for float64 logits, also under autocast.
-
     Args:
         logits: (m, C), over all classes.
         first: (m,) integer class ids a.
         second: (m,) integer class ids b.
         share: (m,) share of b, in [0, 1].
-
-    Returns:
-        Scalar; 0 with a graph for no rows.
 
     Raises:
         BatchError: If shapes or dtypes do not fit, or (seen on a CPU only) a label is not below C.
@@ -54,7 +45,7 @@ def mixed_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Te
         >>> round(float(mixed_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([2, 1]), share)), 10)
         0.7356453667
     """
-    check_rows("logits", logits, None)
+    check_rows("logits", logits)
     for name, labels in (("first", first), ("second", second)):
         check_labels(name, labels, len(logits), below=logits.shape[1])
     if share.shape != first.shape or not share.dtype.is_floating_point:
@@ -73,12 +64,8 @@ def mixed_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Te
 def pair_probabilities(means: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return how often each pair of classes is mixed: :math:`\mathrm{softmax}(1 / \lVert \mu_i - \mu_k \rVert)`.
 
-    Args:
-        means: (K, p).
-
-    Returns:
-        ``(pairs, probabilities)``: (R, 2) int64 positions i < k in lexicographic order, R = K (K - 1) / 2, and (R,)
-        float64. Distances below 1e-6 count as 1e-6, so that coincident means share everything.
+    For (K, p) means: (R, 2) positions i < k in lexicographic order, and (R,) float64, R = K (K - 1) / 2. Distances
+    below 1e-6 count as 1e-6, so that coincident means share everything.
 
     Example:
         >>> pairs, probabilities = pair_probabilities(torch.tensor([[0.0], [1.0], [3.0]]))
@@ -91,21 +78,14 @@ def pair_probabilities(means: Tensor) -> tuple[Tensor, Tensor]:
     return pairs, torch.softmax(1 / distances.clamp(min=_NEAREST), dim=0)
 
 
-def pair_counts(probabilities: Tensor, total: int, generator: torch.Generator, *, rule: PairRule = "round") -> Tensor:
-    """Return how many images each pair gets; they always add up to ``total``.
+def pair_counts(
+    probabilities: Tensor, total: int, generator: torch.Generator, *, rule: Literal["round", "multinomial"] = "round"
+) -> Tensor:
+    """Return how many of ``total`` images each of R pairs gets, (R,) int64.
 
     ``"round"`` rounds ``probabilities * total`` half to even, and adds or takes one at random pairs until the sum is
     right; where all round to zero, the pairs are therefore uniform whatever the probabilities. ``"multinomial"``
-    draws each image's pair with the probabilities, which follows them for any number of pairs.
-
-    Args:
-        probabilities: (R,) on the generator's device, R at least 1.
-        total: Images.
-        generator: Where the random numbers come from.
-        rule: See above.
-
-    Returns:
-        (R,) int64.
+    draws each image's pair.
 
     Raises:
         ArgumentError: If the rule is none of the two, or the probabilities are none.
@@ -153,7 +133,7 @@ class Mixing:
     probability: float = 0.6
     largest: float = 0.6
     alpha: float = 0.4
-    pair_rule: PairRule = "round"
+    pair_rule: Literal["round", "multinomial"] = "round"
     pure_class: Literal["first", "either"] = "first"
     probability_rule: Literal["squared", "once"] = "squared"
 
@@ -184,7 +164,7 @@ class MixedBatch(NamedTuple):
     @property
     def mixed(self) -> Tensor:
         """(m,) bool, whether an image is of two classes."""
-        return (self.first != self.second) & (self.share > 0)
+        return of_two_classes(self.first, self.second, self.share)
 
     @property
     def labels(self) -> Tensor:
@@ -198,14 +178,9 @@ class MixedBatch(NamedTuple):
         return cls(images, labels, labels, share)
 
 
-class ClassMemory(Protocol):
-    """What :meth:`OnlinePrototypes.mix` asks of a memory; :class:`~clkit.methods.ReservoirBuffer` is one."""
-
-    def classes(self) -> Iterable[int]:
-        """Return the class ids that have rows stored."""
-
-    def sample_classes(self, class_ids: Tensor, generator: torch.Generator) -> Sequence[Any]:
-        """Return a random stored row of each class named, as something whose first entry is the images."""
+def of_two_classes(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """Return (m,) bool, whether an image is of two classes."""
+    return (first != second) & (share > 0)
 
 
 def mixture(x: Tensor, y: Tensor, first: Tensor, second: Tensor, share: Tensor) -> MixedBatch:

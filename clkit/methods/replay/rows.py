@@ -1,4 +1,4 @@
-"""The rows of a replay memory."""
+"""The rows of a replay memory: what is offered, how it is laid out, and how it is encoded."""
 
 from __future__ import annotations
 
@@ -10,62 +10,100 @@ import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods._checks import Ids, check_number
+from clkit.methods._checks import Ids, check_count, check_number
+from clkit.methods.replay.contrast import check_labels
 
-__all__ = ["EXPERIENCE_LIMIT", "NUMBERS", "RowCodec", "RowLayout", "RowTable", "host_tensor", "taken"]
+__all__ = [
+    "EXPERIENCE_LIMIT",
+    "NUMBERS",
+    "Layout",
+    "RowCodec",
+    "RowTable",
+    "check_layout",
+    "checked_experience",
+    "checked_rows",
+    "described",
+    "layout_of",
+    "taken",
+]
 
 NUMBERS = {"label": np.int64, "arrival": np.int64, "experience": np.int32, "origin": np.int32}
 EXPERIENCE_LIMIT = 2**31 - 1  # kept in 4 bytes
 
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of a row's tensors by name, as they are given and given back."""
 
-class RowLayout:
-    """Shape and dtype of a row's tensors, as they are given and given back."""
 
-    def __init__(self, data: Tensor, extras: Mapping[str, Tensor]) -> None:
-        tensors = {"data": data, **extras}
-        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Return the layout of a batch of rows."""
+    return {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RowLayout) and (self.shapes, self.dtypes) == (other.shapes, other.dtypes)
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {shape} {self.dtypes[name]}" for name, shape in self.shapes.items())
+def described(layout: Layout) -> str:
+    """Return a layout in words."""
+    return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in layout.items())
 
-    def check_equal(self, fixed: RowLayout, *names: str) -> None:
-        """Refuse rows of another layout than the one that the first batch fixed, in all tensors or in some."""
-        kinds = (fixed, self) if not names else (fixed.only(*names), self.only(*names))
-        if kinds[0] != kinds[1]:
-            raise BatchError(f"the first batch fixed the rows to {kinds[0]}, got {kinds[1]}; nothing was changed")
 
-    def only(self, *names: str) -> RowLayout:
-        """Return the layout of some of the tensors."""
-        part = RowLayout.__new__(RowLayout)
-        part.shapes = {name: self.shapes[name] for name in names}
-        part.dtypes = {name: self.dtypes[name] for name in names}
-        return part
+def check_layout(layout: Layout, fixed: Layout) -> None:
+    """Refuse rows of another layout than that of the first batch."""
+    if layout != fixed:
+        raise BatchError(
+            f"the first batch fixed the rows to {described(fixed)}, got {described(layout)}; nothing was changed"
+        )
 
-    def row_bytes(self, stored: torch.dtype) -> int:
-        """Return the bytes of one row's tensors with ``data`` in dtype ``stored``."""
-        dtypes = {**self.dtypes, "data": stored}
-        return sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in self.shapes.items())
+
+def checked_rows(data: Tensor, label: Tensor, extras: Mapping[str, Tensor]) -> tuple[Ids, dict[str, Tensor]]:
+    """Return the labels on the host, and all tensors by name; refuse what has not one row for each sample."""
+    tensors = {"data": data, **extras}
+    for name, tensor in tensors.items():
+        if name in NUMBERS:
+            raise BatchError(f"{name} is the name of a number that the memory keeps itself; call the tensor otherwise")
+        if not isinstance(tensor, Tensor):
+            raise BatchError(f"{name} must be a tensor with one row per sample, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+            raise BatchError(f"{name} must be a plain dense tensor; call to_dense() on a sparse one")
+        if tensor.ndim == 0 or len(tensor) != len(data):
+            raise BatchError(f"{name} must have one row per sample of data, got shape {tuple(tensor.shape)}")
+    return _host_integers("label", label, len(data)), tensors
+
+
+def checked_experience(experience: int | Tensor, rows: int) -> Ids:
+    """Return a number for each row; refuse others than whole numbers up to 2**31 - 1."""
+    if isinstance(experience, Tensor):
+        numbers = _host_integers("experience", experience, rows)
+        largest = numbers.max(initial=0)
+    else:
+        largest = check_count("experience", experience, at_least=0)
+        numbers = np.full(rows, min(largest, EXPERIENCE_LIMIT))
+    if largest > EXPERIENCE_LIMIT:
+        raise BatchError(f"experience must be at most {EXPERIENCE_LIMIT}, got {largest}")
+    return numbers
+
+
+def _host_integers(name: str, values: Tensor, rows: int) -> Ids:
+    if not isinstance(values, Tensor):
+        raise BatchError(f"{name} must be a tensor of {rows} integers, got {type(values).__name__}")
+    check_labels(name, values, rows)
+    numbers: Ids = values.detach().to("cpu", torch.int64).numpy()
+    if numbers.size and numbers.min() < 0:
+        raise BatchError(
+            f"{name} must not be negative, got {numbers.min()} in row {numbers.argmin()}; leave unlabelled rows out"
+        )
+    return numbers
 
 
 class RowTable:
     """The rows themselves: tensors on the device, numbers on the host, with room for ``capacity`` rows."""
 
-    __slots__ = ("capacity", "counts", "layout", "numbers", "size", "stored", "tensors")
-
-    def __init__(self, layout: RowLayout, stored: torch.dtype, capacity: int, device: torch.device) -> None:
+    def __init__(self, layout: Layout, stored: torch.dtype, capacity: int, device: torch.device) -> None:
         self.layout = layout
         self.stored = stored
         self.capacity = capacity
         self.size = 0
         self.counts: dict[int, int] | None = None  # rows by class, where somebody keeps count
-        dtypes = {**layout.dtypes, "data": stored}
         self.tensors = {
-            name: torch.empty((capacity, *shape), dtype=dtypes[name], device=device)
-            for name, shape in layout.shapes.items()
+            name: torch.empty((capacity, *shape), dtype=stored if name == "data" else dtype, device=device)
+            for name, (shape, dtype) in layout.items()
         }
         self.numbers: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
             name: np.zeros(capacity, dtype=dtype) for name, dtype in NUMBERS.items()
@@ -97,15 +135,9 @@ class RowTable:
 
     def resized(self, capacity: int, rows: Ids) -> RowTable:
         """Return a table of that capacity with these rows of this one."""
-        device = self.tensors["data"].device
-        table = RowTable(self.layout, self.stored, capacity, device)
+        table = RowTable(self.layout, self.stored, capacity, self.tensors["data"].device)
         table.append(self, rows)
         return table
-
-
-def host_tensor(values: int | list[int]) -> Tensor:
-    """Return an int64 tensor on the host."""
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def taken(tensor: Tensor, rows: Ids) -> Tensor:
@@ -132,13 +164,8 @@ class RowCodec:
         self.mean = means * (channels // len(means))
         self.std = stds * (channels // len(stds))
 
-    def stored_dtype(self, layout: RowLayout) -> torch.dtype:
-        """Return the dtype in memory of such rows.
-
-        Raises:
-            BatchError: If they cannot be stored so.
-        """
-        dtype, shape = layout.dtypes["data"], layout.shapes["data"]
+    def stored_dtype(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in memory of such rows; refuse what cannot be stored so."""
         if self.storage == "same":
             return dtype
         if self.storage == "float16":
@@ -147,29 +174,20 @@ class RowCodec:
             return torch.float16
         plain = (self.mean, self.std) == ((0.0,), (1.0,))
         if not dtype.is_floating_point and (dtype != torch.uint8 or not plain):
-            given = "" if plain else " with mean and std"
             raise BatchError(
                 f"storage='uint8' is for uint8 data, or floating-point images (with mean and std if they are "
-                f"normalised), got {dtype}{given}"
+                f"normalised), got {dtype}{'' if plain else ' with mean and std'}"
             )
         if len(self.mean) > 1 and (not shape or shape[0] != len(self.mean)):
             raise BatchError(f"mean and std have {len(self.mean)} channels, a row of data has shape {shape}")
         return torch.uint8
 
     def normalised(self) -> Tensor:
-        """Return mean and std for the saved state, (2, channels) float64."""
+        """Return mean and std, (2, channels) float64."""
         return torch.tensor([self.mean, self.std], dtype=torch.float64, device="cpu")
 
     def encode(self, data: Tensor, *, check: bool) -> Tensor:
-        """Return ``data`` as stored.
-
-        Args:
-            data: (B, …) rows.
-            check: Whether to look at the values, which waits for the device.
-
-        Raises:
-            BatchError: With ``check``, if the storage would lose something.
-        """
+        """Return rows as stored; ``check`` refuses what the storage would lose, and waits for the device."""
         if self.storage == "same" or data.dtype == torch.uint8:
             return data
         if self.storage == "float16":
@@ -184,9 +202,8 @@ class RowCodec:
             error = float((steps - whole).abs().max()) if steps.numel() else 0.0
             if not error <= _UINT8_TOLERANCE:
                 raise BatchError(
-                    f"storage='uint8' would lose up to {error / 255:.3g} of a value in [0, 1]: the images are no "
-                    f"multiples of 1/255 there; give the mean and std by which they were normalised, or use "
-                    f"storage='same' or 'float16'"
+                    f"storage='uint8' would lose up to {error / 255:.3g} of a value in [0, 1]; give the mean and std "
+                    "by which the images were normalised, or use storage='same' or 'float16'"
                 )
         return whole.to(torch.uint8)
 
@@ -200,11 +217,7 @@ class RowCodec:
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (like.ndim - 2)) if len(self.mean) > 1 else ()
-        mean, std = (
-            torch.tensor(values, dtype=like.dtype, device=like.device).reshape(shape)
-            for values in (self.mean, self.std)
-        )
-        return mean, std
+        return like.new_tensor(self.mean).reshape(shape), like.new_tensor(self.std).reshape(shape)
 
 
 def _channel_values(name: str, values: float | Sequence[float] | None, otherwise: float) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,21 +21,14 @@ __all__ = ["BatchNormSegments"]
 class BatchNormSegments:
     r"""Has every BatchNorm of a network normalise each segment of a batch by itself, in one call of the network.
 
-    Use it where a method's equations call the network several times a step (incoming images, replayed images, views)
-    and one call on the concatenation should do the same: outputs, gradients, running statistics and
-    ``num_batches_tracked`` are those of separate calls in the order of the segments. A network without BatchNorm
-    needs nothing of this, and nothing happens to it.
+    One call of the network on the concatenation of several batches then gives outputs, gradients, running statistics
+    and ``num_batches_tracked`` of separate calls in the order of the segments. Parameters, buffers, hooks and the keys
+    of ``state_dict()`` stay the same objects. Rows are the first dimension; a layer that sees k times the rows of the
+    batch (patches folded into it, image by image) has segments k times as long. A segment that leaves a layer one value
+    per channel has no variance: it is joined to the segment before it, or to the next one where it is the first.
 
-    Parameters, buffers, hooks, the keys of ``state_dict()`` and what an optimizer holds stay the same objects. Rows
-    are the first dimension. A layer that sees k times the rows of the batch (patches folded into it, image by image)
-    has segments k times as long. A segment that leaves a layer one value per channel has no variance: in that layer it
-    is joined to the segment before it, or to the next one where it is the first. A layer that the network calls twice
-    in one pass updates its running statistics for all segments of the first call, then for all of the second.
-
-    Left as they are: layers in eval mode, every layer while no :meth:`step` is open, and copies: a network that is
-    deep-copied or pickled meanwhile comes out plain. With activation checkpointing keep the step open until
-    ``backward()`` is through, for the forward pass is run again there. Under ``torch.compile`` each tuple of sizes is
-    one graph of its own.
+    Left as they are: layers in eval mode, every layer while no :meth:`step` is open, and copies of the network. With
+    activation checkpointing keep the step open until ``backward()`` is through, which runs the forward pass again.
 
     Args:
         network: Holds the layers: torch's ``BatchNorm1d`` to ``3d`` and whatever derives from them, as timm's
@@ -64,29 +57,33 @@ class BatchNormSegments:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        layers = {name: module for name, module in network.named_modules() if _is_batch_norm(name, module)}
-        for name, layer in layers.items():
-            _check_layer(name, layer)
+        layers = {}
+        for name, module in network.named_modules():
+            if isinstance(module, _BatchNorm):
+                _check_layer(name, module)
+                layers[name] = module
+            elif isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
+                raise ConfigurationError(
+                    f"layer {name!r} is a {module.original_name} compiled by TorchScript; use it plain"
+                )
         self.count = len(layers)
         self._layers = layers
         self._sizes: tuple[int, ...] | None = None
         self._closed = False
-        classes = {plain: self._segmented(plain) for plain in {type(layer) for layer in layers.values()}}
-        # The layer itself gets another class. A new module in its place, even one that adopts the dictionaries of
-        # parameters and buffers, would leave behind whoever holds the layer: hooks, taps, a second parent, the
-        # activation inside a BatchNormAct2d.
+        classes = {
+            plain: type(f"Segmented{plain.__name__}", (_Segmented, plain), {"plain": plain, "owner": self})
+            for plain in {type(layer) for layer in layers.values()}
+        }
+        # A new module in the layer's place would leave behind whoever holds the layer: hooks, taps, a second parent.
         for layer in layers.values():
-            _become(layer, classes[type(layer)])
-
-    def _segmented(self, plain: type[_BatchNorm]) -> type[_BatchNorm]:
-        return type(f"Segmented{plain.__name__}", (_Segmented, plain), {"plain": plain, "owner": self})
+            layer.__class__ = classes[type(layer)]
 
     @contextmanager
     def step(self, sizes: Sequence[int]) -> Iterator[None]:
         """While open, layers in training mode split their rows into segments and update once per segment, in order.
 
         Args:
-            sizes: Rows of each segment in the order of the batch, not negative; an empty one is skipped.
+            sizes: Rows of each segment in the order of the batch; an empty one is skipped.
 
         Raises:
             ArgumentError: If a size is no whole number or negative, or there are no rows at all.
@@ -94,9 +91,7 @@ class BatchNormSegments:
             ConfigurationError: After :meth:`close`.
         """
         if self._closed:
-            raise ConfigurationError(
-                "step() after close(): the layers are plain again; make a new BatchNormSegments(network)"
-            )
+            raise ConfigurationError("step() after close(); make a new BatchNormSegments(network)")
         outer, self._sizes = self._sizes, _checked_sizes(sizes)
         try:
             yield
@@ -108,14 +103,8 @@ class BatchNormSegments:
         for layer in self._layers.values():
             # a class that somebody else has put on top since then keeps this one as its base, where it does nothing
             if isinstance(layer, _Segmented) and type(layer).__dict__.get("owner") is self:
-                _become(layer, layer.plain)
+                layer.__class__ = layer.plain  # type: ignore[assignment]
         self._layers, self._sizes, self._closed = {}, None, True
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise ConfigurationError(
-            "a BatchNormSegments can't be copied or pickled, for the layers of a copied network are plain; "
-            "make a new one of the copy"
-        )
 
     def _lengths(self, layer: _BatchNorm, shape: torch.Size, sizes: tuple[int, ...]) -> list[int]:
         """Return how many rows the layer normalises together, part by part."""
@@ -123,8 +112,8 @@ class BatchNormSegments:
         if rows < total or rows % total:
             name = next(name for name, known in self._layers.items() if known is layer)
             raise BatchError(
-                f"sizes {list(sizes)} add up to {total} rows, but the batch has {rows} at layer {name!r}; "
-                f"the rows must be their sum, or a whole multiple where the network folds patches into the batch"
+                f"sizes {list(sizes)} add up to {total} rows, but the batch has {rows} at layer {name!r}; they must be "
+                "their sum, or a whole multiple where the network folds patches into the batch"
             )
         scale, values = rows // total, math.prod(shape[1:]) // layer.num_features
         lengths: list[int] = []
@@ -155,26 +144,12 @@ class _Segmented(_BatchNorm):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return what the plain layer says: a copy has nobody to close it."""
-        segmented = type(self)
-        _become(self, self.plain)
+        segmented, self.__class__ = type(self), self.plain  # type: ignore[assignment]
         try:
             # the form of protocol 0, valid in every protocol: in that of the others pickle wants the object's own class
             return self.__reduce_ex__(0)
         finally:
-            _become(self, segmented)
-
-
-def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
-    layer.__class__ = kind
-
-
-def _is_batch_norm(name: str, module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
-        raise ConfigurationError(
-            f"layer {name!r} is a {module.original_name} compiled by TorchScript, whose code is fixed; "
-            f"give the network before torch.jit.script"
-        )
-    return isinstance(module, _BatchNorm)
+            self.__class__ = segmented
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
@@ -188,8 +163,8 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     # other libraries' layers don't derive from torch's SyncBatchNorm; they have its name and its process group
     if hasattr(layer, "process_group") or any("SyncBatchNorm" in base.__name__ for base in type(layer).__mro__):
         raise ConfigurationError(
-            f"layer {name!r} is a {kind}, which normalises over all processes at once and can't be cut into segments; "
-            f"use plain BatchNorm (sync_batchnorm=False), or one joint batch"
+            f"layer {name!r} is a {kind}, which normalises over all processes at once; use plain BatchNorm "
+            "(sync_batchnorm=False), or one joint batch"
         )
 
 

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clkit.methods.replay.contrast import wide
 from clkit.methods.replay.stored import MemoryRows
 
-__all__ = ["Part", "StepBatch", "StepOutputs", "StepViews", "Transform", "arrange", "cross_entropy", "total_loss"]
+__all__ = ["Block", "StepBatch", "StepOutputs", "StepViews", "Transform", "arrange", "cross_entropy", "total_loss"]
 
 Transform = Callable[[Tensor, Tensor, int], Tensor]
 """``(images, positions, total) -> views``: ``positions`` of the images among all ``total`` that a step augments."""
 
 
-class Part(NamedTuple):
+class Block(NamedTuple):
     """Images that go through the network as one block.
 
     Attributes:
@@ -37,12 +38,12 @@ class Part(NamedTuple):
     augment: bool = True
 
     @classmethod
-    def whole(cls, images: Tensor, labels: Tensor) -> Part:
+    def whole(cls, images: Tensor, labels: Tensor) -> Block:
         """Return the images of a run of one process."""
         return cls(images, labels, torch.arange(len(images)), len(images))
 
     @property
-    def plain(self) -> Part:
+    def plain(self) -> Block:
         """The same images, not augmented."""
         return self._replace(augment=False)
 
@@ -58,8 +59,8 @@ class StepBatch(NamedTuple):
         extras: For each name of the strategy's ``extra_names`` the tensors stored with the rows of ``replay``.
     """
 
-    new: Part
-    replay: Part
+    new: Block
+    replay: Block
     wanted: int
     rows: MemoryRows
     extras: Mapping[str, Tensor]
@@ -67,36 +68,21 @@ class StepBatch(NamedTuple):
 
 @dataclass
 class StepViews:
-    """All images of a step, in the order in which they go through the network.
+    """All images of a step, in the order in which they go through the network."""
 
-    Attributes:
-        images: (N, …).
-        segments: Numbers of rows that belong together for batch normalisation, in order; they add up to N.
-        rows: Where each block lies.
-        labels: The labels of each block.
-        stream: Where the incoming images themselves lie; ``None`` where only augmented ones are among the blocks.
-    """
-
-    images: Tensor
-    segments: list[int]
-    rows: dict[str, slice]
-    labels: dict[str, Tensor]
-    stream: slice | None = None
+    images: Tensor  # (N, …)
+    segments: list[int]  # numbers of rows that belong together for batch normalisation, in order
+    rows: dict[str, slice]  # where each block lies
+    labels: dict[str, Tensor]  # of each block
+    stream: slice | None = None  # where the incoming images themselves lie, if they are among the blocks
 
 
 class StepOutputs:
-    """What the network gave for the blocks of a step.
-
-    Args:
-        views: Where the blocks lie.
-        logits: (N, C).
-        features: (N, D), what goes into the classifier.
-        embeddings: (N, p) unit rows of the projector; ``None`` where there is none.
-    """
+    """What the network gave for the blocks of a step: logits (N, C), features (N, D) and, if any, embeddings (N, p)."""
 
     def __init__(self, views: StepViews, logits: Tensor, features: Tensor, embeddings: Tensor | None = None) -> None:
         self.views = views
-        self.all_logits = logits if logits.dtype == torch.float64 else logits.float()
+        self.all_logits = wide(logits)
         self.all_features = features
         self.all_embeddings = embeddings
 
@@ -126,48 +112,42 @@ class StepOutputs:
 
 
 def arrange(
-    segments: Sequence[Mapping[str, Part]], transform: Transform | None, stream: Tensor | None = None
+    segments: Sequence[Mapping[str, Block]], transform: Transform | None, stream: Tensor | None = None
 ) -> StepViews:
     """Put the blocks of a step behind one another, and augment what shall be augmented in one call.
 
     Args:
         segments: Blocks by name; those of one mapping are normalised together.
-        transform: Augments images, each on its own; ``None`` to augment nothing.
-        stream: The incoming images; the first block that holds them unchanged is remembered.
+        transform: Augments images; ``None`` to augment nothing.
+        stream: The incoming images, to be found among those that are not augmented.
 
     Example:
-        >>> part = Part.whole(torch.ones(2, 3), torch.tensor([0, 1]))
-        >>> views = arrange([{"plain": part.plain}, {"new": part}], lambda images, at, total: 2 * images)
+        >>> block = Block.whole(torch.ones(2, 3), torch.tensor([0, 1]))
+        >>> views = arrange([{"plain": block.plain}, {"new": block}], lambda images, at, total: 2 * images)
         >>> views.segments, views.rows["new"], views.images[views.rows["new"]].sum().item()
         ([2, 2], slice(2, 4, None), 12.0)
     """
-    parts: list[Part] = []
-    sizes: list[int] = []
+    blocks = {name: block for segment in segments for name, block in segment.items()}
     rows: dict[str, slice] = {}
-    labels: dict[str, Tensor] = {}
     end = total = 0
-    positions, shown = [], None
-    for segment in segments:
-        start = end
-        for name, part in segment.items():
-            end += len(part.images)
-            rows[name] = slice(end - len(part.images), end)
-            labels[name] = part.labels
-            parts.append(part)
-            if part.augment and transform is not None:
-                positions.append(total + part.at)
-                total += part.total
-            elif part.images is stream and shown is None:
-                shown = rows[name]
-        if end > start:
-            sizes.append(end - start)
-    images = [part.images for part in parts]
+    positions, plain, shown = [], [], None
+    for name, block in blocks.items():
+        end += len(block.images)
+        rows[name] = slice(end - len(block.images), end)
+        if block.augment and transform is not None:
+            plain.append(block.images)
+            positions.append(total + block.at)
+            total += block.total
+        elif block.images is stream and shown is None:
+            shown = rows[name]
+    images = [block.images for block in blocks.values()]
     if positions and transform is not None:
-        plain = [part.images for part in parts if part.augment]
         augmented = transform(torch.cat(plain), torch.cat(positions), total)
         views = iter(torch.split(augmented, [len(each) for each in plain]))
-        images = [next(views) if part.augment else part.images for part in parts]
-    return StepViews(torch.cat(images), sizes, rows, labels, shown)
+        images = [next(views) if block.augment else block.images for block in blocks.values()]
+    sizes = [sum(len(block.images) for block in segment.values()) for segment in segments]
+    labels = {name: block.labels for name, block in blocks.items()}
+    return StepViews(torch.cat(images), [size for size in sizes if size], rows, labels, shown)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from clkit.methods.replay.rows import NUMBERS, RowCodec, RowTable, taken
 
 __all__ = ["MemoryRows", "StoredRows"]
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class MemoryRows(NamedTuple):
-    """Rows read from a :class:`ReservoirBuffer`, copies on its device; ``rows.data, rows.label`` is the usual use.
+    """Rows read from a :class:`ReservoirBuffer`, copies on its device.
 
     Attributes:
         data: (k, …) as they were given to ``add``, in the same dtype.
@@ -38,8 +40,8 @@ class MemoryRows(NamedTuple):
 
     def take(self, at: Tensor) -> MemoryRows:
         """Return some of the rows, by their positions (m,) on the host."""
-        data, label, experience, arrival, origin = (each[at.to(each.device)] for each in self[:5])
         extras = {name: each[at.to(each.device)] for name, each in self.extras.items()}
+        data, label, experience, arrival, origin = (each[at.to(each.device)] for each in self[:5])
         return MemoryRows(data, label, experience, arrival, origin, extras)
 
 
@@ -60,7 +62,7 @@ class StoredRows(PlainState):
             generator: A CPU generator to draw with, torch's global one if ``None``.
 
         Raises:
-            NotFittedError: If nothing was ever added.
+            NotFittedError: If nothing was ever added, as in the methods below.
         """
         check_count("k", k, at_least=0)
         table = self._filled()
@@ -77,11 +79,10 @@ class StoredRows(PlainState):
             class_id: A class that has rows in memory, one of :meth:`classes`.
             k: Rows wanted, at least 0; without replacement at most as many as there are.
             replace: Draw each of the ``k`` from all rows of the class.
-            generator: A CPU generator to draw with, torch's global one if ``None``.
+            generator: As for :meth:`sample`.
 
         Raises:
             ArgumentError: If the class has no row in memory.
-            NotFittedError: If nothing was ever added.
         """
         check_count("k", k, at_least=0)
         table = self._filled()
@@ -95,20 +96,14 @@ class StoredRows(PlainState):
         return self._rows_at(table, at[drawn.numpy()])
 
     def sample_classes(self, class_ids: Tensor, generator: torch.Generator | None = None) -> MemoryRows:
-        """Return one random row of each class that is named, drawn with replacement.
-
-        Use it instead of many calls of :meth:`sample_class`: the labels are sorted once, and the rows read at once.
+        """Return one random row of each class that is named, in their order; faster than :meth:`sample_class` for each.
 
         Args:
             class_ids: (k,) integers, each one of :meth:`classes`; a class may be named any number of times.
-            generator: A CPU generator to draw with, torch's global one if ``None``.
-
-        Returns:
-            k rows in the order of ``class_ids``.
+            generator: As for :meth:`sample`.
 
         Raises:
             ArgumentError: If they are no such integers, or a class has no row in memory.
-            NotFittedError: If nothing was ever added.
 
         Example:
             >>> from clkit.methods import ReservoirBuffer
@@ -119,7 +114,12 @@ class StoredRows(PlainState):
             ([7, 0, 7], [2, 2])
         """
         table = self._filled()
-        named = _checked_class_ids(class_ids)
+        if not isinstance(class_ids, Tensor) or class_ids.ndim != 1 or class_ids.dtype not in _INTEGERS:
+            told = (
+                f"{class_ids.dtype} of shape {tuple(class_ids.shape)}" if isinstance(class_ids, Tensor) else class_ids
+            )
+            raise ArgumentError(f"class_ids must be a tensor (k,) of integer class ids, got {told}")
+        named = class_ids.detach().to("cpu", torch.int64).numpy()
         labels = table.now("label")
         order = labels.argsort(kind="stable")
         first, behind = (labels.searchsorted(named, side, order) for side in ("left", "right"))
@@ -165,22 +165,22 @@ class StoredRows(PlainState):
 
     @property
     def label(self) -> Tensor:
-        """(size,) int64."""
+        """(size,) int64, as the three below."""
         return self._number("label")
 
     @property
     def experience(self) -> Tensor:
-        """(size,) int64."""
+        """Number of the experience of each row."""
         return self._number("experience")
 
     @property
     def arrival(self) -> Tensor:
-        """(size,) int64, 0-based number of each row in its stream."""
+        """0-based number of each row in its stream."""
         return self._number("arrival")
 
     @property
     def origin(self) -> Tensor:
-        """(size,) int64, the stream of each row: 0 for rows added here, others for rows of merged memories."""
+        """The stream of each row: 0 for rows added here, others for rows of merged memories."""
         return self._number("origin")
 
     def _filled(self) -> RowTable:
@@ -196,16 +196,5 @@ class StoredRows(PlainState):
         with exact():
             numbers = torch.from_numpy(np.stack([table.numbers[name][at] for name in NUMBERS])).to(self._device)
             tensors = {name: taken(tensor, at) for name, tensor in table.tensors.items()}
-            data = self._codec.decode(tensors.pop("data"), table.layout.dtypes["data"])
+            data = self._codec.decode(tensors.pop("data"), table.layout["data"][1])
             return MemoryRows(data, **dict(zip(NUMBERS, numbers.unbind(), strict=True)), extras=tensors)
-
-
-def _checked_class_ids(class_ids: Tensor) -> Ids:
-    told = type(class_ids).__name__
-    if isinstance(class_ids, Tensor):
-        told = f"{class_ids.dtype} of shape {tuple(class_ids.shape)}"
-        floating = class_ids.dtype.is_floating_point or class_ids.dtype.is_complex
-        if class_ids.ndim == 1 and not floating and class_ids.dtype != torch.bool:
-            ids: Ids = class_ids.detach().to("cpu", torch.int64).numpy()
-            return ids
-    raise ArgumentError(f"class_ids must be a tensor (k,) of integer class ids, got {told}")

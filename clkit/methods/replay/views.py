@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_probability
+from clkit.methods.replay.contrast import wide
 
 __all__ = ["VARIANTS", "RandomViews", "Rotation", "rotate_views", "variant_labels"]
 
 Rotation = Literal["rot16", "rot4", "none"]
 
-VARIANTS: dict[str, int] = {"rot16": 16, "rot4": 4, "none": 1}
-"""Rotated variants of one image, by name."""
+VARIANTS: dict[str, int] = {"rot16": 16, "rot4": 4, "none": 1}  # of one image
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _TRIES = 10  # crops proposed per image; the first that fits is taken
@@ -27,24 +27,13 @@ _TRIES = 10  # crops proposed per image; the first that fits is taken
 def rotate_views(images: Tensor, rotation: Rotation = "rot16") -> Tensor:
     r"""Return all rotated variants of a batch, variant-major: rows ``[k·B, (k+1)·B)`` are variant k of all images.
 
-    Use it to make several classes out of one: a turned image counts as another class in a contrastive loss.
-
-    ============ ========= ===========================================================================
-    ``rotation`` variants  which
-    ============ ========= ===========================================================================
-    ``rot16``    16        four images (as it is; left half turned by 180 degrees; each half turned;
-                           right half turned), each of them turned by 0, 180, 90, 270 degrees
-    ``rot4``     4         turned by 0, 90, 180, 270 degrees, counter-clockwise
-    ``none``     1         the batch itself
-    ============ ========= ===========================================================================
+    ``"rot4"`` turns the images by 0, 90, 180, 270 degrees, counter-clockwise. ``"rot16"`` makes four images (as it is;
+    left half turned by 180 degrees; each half turned; right half turned), each of them turned by 0, 180, 90, 270
+    degrees. ``"none"`` gives the batch itself.
 
     Args:
-        images: (B, c, H, W) of any dtype; square for ``rot4``, square with an even side for ``rot16``. Nothing is
-            asked of it for ``none``.
-        rotation: See the table.
-
-    Returns:
-        (V·B, c, H, W), same dtype and device.
+        images: (B, c, H, W) of any dtype; square for ``rot4``, square with an even side for ``rot16``.
+        rotation: ``"rot16"``, ``"rot4"`` or ``"none"``.
 
     Raises:
         ArgumentError: If ``rotation`` is none of the three.
@@ -59,9 +48,19 @@ def rotate_views(images: Tensor, rotation: Rotation = "rot16") -> Tensor:
     check_choice("rotation", rotation, tuple(VARIANTS))
     if rotation == "none":
         return images
-    _check_square(images, rotation)
+    if images.ndim != 4:
+        raise BatchError(f"images must have shape (B, c, H, W) for rotation={rotation!r}, got {tuple(images.shape)}")
+    height, width = images.shape[2:]
+    if height != width:
+        raise BatchError(
+            f"rotation={rotation!r} needs square images, got {height} x {width}; crop them, or use rotation='none'"
+        )
     if rotation == "rot4":
         return torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
+    if width % 2:
+        raise BatchError(
+            f"rotation='rot16' turns half images and needs an even side, got {height} x {width}; use rotation='rot4'"
+        )
     left, right = images.chunk(2, dim=3)
     left_turned, right_turned = left.flip((2, 3)), right.flip((2, 3))
     halves = [(left, right), (left_turned, right), (left_turned, right_turned), (left, right_turned)]
@@ -94,29 +93,13 @@ def variant_labels(labels: Tensor, variants: int, num_classes: int, mixed: Tenso
     return ids.flatten()
 
 
-def _check_square(images: Tensor, rotation: str) -> None:
-    if images.ndim != 4:
-        raise BatchError(f"images must have shape (B, c, H, W) for rotation={rotation!r}, got {tuple(images.shape)}")
-    height, width = images.shape[2:]
-    if height != width:
-        raise BatchError(
-            f"rotation={rotation!r} needs square images, got {height} x {width}; crop them, or use rotation='none'"
-        )
-    if rotation == "rot16" and width % 2:
-        raise BatchError(
-            f"rotation='rot16' turns half images and needs an even side, got {height} x {width}; "
-            f"use rotation='rot4' or rotation='none'"
-        )
-
-
 @dataclass(frozen=True)
 class RandomViews:
     r"""Random flip, grey and resized crop of a batch on its device, drawn independently for each image.
 
-    Use it as the augmentation of a replay method. The steps, in order: horizontal flip; grey (all three channels
-    become their luma; skipped unless there are three); a random crop resized to the image's size, by bilinear
-    sampling with reflection at the borders. Each image takes 24 numbers from the generator, one image after the
-    other, so that how a stream is cut into batches does not change what an image becomes. Gradients pass through.
+    In order: horizontal flip; grey (three channels become their luma); a random crop resized to the image's size, by
+    bilinear sampling with reflection at the borders. Each image takes 24 numbers from the generator, one image after
+    the other, so that how a stream is cut into batches does not change what an image becomes. Gradients pass through.
 
     Args:
         flip: Probability of a horizontal flip.
@@ -134,8 +117,7 @@ class RandomViews:
         torch.Size([5, 3, 8, 8])
     """
 
-    per_sample: ClassVar[bool] = True
-    """A batch may be given whole: its images get draws of their own."""
+    per_sample: ClassVar[bool] = True  # a batch may be given whole
 
     flip: float = 0.5
     grey: float = 0.25
@@ -149,25 +131,19 @@ class RandomViews:
         _check_range("aspect", self.aspect, math.inf)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the random numbers of ``count`` images, (count, 24) float64, for a call that gets them as ``numbers``.
-
-        So each of several processes can draw for all images of a step and use the numbers of its own.
-        """
+        """Draw the random numbers of ``count`` images, (count, 24) float64, to be passed on as ``numbers``."""
         device = "cpu" if generator is None else generator.device
         return torch.rand(count, 4 + 2 * _TRIES, generator=generator, dtype=torch.float64, device=device)
 
     def __call__(
         self, images: Tensor, generator: torch.Generator | None = None, *, numbers: Tensor | None = None
     ) -> Tensor:
-        """Return new views of the images.
+        """Return new views of the images, of the same shape, dtype and device.
 
         Args:
             images: (B, c, H, W), floating point.
             generator: Where the numbers come from; ``None`` for torch's global generator.
             numbers: (B, 24), the numbers themselves, from :meth:`draw`.
-
-        Returns:
-            (B, c, H, W), same dtype and device.
 
         Raises:
             BatchError: If the images are of another form.
@@ -178,14 +154,15 @@ class RandomViews:
                 f"got {images.dtype} of shape {tuple(images.shape)}"
             )
         drawn = self.draw(len(images), generator) if numbers is None else numbers
-        # below float32 the sampling points themselves would be rounded by whole pixels
-        wide = images if images.dtype == torch.float64 else images.float()
+        views = wide(images)  # below float32 the sampling points themselves would be rounded by whole pixels
         chosen = (drawn[:, :2] < drawn.new_tensor([self.flip, self.grey])).to(images.device)[:, :, None, None, None]
-        wide = torch.where(chosen[:, 0], wide.flip(3), wide)
+        views = torch.where(chosen[:, 0], views.flip(3), views)
         if images.shape[1] == 3:
-            wide = torch.where(chosen[:, 1], _luma(wide), wide)
-        boxes = self._boxes(drawn[:, 2:], *images.shape[2:]).to(wide)
-        return _resampled(wide, boxes).to(images.dtype)
+            # no product of matrices, which autocast would round
+            luma = (views * views.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+            views = torch.where(chosen[:, 1], luma.expand_as(views), views)
+        boxes = self._boxes(drawn[:, 2:], *images.shape[2:]).to(views)
+        return _resampled(views, boxes).to(images.dtype)
 
     def _boxes(self, drawn: Tensor, height: int, width: int) -> Tensor:
         """Return (B, 4): centre x, y in [-1, 1] and the share of the width and of the height of each crop."""
@@ -203,11 +180,6 @@ def _check_range(name: str, bounds: tuple[float, float], limit: float) -> None:
     if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= limit or not math.isfinite(bounds[1]):
         limit_told = f" and at most {limit}" if math.isfinite(limit) else ""
         raise ArgumentError(f"{name} must be two finite numbers above 0{limit_told}, the smaller first, got {bounds!r}")
-
-
-def _luma(images: Tensor) -> Tensor:
-    weights = images.new_tensor(_LUMA)[:, None, None]  # no product of matrices, which autocast would round
-    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
 
 
 def _resampled(images: Tensor, boxes: Tensor) -> Tensor:
