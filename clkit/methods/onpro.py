@@ -24,6 +24,7 @@ from clkit.methods.replay.mixing import (
     pair_counts,
     pair_probabilities,
 )
+from clkit.methods.replay.rows import check_labels
 from clkit.methods.replay.step import Block, StepOutputs, cross_entropy
 from clkit.methods.replay.views import VARIANTS, Rotation, rotate_views, variant_labels
 from clkit.schema import FLOATS, Numbers, Table, read_state
@@ -274,7 +275,7 @@ class OnlinePrototypes:
         """
         if not images.dtype.is_floating_point:
             raise BatchError(f"images must be floating-point numbers to be mixed, got {images.dtype}")
-        contrast.check_labels("labels", labels, len(images))
+        check_labels("labels", labels, len(images))
         size = len(images) if size is None else size
         stored = set(memory.classes())
         shared = [c for c in self.ids.tolist() if c in stored]

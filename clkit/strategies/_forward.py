@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_choice, check_count
-from clkit.methods.replay.contrast import Projector, check_labels
+from clkit.methods.replay.contrast import Projector
+from clkit.methods.replay.rows import check_labels
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.step import StepOutputs, StepViews
 

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_count, check_number
+from clkit.methods.replay.rows import check_labels
 
 __all__ = [
     "Projector",
     "PrototypeContrast",
-    "check_labels",
     "check_rows",
     "draw_offset",
     "instance_contrast",
@@ -319,18 +319,3 @@ def check_rows(name: str, rows: Tensor, *shape: int) -> None:
         raise BatchError(
             f"{name} must be floating-point numbers of shape ({told}), got {rows.dtype} of shape {tuple(rows.shape)}"
         )
-
-
-def check_labels(name: str, labels: Tensor, rows: int, *, below: int | None = None) -> None:
-    """Refuse what is no vector of so many integers, from 0 if there is a limit to them."""
-    if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
-        raise BatchError(f"{name} must be integers, got {labels.dtype}; call .long() if they are whole numbers")
-    if labels.shape != (rows,):
-        raise BatchError(f"{name} must have shape ({rows},), got {tuple(labels.shape)}")
-    if below is not None and labels.device.type == "cpu" and rows:  # elsewhere the question would cost a wait
-        low, high = (int(bound) for bound in labels.aminmax())
-        if low < 0 or high >= below:
-            raise BatchError(
-                f"{name} must be class ids from 0 to {below - 1}, as the head has {below} outputs, "
-                f"got {low if low < 0 else high}; make the head as wide as the number of classes"
-            )

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_number, check_probability
-from clkit.methods.replay.contrast import check_labels, check_rows, wide
+from clkit.methods.replay.contrast import check_rows, wide
+from clkit.methods.replay.rows import check_labels
 
 __all__ = [
     "MixedBatch",

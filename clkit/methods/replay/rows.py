@@ -11,7 +11,6 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import Ids, check_count, check_number
-from clkit.methods.replay.contrast import check_labels
 
 __all__ = [
     "EXPERIENCE_LIMIT",
@@ -19,6 +18,7 @@ __all__ = [
     "Layout",
     "RowCodec",
     "RowTable",
+    "check_labels",
     "check_layout",
     "checked_experience",
     "checked_rows",
@@ -90,6 +90,21 @@ def _host_integers(name: str, values: Tensor, rows: int) -> Ids:
             f"{name} must not be negative, got {numbers.min()} in row {numbers.argmin()}; leave unlabelled rows out"
         )
     return numbers
+
+
+def check_labels(name: str, labels: Tensor, rows: int, *, below: int | None = None) -> None:
+    """Refuse what is no vector of so many integers, from 0 if there is a limit to them."""
+    if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
+        raise BatchError(f"{name} must be integers, got {labels.dtype}; call .long() if they are whole numbers")
+    if labels.shape != (rows,):
+        raise BatchError(f"{name} must have shape ({rows},), got {tuple(labels.shape)}")
+    if below is not None and labels.device.type == "cpu" and rows:  # elsewhere the question would cost a wait
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= below:
+            raise BatchError(
+                f"{name} must be class ids from 0 to {below - 1}, as the head has {below} outputs, "
+                f"got {low if low < 0 else high}; make the head as wide as the number of classes"
+            )
 
 
 class RowTable:

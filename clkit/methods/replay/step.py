@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clkit.methods.replay.contrast import wide
 from clkit.methods.replay.stored import MemoryRows
 
 __all__ = ["Block", "StepBatch", "StepOutputs", "StepViews", "Transform", "arrange", "cross_entropy", "total_loss"]
@@ -82,7 +81,7 @@ class StepOutputs:
 
     def __init__(self, views: StepViews, logits: Tensor, features: Tensor, embeddings: Tensor | None = None) -> None:
         self.views = views
-        self.all_logits = wide(logits)
+        self.all_logits = logits if logits.dtype == torch.float64 else logits.float()
         self.all_features = features
         self.all_embeddings = embeddings
 

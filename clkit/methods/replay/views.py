@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_probability
-from clkit.methods.replay.contrast import wide
 
 __all__ = ["VARIANTS", "RandomViews", "Rotation", "rotate_views", "variant_labels"]
 
@@ -154,7 +153,8 @@ class RandomViews:
                 f"got {images.dtype} of shape {tuple(images.shape)}"
             )
         drawn = self.draw(len(images), generator) if numbers is None else numbers
-        views = wide(images)  # below float32 the sampling points themselves would be rounded by whole pixels
+        # below float32 the sampling points themselves would be rounded by whole pixels
+        views = images if images.dtype == torch.float64 else images.float()
         chosen = (drawn[:, :2] < drawn.new_tensor([self.flip, self.grey])).to(images.device)[:, :, None, None, None]
         views = torch.where(chosen[:, 0], views.flip(3), views)
         if images.shape[1] == 3:
