@@ -30,7 +30,7 @@ from clkit.cli.main import main
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError
 from clkit.models import TimmClassifier
-from clkit.report.intervals import t_interval
+from clkit.report.comparison import t_interval
 from clkit.runs import settings
 from clkit.runs._run_settings import RunSettings
 from clkit.runs.recipes import read_recipe

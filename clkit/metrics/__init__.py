@@ -1,8 +1,37 @@
-"""Metrics of continual learning, as ``torchmetrics.Metric`` objects and as functions (:mod:`.functional`)."""
+"""Metrics of continual learning, as ``torchmetrics.Metric`` objects and as functions (:mod:`.functional`).
+
+All metrics are fed in the same way: ``update(predictions, targets, experience)`` with the test samples of an experience
+(``experience`` counts from 0, as :class:`clkit.Experience` does), and ``next_stage()`` each time an experience was
+learned. Stage 0 is before any training (only :class:`ForwardTransfer` reads it), stage ``i`` is after the ``i``-th
+experience. Constructors take the keyword arguments of ``torchmetrics.Metric``. The definitions and their sources stand
+in :mod:`clkit.metrics.functional`, the values are those of ``results.json``: float64, ``NaN`` where not defined.
+
+The state is a list of exact integer counts, one row for every combination of stage, experience and class that really
+occurred. So class ids may have gaps and be large, nothing need be known about the stream beforehand, and processes that
+saw different experiences or classes are added up exactly.
+
+In a ``LightningModule``:
+
+* log ``metric.compute()``, not the metric: ``log`` would reset it at the end of the epoch, and these remember a stream;
+* counts add up, so evaluate each stage once, and skip batches while ``trainer.sanity_checking``;
+* call ``metric.persistent(True)`` to have the counts in checkpoints.
+
+Example:
+    >>> import torch
+    >>> for metric in AverageIncrementalAccuracy(), AverageAccuracy(), Forgetting(), BackwardTransfer():
+    ...     metric.next_stage()
+    ...     metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)
+    ...     metric.next_stage()
+    ...     metric.update(torch.tensor([0, 7, 7, 7]), torch.tensor([0, 1, 7, 7]), torch.tensor([0, 0, 1, 1]))
+    ...     print(type(metric).__name__, float(metric.compute()))
+    AverageIncrementalAccuracy 0.875
+    AverageAccuracy 0.75
+    Forgetting 0.5
+    BackwardTransfer -0.5
+"""
 
 from __future__ import annotations
 
-from clkit.metrics.confusion import StreamConfusionMatrix
 from clkit.metrics.continual import (
     AMCA,
     AccuracyMatrix,
@@ -14,6 +43,7 @@ from clkit.metrics.continual import (
     Forgetting,
     ForwardTransfer,
     PerClassAccuracy,
+    StreamConfusionMatrix,
 )
 
 __all__ = [

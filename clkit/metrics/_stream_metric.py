@@ -25,7 +25,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class StreamMetric(Metric):
-    """What all metrics of a stream share: counts by stage, added up over batches and processes.
+    """Counts by stage, added up over batches and processes.
 
     A row of the state ``counts`` is a key of ``_keys`` integers, the first of which is the stage, and the number of
     samples with that key. Rows are distinct and sorted, so the state does not depend on the order or the size of
@@ -55,9 +55,7 @@ class StreamMetric(Metric):
     @stage.setter
     def stage(self, value: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ArgumentError(
-                f"stage is {value!r}: it must be an integer >= 0, the number of experiences learned so far"
-            )
+            raise ArgumentError(f"stage is {value!r}: give the number of experiences learned so far, an integer >= 0")
         self.current_stage = torch.full_like(self.current_stage, value)
         self._computed = None
 
@@ -78,15 +76,11 @@ class StreamMetric(Metric):
         """
         predictions, targets, experiences = _checked_batch(predictions, targets, experience)
         keys = self._key(self.current_stage.expand(len(targets)), experiences, targets, predictions)[targets >= 0]
-        self._add(torch.cat([keys, torch.ones_like(keys[:, :1])], dim=1))
+        self.counts = _summed(self.counts, torch.cat([keys, torch.ones_like(keys[:, :1])], dim=1))
 
     @abstractmethod
     def _key(self, stages: Tensor, experiences: Tensor, targets: Tensor, predictions: Tensor) -> Tensor:
         """Return (B, keys) int64: under which key each sample is counted."""
-
-    def _add(self, *tables: Tensor) -> None:
-        rows = torch.cat([self.counts, *tables])
-        self.counts = add_up(rows[:, :-1], rows[:, -1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Count a batch as :meth:`update` does and return the metric of this batch alone at the current stage."""
@@ -115,19 +109,13 @@ class StreamMetric(Metric):
 
         def gather_rows(state: Tensor, group: Any | None = None) -> list[Tensor]:
             gathered: list[Tensor] = gather(state, group=group)
-            if state.ndim < 2:
-                return gathered
             # Tables of different lengths cannot be stacked: hand over the one table that is their sum.
-            rows = torch.cat(gathered)
-            return [add_up(rows[:, :-1], rows[:, -1])]
+            return [_summed(*gathered)] if state.ndim == 2 else gathered
 
         super().sync(gather_rows, process_group, should_sync, distributed_available)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric of the same class, or its ``metric_state``, has counted.
-
-        Args:
-            incoming_state: The other metric or its state. The stage becomes the higher of the two.
+        """Add what another metric of the same class, or its ``metric_state``, has counted; the higher stage stays.
 
         Raises:
             ArgumentError: If it is not the state of such a metric.
@@ -150,7 +138,7 @@ class StreamMetric(Metric):
                 f"incoming_state has counts of shape {tuple(counts.shape)}: those of a {type(self).__name__} are"
                 f" (rows, {self._keys + 1})"
             )
-        self._add(counts.to(self.counts.device))
+        self.counts = _summed(self.counts, counts.to(self.counts.device))
         self.current_stage = torch.maximum(self.current_stage, stage.to(self.current_stage.device))
         self._update_count += 1
         self._computed = None
@@ -160,14 +148,7 @@ class StreamMetric(Metric):
         return self
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the metric.
-
-        Args:
-            ax: Axes to draw on; default: those of a new figure, which matplotlib's global state does not keep.
-
-        Returns:
-            The figure and its axes.
-        """
+        """Draw the metric on given axes, or on those of a new figure that pyplot does not know; return both."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             counts = self.counts.cpu()
         return self._draw(counts, ax)
@@ -198,10 +179,7 @@ class StreamMetric(Metric):
 
 
 class AccuracyMetric(StreamMetric):
-    """A metric of hits and misses; those of one collection share the state.
-
-    The state is a table of :class:`StreamCounts` in which a wrong prediction stands as -1.
-    """
+    """A metric whose state is a table of :class:`StreamCounts` in which a wrong prediction stands as -1."""
 
     higher_is_better: bool | None = True
     plot_lower_bound: float | None = 0.0
@@ -220,12 +198,15 @@ class AccuracyMetric(StreamMetric):
         return self._figure(StreamCounts(counts).tables(), ax)
 
     @abstractmethod
-    def _of(self, tables: Tables) -> Tensor | float:
-        """Return the value that the tables give."""
+    def _of(self, tables: Tables) -> Tensor | float: ...
 
     @abstractmethod
-    def _figure(self, tables: Tables, ax: Axes | None) -> tuple[Figure, Axes]:
-        """Draw what the tables give."""
+    def _figure(self, tables: Tables, ax: Axes | None) -> tuple[Figure, Axes]: ...
+
+
+def _summed(*tables: Tensor) -> Tensor:
+    rows = torch.cat(tables)
+    return add_up(rows[:, :-1], rows[:, -1])
 
 
 def _checked_batch(predictions: Tensor, targets: Tensor, experience: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,13 +223,9 @@ def _checked_batch(predictions: Tensor, targets: Tensor, experience: int | Tenso
             f"predictions has {len(predictions)} entries, targets {len(targets)} and experience {len(experiences)}:"
             " give one of each a sample"
         )
-    for name, values, lowest in (
-        ("predictions", predictions, 0),
-        ("targets", targets, -1),
-        ("experience", experiences, 0),
-    ):
+    for name, values in (("predictions", predictions), ("targets", targets), ("experience", experiences)):
+        lowest, unlabelled = (-1, " (-1 = unlabelled)") if name == "targets" else (0, "")
         if len(values) and int(values.min()) < lowest:
-            unlabelled = " (-1 = unlabelled)" if lowest else ""
             raise BatchError(f"{name} contains {int(values.min())}: the lowest allowed value is {lowest}{unlabelled}")
     return predictions, targets, experiences
 

@@ -1,21 +1,4 @@
-"""The metrics of continual learning as ``torchmetrics.Metric`` objects that watch a whole stream.
-
-All of them are fed in the same way: ``update(predictions, targets, experience)`` with the test samples of an experience
-(``experience`` counts from 0, as :class:`clkit.Experience` does), and ``next_stage()`` each time an
-experience was learned. Stage 0 is before any training (only :class:`ForwardTransfer` reads it), stage ``i`` is after
-the ``i``-th experience. The definitions stand in :mod:`clkit.metrics.functional`, the values are those of
-``results.json``; what is not defined is ``NaN``.
-
-The state is a list of exact integer counts, one row for every combination of stage, experience and class that really
-occurred. So class ids may have gaps and be large, nothing need be known about the stream beforehand, and processes that
-saw different experiences or classes are added up exactly.
-
-In a ``LightningModule``:
-
-* log ``metric.compute()``, not the metric: ``log`` would reset it at the end of the epoch, and these remember a stream;
-* counts add up, so evaluate each stage once, and skip batches while ``trainer.sanity_checking``;
-* call ``metric.persistent(True)`` to have the counts in checkpoints.
-"""
+"""The metrics of continual learning as ``torchmetrics.Metric`` objects that watch a whole stream."""
 
 from __future__ import annotations
 
@@ -23,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from clkit.errors import ArgumentError
 from clkit.metrics import figures, functional
-from clkit.metrics._stream_metric import AccuracyMetric
+from clkit.metrics._stream_metric import AccuracyMetric, StreamMetric
 from clkit.metrics.counts import StreamCounts, Tables
 
 if TYPE_CHECKING:
@@ -44,6 +28,7 @@ __all__ = [
     "Forgetting",
     "ForwardTransfer",
     "PerClassAccuracy",
+    "StreamConfusionMatrix",
 ]
 
 
@@ -53,9 +38,6 @@ class AccuracyMatrix(AccuracyMetric):
     The source of most other numbers, and the first figure to look at. ``compute()`` gives
     ``R[i, j]``, the accuracy on experience ``j + 1`` after stage ``i + 1`` (indices from 0): (T, E) float64 in [0, 1],
     ``NaN`` where nothing was evaluated. See :func:`clkit.metrics.functional.accuracy_matrix`.
-
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
 
     Example:
         >>> metric = AccuracyMatrix()
@@ -67,14 +49,11 @@ class AccuracyMatrix(AccuracyMetric):
         >>> metric.compute()
         tensor([[1.0000,    nan],
                 [0.5000, 0.7500]], dtype=torch.float64)
-
-    Source:
-        Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, section 2.
     """
 
     _dimensions = 2
 
-    def _of(self, tables: Tables) -> torch.Tensor:
+    def _of(self, tables: Tables) -> Tensor:
         return functional.accuracy_matrix(tables.correct, tables.total)
 
     def _figure(self, tables: Tables, ax: Axes | None) -> tuple[Figure, Axes]:
@@ -87,26 +66,19 @@ class AccuracySeen(AccuracyMetric):
     The curve over time of class-incremental papers. ``compute()`` gives (T,) float64 in [0, 1]:
     ``A_i = Σ_{j ≤ i} n_j R[i, j] / Σ_{j ≤ i} n_j``. See :func:`clkit.metrics.functional.accuracy_seen`.
 
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
-
     Example:
         >>> metric = AccuracySeen()
         >>> metric.stage = 1
         >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)
         >>> metric.stage = 2
-        >>> metric.update(torch.tensor([0, 7]), torch.tensor([0, 1]), experience=0)
-        >>> metric.update(torch.tensor([7, 7]), torch.tensor([7, 7]), experience=1)
+        >>> metric.update(torch.tensor([0, 7, 7, 7]), torch.tensor([0, 1, 7, 7]), torch.tensor([0, 0, 1, 1]))
         >>> metric.compute()  # 2 of 2, then 3 of 4
         tensor([1.0000, 0.7500], dtype=torch.float64)
-
-    Source:
-        Rebuffi et al., "iCaRL", arXiv 1611.07725, section 4.
     """
 
     _dimensions = 1
 
-    def _of(self, tables: Tables) -> torch.Tensor:
+    def _of(self, tables: Tables) -> Tensor:
         return functional.accuracy_seen(tables.correct, tables.total)
 
     def _figure(self, tables: Tables, ax: Axes | None) -> tuple[Figure, Axes]:
@@ -119,9 +91,6 @@ class PerClassAccuracy(AccuracyMetric):
     Shows which classes an average hides. ``compute()`` gives ``a[t, c]``: (T, K) float64 in [0, 1] with one column for
     each class that was evaluated since the first stage, in the order of :attr:`classes`; ``NaN`` where a stage did not
     evaluate it. See :func:`clkit.metrics.functional.per_class_accuracy`.
-
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
 
     Attributes:
         classes: Sorted class ids of the columns that :meth:`compute` returned last.
@@ -138,11 +107,9 @@ class PerClassAccuracy(AccuracyMetric):
 
     _dimensions = 2
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.classes: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()
 
-    def compute(self) -> torch.Tensor:
+    def compute(self) -> Tensor:
         """Return the (T, K) accuracies."""
         tables = StreamCounts(self.counts).tables()
         self.classes = tables.classes
@@ -153,11 +120,62 @@ class PerClassAccuracy(AccuracyMetric):
         super().reset()
         self.classes = ()
 
-    def _of(self, tables: Tables) -> torch.Tensor:
+    def _of(self, tables: Tables) -> Tensor:
         return functional.per_class_accuracy(tables.class_correct, tables.class_total)
 
     def _figure(self, tables: Tables, ax: Axes | None) -> tuple[Figure, Axes]:
         return figures.plot_class_accuracy(self._of(tables), tables.classes, ax)
+
+
+class StreamConfusionMatrix(StreamMetric):
+    """Which class is taken for which, at one stage.
+
+    ``compute()`` gives ``M[a, b]``, the number of samples of class ``a`` that were predicted as ``b`` at the stage
+    :attr:`stage` (set it back to look at an earlier one): (K, K) int64. Rows and columns are the classes that occurred
+    as target or prediction at any stage, in the order of :attr:`classes`, so that the matrices of all stages compare.
+
+    Attributes:
+        classes: Sorted class ids of the rows and columns that :meth:`compute` returned last.
+
+    Example:
+        >>> metric = StreamConfusionMatrix()
+        >>> metric.next_stage()
+        >>> metric.update(torch.tensor([2, 2, 50]), torch.tensor([2, 50, 50]), experience=0)
+        >>> metric.compute()
+        tensor([[1, 0],
+                [1, 1]])
+        >>> metric.classes
+        (2, 50)
+    """
+
+    _keys = 3  # stage, target, prediction
+    _dimensions = 2
+
+    classes: tuple[int, ...] = ()
+
+    def _key(self, stages: Tensor, experiences: Tensor, targets: Tensor, predictions: Tensor) -> Tensor:
+        return torch.stack([stages, targets, predictions], dim=1)
+
+    def compute(self) -> Tensor:
+        """Return the (K, K) counts of the current stage."""
+        matrix, self.classes = self._confusion(self.counts.cpu())
+        return matrix.to(self.device)
+
+    def reset(self) -> None:
+        """Forget all counts and go back to stage 0."""
+        super().reset()
+        self.classes = ()
+
+    def _draw(self, counts: Tensor, ax: Axes | None) -> tuple[Figure, Axes]:
+        return figures.plot_confusion_matrix(*self._confusion(counts), ax)
+
+    def _confusion(self, counts: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        ids = torch.unique(counts[:, 1:3])
+        rows = counts[counts[:, 0] == self.stage]
+        matrix = torch.zeros(len(ids), len(ids), dtype=torch.int64)
+        where = torch.searchsorted(ids, rows[:, 1:3].contiguous())
+        matrix[where[:, 0], where[:, 1]] = rows[:, 3]
+        return matrix, tuple(ids.tolist())
 
 
 class _StreamValue(AccuracyMetric):
@@ -185,21 +203,6 @@ class AverageIncrementalAccuracy(_StreamValue):
 
     The headline number of class-incremental papers; it rewards being good at all times and depends on the order of the
     classes. See :func:`clkit.metrics.functional.average_incremental_accuracy`.
-
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = AverageIncrementalAccuracy()
-        >>> metric.next_stage()
-        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)
-        >>> metric.next_stage()
-        >>> metric.update(torch.tensor([0, 7, 7, 0]), torch.tensor([0, 1, 7, 7]), torch.tensor([0, 0, 1, 1]))
-        >>> metric.compute()  # (2/2 + 2/4) / 2
-        tensor(0.7500, dtype=torch.float64)
-
-    Source:
-        Rebuffi et al., "iCaRL", arXiv 1611.07725, section 4.
     """
 
     _name = "average_incremental_accuracy"
@@ -211,16 +214,6 @@ class FinalAccuracy(_StreamValue):
 
     See :func:`clkit.metrics.functional.final_accuracy`; where every experience shall count the same, see
     :class:`AverageAccuracy`.
-
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = FinalAccuracy()
-        >>> metric.stage = 2
-        >>> metric.update(torch.tensor([0, 1, 7, 0]), torch.tensor([0, 1, 7, 7]), torch.tensor([0, 0, 1, 1]))
-        >>> metric.compute()
-        tensor(0.7500, dtype=torch.float64)
     """
 
     _name = "final_accuracy"
@@ -231,20 +224,6 @@ class AverageAccuracy(_StreamValue):
     """Mean accuracy over the experiences learned, after the last stage: ``(1/T) Σ_{j ≤ T} R[T, j]``.
 
     Every experience counts the same, whatever its size. See :func:`clkit.metrics.functional.average_accuracy`.
-
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = AverageAccuracy()
-        >>> metric.stage = 2
-        >>> metric.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]), experience=0)
-        >>> metric.update(torch.tensor([7]), torch.tensor([7]), experience=1)
-        >>> metric.compute()  # (3/4 + 1/1) / 2
-        tensor(0.8750, dtype=torch.float64)
-
-    Source:
-        Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
 
     _name = "average_accuracy"
@@ -256,22 +235,6 @@ class Forgetting(_StreamValue):
 
     Lower is better. The maximum is over all earlier stages, nothing is clipped at 0, the last experience is left out;
     ``NaN`` with one experience. See :func:`clkit.metrics.functional.forgetting`.
-
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = Forgetting()
-        >>> metric.next_stage()
-        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)
-        >>> metric.next_stage()
-        >>> metric.update(torch.tensor([0, 7]), torch.tensor([0, 1]), experience=0)
-        >>> metric.update(torch.tensor([7]), torch.tensor([7]), experience=1)
-        >>> metric.compute()  # 2/2 - 1/2
-        tensor(0.5000, dtype=torch.float64)
-
-    Source:
-        Chaudhry et al., "Riemannian Walk for Incremental Learning", arXiv 1801.10112, section 3.
     """
 
     higher_is_better: bool | None = False
@@ -286,22 +249,6 @@ class BackwardTransfer(_StreamValue):
 
     Negative is forgetting, positive is improvement by later learning; ``NaN`` with one experience. See
     :func:`clkit.metrics.functional.backward_transfer`.
-
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = BackwardTransfer()
-        >>> metric.next_stage()
-        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)
-        >>> metric.next_stage()
-        >>> metric.update(torch.tensor([0, 7]), torch.tensor([0, 1]), experience=0)
-        >>> metric.update(torch.tensor([7]), torch.tensor([7]), experience=1)
-        >>> metric.compute()  # 1/2 - 2/2
-        tensor(-0.5000, dtype=torch.float64)
-
-    Source:
-        Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
 
     plot_lower_bound: float | None = -1.0
@@ -316,9 +263,6 @@ class ForwardTransfer(_StreamValue):
     ``NaN`` unless every experience was evaluated before any training (stage 0) and again right before it was learned.
     See :func:`clkit.metrics.functional.forward_transfer`.
 
-    Args:
-        kwargs: See ``torchmetrics.Metric``.
-
     Example:
         >>> metric = ForwardTransfer()
         >>> metric.update(torch.tensor([0, 0]), torch.tensor([1, 0]), experience=1)  # stage 0: 1/2
@@ -328,9 +272,6 @@ class ForwardTransfer(_StreamValue):
         >>> metric.update(torch.tensor([1, 0]), torch.tensor([1, 0]), experience=1)
         >>> metric.compute()
         tensor(0.5000, dtype=torch.float64)
-
-    Source:
-        Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
 
     plot_lower_bound: float | None = -1.0
@@ -360,9 +301,6 @@ class AMCA(_StreamValue):
         >>> metric.update(torch.tensor([1, 1, 1]), torch.tensor([1, 1, 6]), experience=0)
         >>> metric.compute()  # (1 + 0 + 0 + 0) / 4
         tensor(0.2500, dtype=torch.float64)
-
-    Source:
-        Verwimp et al., "CLAD: A realistic Continual Learning benchmark for Autonomous Driving", arXiv 2210.03482.
     """
 
     _name = "amca"

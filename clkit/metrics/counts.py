@@ -43,9 +43,6 @@ class StreamCounts:
     Stage 0 is before any training, stage ``i`` after the ``i``-th experience. Only combinations that occurred take
     space, so ids may have gaps and be large.
 
-    Args:
-        rows: A table as in :attr:`rows`; default: one without any row.
-
     Attributes:
         rows: (n, 5) int64: stage, experience, class, predicted class, samples; distinct and sorted by the first four.
             A predicted class of -1 means none, or one that is not known any more.
@@ -88,11 +85,10 @@ class StreamCounts:
         self.last = max(self.last, other.last)
 
     def measure(self, stage: int, experiences: Tensor, targets: Tensor, predictions: Tensor) -> None:
-        """Count one evaluation, as :meth:`add`, with two differences.
+        """Count one evaluation, as :meth:`add`; it takes the place of an earlier one of the stage's same experiences.
 
-        If the stage was evaluated before on one of the same experiences, this evaluation takes the place of the earlier
-        one; and stages before the last one keep hits and misses of each class only, because confusions of all stages
-        would grow with the stream's square.
+        Stages before the last one keep hits and misses of each class only, because confusions of all stages would grow
+        with the stream's square.
         """
         measured = StreamCounts()
         measured.add(stage, experiences, targets, predictions)
@@ -110,11 +106,9 @@ class StreamCounts:
     # ---- reading
 
     def class_tables(self) -> tuple[Tensor, Tensor]:
-        """Return the counts of the last stage by class, sorted.
+        """Return (k, 3) class, correct and evaluated samples, and (m, 3) class, predicted class and samples.
 
-        Returns:
-            (k, 3) class, correct and evaluated samples; (m, 3) class, predicted class and samples of each pair that
-            occurred.
+        Both are of the last stage, sorted, with what occurred only.
         """
         rows = self.rows[self.rows[:, 0] == self.last]
         pairs = add_up(rows[:, 2:4], rows[:, 4])
@@ -147,11 +141,7 @@ class StreamCounts:
         return {"counts": self.rows, "last": self.last}
 
     def load_state_dict(self, state: Any, owner: str) -> None:
-        """Take a saved table up.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            owner: Whose state it is, for the message.
+        """Take up what :meth:`state_dict` returned; ``owner`` is whose state it is, for the message.
 
         Raises:
             StateError: If it cannot be such a table; nothing is changed then.
@@ -167,14 +157,11 @@ class StreamCounts:
 
 
 def add_up(keys: Tensor, values: Tensor | None = None) -> Tensor:
-    """Return the distinct rows of a table, sorted, each with the sum of what belongs to it.
+    """Return (u, k + v) int64: the distinct rows of a table, sorted, each with the sum of what belongs to it.
 
     Args:
         keys: (n, k) int64.
         values: (n,) or (n, v) int64 to sum over equal rows of ``keys``; default: 1 for each.
-
-    Returns:
-        (u, k + v) int64: distinct rows and their sums.
 
     Example:
         >>> add_up(torch.tensor([[5, 1], [2, 0], [5, 1]])).tolist()
@@ -203,18 +190,14 @@ def _dense(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: in
 def staged_counts(
     classes: Mapping[int, tuple[int, int]], stages: Sequence[Sequence[int]]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the tables of a stream for a network that has learned everything at once, to stand beside others.
+    """Return ``correct`` and ``total``, (T, T) integers, for a network that has learned everything at once.
 
-    After stage ``i`` it is measured on the classes that the stream has brought by then. That is the stream's own
-    evaluation where no class comes twice.
+    After stage ``i`` it is measured on the classes that the stream has brought by then, to stand beside others. That is
+    the stream's own evaluation where no class comes twice.
 
     Args:
         classes: For each class the correct and the evaluated test samples.
         stages: The classes of each experience.
-
-    Returns:
-        ``correct`` and ``total``, (T, T) lists of integers as
-        :func:`~clkit.metrics.functional.accuracy_matrix` takes them.
 
     Raises:
         ArgumentError: If a class comes in two experiences.

@@ -1,8 +1,9 @@
-"""Figures of a stream: heat maps and curves of the metrics over its stages, and of what a replay memory holds.
+"""Figures of a stream: heat maps and curves of the metrics over its stages.
 
-They read in grey: heat maps use one scale that only gets darker, curves differ in marker and line style. A new figure
-is a plain ``matplotlib.figure.Figure`` that pyplot does not know, so nothing stays open; save it with
-``figure.savefig(path)``. matplotlib is imported when a figure is drawn.
+Each function returns the figure and its axes. It draws on ``ax``, or on axes of a new figure: a plain
+``matplotlib.figure.Figure`` that pyplot does not know, so nothing stays open; save it with ``figure.savefig(path)``.
+Figures read in grey: heat maps use one scale that only gets darker, curves differ in marker and line style. matplotlib
+is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -11,22 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from clkit.errors import ArgumentError
+from clkit.metrics.functional import Array, as_floats
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-    Floats: TypeAlias = npt.NDArray[np.float64]
-
 __all__ = ["plot_accuracy_matrix", "plot_accuracy_over_time", "plot_class_accuracy", "plot_confusion_matrix"]
 
-Values: TypeAlias = "Tensor | npt.NDArray[Any] | Sequence[Any]"
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 STAGE_LABEL = "after learning experience"
 LARGEST_WITH_NUMBERS = 12  # rows or columns; with more, numbers in the cells cannot be read
@@ -41,18 +39,15 @@ DASHES = ("-", "--", "-.", ":")
 
 
 def plot_accuracy_matrix(
-    matrix: Values, ax: Axes | None = None, names: Sequence[str] | None = None, title: str | None = None
+    matrix: Array, ax: Axes | None = None, names: Sequence[str] | None = None, title: str | None = None
 ) -> tuple[Figure, Axes]:
-    """Draws an accuracy matrix as a heat map, in percent; experiences not learned yet are left blank.
+    """Draw an accuracy matrix as a heat map, in percent; experiences not learned yet are left blank.
 
     Args:
         matrix: (T, E) accuracies in [0, 1], ``NaN`` or ``None`` where not evaluated.
         ax: Axes to draw on; default: those of a new figure.
         names: Names of the E experiences; default: 1 … E.
         title: Title of the axes.
-
-    Returns:
-        The figure and its axes.
 
     Raises:
         ArgumentError: If ``matrix`` is not two-dimensional or the number of names is not ``E``.
@@ -62,31 +57,28 @@ def plot_accuracy_matrix(
         >>> [text.get_text() for text in axes.texts]
         ['100', '50.0', '75.0']
     """
-    values = _floats("matrix", matrix, ndim=2)
+    values = floats("matrix", matrix, ndim=2).copy()
     stages, experiences = values.shape
     values[np.triu_indices(stages, k=1, m=experiences)] = np.nan
-    columns = _names("names", names, experiences)
+    columns = label_texts("names", names, experiences)
     # One fixed test set has a single column but any number of stages.
-    rows = columns[:stages] if stages <= experiences else [str(stage + 1) for stage in range(stages)]
-    figure, axes = _heat_map(values, _percent(values), rows, columns, ax)
+    rows = columns[:stages] if stages <= experiences else label_texts("names", None, stages)
+    figure, axes = heat_map(values, _percent(values), rows, columns, ax)
     axes.set(xlabel="evaluated on experience", ylabel=STAGE_LABEL, title=title or "")
-    _colour_scale(figure, axes, "accuracy (%)")
+    _percent_scale(figure, axes, "accuracy (%)")
     return figure, axes
 
 
 def plot_class_accuracy(
-    values: Values, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
+    values: Array, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
 ) -> tuple[Figure, Axes]:
-    """Draws the accuracy of each class after each stage as a heat map, in percent; blank where not evaluated.
+    """Draw the accuracy of each class after each stage as a heat map, in percent; blank where not evaluated.
 
     Args:
         values: (T, K) accuracies in [0, 1], ``NaN`` or ``None`` where not evaluated.
         classes: The K class ids.
         ax: Axes to draw on; default: those of a new figure.
         title: Title of the axes.
-
-    Returns:
-        The figure and its axes.
 
     Raises:
         ArgumentError: If ``values`` is not two-dimensional or the number of classes is not ``K``.
@@ -96,28 +88,24 @@ def plot_class_accuracy(
         >>> [tick.get_text() for tick in axes.get_xticklabels()]
         ['3', '900']
     """
-    table = _floats("values", values, ndim=2)
-    columns = _names("classes", [str(label) for label in classes], table.shape[1])
-    rows = [str(stage + 1) for stage in range(len(table))]
-    figure, axes = _heat_map(table, _percent(table), rows, columns, ax)
+    table = floats("values", values, ndim=2)
+    columns, rows = label_texts("classes", classes, table.shape[1]), label_texts("stages", None, len(table))
+    figure, axes = heat_map(table, _percent(table), rows, columns, ax)
     axes.set(xlabel="class", ylabel=STAGE_LABEL, title=title or "")
-    _colour_scale(figure, axes, "accuracy (%)")
+    _percent_scale(figure, axes, "accuracy (%)")
     return figure, axes
 
 
 def plot_confusion_matrix(
-    matrix: Values, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
+    matrix: Array, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
 ) -> tuple[Figure, Axes]:
-    """Draws a confusion matrix: numbers of samples in the cells, shares of the true class as shades.
+    """Draw a confusion matrix: numbers of samples in the cells, shares of the true class as shades.
 
     Args:
         matrix: (K, K) counts, rows = true class, columns = predicted class.
         classes: The K class ids.
         ax: Axes to draw on; default: those of a new figure.
         title: Title of the axes.
-
-    Returns:
-        The figure and its axes.
 
     Raises:
         ArgumentError: If ``matrix`` is not two-dimensional or the number of classes is not ``K``.
@@ -127,18 +115,18 @@ def plot_confusion_matrix(
         >>> [text.get_text() for text in axes.texts]
         ['3', '1', '0', '2']
     """
-    counts = _floats("matrix", matrix, ndim=2)
-    labels = _names("classes", [str(label) for label in classes], counts.shape[1])
+    counts = floats("matrix", matrix, ndim=2)
+    labels = label_texts("classes", classes, counts.shape[1])
     samples = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, samples, out=np.full_like(counts, np.nan), where=samples > 0)
-    figure, axes = _heat_map(shares, [[f"{count:.0f}" for count in row] for row in counts], labels, labels, ax)
+    figure, axes = heat_map(shares, [[f"{count:.0f}" for count in row] for row in counts], labels, labels, ax)
     axes.set(xlabel="predicted class", ylabel="true class", title=title or "")
-    _colour_scale(figure, axes, "share of the true class (%)")
+    _percent_scale(figure, axes, "share of the true class (%)")
     return figure, axes
 
 
 def plot_accuracy_over_time(
-    curves: Mapping[str, Values],
+    curves: Mapping[str, Array],
     ax: Axes | None = None,
     names: Sequence[str] | None = None,
     title: str | None = None,
@@ -147,7 +135,7 @@ def plot_accuracy_over_time(
     legend: bool = True,
     full_scale: bool = True,
 ) -> tuple[Figure, Axes]:
-    """Draws values over the stages of a stream, one line for each predictor, in percent.
+    """Draw values over the stages of a stream, one line for each predictor, in percent.
 
     Args:
         curves: For each predictor (T,) values, 1 being 100 %; ``NaN`` or ``None`` leaves a gap.
@@ -159,9 +147,6 @@ def plot_accuracy_over_time(
         full_scale: Whether the vertical axis goes from 0 to 100 %, as it should for accuracies; else it fits the values
             and has a line at 0.
 
-    Returns:
-        The figure and its axes.
-
     Raises:
         ArgumentError: If a curve is not one-dimensional or there are fewer names than stages.
 
@@ -170,12 +155,12 @@ def plot_accuracy_over_time(
         >>> [line.get_label() for line in axes.lines], axes.lines[1].get_ydata().tolist()
         (['nmc', 'aef_ocl'], [100.0, 75.0])
     """
-    lines = {name: 100 * _floats(f"curves[{name!r}]", values, ndim=1) for name, values in curves.items()}
+    lines = {name: 100 * floats(f"curves[{name!r}]", values, ndim=1) for name, values in curves.items()}
     stages = max((len(line) for line in lines.values()), default=0)
     if names is not None and len(names) < stages:
         raise ArgumentError(f"names has {len(names)} entries: the longest curve has {stages} stages, name them all")
     beside = legend and len(lines) > LINES_INSIDE
-    figure, axes = _axes(ax, width=7.0 if beside else 5.2, height=3.6)
+    figure, axes = own_axes(ax, width=7.0 if beside else 5.2, height=3.6)
     for index, (name, line) in enumerate(lines.items()):
         axes.plot(
             np.arange(1, len(line) + 1),
@@ -198,7 +183,7 @@ def plot_accuracy_over_time(
         axes.axhline(0, color="0.4", linewidth=0.8, zorder=1)
     axes.set(xlabel=STAGE_LABEL, ylabel=ylabel, title=title or "")
     axes.set_xlim(0.8, max(stages, 2) + 0.2)
-    _ticks_across(axes, list(names or map(str, range(1, stages + 1)))[:stages], first=1)
+    _ticks_across(axes, list(names or label_texts("names", None, stages))[:stages], first=1)
     axes.grid(axis="y", color="0.88", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -208,7 +193,8 @@ def plot_accuracy_over_time(
     return figure, axes
 
 
-def _axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+def own_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """Return given axes and their figure, or those of a new figure of a size in inches."""
     if ax is not None:
         figure = ax.get_figure(root=True)
         if figure is None:
@@ -220,7 +206,7 @@ def _axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _heat_map(
+def heat_map(
     values: Floats,
     texts: Sequence[Sequence[str]],
     rows: Sequence[str],
@@ -228,19 +214,18 @@ def _heat_map(
     ax: Axes | None,
     *,
     lowest: float = 0.0,
-    numbers: bool = True,
 ) -> tuple[Figure, Axes]:
-    """Shades for values in [lowest, 1], a text in every cell that has a value where there are few enough cells."""
+    """Draw shades for values in [lowest, 1], and where there are few cells a text in each that has a value."""
     height, width = values.shape
     # Half an inch a cell, within what holds the labels and what fits a page.
     inner_width, inner_height = min(max(width / 2, 2.4), 8.0), min(max(height / 2, 2.0), 8.0)
-    figure, axes = _axes(ax, width=inner_width + 1.8, height=inner_height + 1.0)
+    figure, axes = own_axes(ax, width=inner_width + 1.8, height=inner_height + 1.0)
     few = max(height, width) <= LARGEST_WITH_NUMBERS
     # An image of no pixels is refused by matplotlib: nothing learned yet is an empty frame.
     if values.size:
-        axes.imshow(values, cmap=_shades(), vmin=lowest, vmax=1.0, aspect="equal" if few else "auto")
+        axes.imshow(values, cmap=shades(), vmin=lowest, vmax=1.0, aspect="equal" if few else "auto")
     if few:
-        for row, column in np.argwhere(~np.isnan(values)) if numbers else ():
+        for row, column in np.argwhere(~np.isnan(values)):
             shade = "white" if values[row, column] > lowest + 0.55 * (1.0 - lowest) else "black"
             axes.text(column, row, texts[row][column], ha="center", va="center", color=shade, fontsize=9)
         # Thin white lines tell neighbouring cells of equal shade apart.
@@ -250,12 +235,13 @@ def _heat_map(
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     _ticks_across(axes, columns, first=0)
-    shown = _thinned(height)
+    shown = thinned(height)
     axes.set_yticks(shown, [rows[index] for index in shown])
     return figure, axes
 
 
-def _shades() -> Colormap:
+def shades() -> Colormap:
+    """Return the scale of all heat maps."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -263,8 +249,37 @@ def _shades() -> Colormap:
     return ListedColormap(colormaps["Blues"](np.linspace(0.12, 1.0, 256)))
 
 
+def thinned(number: int) -> list[int]:
+    """Return the positions to label: all, or about ten at even distances from the first."""
+    step = 1 if number <= LARGEST_WITH_NUMBERS else -(-number // 10)
+    return list(range(0, number, step))
+
+
+def colour_scale(figure: Figure, axes: Axes, label: str, ticks: Mapping[float, str]) -> None:
+    """Say what the shades of a heat map mean, where it has any."""
+    if axes.images:
+        bar = figure.colorbar(axes.images[-1], ax=axes, label=label, ticks=list(ticks), shrink=0.9)
+        bar.ax.set_yticklabels(ticks.values())
+        bar.outline.set_visible(False)
+
+
+def label_texts(argument: str, names: Sequence[Any] | None, number: int) -> list[str]:
+    """Return so many names as strings, or 1 … ``number``."""
+    if names is None:
+        return [str(index + 1) for index in range(number)]
+    if len(names) != number:
+        raise ArgumentError(f"{argument} has {len(names)} entries: give one for each of the {number} columns")
+    return [str(name) for name in names]
+
+
+def floats(name: str, values: Array, ndim: int) -> Floats:
+    """Return numbers as a float64 array."""
+    table: Floats = as_floats(name, values, ndim).numpy()
+    return table
+
+
 def _ticks_across(axes: Axes, names: Sequence[str], first: int) -> None:
-    shown = _thinned(len(names))
+    shown = thinned(len(names))
     labels = [names[index] for index in shown]
     slanted: dict[str, Any] = {}
     if any(len(label) > LONGEST_UPRIGHT for label in labels):
@@ -272,36 +287,10 @@ def _ticks_across(axes: Axes, names: Sequence[str], first: int) -> None:
     axes.set_xticks([first + index for index in shown], labels, **slanted)
 
 
-def _thinned(number: int) -> list[int]:
-    """Positions to label: all, or about ten at even distances from the first."""
-    step = 1 if number <= LARGEST_WITH_NUMBERS else -(-number // 10)
-    return list(range(0, number, step))
-
-
-def _colour_scale(figure: Figure, axes: Axes, label: str) -> None:
-    if not axes.images:
-        return
-    bar = figure.colorbar(axes.images[-1], ax=axes, label=label, ticks=[0, 0.25, 0.5, 0.75, 1], shrink=0.9)
-    bar.ax.set_yticklabels(["0", "25", "50", "75", "100"])
-    bar.outline.set_visible(False)
+def _percent_scale(figure: Figure, axes: Axes, label: str) -> None:
+    colour_scale(figure, axes, label, {0: "0", 0.25: "25", 0.5: "50", 0.75: "75", 1: "100"})
 
 
 def _percent(values: Floats) -> list[list[str]]:
     # Four characters at most: 100 stands without its decimal.
     return [[f"{100 * value:.1f}".replace("100.0", "100") for value in row] for row in values]
-
-
-def _names(argument: str, names: Sequence[str] | None, number: int) -> list[str]:
-    if names is None:
-        return [str(index + 1) for index in range(number)]
-    if len(names) != number:
-        raise ArgumentError(f"{argument} has {len(names)} entries: give one for each of the {number} columns")
-    return list(names)
-
-
-def _floats(name: str, values: Values, ndim: int) -> Floats:
-    plain = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
-    table: Floats = np.array(plain, dtype=np.float64)  # None becomes NaN
-    if table.ndim != ndim:
-        raise ArgumentError(f"{name} has {table.ndim} dimensions (shape {table.shape}): it must have {ndim}")
-    return table

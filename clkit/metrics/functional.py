@@ -9,19 +9,24 @@ An entry that a definition needs and that was not evaluated makes the value ``Na
 future, above the diagonal) are skipped. A single column (``E = 1``) stands for one fixed test set: every stage is
 judged on it, and the metrics that compare experiences are undefined.
 
-All arguments may be tensors, NumPy arrays or nested lists; the arithmetic is float64 on the CPU.
+Arguments are tensors, NumPy arrays or nested lists; the arithmetic is float64 on the CPU. Counts are integer tables
+with a row for each stage: correctly classified test samples, and evaluated ones (0 = not evaluated). All functions
+raise an :class:`~clkit.errors.ArgumentError` for tables of another or of different shape, for counts that are no
+integers or violate ``0 <= correct <= total``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, isnan, nan
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError
-from clkit.metrics._arrays import Array, as_counts, as_matrix, as_vector, plain, ratio, widen
 from clkit.metrics.counts import staged_counts
 
 __all__ = [
@@ -51,94 +56,77 @@ METRICS = (
 )
 """The entries of :func:`summarize` that are logged, of a list the last value."""
 
+Array: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
+
 
 def accuracy_matrix(correct: Array, total: Array) -> Tensor:
-    """Return the accuracy matrix: how well each experience is known after each stage.
+    """Return the accuracy matrix, how well each experience is known after each stage: ``R[i, j]``.
 
-    ``R[i, j] = correct[i, j] / total[i, j]``
+    From Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, section 2.
 
     Args:
-        correct: (T, E) integers, correctly classified test samples of experience ``j`` after stage ``i``.
-        total: (T, E) integers, evaluated test samples; 0 = not evaluated.
+        correct: (T, E) counts of experience ``j`` after stage ``i``.
+        total: (T, E) counts.
 
     Returns:
         (T, max(E, T)) float64 in [0, 1], ``NaN`` where nothing was evaluated; columns that are missing up to ``T`` are
         added as not evaluated, except to a single column (one fixed test set).
 
-    Raises:
-        ArgumentError: If the tables differ in shape, are not integers or violate ``0 <= correct <= total``.
-
     Example:
         >>> accuracy_matrix([[9, 0], [6, 8]], [[10, 0], [10, 10]])
         tensor([[0.9000,    nan],
                 [0.6000, 0.8000]], dtype=torch.float64)
-
-    Source:
-        Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, section 2.
     """
-    return widen(ratio(*as_counts(correct, total)))
+    return _widen(_ratio(*_as_counts(correct, total)))
 
 
 def per_class_accuracy(class_correct: Array, class_total: Array) -> Tensor:
-    """Return the accuracy of each class after each stage, on everything that was evaluated then.
-
-    ``a[t, c] = class_correct[t, c] / class_total[t, c]``
+    """Return the accuracy ``a[t, c]`` of each class after each stage, on everything that was evaluated then.
 
     Args:
-        class_correct: (T, K) integers, correctly classified test samples of class ``c`` after stage ``t``.
-        class_total: (T, K) integers, evaluated test samples; 0 = not evaluated.
+        class_correct: (T, K) counts of class ``c`` after stage ``t``.
+        class_total: (T, K) counts.
 
     Returns:
         (T, K) float64 in [0, 1], ``NaN`` where nothing was evaluated.
-
-    Raises:
-        ArgumentError: If the tables differ in shape, are not integers or violate ``0 <= correct <= total``.
 
     Example:
         >>> per_class_accuracy([[3, 0]], [[4, 0]])
         tensor([[0.7500,    nan]], dtype=torch.float64)
     """
-    return ratio(*as_counts(class_correct, class_total))
+    return _ratio(*_as_counts(class_correct, class_total))
 
 
 def accuracy_seen(correct: Array, total: Array) -> Tensor:
     """Return the accuracy after each stage on all experiences learned so far, every test sample counting the same.
 
-    The usual curve over time. With experiences of equal size it is the mean of a row's first ``i`` entries.
-
-    ``A_i = Σ_{j ≤ i} n_j R[i, j] / Σ_{j ≤ i} n_j``
+    ``A_i = Σ_{j ≤ i} n_j R[i, j] / Σ_{j ≤ i} n_j``, the usual curve over time: Rebuffi et al., "iCaRL: Incremental
+    Classifier and Representation Learning", arXiv 1611.07725, section 4. With experiences of equal size it is the mean
+    of a row's first ``i`` entries.
 
     Args:
-        correct: (T, E) integers, see :func:`accuracy_matrix`.
-        total: (T, E) integers, see :func:`accuracy_matrix`.
+        correct: (T, E) counts, see :func:`accuracy_matrix`.
+        total: (T, E) counts.
 
     Returns:
         (T,) float64 in [0, 1]; ``NaN`` at a stage that did not evaluate all experiences learned by then.
 
-    Raises:
-        ArgumentError: If the tables differ in shape, are not integers or violate ``0 <= correct <= total``.
-
     Example:
         >>> accuracy_seen([[9, 0], [6, 24]], [[10, 0], [10, 30]])  # (6 + 24) / (10 + 30)
         tensor([0.9000, 0.7500], dtype=torch.float64)
-
-    Source:
-        ``A_t`` of the class-incremental protocol: Rebuffi et al., "iCaRL", arXiv 1611.07725, section 4.
     """
-    hits, samples = as_counts(correct, total)
-    hits, samples = widen(hits), widen(samples)
+    hits, samples = map(_widen, _as_counts(correct, total))
     learned = torch.ones_like(samples, dtype=torch.bool).tril()
-    accuracy = ratio((hits * learned).sum(1), (samples * learned).sum(1))
+    accuracy = _ratio((hits * learned).sum(1), (samples * learned).sum(1))
     return accuracy.masked_fill((learned & (samples == 0)).any(1), nan)
 
 
 def average_incremental_accuracy(seen: Array) -> float:
-    """Return the mean over stages of the accuracy on everything seen, the headline of class-incremental papers.
+    """Return the mean over stages of the accuracy on everything seen: ``(1/T) Σ_i A_i``.
 
-    It rewards being good at all times and depends on the order of the classes. Compare it with other papers'
-    "average incremental accuracy" only, never with a final accuracy.
-
-    ``(1/T) Σ_i A_i``
+    The headline of class-incremental papers (Rebuffi et al., arXiv 1611.07725, section 4). It rewards being good at all
+    times and depends on the order of the classes: compare it with the same number of other papers only, never with a
+    final accuracy.
 
     Args:
         seen: (T,) accuracies from :func:`accuracy_seen`.
@@ -146,17 +134,11 @@ def average_incremental_accuracy(seen: Array) -> float:
     Returns:
         A float in [0, 1], ``NaN`` if a stage is ``NaN`` or there is none.
 
-    Raises:
-        ArgumentError: If ``seen`` is not one-dimensional.
-
     Example:
         >>> average_incremental_accuracy([1.0, 0.5])
         0.75
-
-    Source:
-        Rebuffi et al., "iCaRL", arXiv 1611.07725, section 4.
     """
-    return float(as_vector("seen", seen).mean())
+    return float(as_floats("seen", seen, 1).mean())
 
 
 def final_accuracy(seen: Array) -> float:
@@ -168,20 +150,17 @@ def final_accuracy(seen: Array) -> float:
     Returns:
         A float in [0, 1], ``NaN`` if the last stage is ``NaN`` or there is none.
 
-    Raises:
-        ArgumentError: If ``seen`` is not one-dimensional.
-
     Example:
         >>> final_accuracy([1.0, 0.5])
         0.5
     """
-    return float(values[-1]) if len(values := as_vector("seen", seen)) else nan
+    return float(values[-1]) if len(values := as_floats("seen", seen, 1)) else nan
 
 
 def average_accuracy(matrix: Array) -> float:
     """Return the mean accuracy over the experiences learned, after the last stage, each counting the same.
 
-    ``(1/T) Σ_{j ≤ T} R[T, j]``
+    ``(1/T) Σ_{j ≤ T} R[T, j]``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
 
     Args:
         matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated.
@@ -189,17 +168,11 @@ def average_accuracy(matrix: Array) -> float:
     Returns:
         A float in [0, 1], ``NaN`` if one of the entries is missing or there is no stage.
 
-    Raises:
-        ArgumentError: If ``matrix`` is not two-dimensional.
-
     Example:
         >>> average_accuracy([[1.0, float("nan")], [0.5, 1.0]])
         0.75
-
-    Source:
-        Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
-    R = as_matrix("matrix", matrix)
+    R = _as_matrix(matrix)
     T = len(R)
     return float(R[-1, :T].mean()) if T else nan
 
@@ -207,10 +180,10 @@ def average_accuracy(matrix: Array) -> float:
 def forgetting(matrix: Array) -> float:
     """Return how far each earlier experience has fallen from its best accuracy, averaged; lower is better.
 
-    Of the definitions in use this is the one with the maximum over *all* earlier stages (also stages before the
-    experience was learned, where they were evaluated), without clipping at 0 and without the last experience.
-
-    ``(1/(T−1)) Σ_{j < T} ( max_{i < T} R[i, j] − R[T, j] )``
+    ``(1/(T−1)) Σ_{j < T} ( max_{i < T} R[i, j] − R[T, j] )``: Chaudhry et al., "Riemannian Walk for Incremental
+    Learning", arXiv 1801.10112, section 3. Of the definitions in use this is the one with the maximum over *all*
+    earlier stages (also stages before the experience was learned, where they were evaluated), without clipping at 0 and
+    without the last experience.
 
     Args:
         matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated. Entries above the diagonal are optional.
@@ -218,18 +191,12 @@ def forgetting(matrix: Array) -> float:
     Returns:
         A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry on or below the diagonal is missing.
 
-    Raises:
-        ArgumentError: If ``matrix`` is not two-dimensional.
-
     Example:
         >>> nan = float("nan")
         >>> forgetting([[1.0, nan, nan], [0.5, 1.0, nan], [0.75, 0.5, 1.0]])  # (1 - 0.75 + 1 - 0.5) / 2
         0.375
-
-    Source:
-        Chaudhry et al., "Riemannian Walk for Incremental Learning", arXiv 1801.10112, section 3.
     """
-    R = as_matrix("matrix", matrix)
+    R = _as_matrix(matrix)
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
@@ -243,7 +210,7 @@ def forgetting(matrix: Array) -> float:
 def backward_transfer(matrix: Array) -> float:
     """Return how much later learning changed what was just learned; negative is forgetting.
 
-    ``(1/(T−1)) Σ_{j < T} ( R[T, j] − R[j, j] )``
+    ``(1/(T−1)) Σ_{j < T} ( R[T, j] − R[j, j] )``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
 
     Args:
         matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated.
@@ -251,17 +218,11 @@ def backward_transfer(matrix: Array) -> float:
     Returns:
         A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry is missing.
 
-    Raises:
-        ArgumentError: If ``matrix`` is not two-dimensional.
-
     Example:
         >>> backward_transfer([[1.0, float("nan")], [0.75, 1.0]])
         -0.25
-
-    Source:
-        Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
-    R = as_matrix("matrix", matrix)
+    R = _as_matrix(matrix)
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
@@ -271,9 +232,8 @@ def backward_transfer(matrix: Array) -> float:
 def forward_transfer(matrix: Array, baseline: Array | None) -> float:
     """Return how much earlier learning helps with an experience before it is learned, over an untrained model.
 
-    Needs every experience to be evaluated before it is learned, and once before any training.
-
-    ``(1/(T−1)) Σ_{1 < j ≤ T} ( R[j−1, j] − R[0, j] )``
+    ``(1/(T−1)) Σ_{1 < j ≤ T} ( R[j−1, j] − R[0, j] )``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2. Needs every
+    experience to be evaluated before it is learned, and once before any training.
 
     Args:
         matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated.
@@ -282,21 +242,15 @@ def forward_transfer(matrix: Array, baseline: Array | None) -> float:
     Returns:
         A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry is missing.
 
-    Raises:
-        ArgumentError: If ``matrix`` is not two-dimensional or ``baseline`` not one-dimensional.
-
     Example:
         >>> forward_transfer([[1.0, 0.5], [0.75, 1.0]], baseline=[0.5, 0.25])  # R[1, 2] - R[0, 2]
         0.25
-
-    Source:
-        Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
     """
-    R = as_matrix("matrix", matrix)
+    R = _as_matrix(matrix)
     T, E = R.shape
     if baseline is None or T < 2 or E < 2:
         return nan
-    before = as_vector("baseline", baseline)
+    before = as_floats("baseline", baseline, 1)
     if len(before) < T:
         return nan
     return float((R.diagonal(offset=1)[: T - 1] - before[1:T]).mean())
@@ -305,13 +259,13 @@ def forward_transfer(matrix: Array, baseline: Array | None) -> float:
 def amca(class_correct: Array, class_total: Array, num_test_classes: int | None = None) -> float:
     """Return the average mean class accuracy: every class of the full test set counts the same, at every stage.
 
-    The measure of imbalanced streams. Classes that a stage did not evaluate, as they were not learned yet, count as 0.
-
-    ``(1/T) Σ_t (1/K) Σ_c a[t, c]``
+    ``(1/T) Σ_t (1/K) Σ_c a[t, c]``, the measure of imbalanced streams: Verwimp et al., "CLAD: A realistic Continual
+    Learning benchmark for Autonomous Driving", arXiv 2210.03482. Classes that a stage did not evaluate, as they were
+    not learned yet, count as 0.
 
     Args:
-        class_correct: (T, K') integers, see :func:`per_class_accuracy`.
-        class_total: (T, K') integers, see :func:`per_class_accuracy`.
+        class_correct: (T, K') counts, see :func:`per_class_accuracy`.
+        class_total: (T, K') counts.
         num_test_classes: Number ``K`` of classes in the full test set; default: those evaluated at the last stage.
 
     Returns:
@@ -319,17 +273,13 @@ def amca(class_correct: Array, class_total: Array, num_test_classes: int | None 
         of which a stage evaluated only a part, or one that a later stage left out.
 
     Raises:
-        ArgumentError: If the tables are malformed, or ``num_test_classes`` is smaller than the number of classes
-            evaluated at the last stage.
+        ArgumentError: If ``num_test_classes`` is smaller than the number of classes evaluated at the last stage.
 
     Example:
         >>> amca([[4, 0], [2, 1]], [[4, 0], [4, 1]])  # ((1 + 0) / 2 + (0.5 + 1) / 2) / 2
         0.625
-
-    Source:
-        Verwimp et al., "CLAD: A realistic Continual Learning benchmark for Autonomous Driving", arXiv 2210.03482.
     """
-    correct, total = as_counts(class_correct, class_total)
+    correct, total = _as_counts(class_correct, class_total)
     if len(total) == 0:
         return nan
     present = int((total[-1] > 0).sum())
@@ -343,7 +293,7 @@ def amca(class_correct: Array, class_total: Array, num_test_classes: int | None 
     flaws = ~evaluated.any(1), evaluated & (total != total[-1]), evaluated[:-1] & ~evaluated[1:]
     if any(bool(flaw.any()) for flaw in flaws):
         return nan
-    return float(ratio(correct, total).nan_to_num(nan=0.0).sum(1).mean() / classes)
+    return float(_ratio(correct, total).nan_to_num(nan=0.0).sum(1).mean() / classes)
 
 
 def summarize(
@@ -357,10 +307,10 @@ def summarize(
     """Return all metrics of one predictor, as they stand in ``results.json``.
 
     Args:
-        correct: (T, E) integers: ``T`` stages so far, ``E`` experiences, see :func:`accuracy_matrix`.
-        total: (T, E) integers; 0 = not evaluated.
-        class_correct: (T, K) integers per class, on everything evaluated at a stage; needed for ``amca`` only.
-        class_total: (T, K) integers; 0 = not evaluated.
+        correct: (T, E) counts: ``T`` stages so far, ``E`` experiences.
+        total: (T, E) counts.
+        class_correct: (T, K) counts by class, on everything evaluated at a stage; needed for ``amca`` only.
+        class_total: (T, K) counts; both or neither of the two are given.
         baseline: (E,) accuracies before any training, ``NaN`` where not evaluated; for ``forward_transfer`` only.
         num_test_classes: Classes in the full test set, for ``amca``; default: those evaluated at the last stage.
 
@@ -369,9 +319,6 @@ def summarize(
         ``average_accuracy``, ``forgetting``, ``backward_transfer``, ``forward_transfer`` and ``amca``: plain floats,
         ``None`` where not evaluated or not defined, so that ``json.dumps`` writes ``null``. ``amca`` is also ``None``
         when a stage did not evaluate all experiences learned by then.
-
-    Raises:
-        ArgumentError: If a table is malformed or only one of the two class tables is given.
 
     Example:
         >>> summary = summarize([[9, 0], [6, 8]], [[10, 0], [10, 10]])
@@ -397,3 +344,57 @@ def summarize(
     }
     defined = {name: None if isnan(value) else value for name, value in values.items()}
     return {"accuracy_matrix": plain(matrix), "accuracy_seen": plain(seen), **defined}
+
+
+def as_floats(name: str, values: Array, ndim: int) -> Tensor:
+    """Return numbers as float64 on the CPU, ``None`` as ``NaN``."""
+    if not isinstance(values, Tensor):
+        values = torch.from_numpy(np.array(values, dtype=np.float64))
+    table = values.detach().cpu().double()
+    if table.ndim != ndim:
+        raise ArgumentError(f"{name} has {table.ndim} dimensions (shape {tuple(table.shape)}): it must have {ndim}")
+    return table
+
+
+def plain(values: Tensor) -> list[Any]:
+    """Return nested lists with ``None`` for ``NaN``; no loop, for the matrix of a long stream has millions of cells."""
+    entries = values.numpy().astype(object)
+    entries[values.isnan().numpy()] = None
+    nested: list[Any] = entries.tolist()
+    return nested
+
+
+def _as_counts(correct: Array, total: Array) -> tuple[Tensor, Tensor]:
+    hits, samples = torch.as_tensor(correct).cpu(), torch.as_tensor(total).cpu()
+    if hits.ndim != 2 or hits.shape != samples.shape:
+        raise ArgumentError(
+            f"correct has shape {tuple(hits.shape)} and total {tuple(samples.shape)}: both must be (stages, columns)"
+        )
+    if hits.numel() and (hits.is_floating_point() or samples.is_floating_point()):
+        raise ArgumentError(f"correct is {hits.dtype} and total {samples.dtype}: both must count, so give integers")
+    hits, samples = hits.long(), samples.long()
+    wrong = (hits < 0) | (hits > samples)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ArgumentError(
+            f"correct[{row}, {column}] is {int(hits[row, column])} of total {int(samples[row, column])}:"
+            " 0 <= correct <= total must hold"
+        )
+    return hits, samples
+
+
+def _as_matrix(values: Array) -> Tensor:
+    return _widen(as_floats("matrix", values, 2))
+
+
+def _ratio(correct: Tensor, total: Tensor) -> Tensor:
+    return correct.double() / total.double()  # 0 / 0 is NaN in IEEE arithmetic, which means "not evaluated" here
+
+
+def _widen(table: Tensor) -> Tensor:
+    """Add the columns that ``T`` stages must have, as not evaluated; a single column is one fixed test set."""
+    stages, experiences = table.shape
+    if experiences == 1 or experiences >= stages:
+        return table
+    filler = nan if table.is_floating_point() else 0
+    return torch.cat([table, table.new_full((stages, stages - experiences), filler)], dim=1)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from clkit._version import __version__
+from clkit.errors import ArgumentError
 from clkit.files import atomic_write
 from clkit.metrics.functional import staged_counts, summarize
-from clkit.report.intervals import CONFIDENCE, Interval, t_interval
 
-__all__ = ["METRICS", "ComparisonRow", "joint_metrics", "write_comparison"]
+__all__ = ["METRICS", "ComparisonRow", "Interval", "joint_metrics", "t_interval", "write_comparison"]
 
 FORMAT = 1
+CONFIDENCE = 0.95
 METRICS = {  # with the heads of their columns
     "average_accuracy": "average\naccuracy",
     "final_accuracy": "final\naccuracy",
@@ -24,22 +27,46 @@ METRICS = {  # with the heads of their columns
 }
 
 
-class ComparisonRow(NamedTuple):
-    """One row of the table.
+class Interval(NamedTuple):
+    """A mean and half the width of its confidence interval (``None`` where one value gives none)."""
 
-    Attributes:
-        name: The row's first column.
-        recipe: The recipe that was run, ``"fine-tuning"`` or ``"joint"``.
-        predictor: The predictor of the recipe.
-        outer: Whether the row is fine-tuning or joint training.
-        runs: For each seed its number, the run's folder and all metrics (``None`` where one is not defined).
+    mean: float
+    half_width: float | None
+
+
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Return the mean of independent runs and Student's confidence interval of it, ``mean ± t · s / √n``.
+
+    Args:
+        values: One number a run.
+        confidence: Share of such intervals that hold the true mean, if runs were normally distributed.
+
+    Raises:
+        ArgumentError: If there is no value.
+
+    Example:
+        >>> mean, half_width = t_interval([0.8, 0.9])
+        >>> round(mean, 6), round(half_width, 6)  # t = 12.706205 with one degree of freedom
+        (0.85, 0.63531)
     """
+    if not values:
+        raise ArgumentError("values is empty: a mean needs at least one run")
+    n, mean = len(values), fmean(values)
+    if n == 1:
+        return Interval(mean, None)
+    from scipy.stats import t  # takes a second to import
 
-    name: str
-    recipe: str
-    predictor: str
-    outer: bool
-    runs: list[dict[str, Any]]
+    return Interval(mean, float(t.interval(confidence, n - 1)[1]) * stdev(values) / math.sqrt(n))
+
+
+class ComparisonRow(NamedTuple):
+    """One row of the table."""
+
+    name: str  # the row's first column
+    recipe: str  # the recipe that was run, "fine-tuning" or "joint"
+    predictor: str  # of the recipe
+    outer: bool  # whether it is fine-tuning or joint training
+    runs: list[dict[str, Any]]  # for each seed its number, the run's folder and all metrics, None where not defined
 
     def interval(self, metric: str) -> Interval | None:
         """Return the mean over the seeds and its interval; ``None`` where a metric is not defined."""
@@ -57,16 +84,7 @@ class ComparisonRow(NamedTuple):
 
 
 def write_comparison(folder: Path, rows: Sequence[ComparisonRow], **more: Any) -> None:
-    """Write ``compare.json`` and ``compare.csv``.
-
-    Args:
-        folder: Where they go.
-        rows: The rows of the table.
-        more: Further entries of the JSON document.
-
-    Raises:
-        WriteError: If a file cannot be written.
-    """
+    """Write ``compare.json``, with the further entries ``more``, and ``compare.csv``."""
     listed = [row._asdict() | {"summary": row.summary()} for row in rows]
     document = {"format": FORMAT, "clkit": __version__, "confidence": CONFIDENCE, **more, "rows": listed}
     with atomic_write(folder / "compare.json") as draft:

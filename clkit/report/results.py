@@ -17,9 +17,8 @@ from torch import Tensor
 from clkit._version import __version__
 from clkit.errors import ArgumentError, StateError
 from clkit.files import atomic_write
-from clkit.metrics._arrays import plain
 from clkit.metrics.counts import StreamCounts
-from clkit.metrics.functional import summarize
+from clkit.metrics.functional import plain, summarize
 from clkit.schema import Numbers, read_entries, read_state, saved_entry
 
 __all__ = ["ClassTable", "Recorded", "Results", "RunResults", "results_document", "write_predictions", "write_results"]
@@ -58,9 +57,7 @@ class Recorded:
             name: torch.cat([getattr(part, name) for part in parts]) for name in ("experiences", "targets", "rows")
         }
         for kind, lacking in (("predicted", -1), ("scores", torch.nan), ("columns", torch.nan)):
-            names: dict[str, Tensor] = {}
-            for part in parts:
-                names.update(getattr(part, kind))
+            names = dict.fromkeys(name for part in parts for name in getattr(part, kind))
             fill = torch.tensor(lacking)
             joined[kind] = {
                 name: torch.cat([getattr(part, kind).get(name, fill.expand(len(part.rows))) for part in parts])
@@ -113,11 +110,8 @@ class RunResults:
 
     def class_tables(self) -> dict[str, ClassTable]:
         """Return counts by class and confusions after the last stage of each predictor."""
-        tables = {}
-        for name, counts in self.counts.items():
-            classes, confusions = counts.class_tables()
-            tables[name] = classes.tolist(), confusions.tolist()
-        return tables
+        tables = {name: counts.class_tables() for name, counts in self.counts.items()}
+        return {name: (classes.tolist(), confusions.tolist()) for name, (classes, confusions) in tables.items()}
 
     def column_means(self) -> dict[str, dict[str, list[list[Any]]]]:
         """Return for each column ``mean`` and ``count``, stage by experience; ``None`` and 0 where not evaluated."""
@@ -131,11 +125,7 @@ class RunResults:
         }
 
     def load_state_dict(self, state: Any, owner: str) -> None:
-        """Take up what :meth:`state_dict` returned.
-
-        Args:
-            state: It, which may have further entries.
-            owner: Whose state it is, for the message.
+        """Take up what :meth:`state_dict` returned; it may have further entries, and ``owner`` is for the message.
 
         Raises:
             StateError: If it is damaged; nothing is changed then.
@@ -157,14 +147,7 @@ class RunResults:
 def results_document(
     results: RunResults, datamodule: Any, config: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return what ``results.json`` holds.
-
-    Args:
-        results: What was measured.
-        datamodule: The stream, or any other source of data, of which less is known.
-        config: What a person set.
-        seconds: What took how long.
-    """
+    """Return what ``results.json`` holds; of a data module that is no stream less is known."""
     document: dict[str, Any] = {
         "format": 1,
         "clkit": __version__,
@@ -174,13 +157,8 @@ def results_document(
         "stream": {
             "scenario": getattr(getattr(datamodule, "scenario", None), "name", None),
             "experiences": [
-                {
-                    "name": experience.name,
-                    "classes": list(experience.classes),
-                    "train_samples": experience.train_samples,
-                    "eval_samples": experience.eval_samples,
-                }
-                for experience in getattr(datamodule, "experiences", None) or []
+                {name: getattr(each, name) for name in ("name", "classes", "train_samples", "eval_samples")}
+                for each in getattr(datamodule, "experiences", None) or []
             ],
         },
         "predictors": results.summaries(),
@@ -200,8 +178,7 @@ def write_results(
     Args:
         folder: Where to.
         document: What ``results.json`` holds.
-        classes: For each predictor, after its last stage: class, correct and samples of each class; class, predicted
-            class and samples of each pair that occurred.
+        classes: For each predictor its counts by class and its confusions after the last stage.
         names: Class names by id; may be empty.
     """
     with atomic_write(folder / "results.json") as draft:
@@ -229,10 +206,7 @@ def write_results(
 def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) -> None:
     """Write one line a sample, in the order of the data set: target, each prediction with its score, further columns.
 
-    Args:
-        path: The file.
-        recorded: What was predicted.
-        names: Class names by id; may be empty.
+    ``names`` are class names by id and may be empty.
     """
     order = torch.argsort(recorded.rows, stable=True)
 

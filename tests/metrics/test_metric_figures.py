@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from clkit import metrics as M
 from clkit.errors import ArgumentError
 from clkit.metrics import figures
-from clkit.report import replay_figures
+from clkit.report.figures import plot_memory_balance, plot_prototype_similarity
 
 NAN = float("nan")
 
@@ -183,7 +183,7 @@ def test_nothing_evaluated_yet_is_an_empty_frame(tmp_path: Path) -> None:
 
 def test_memory_balance_is_a_stair_of_classes_in_their_order_of_arrival() -> None:
     counts = {0: {9: 4}, 1: {9: 2, 4: 2}, 3: {4: 2, 9: 1, 1: 1}, 4: {4: 0, 1: 3}}
-    figure, axes = replay_figures.plot_memory_balance(counts, title="er")
+    figure, axes = plot_memory_balance(counts, title="er")
     (mesh,) = (part for part in axes.collections if isinstance(part, QuadMesh))
     rows = np.asarray(np.ma.filled(mesh.get_array(), np.nan))
     np.testing.assert_array_equal(rows, [[4, 2, 1, NAN], [NAN, 2, 2, NAN], [NAN, NAN, 1, 3]])
@@ -197,7 +197,7 @@ def test_memory_balance_is_a_stair_of_classes_in_their_order_of_arrival() -> Non
 
 
 def test_memory_balance_in_grey_only_gets_darker_and_one_row_is_not_blank() -> None:
-    _, axes = replay_figures.plot_memory_balance({rows: {0: rows} for rows in range(1, 102)})
+    _, axes = plot_memory_balance({rows: {0: rows} for rows in range(1, 102)})
     (mesh,) = (part for part in axes.collections if isinstance(part, QuadMesh))
     shades = lightness(mesh.to_rgba(mesh.get_array())[0])
     assert (np.diff(shades) <= 1e-9).all()
@@ -207,7 +207,7 @@ def test_memory_balance_in_grey_only_gets_darker_and_one_row_is_not_blank() -> N
 
 
 def test_memory_balance_of_100_classes_and_experiences_can_be_read(tmp_path: Path) -> None:
-    few, axes = replay_figures.plot_memory_balance({e: dict.fromkeys(range(e + 1), 3) for e in range(100)})
+    few, axes = plot_memory_balance({e: dict.fromkeys(range(e + 1), 3) for e in range(100)})
     assert len(axes.get_yticks()) == 10
     assert not axes.lines
     few.savefig(tmp_path / "figure.png")
@@ -219,9 +219,7 @@ def test_memory_balance_of_100_classes_and_experiences_can_be_read(tmp_path: Pat
 
 def test_similarities_are_cosines_and_a_mean_without_direction_is_blank() -> None:
     means = [[2.0, 0.0], [3.0, 4.0], [0.0, 0.0], [-1.0, 0.0]]
-    _, axes = replay_figures.plot_prototype_similarity(
-        torch.tensor([3, 8, 9, 70]), torch.tensor(means), title="after 2"
-    )
+    _, axes = plot_prototype_similarity(torch.tensor([3, 8, 9, 70]), torch.tensor(means), title="after 2")
     expected = [[1, 0.6, NAN, -1], [0.6, 1, NAN, -0.6], [NAN] * 4, [-1, -0.6, NAN, 1]]
     np.testing.assert_allclose(shaded(axes), expected, atol=1e-7)
     assert texts(axes)[1, 3] == "\N{MINUS SIGN}0.60"
@@ -232,7 +230,7 @@ def test_similarities_are_cosines_and_a_mean_without_direction_is_blank() -> Non
 
 @pytest.mark.parametrize(("smallest", "lowest"), [(0.3, 0.0), (0.0, 0.0), (-0.2, -0.5), (-0.7, -1.0), (-1.0, -1.0)])
 def test_the_palest_shade_is_the_lowest_cosine_there_can_be(smallest: float, lowest: float) -> None:
-    _, axes = replay_figures.plot_prototype_similarity([0, 1], [[1.0, 0.0], [smallest, (1 - smallest**2) ** 0.5]])
+    _, axes = plot_prototype_similarity([0, 1], [[1.0, 0.0], [smallest, (1 - smallest**2) ** 0.5]])
     assert axes.images[0].get_clim() == (lowest, 1.0)
     background = lightness(axes.images[0].to_rgba(np.array([[smallest, 1.0]]))[0])
     assert background[0] > background[1]
@@ -243,10 +241,10 @@ def test_the_palest_shade_is_the_lowest_cosine_there_can_be(smallest: float, low
 
 def test_a_memory_that_holds_nothing_is_an_empty_frame(tmp_path: Path) -> None:
     for figure, _ in (
-        replay_figures.plot_memory_balance({}),
-        replay_figures.plot_memory_balance({0: {}, 1: {}}),
-        replay_figures.plot_prototype_similarity([], np.zeros((0, 0))),
-        replay_figures.plot_prototype_similarity([3], [[0.0]]),
+        plot_memory_balance({}),
+        plot_memory_balance({0: {}, 1: {}}),
+        plot_prototype_similarity([], np.zeros((0, 0))),
+        plot_prototype_similarity([3], [[0.0]]),
     ):
         figure.savefig(tmp_path / "figure.png")
         assert (tmp_path / "figure.png").stat().st_size > 0
@@ -254,16 +252,16 @@ def test_a_memory_that_holds_nothing_is_an_empty_frame(tmp_path: Path) -> None:
 
 def test_malformed_prototypes_are_refused() -> None:
     with pytest.raises(ArgumentError, match="ids has 1 entries"):
-        replay_figures.plot_prototype_similarity([1], [[1.0], [2.0]])
+        plot_prototype_similarity([1], [[1.0], [2.0]])
     with pytest.raises(ArgumentError, match="means has 1 dimensions"):
-        replay_figures.plot_prototype_similarity([1], [1.0])
+        plot_prototype_similarity([1], [1.0])
 
 
 def test_figures_of_a_memory_take_axes() -> None:
     mine = Figure()
     left, right = mine.subplots(1, 2)
-    assert replay_figures.plot_memory_balance({0: {0: 1}}, ax=right) == (mine, right)
-    assert replay_figures.plot_prototype_similarity([0], [[1.0]], ax=left) == (mine, left)
+    assert plot_memory_balance({0: {0: 1}}, ax=right) == (mine, right)
+    assert plot_prototype_similarity([0], [[1.0]], ax=left) == (mine, left)
     assert left.images
     assert right.collections
 
