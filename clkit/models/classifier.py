@@ -1,4 +1,4 @@
-"""An image classifier around any timm backbone."""
+"""An image classifier around any timm backbone, or around none for streams of cached embeddings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,57 @@ from torch.nn.functional import cross_entropy
 
 from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
 from clkit.features.batch import BatchReader, read_batch, read_inputs
-from clkit.models.identity import IdentityBackbone
 from clkit.models.layout import to_channels_last
 from clkit.stream._lightning import datamodule_of
 
-__all__ = ["TimmClassifier"]
+__all__ = ["IdentityBackbone", "TimmClassifier"]
+
+
+class IdentityBackbone(nn.Module):
+    """Hands its input on, flattened; with ``in_features`` and ``num_classes`` it ends in a linear classifier.
+
+    It has the surface of a timm network that callers use: ``get_classifier``, ``reset_classifier``, ``num_classes``
+    and ``num_features``.
+
+    Args:
+        num_classes: Outputs of the classifier; 0 for none.
+        in_features: Width D of the features; needed for a classifier only.
+
+    Raises:
+        ArgumentError: If a classifier is asked for without ``in_features``.
+
+    Shape:
+        - input: (B, …) of any shape with D numbers a row, float
+        - output: (B, D), or (B, num_classes)
+
+    Example:
+        >>> IdentityBackbone()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(self, num_classes: int = 0, in_features: int | None = None) -> None:
+        super().__init__()
+        self.num_features = in_features
+        self.reset_classifier(num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the linear classifier, or an identity."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Make a new classifier."""
+        if num_classes and self.num_features is None:
+            raise ArgumentError(
+                f"an identity backbone with num_classes={num_classes} needs the width of the features: "
+                "model_kwargs={'in_features': D}"
+            )
+        self.num_classes = num_classes
+        self.fc: nn.Module = nn.Linear(self.num_features or 0, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return features, or logits."""
+        logits: Tensor = self.fc(inputs.flatten(1))
+        return logits
 
 
 class TimmClassifier(pl.LightningModule):
@@ -47,8 +93,6 @@ class TimmClassifier(pl.LightningModule):
         StateError: If the file of weights does not fit the model.
 
     Example:
-        >>> import torch
-        >>> from clkit.models import TimmClassifier
         >>> model = TimmClassifier("resnet10t", num_classes=4, model_kwargs={"in_chans": 1})
         >>> model(torch.zeros(2, 1, 32, 32)).shape
         torch.Size([2, 4])
@@ -85,7 +129,8 @@ class TimmClassifier(pl.LightningModule):
                 f"small_images=True replaces the first layer of {backbone!r}, for which no weights can be loaded; "
                 "leave pretrained and checkpoint_path out, or small_images"
             )
-        self.network = _build(backbone, pretrained, checkpoint_path, dict(self.model_kwargs), num_classes)
+        options = self.model_kwargs if num_classes is None else {**self.model_kwargs, "num_classes": num_classes}
+        self.network = _build(backbone, pretrained, checkpoint_path, options)
         if small_images:
             _replace_stem(self.network, backbone)
         if channels_last:
@@ -117,7 +162,9 @@ class TimmClassifier(pl.LightningModule):
         if wanted is None:
             return
         if self.num_classes is None:
-            if self.network.num_classes != wanted and not _headless(self.network):
+            # an identity backbone of unknown width cannot get a classifier
+            headless = isinstance(self.network, IdentityBackbone) and self.network.num_features is None
+            if self.network.num_classes != wanted and not headless:
                 self.network.reset_classifier(wanted)
         elif 0 < self.num_classes < wanted:
             raise ConfigurationError(
@@ -126,12 +173,12 @@ class TimmClassifier(pl.LightningModule):
             )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits (B, num_classes) of inputs (B, C, H, W); features (B, D) where there is no classifier."""
+        """Return logits (B, num_classes) of inputs (B, C, H, W); features (B, D) where there is no classifier."""
         output: Tensor = self.network(inputs)
         return output
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch; rows without a label (-1) do not count."""
+        """Return the cross-entropy of a batch; rows without a label (-1) do not count."""
         inputs, targets = read_batch(batch, self.batch_reader)
         if not self.network.num_classes:
             raise self._nothing_to_train()
@@ -143,12 +190,10 @@ class TimmClassifier(pl.LightningModule):
         """Run the forward; accuracies are the callbacks' business."""
         self(read_inputs(batch, self.batch_reader)[0])
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Runs the forward; accuracies are the callbacks' business."""
-        self(read_inputs(batch, self.batch_reader)[0])
+    test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Logits (B, num_classes)."""
+        """Return logits (B, num_classes)."""
         output: Tensor = self(read_inputs(batch, self.batch_reader)[0])
         return output
 
@@ -181,16 +226,9 @@ def _replace_stem(network: Any, backbone: str) -> None:
     network.maxpool = nn.Identity()
 
 
-def _headless(network: nn.Module) -> bool:
-    """Return whether a network cannot get a classifier: an identity backbone of unknown width."""
-    return isinstance(network, IdentityBackbone) and network.num_features is None
-
-
-def _build(
-    backbone: str, pretrained: bool, checkpoint_path: str | None, options: dict[str, Any], num_classes: int | None
-) -> Any:
+def _build(backbone: str, pretrained: bool, checkpoint_path: str | None, options: dict[str, Any]) -> Any:
     if backbone == "identity":
-        return IdentityBackbone(num_classes or 0, **options)
+        return IdentityBackbone(**options)
     import timm
 
     architecture, _, tag = backbone.partition(".")
@@ -202,8 +240,6 @@ def _build(
         raise ArgumentError(f"backbone={backbone!r}: timm has no weights {tag!r} of {architecture}, but {tags}")
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise ArgumentError(f"checkpoint_path={checkpoint_path!r} is not a file; give the path of the weights")
-    if num_classes is not None:
-        options["num_classes"] = num_classes
     try:
         return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=checkpoint_path or "", **options)
     except TypeError as error:

@@ -13,8 +13,7 @@ import torch
 
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, StateError
-from clkit.models import TimmClassifier
-from clkit.models.identity import IdentityBackbone
+from clkit.models import IdentityBackbone, TimmClassifier
 
 Trainers = Callable[..., pl.Trainer]
 
