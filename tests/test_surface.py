@@ -86,7 +86,7 @@ PUBLIC = {
         "NaturalOrder",
         "NpzFeatures",
         "NpzImages",
-        "Part",
+        "SourcePart",
         "Preprocessing",
         "Scenario",
         "Source",

@@ -18,7 +18,7 @@ from clkit.data.scenarios import (
     TaskIncremental,
 )
 from clkit.data.sources import resolve_source
-from clkit.data.sources.base import Part, Source, data_root
+from clkit.data.sources.base import Source, SourcePart, data_root
 from clkit.data.sources.custom import Custom
 from clkit.data.sources.digits import Digits
 from clkit.data.sources.folder import ImageFolder
@@ -40,10 +40,10 @@ __all__ = [
     "NaturalOrder",
     "NpzFeatures",
     "NpzImages",
-    "Part",
     "Preprocessing",
     "Scenario",
     "Source",
+    "SourcePart",
     "Split",
     "StreamDataModule",
     "TaskIncremental",

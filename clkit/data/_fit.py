@@ -24,13 +24,7 @@ __all__ = ["prepare_fit"]
 def prepare_fit(
     trainer: pl.Trainer, experiences: Sequence[Experience], epochs: int, batches_of: Callable[[Experience], int]
 ) -> None:
-    """Let the trainer walk through a stream and end with it.
-
-    Args:
-        trainer: The trainer of the fit.
-        experiences: The stream's experiences.
-        epochs: Epochs of the whole stream.
-        batches_of: What counts this process's training batches of an experience.
+    """Let the trainer walk through a stream and end with it; ``batches_of`` counts an experience's training batches.
 
     Raises:
         ConfigurationError: If a setting of the trainer would end the stream early, or never validate.
@@ -43,7 +37,15 @@ def prepare_fit(
             "EarlyStopping would end the whole stream, not the experience, and what it monitors gets worse whenever "
             "something new arrives; leave it out and set epochs_per_experience"
         )
-    _check_interval(trainer, experiences, batches_of)
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:  # batches, counted in each epoch
+        for experience in experiences:
+            longest = longest_validation_interval(trainer, batches_of(experience))
+            if interval > longest:
+                raise ConfigurationError(
+                    f"val_check_interval={interval} is longer than experience {experience.name!r}, which has {longest} "
+                    f"training batches; use at most {longest}, or a share of an epoch such as 0.5"
+                )
     given = trainer.max_epochs
     if given is None or given == -1 or given > epochs:
         cap_max_epochs(trainer, epochs)
@@ -54,18 +56,3 @@ def prepare_fit(
             f"max_epochs={given} ends before the stream does: it has {len(experiences)} experiences and needs "
             f"max_epochs={epochs}; leave max_epochs out, or set StreamDataModule(stop_after=…) for a shorter stream"
         )
-
-
-def _check_interval(
-    trainer: pl.Trainer, experiences: Sequence[Experience], batches_of: Callable[[Experience], int]
-) -> None:
-    interval = trainer.val_check_interval
-    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
-        return  # a share of an epoch, or batches counted over epochs
-    for experience in experiences:
-        longest = longest_validation_interval(trainer, batches_of(experience))
-        if interval > longest:
-            raise ConfigurationError(
-                f"val_check_interval={interval} is longer than experience {experience.name!r}, which has {longest} "
-                f"training batches; use at most {longest}, or a share of an epoch such as 0.5"
-            )

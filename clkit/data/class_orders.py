@@ -21,27 +21,17 @@ _CIFAR100_ICARL = """
 """
 
 
-def _numpy_1993() -> tuple[int, ...]:
-    """Return the permutation of 100 ids that NumPy's legacy generator draws with seed 1993.
-
-    NumPy has frozen the stream of ``RandomState``, so the order is the same on every machine and in every version.
-    """
-    return tuple(int(i) for i in np.random.RandomState(1993).permutation(100))
-
-
 #: Name to order. ``cifar100_icarl``: CIFAR-100 as iCaRL's code orders it. ``cifar100_numpy1993``: the order that code
 #: bases get which call ``numpy.random.seed(1993)`` before they shuffle 100 classes (it starts 68, 56, 78, 8).
 PUBLISHED_ORDERS: dict[str, tuple[int, ...]] = {
     "cifar100_icarl": tuple(int(i) for i in _CIFAR100_ICARL.split()),
-    "cifar100_numpy1993": _numpy_1993(),
+    # NumPy has frozen the stream of RandomState, so the order is the same on every machine and in every version
+    "cifar100_numpy1993": tuple(int(i) for i in np.random.RandomState(1993).permutation(100)),
 }
 
 
 def published_order(name: str) -> tuple[int, ...]:
-    """Return the class ids of a published order, first to arrive first.
-
-    Args:
-        name: A key of :data:`PUBLISHED_ORDERS`.
+    """Return the class ids of the order with this name in :data:`PUBLISHED_ORDERS`, first to arrive first.
 
     Raises:
         ArgumentError: ``name`` is not known; the message lists the known names.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from clkit.data.scenarios import Labels, Scenario, Split
-from clkit.data.sources.base import Part, Source
+from clkit.data.sources.base import Source, SourcePart
 from clkit.errors import DataError
 from clkit.stream.experience import Experience
 
@@ -23,23 +23,14 @@ PartName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True, eq=False)
 class CutStream:
-    """The experiences of a stream and their rows.
+    """The experiences of a stream and their rows."""
 
-    Attributes:
-        train: The source's training part.
-        test: The source's test part.
-        classes: Ids of all classes of the whole stream, in the order in which they arrive; the user's ids.
-        experiences: The experiences that are learned, which may be the first ones only.
-        splits: The rows of each; without those that are cut off for validation.
-        validation: The rows of the training part that are cut off of each, empty where none are.
-    """
-
-    train: Part
-    test: Part
-    classes: list[int]
-    experiences: list[Experience]
-    splits: list[Split]
-    validation: list[Rows]
+    train: SourcePart
+    test: SourcePart
+    classes: list[int]  # the user's ids of all classes of the whole stream, in the order in which they arrive
+    experiences: list[Experience]  # those that are learned, which may be the first ones only
+    splits: list[Split]  # the rows of each, without those that are cut off for validation
+    validation: list[Rows]  # the rows of the training part that are cut off of each; empty where none are
 
     @property
     def holds_images(self) -> bool:
@@ -47,7 +38,7 @@ class CutStream:
         first: Any = self.train.get_many(np.zeros(1, dtype=np.int64))
         return isinstance(first, list) or (isinstance(first, torch.Tensor) and first.ndim == 4)
 
-    def part(self, name: PartName) -> Part:
+    def part(self, name: PartName) -> SourcePart:
         """Return the part of the source that the rows of a name belong to."""
         return self.test if name == "test" else self.train
 
@@ -75,7 +66,7 @@ class CutStream:
 
 def cut_stream(
     source: Source,
-    parts: tuple[Part, Part],
+    parts: tuple[SourcePart, SourcePart],
     scenario: Scenario,
     stop_after: int | None = None,
     val_fraction: float = 0.0,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clkit.data.sources.base import Part
+from clkit.data.sources.base import SourcePart
 from clkit.errors import DataError
 
 __all__ = ["BatchLoader", "EvaluationLoader", "Fetcher", "TrainLoader", "Workers", "cut_batches", "epoch_order"]
@@ -33,17 +33,11 @@ def epoch_order(rows: Rows, *, seed: int, epoch: int, shuffle: bool) -> Rows:
 
 
 def cut_batches(rows: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Rows]:
-    """Cut ordered rows into this rank's batches: no row lost, none repeated, none empty.
+    """Cut ordered rows (N,) into the batches of rank ``rank`` of W: no row lost, none repeated, none empty.
 
     All ranks get the same *number* of batches, ``n = min(⌈N/(W·B)⌉, ⌊N/W⌋)``, because Lightning talks between processes
     at every training batch; their sizes are as even as possible, at most ``batch_size`` (one row more at
     most where ``batch_size`` is 1 and W does not divide N).
-
-    Args:
-        rows: Row numbers (N,) in the order of arrival.
-        batch_size: Rows a batch and rank, at most.
-        rank: This process.
-        world_size: Number of processes W.
 
     Raises:
         DataError: If there are fewer rows than processes.
@@ -65,20 +59,15 @@ def cut_batches(rows: Rows, batch_size: int, *, rank: int = 0, world_size: int =
 
 
 class Fetcher(Dataset[tuple[Any, ...]]):
-    """The data set that turns row numbers into batches: read, augment, preprocess, and pair with targets.
+    """The data set that turns row numbers of a source's part into batches: read, augment, preprocess, add targets.
 
-    Args:
-        part: The training or test part of a source.
-        targets: Class ids (N,) as the batches shall have them.
-        preprocess: Deterministic preprocessing of a stack or list of stored images.
-        augment: Random transform of one stored image, or ``None``.
-        tasks: Experience of each row (N,), or ``None``; given as a third element of the batch.
-        seed: Seed of the augmentation.
+    ``augment`` transforms one stored image at random, ``preprocess`` a stack or list of them always alike; ``tasks``,
+    the experience of each row, become a third element of the batch.
     """
 
     def __init__(
         self,
-        part: Part,
+        part: SourcePart,
         targets: Rows,
         preprocess: Callable[[Any], Tensor],
         augment: Callable[[Any], Any] | None = None,
@@ -95,21 +84,17 @@ class Fetcher(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def fetch(self, rows: Rows, epoch: int) -> tuple[Any, ...]:
-        """Return the batch of some rows: ``(inputs, targets)``, or ``(inputs, targets, tasks)``."""
+    def __getitem__(self, key: tuple[int, Rows]) -> tuple[Any, ...]:
+        """Return the batch of an epoch's rows: ``(inputs, targets)``, or ``(inputs, targets, tasks)``."""
+        epoch, rows = key
         inputs: Any = self.part.get_many(rows)
         if self.augment is not None:
-            inputs = self._augmented(list(inputs), rows, epoch)
+            inputs = self._augmented(self.augment, list(inputs), rows, epoch)
         index = torch.from_numpy(rows)
         batch = (self.preprocess(inputs), self.targets[index])
         return batch if self.tasks is None else (*batch, self.tasks[index])
 
-    def __getitem__(self, key: tuple[int, Rows]) -> tuple[Any, ...]:
-        epoch, rows = key
-        return self.fetch(rows, epoch)
-
-    def _augmented(self, images: list[Any], rows: Rows, epoch: int) -> Any:
-        assert self.augment is not None
+    def _augmented(self, augment: Callable[[Any], Any], images: list[Any], rows: Rows, epoch: int) -> Any:
         # not `torch.manual_seed`, which would also seed every accelerator
         generator = torch.default_generator
         states = generator.get_state(), random.getstate()
@@ -119,7 +104,7 @@ class Fetcher(Dataset[tuple[Any, ...]]):
                 seed = int(np.random.SeedSequence((self.seed, epoch, int(row))).generate_state(1)[0])
                 generator.manual_seed(seed)
                 random.seed(seed)
-                out.append(self.augment(image))
+                out.append(augment(image))
         finally:
             generator.set_state(states[0])
             random.setstate(states[1])
@@ -128,17 +113,12 @@ class Fetcher(Dataset[tuple[Any, ...]]):
 
 
 class Workers:
-    """Worker processes that live until they are closed: each loader only sends them its keys.
-
-    Args:
-        fetcher: The data set that they read.
-        num_workers: Number of processes; 0 fetches in this one.
-    """
+    """Worker processes that live until they are closed: each loader only sends them its keys; 0 fetch in this one."""
 
     def __init__(self, fetcher: Fetcher, num_workers: int) -> None:
         self.fetcher = fetcher
         self.num_workers = num_workers
-        self._keys = _Keys()
+        self._keys: list[tuple[int, Rows]] = []  # the sampler of the persistent loader: whatever is asked for now
         self._loader: DataLoader[Any] | None = None
 
     def batches(self, keys: list[tuple[int, Rows]]) -> Iterator[tuple[Any, ...]]:
@@ -155,7 +135,7 @@ class Workers:
                 persistent_workers=True,
                 generator=torch.Generator(),  # otherwise each iterator draws from the global generator
             )
-        self._keys.asked = keys
+        self._keys[:] = keys
         yield from self._loader
 
     def close(self) -> None:
@@ -163,26 +143,8 @@ class Workers:
         self._loader = None
 
 
-class _Keys:
-    """The sampler of the persistent loader: whatever is asked for now."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, Rows]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, Rows]]:
-        return iter(self.asked)
-
-    def __len__(self) -> int:
-        return len(self.asked)
-
-
 class BatchLoader:
-    """Given batches, once an iteration.
-
-    Args:
-        workers: The processes that fetch them.
-        keys: Epoch and rows of each batch; the epoch is what its augmentation depends on.
-    """
+    """Batches given by epoch and rows, once an iteration; the epoch is what their augmentation depends on."""
 
     def __init__(self, workers: Workers, keys: list[tuple[int, Rows]]) -> None:
         self._workers = workers
@@ -202,11 +164,7 @@ class BatchLoader:
 class TrainLoader(BatchLoader):
     """The training batches of one epoch, from where the run stands.
 
-    Args:
-        workers: The processes that fetch them.
-        batches: The rows of each batch of this process.
-        epoch: The epoch.
-        start: Answers how many batches of the epoch are already learned; asked when iteration begins.
+    ``start`` answers how many batches of the epoch are already learned; it is asked when iteration begins.
     """
 
     def __init__(self, workers: Workers, batches: list[Rows], epoch: int, start: Callable[[int], int]) -> None:
@@ -230,10 +188,6 @@ class EvaluationLoader(BatchLoader):
     """The test rows of several experiences; a batch never straddles two.
 
     Batches go round robin over the experiences, so that ``limit_val_batches`` cuts them evenly.
-
-    Args:
-        workers: The processes that fetch them.
-        batches: For each experience the rows of each batch of this process.
 
     Attributes:
         batches: Experience and rows of each batch, in order.

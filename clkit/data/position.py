@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from clkit.data.loader import Rows, cut_batches
 from clkit.errors import DataError, StateError
-from clkit.schema import check_format, saved_entry, saved_list
+from clkit.schema import Instance, Many, Nested, OneOf, Table, Whole, read_state
 
 __all__ = ["StreamPosition"]
 
 FORMAT = 1
 
 _OWNER = "the saved stream position"
-_SCHEDULE: list[tuple[str, Any]] = [("epochs_per_experience", int), ("warmup_epochs", int)]
-_ORDER: list[tuple[str, Any]] = [
-    ("batch_size", int),
-    ("world_size", int),
-    ("seed", int),
-    ("shuffle", bool),
-    ("train_samples", int | None),
-]
+_EXPERIENCE: Table = {"name": Instance(str), "classes": Many(Instance(int))}
+_SCHEDULE: Table = {"epochs_per_experience": Whole(1), "warmup_epochs": Whole()}
+_ORDER: Table = {
+    "batch_size": Whole(1),
+    "world_size": Whole(1),
+    "seed": Instance(int),
+    "shuffle": Instance(bool),
+    "train_samples": Whole(optional=True),
+}
+_SAVED: Table = {
+    "format": OneOf((FORMAT,)),
+    "epoch": Whole(),
+    "batches": Whole(),
+    "reached": Whole(),
+    "experiences": Many(Instance(list)),
+    "schedule": Nested(_SCHEDULE),
+    "order": Nested(_ORDER),
+}
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """An epoch and how many of its batches are learned, with everything that says which batches those are.
+    """An epoch and how many of its batches are learned, with everything that says which batches those are."""
 
-    Args:
-        epoch: The training epoch in which a resume goes on, from 0.
-        batches: How many of its batches each process has learned.
-        reached: The index of the last experience that was begun.
-        experiences: Name and class ids of each experience.
-        schedule: What says which epoch belongs to which experience.
-        order: What the batches of the running experience depend on.
-    """
-
-    epoch: int
-    batches: int
-    reached: int
-    experiences: list[list[Any]]
-    schedule: dict[str, int]
-    order: dict[str, Any]
+    epoch: int  # the training epoch in which a resume goes on, from 0
+    batches: int  # how many of its batches each process has learned
+    reached: int  # index of the last experience that was begun
+    experiences: list[list[Any]]  # name and class ids of each
+    schedule: dict[str, int]  # what says which epoch belongs to which experience
+    order: dict[str, Any]  # what the batches of the running experience depend on
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain types."""
@@ -57,21 +58,11 @@ class StreamPosition:
         Raises:
             StateError: If it is none.
         """
-        check_format(state, FORMAT, _OWNER)
-        epoch, batches, reached = (saved_entry(state, name, int, _OWNER) for name in ("epoch", "batches", "reached"))
-        if min(epoch, batches) < 0:
-            raise StateError(f"{_OWNER} is epoch {epoch}, batch {batches}: it is damaged")
-        experiences = saved_list(state, "experiences", list, _OWNER)
-        for each in experiences:
-            name, classes = each if len(each) == 2 else (None, None)
-            saved_entry({"name": name}, "name", str, _OWNER)
-            saved_list({"classes": classes}, "classes", int, _OWNER)
-        schedule, order = saved_entry(state, "schedule", dict, _OWNER), saved_entry(state, "order", dict, _OWNER)
-        schedule = {name: saved_entry(schedule, name, kind, _OWNER) for name, kind in _SCHEDULE}
-        order = {name: saved_entry(order, name, kind, _OWNER) for name, kind in _ORDER}
-        if min(schedule["epochs_per_experience"], order["world_size"], order["batch_size"]) < 1:
-            raise StateError(f"{_OWNER} has the settings {schedule} and {order}: it is damaged")
-        return cls(epoch, batches, reached, experiences, schedule, order)
+        saved = read_state(state, _SAVED, _OWNER)
+        for each in saved["experiences"]:
+            read_state(dict(zip(_EXPERIENCE, each, strict=False)), _EXPERIENCE, f"{_OWNER}: experiences")
+        del saved["format"]
+        return cls(**saved)
 
     def is_of(self, stream: StreamPosition) -> bool:
         """Whether it comes from a stream with the same experiences, of which one may be longer."""
@@ -79,10 +70,7 @@ class StreamPosition:
         return mine[: len(theirs)] == theirs[: len(mine)]
 
     def check_fit(self, now: StreamPosition) -> None:
-        """Refuse a fit that would go on in another stream, or count its epochs otherwise.
-
-        Args:
-            now: The position of the stream in hand.
+        """Refuse a fit that would go on in another stream than the one in hand, or count its epochs otherwise.
 
         Raises:
             StateError: Naming the difference.
@@ -101,11 +89,7 @@ class StreamPosition:
                 )
 
     def learned_of(self, epoch: int, order: dict[str, Any]) -> int:
-        """Return how many batches of an epoch are learned already.
-
-        Args:
-            epoch: An epoch of the fit that goes on from here.
-            order: What its batches depend on.
+        """Return how many batches of an epoch are learned already, where its batches depend on ``order`` now.
 
         Raises:
             StateError: If the batches would be others than those that were learned.
@@ -125,21 +109,22 @@ class StreamPosition:
     def check_replay(self, now: StreamPosition, rows: Rows, available: int) -> None:
         """Refuse to look up learned batches in another stream, where they would be others, and rows that do not exist.
 
-        Args:
-            now: The position of the stream in hand.
-            rows: Rows of the training part that are looked for.
-            available: How many rows that has.
-
         Raises:
             DataError: If there is no such row.
             StateError: Naming the difference between the streams.
         """
         reached = self._index_of(self.epoch)
         if not self.is_of(now) or reached > len(now.experiences) - (self.batches > 0):
-            self._refuse(f"it had come to experience {reached + 1} of {self.experiences}; here are {now.experiences}")
+            raise StateError(
+                f"the checkpoint comes from another stream: it had come to experience {reached + 1} of "
+                f"{self.experiences}; here are {now.experiences}"
+            )
         for name in ("seed", "shuffle"):
             if self.order[name] != now.order[name]:
-                self._refuse(f"it has {name}={self.order[name]}; here it is {now.order[name]}")
+                raise StateError(
+                    f"the checkpoint comes from another stream: it has {name}={self.order[name]}; here it is "
+                    f"{now.order[name]}"
+                )
         if rows.min() < 0 or rows.max() >= available:
             missing = int(rows.max() if rows.min() >= 0 else rows.min())
             raise DataError(f"there is no sample {missing}: the training part has the rows 0 to {available - 1}")
@@ -152,13 +137,7 @@ class StreamPosition:
         return [(epoch, self._index_of(epoch)) for epoch in range(max(first, warmup), last + 1)]
 
     def learned_rows(self, epoch: int, arriving: Rows, wanted: Rows) -> list[Rows]:
-        """Return the learned batches of an epoch that hold some of the wanted rows.
-
-        Args:
-            epoch: One of :meth:`learned_epochs`.
-            arriving: (n,) the rows of its experience in the order of that epoch.
-            wanted: Rows of the training part.
-        """
+        """Return the learned batches of an epoch, whose rows arrive in this order, that hold some of the wanted."""
         found = []
         for rank in range(self.order["world_size"]):
             batches = cut_batches(arriving, self.order["batch_size"], rank=rank, world_size=self.order["world_size"])
@@ -168,7 +147,3 @@ class StreamPosition:
 
     def _index_of(self, epoch: int) -> int:
         return (epoch - self.schedule["warmup_epochs"]) // self.schedule["epochs_per_experience"]
-
-    @staticmethod
-    def _refuse(difference: str) -> NoReturn:
-        raise StateError(f"the checkpoint comes from another stream: {difference}")

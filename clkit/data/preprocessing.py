@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from clkit.errors import ArgumentError, DataError
+from clkit.methods._checks import check_choice, check_count
 
 __all__ = ["Preprocessing"]
 
@@ -63,13 +64,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name in ("size", "resize", "channels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {value}")
-        if self.interpolation not in get_args(Interpolation):
-            raise ArgumentError(
-                f"interpolation must be one of {', '.join(get_args(Interpolation))}, got {self.interpolation!r}"
-            )
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_choice("interpolation", self.interpolation, get_args(Interpolation))
         if self.resize is not None and self.size is not None and self.resize < self.size:
             raise ArgumentError(
                 f"resize ({self.resize}) must not be smaller than size ({self.size}), which is cut of it"
@@ -79,11 +76,7 @@ class Preprocessing:
 
     @classmethod
     def of_timm(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """Return the preprocessing that a network of timm expects.
-
-        Args:
-            config: What ``timm.data.resolve_model_data_config(network)`` gives.
-        """
+        """Return what a network of timm expects by ``timm.data.resolve_model_data_config(network)``."""
         size = int(config["input_size"][-1])
         return cls(
             size=size,
@@ -125,21 +118,18 @@ class Preprocessing:
         images = images.float()
         target = self.resize if self.resize is not None else self.size
         height, width = images.shape[-2:]
-        if target is not None and min(height, width) != target:
-            short = min(height, width)
+        short = min(height, width)
+        if target is not None and short != target:
             shape = (height * target // short, width * target // short)  # the long side is cut off, as torchvision does
             if self.interpolation == "nearest":
                 images = interpolate(images, shape, mode="nearest")
             else:
                 images = interpolate(images, shape, mode=self.interpolation, antialias=True, align_corners=False)
             images = images.clamp(0.0, scale)  # bicubic overshoots
-        return self._crop(images) / scale
-
-    def _crop(self, images: Tensor) -> Tensor:
-        if self.size is None:
-            return images
-        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
-        return images[..., top : top + self.size, left : left + self.size]
+        if self.size is not None:
+            top, left = ((side - self.size) // 2 for side in images.shape[-2:])
+            images = images[..., top : top + self.size, left : left + self.size]
+        return images / scale
 
     def _normalise(self, images: Tensor) -> Tensor:
         if self.channels is not None and images.shape[1] != self.channels:

@@ -22,13 +22,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from clkit.data.class_orders import published_order
+from clkit.data.sources.base import Int64, id_vector
 from clkit.errors import ArgumentError, DataError
+from clkit.methods._checks import check_count, check_probability
 
 __all__ = [
     "Blurry",
@@ -43,18 +44,16 @@ __all__ = [
     "TaskIncremental",
 ]
 
-Int64 = npt.NDArray[np.int64]
-
 UNLABELLED = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What a scenario reads of one part (training or test) of a data set.
+    """What a scenario reads of one part (training or test) of a data set; ids are kept as int64.
 
     Attributes:
-        targets: (N,) integer class ids as the user numbers them; -1 is a row without a label. Kept as int64.
-        domains: (N,) integer domain ids, or ``None`` where the data set has none. Kept as int64.
+        targets: (N,) integer class ids as the user numbers them; -1 is a row without a label.
+        domains: (N,) integer domain ids, or ``None`` where the data set has none.
         domain_names: Names of domain ids, for reading; may be empty or incomplete.
 
     Raises:
@@ -70,20 +69,17 @@ class Labels:
     domain_names: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        targets = _id_vector("targets", self.targets)
+        targets = id_vector("targets", self.targets)
         if targets.size and targets.min() < UNLABELLED:
             raise DataError(
                 f"targets holds the class id {targets.min()}; ids are 0 or larger, and -1 marks a row without a label"
             )
         object.__setattr__(self, "targets", targets)
-        if self.domains is None:
-            return
-        domains = _id_vector("domains", self.domains)
-        if len(domains) != len(targets):
-            raise DataError(
-                f"domains has {len(domains)} entries for {len(targets)} targets; there must be one for each"
-            )
-        object.__setattr__(self, "domains", domains)
+        if self.domains is not None:
+            domains = id_vector("domains", self.domains)
+            if len(domains) != len(targets):
+                raise DataError(f"domains has {len(domains)} entries for {len(targets)} targets; give one for each")
+            object.__setattr__(self, "domains", domains)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -91,7 +87,7 @@ class Labels:
     @property
     def classes(self) -> Int64:
         """Sorted class ids that occur; -1 is none of them."""
-        return _classes_of(self.targets)
+        return np.unique(self.targets[self.targets != UNLABELLED])
 
     def take(self, rows: Int64) -> Labels:
         """Return the labels of some rows, in that order."""
@@ -118,6 +114,11 @@ class Split:
     test: Int64
     ordered: bool = False
 
+    @classmethod
+    def of(cls, name: str, labels: Labels, train: Int64, test: Int64, *, ordered: bool = False) -> Split:
+        """Return the split with some training rows, whose labels say its classes."""
+        return cls(name, _sorted_ids(labels.take(train).classes), train, test, ordered)
+
 
 class Scenario(ABC):
     """The way in which the rows of a data set are cut into the experiences of a stream.
@@ -135,26 +136,52 @@ class Scenario(ABC):
 
     @abstractmethod
     def split(self, train: Labels, test: Labels) -> list[Split]:
-        """Say which rows belong to which experience, the first to arrive first.
-
-        Args:
-            train: Labels of the training part.
-            test: Labels of the test part.
+        """Say which rows of the training and the test part belong to which experience, the first to arrive first.
 
         Raises:
             DataError: These labels cannot be cut as the arguments ask.
         """
 
     def ordered_classes(self, train: Labels) -> Int64:
-        """Return the class ids of the training part in the order in which the scenario counts them.
+        """Return the class ids of the training part in the order in which the scenario counts them; sorted by default.
 
-        Sorted ids, unless the scenario has a ``class_order``. :class:`LongTailed` ranks the classes by it.
+        :class:`LongTailed` ranks the classes by it.
         """
         return train.classes
 
 
+class _ClassScenario(Scenario):
+    """A scenario whose experiences are made of classes, which a ``class_order`` or a ``seed`` puts in order."""
+
+    class_order: list[int] | str | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.class_order, str):
+            published_order(self.class_order)  # what can be checked before the data is known
+        _check_count("seed", self.seed, at_least=0)
+
+    def ordered_classes(self, train: Labels) -> Int64:
+        """Return the class ids in the order of ``class_order`` and ``seed``."""
+        if self.class_order is None:
+            return _shuffled(train.classes, self.seed)
+        order = published_order(self.class_order) if isinstance(self.class_order, str) else self.class_order
+        return _check_permutation("class_order", "class", order, train.classes)
+
+    def _checked_order(self, train: Labels, test: Labels) -> Int64:
+        if not len(train.classes):
+            raise DataError("the training part has no labelled rows to cut into classes")
+        extra = np.setdiff1d(test.classes, train.classes)
+        if len(extra):
+            raise DataError(
+                f"the test part has classes that the training part lacks: {_listed(extra)}; nothing could ever learn "
+                "them. Leave these rows out, or use a scenario that is not made of classes"
+            )
+        return self.ordered_classes(train)
+
+
 @dataclass(frozen=True)
-class ClassIncremental(Scenario):
+class ClassIncremental(_ClassScenario):
     """Every experience brings classes of its own, and a predictor must tell all of them apart.
 
     The protocol of most papers (split CIFAR-100, ten stages of ten classes). The test rows of a class belong to the
@@ -193,64 +220,44 @@ class ClassIncremental(Scenario):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_count("experiences", self.experiences)
-        _check_count("classes_per_experience", self.classes_per_experience)
-        _check_count("first_experience_classes", self.first_experience_classes)
+        super().__post_init__()
+        for argument in ("experiences", "classes_per_experience", "first_experience_classes"):
+            _check_count(argument, getattr(self, argument))
         if (self.experiences is None) == (self.classes_per_experience is None):
             given = "both" if self.experiences is not None else "neither"
             raise ArgumentError(
                 f"experiences={self.experiences} and classes_per_experience={self.classes_per_experience}: {given} "
                 "given; give exactly one of the two"
             )
-        _check_class_order(self.class_order)
-        _check_seed(self.seed)
-
-    def ordered_classes(self, train: Labels) -> Int64:
-        """Return the class ids in the order of ``class_order`` and ``seed``."""
-        return _resolve_class_order(self.class_order, self.seed, train.classes)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
         """Return one split for each group of classes; see the class and :meth:`Scenario.split`."""
-        _check_test_classes(train, test)
-        groups = self._groups(self.ordered_classes(train))
-        train_unlabelled = _unlabelled_shares(train, len(groups))
-        test_unlabelled = _unlabelled_shares(test, len(groups))
+        groups = self._groups(self._checked_order(train, test))
         return [
-            Split(
-                name=_classes_name(group),
-                classes=_sorted_ids(group),
-                train=_merge(_rows_of(train.targets, group), train_unlabelled[i]),
-                test=_merge(_rows_of(test.targets, group), test_unlabelled[i]),
-            )
-            for i, group in enumerate(groups)
+            Split.of(_classes_name(group), train, *rows)
+            for group, *rows in zip(groups, _rows_by_group(train, groups), _rows_by_group(test, groups), strict=True)
         ]
 
     def _groups(self, order: Int64) -> list[Int64]:
         """Cut the order of classes into the classes of each experience."""
-        if self.first_experience_classes is None:
-            return self._cut(order, self.experiences)
-        first, rest = order[: self.first_experience_classes], order[self.first_experience_classes :]
-        if len(first) < self.first_experience_classes:
+        count, step = self.first_experience_classes or 0, self.classes_per_experience
+        if count > len(order):
+            raise DataError(f"first_experience_classes={count}, but the training part has only {len(order)} classes")
+        first, rest = ([order[:count]] if count else []), order[count:]
+        if step is not None:
+            return first + [rest[start : start + step] for start in range(0, len(rest), step)]
+        assert self.experiences is not None  # the constructor took exactly one of the two
+        remaining = self.experiences - len(first)
+        if not first:
+            return _cut_evenly(rest, remaining)
+        if len(rest) == remaining == 0:
+            return first
+        if not 1 <= remaining <= len(rest):
             raise DataError(
-                f"first_experience_classes={self.first_experience_classes}, but the training part has only "
-                f"{len(order)} classes"
+                f"after first_experience_classes={count}, {len(rest)} classes are left for {remaining} more of "
+                f"experiences={self.experiences}; each needs at least one"
             )
-        remaining = None if self.experiences is None else self.experiences - 1
-        if not len(rest) and not remaining:
-            return [first]
-        if remaining is not None and not 1 <= remaining <= len(rest):
-            raise DataError(
-                f"after first_experience_classes={self.first_experience_classes}, {len(rest)} classes are left for "
-                f"{remaining} more of experiences={self.experiences}; each needs at least one"
-            )
-        return [first, *self._cut(rest, remaining)]
-
-    def _cut(self, order: Int64, experiences: int | None) -> list[Int64]:
-        if self.classes_per_experience is not None:
-            step = self.classes_per_experience
-            return [order[start : start + step] for start in range(0, len(order), step)]
-        assert experiences is not None  # the constructor took exactly one of the two
-        return _cut_evenly(order, experiences)
+        return first + _cut_evenly(rest, remaining)
 
 
 @dataclass(frozen=True)
@@ -305,7 +312,7 @@ class DomainIncremental(Scenario):
     def __post_init__(self) -> None:
         if self.by != "domain":
             raise ArgumentError(f"by={self.by!r} is not known; the only value is 'domain'")
-        _check_seed(self.seed)
+        _check_count("seed", self.seed, at_least=0)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
         """Return one split for each domain of the training part; see the class and :meth:`Scenario.split`."""
@@ -313,21 +320,14 @@ class DomainIncremental(Scenario):
             raise DataError("the training part has no rows to cut into domains")
         train_domains = self._domains(train, "training")
         test_domains = self._domains(test, "test")
-        order = self._order(train_domains, train.domain_names)
-        only_in_test = np.setdiff1d(test_domains, train_domains)
-        splits = []
-        for i, domain in enumerate(order):
-            tested = np.append(only_in_test, domain) if i == 0 else np.array([domain])
-            rows = _rows_of(train_domains, np.array([domain]))
-            splits.append(
-                Split(
-                    name=train.domain_names.get(int(domain), f"domain {domain}"),
-                    classes=_sorted_ids(_classes_of(train.targets[rows])),
-                    train=rows,
-                    test=_rows_of(test_domains, tested),
-                    ordered=self.ordered,
-                )
-            )
+        splits: list[Split] = []
+        for domain in self._order(train_domains, train.domain_names):
+            tested = test_domains == domain
+            if not splits:
+                tested |= ~np.isin(test_domains, train_domains)
+            name = train.domain_names.get(int(domain), f"domain {domain}")
+            rows = np.flatnonzero(train_domains == domain)
+            splits.append(Split.of(name, train, rows, np.flatnonzero(tested), ordered=self.ordered))
         return splits
 
     def _domains(self, labels: Labels, part: str) -> Int64:
@@ -344,7 +344,7 @@ class DomainIncremental(Scenario):
     def _order(self, train_domains: Int64, names: dict[int, str]) -> Int64:
         present = np.unique(train_domains)
         if self.domain_order is None:
-            return present if self.seed is None else np.random.default_rng(self.seed).permutation(present)
+            return _shuffled(present, self.seed)
         ids = {name: domain for domain, name in names.items()}
         unknown = [entry for entry in self.domain_order if isinstance(entry, str) and entry not in ids]
         if unknown:
@@ -354,7 +354,7 @@ class DomainIncremental(Scenario):
 
 
 @dataclass(frozen=True)
-class Blurry(Scenario):
+class Blurry(_ClassScenario):
     """Classes recur: most samples of a class come in one experience, some are scattered over the others.
 
     Si-Blurry (Moon et al. 2023, arXiv 2308.09303) with exact counts in place of random ones, so that two runs compare:
@@ -396,53 +396,37 @@ class Blurry(Scenario):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("experiences", self.experiences, least=2)
-        for argument, share in (("disjoint", self.disjoint), ("blur", self.blur)):
-            if not 0 <= share <= 1:
-                raise ArgumentError(f"{argument}={share} is a share and must lie in [0, 1]")
-        _check_class_order(self.class_order)
-        if self.seed is None:
-            raise ArgumentError("seed=None, but Blurry draws which samples move; give an integer of at least 0")
-        _check_seed(self.seed)
-
-    def ordered_classes(self, train: Labels) -> Int64:
-        """Return the class ids in the order of ``class_order`` and ``seed``."""
-        return _resolve_class_order(self.class_order, self.seed, train.classes)
+        super().__post_init__()
+        check_count("experiences", self.experiences, at_least=2)
+        check_probability("disjoint", self.disjoint)
+        check_probability("blur", self.blur)
+        check_count("seed", self.seed, at_least=0)  # not None: which samples move is drawn
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
         """Return one split for each home of classes; see the class and :meth:`Scenario.split`."""
-        _check_test_classes(train, test)
-        order = self.ordered_classes(train)
+        order = self._checked_order(train, test)
         homes = _cut_evenly(order, self.experiences)
-        experience = self._deal_out(train, order, homes)
-        test_experience = np.zeros(len(test), dtype=np.int64)
+        arrives = self._deal_out(train, order, homes)
+        tested = _unlabelled_dealt_out(test, self.experiences)
         for c in order:
-            counts = np.bincount(experience[train.targets == c], minlength=self.experiences)
-            test_experience[test.targets == c] = counts.argmax()
-        for i, rows in enumerate(_unlabelled_shares(test, self.experiences)):
-            test_experience[rows] = i
-        return [self._experience(i, home, train, experience, test_experience) for i, home in enumerate(homes)]
-
-    def _experience(self, index: int, home: Int64, train: Labels, experience: Int64, test_experience: Int64) -> Split:
-        rows = np.flatnonzero(experience == index)
-        if not len(rows):
-            raise DataError(
-                f"experience {index} keeps no training samples: blur={self.blur} moves all of {_classes_name(home)} "
-                "away; lower blur, raise disjoint, or use fewer experiences"
-            )
-        return Split(
-            name=f"mainly {_classes_name(home)}",
-            classes=_sorted_ids(_classes_of(train.targets[rows])),
-            train=rows,
-            test=np.flatnonzero(test_experience == index),
-        )
+            tested[test.targets == c] = np.bincount(arrives[train.targets == c], minlength=self.experiences).argmax()
+        splits = []
+        for i, home in enumerate(homes):
+            rows, name = np.flatnonzero(arrives == i), _classes_name(home)
+            if not len(rows):
+                raise DataError(
+                    f"experience {i} keeps no training samples: blur={self.blur} moves all of {name} away; lower blur, "
+                    "raise disjoint, or use fewer experiences"
+                )
+            splits.append(Split.of(f"mainly {name}", train, rows, np.flatnonzero(tested == i)))
+        return splits
 
     def _deal_out(self, train: Labels, order: Int64, homes: list[Int64]) -> Int64:
         """Return the experience of every training row."""
         # A stream of its own beside the class order's, which stays the one of ClassIncremental(seed=seed).
         rng = np.random.default_rng([self.seed, 1])
         disjoint = rng.permutation(order)[: _round_half_up(self.disjoint * len(order))]
-        experience = np.zeros(len(train), dtype=np.int64)
+        experience = _unlabelled_dealt_out(train, self.experiences)
         for i, home in enumerate(homes):
             others = np.delete(np.arange(self.experiences), i)
             for c in home:
@@ -454,8 +438,6 @@ class Blurry(Scenario):
                 shares = np.array_split(moving, len(others))
                 for target, share in zip(rng.permutation(others), shares, strict=True):
                     experience[share] = target
-        for i, rows in enumerate(_unlabelled_shares(train, self.experiences)):
-            experience[rows] = i
         return experience
 
 
@@ -489,12 +471,9 @@ class LongTailed(Scenario):
     factor: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Scenario):
-            raise ArgumentError(f"inner={self.inner!r} must be a Scenario, e.g. ClassIncremental(experiences=5)")
+        _check_inner(self.inner)
         if not 0 < self.factor <= 1:
-            raise ArgumentError(
-                f"factor={self.factor} must lie in (0, 1]: every class is that much rarer than the last"
-            )
+            raise ArgumentError(f"factor={self.factor} must lie in (0, 1]: each class is that much rarer than the last")
 
     @property
     def gives_task_id(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
@@ -548,17 +527,10 @@ class NaturalOrder(Scenario):
             raise DataError(
                 f"experiences={self.experiences}, but the training part has {len(train)} rows; use at most that many"
             )
-        train_rows = np.array_split(np.arange(len(train)), self.experiences)
-        test_rows = np.array_split(np.arange(len(test)), self.experiences)
+        stretches = [np.array_split(np.arange(len(labels)), self.experiences) for labels in (train, test)]
         return [
-            Split(
-                name=f"part {i + 1} of {self.experiences}",
-                classes=_sorted_ids(_classes_of(train.targets[rows])),
-                train=rows,
-                test=test_rows[i],
-                ordered=True,
-            )
-            for i, rows in enumerate(train_rows)
+            Split.of(f"part {i + 1} of {self.experiences}", train, *rows, ordered=True)
+            for i, rows in enumerate(zip(*stretches, strict=True))
         ]
 
 
@@ -589,12 +561,11 @@ class Joint(Scenario):
     experiences: int | None = None
 
     def __post_init__(self) -> None:
-        if self.inner is not None and not isinstance(self.inner, Scenario):
-            raise ArgumentError(f"inner={self.inner!r} must be a Scenario, e.g. ClassIncremental(experiences=5)")
-        if self.experiences is not None:
-            _check_count("experiences", self.experiences)
-            if self.inner is None:
-                raise ArgumentError(f"experiences={self.experiences} needs inner, the scenario that cuts them")
+        _check_count("experiences", self.experiences)
+        if self.inner is not None:
+            _check_inner(self.inner)
+        elif self.experiences is not None:
+            raise ArgumentError(f"experiences={self.experiences} needs inner, the scenario that cuts them")
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
         """Return a single split with all rows; see :meth:`Scenario.split`."""
@@ -606,38 +577,33 @@ class Joint(Scenario):
             parts = self.inner.split(train, test)[: self.experiences]
             rows = np.unique(np.concatenate([part.train for part in parts]))
             test_rows = np.unique(np.concatenate([part.test for part in parts]))
-        return [Split("everything", _sorted_ids(train.take(rows).classes), rows, test_rows)]
-
-
-def _id_vector(argument: str, values: Any) -> Int64:
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise DataError(f"{argument} has shape {array.shape}; expected one id for each row, shape (N,)")
-    if array.size and array.dtype.kind not in "iu":
-        raise DataError(f"{argument} has dtype {array.dtype}; ids must be integers")
-    return array.astype(np.int64)
-
-
-def _classes_of(targets: Int64) -> Int64:
-    return np.unique(targets[targets != UNLABELLED])
+        return [Split.of("everything", train, rows, test_rows)]
 
 
 def _sorted_ids(ids: Int64) -> tuple[int, ...]:
     return tuple(sorted(int(i) for i in ids))
 
 
-def _rows_of(ids: Int64, wanted: Int64) -> Int64:
-    """Return the rows, in stored order, whose id is one of the wanted."""
-    return np.flatnonzero(np.isin(ids, wanted))
+def _shuffled(ids: Int64, seed: int | None) -> Int64:
+    return ids if seed is None else np.random.default_rng(seed).permutation(ids)
 
 
-def _merge(first: Int64, second: Int64) -> Int64:
-    """Return two disjoint sets of rows as one, in stored order."""
-    return np.sort(np.concatenate([first, second]))
+def _rows_by_group(labels: Labels, groups: list[Int64]) -> list[Int64]:
+    """Return the rows of each group of classes with its share of the unlabelled ones, in stored order."""
+    unlabelled = _unlabelled_dealt_out(labels, len(groups))
+    free = labels.targets == UNLABELLED
+    return [
+        np.flatnonzero(np.where(free, unlabelled == i, np.isin(labels.targets, group)))
+        for i, group in enumerate(groups)
+    ]
 
 
-def _unlabelled_shares(labels: Labels, experiences: int) -> list[Int64]:
-    return np.array_split(np.flatnonzero(labels.targets == UNLABELLED), experiences)
+def _unlabelled_dealt_out(labels: Labels, experiences: int) -> Int64:
+    """Return the experience of each unlabelled row; 0 for labelled ones."""
+    experience = np.zeros(len(labels), dtype=np.int64)
+    for i, rows in enumerate(np.array_split(np.flatnonzero(labels.targets == UNLABELLED), experiences)):
+        experience[rows] = i
+    return experience
 
 
 def _cut_evenly(order: Int64, experiences: int) -> list[Int64]:
@@ -660,44 +626,18 @@ def _classes_name(classes: Int64) -> str:
     return f"classes {ids[0]}-{ids[-1]}" if run else f"classes {', '.join(map(str, ids))}"
 
 
-def _check_count(argument: str, value: int | None, least: int = 1) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{argument}={value!r} must be an integer of at least {least}")
+def _check_count(argument: str, value: int | None, at_least: int = 1) -> None:
+    if value is not None:
+        check_count(argument, value, at_least=at_least)
 
 
-def _check_seed(seed: int | None) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise ArgumentError(f"seed={seed!r} must be an integer of at least 0")
-
-
-def _check_class_order(class_order: list[int] | str | None) -> None:
-    """Check what can be checked of an order before the data is known."""
-    if isinstance(class_order, str):
-        published_order(class_order)
-
-
-def _check_test_classes(train: Labels, test: Labels) -> None:
-    if not len(train.classes):
-        raise DataError("the training part has no labelled rows to cut into classes")
-    extra = np.setdiff1d(test.classes, train.classes)
-    if len(extra):
-        raise DataError(
-            f"the test part has classes that the training part lacks: {_listed(extra)}; nothing could ever learn "
-            "them. Leave these rows out, or use a scenario that is not made of classes"
-        )
-
-
-def _resolve_class_order(class_order: list[int] | str | None, seed: int | None, present: Int64) -> Int64:
-    if class_order is None:
-        return present if seed is None else np.random.default_rng(seed).permutation(present)
-    order = published_order(class_order) if isinstance(class_order, str) else class_order
-    return _check_permutation("class_order", "class", order, present)
+def _check_inner(inner: Scenario) -> None:
+    if not isinstance(inner, Scenario):
+        raise ArgumentError(f"inner={inner!r} must be a Scenario, e.g. ClassIncremental(experiences=5)")
 
 
 def _check_permutation(argument: str, kind: str, order: Sequence[int], present: Int64) -> Int64:
-    ids = _id_vector(argument, list(order)) if len(order) else np.empty(0, dtype=np.int64)
+    ids = id_vector(argument, list(order))
     values, counts = np.unique(ids, return_counts=True)
     problems = [
         f"{what} {_listed(which)}"

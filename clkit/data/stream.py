@@ -30,11 +30,7 @@ from clkit.data.sources.base import Source, data_root
 from clkit.errors import ArgumentError, ConfigurationError, DataError
 from clkit.methods._checks import check_choice, check_count
 from clkit.stream import resume
-from clkit.stream._lightning import (
-    loaded_checkpoint,
-    started_epochs,
-    stream_position,
-)
+from clkit.stream._lightning import loaded_checkpoint, started_epochs, stream_position
 from clkit.stream.experience import Experience
 
 __all__ = ["StreamDataModule"]
@@ -82,7 +78,6 @@ class StreamDataModule(pl.LightningDataModule):
             change the order of its samples.
 
     Example:
-        >>> from clkit.data import ClassIncremental, StreamDataModule
         >>> stream = StreamDataModule("digits:flat", ClassIncremental(experiences=5), batch_size=32)
         >>> stream.setup("fit")
         >>> [experience.classes for experience in stream.experiences]
@@ -246,16 +241,13 @@ class StreamDataModule(pl.LightningDataModule):
     def evaluation_loader(self, upto: int, part: Literal["validate", "test"] = "validate") -> EvaluationLoader:
         """Return a loader over experiences 0 … ``upto`` (all of the stream with ``evaluate="all"``).
 
-        Args:
-            upto: Index of the last experience.
-            part: ``"validate"``: what validation uses; ``"test"``: the source's test part.
+        ``part`` is ``"validate"`` for what validation uses, or ``"test"`` for the source's test part.
 
         Raises:
             DataError: If the source has no test samples for any experience, and none were cut off for validation.
         """
         last = len(self.experiences) - 1 if self.evaluate == "all" else min(upto, len(self.experiences) - 1)
-        held_out = part == "validate" and self.val_fraction > 0
-        name: PartName = "validation" if held_out else "test"
+        name: PartName = "test" if part == "test" else self.evaluated_on
         rows = self._cut.rows(name)
         if not any(map(len, rows)):
             raise DataError(
@@ -270,14 +262,13 @@ class StreamDataModule(pl.LightningDataModule):
         return EvaluationLoader(self._workers_of(name), batches)
 
     @property
-    def evaluated_on(self) -> str:
+    def evaluated_on(self) -> Literal["test", "validation"]:
         """``"test"`` or ``"validation"``: which samples a validation uses."""
         return "validation" if self.val_fraction else "test"
 
     def _upto(self) -> int:
-        trainer = self.trainer
-        if trainer is not None and trainer.state.fn == "fit":
-            return self._index_at(trainer.current_epoch)
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            return self._index_at(self.trainer.current_epoch)
         return len(self.experiences) - 1 if self._reached is None else self._reached
 
     def _reached_by(self, trainer: pl.Trainer) -> int:
@@ -288,11 +279,9 @@ class StreamDataModule(pl.LightningDataModule):
         return len(self.experiences) - 1 if experience is None else experience.index
 
     def _shared(self, rows: Rows, batch_size: int, what: str) -> list[Rows]:
-        ranks = (
-            {} if self.trainer is None else {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        )
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         try:
-            return cut_batches(rows, batch_size, **ranks)
+            return cut_batches(rows, batch_size, rank=rank, world_size=world_size)
         except DataError as error:
             raise DataError(f"{what}: {error}") from error
 
@@ -316,28 +305,22 @@ class StreamDataModule(pl.LightningDataModule):
 
     def training_rows(self, index: int) -> Rows:
         """Return the row numbers (n,) of an experience's training samples in the source's training part, sorted."""
-        rows: Rows = np.sort(self._cut.splits[index].train)
-        return rows
+        return np.sort(self._cut.splits[index].train)
 
     def learned_batches(
         self, position: dict[str, Any], rows: Rows, *, last_experience: bool = False
     ) -> list[tuple[int, Rows]]:
-        """Return the batches with some rows that a run had learned when its checkpoint was saved.
+        """Return the batches with some training rows that a run had learned when its position was saved.
 
-        Args:
-            position: What :meth:`state_dict` gave.
-            rows: Row numbers in the source's training part.
-            last_experience: Only batches of the experience in which learning was last.
-
-        Returns:
-            Epoch and rows of each batch, whole, in the order in which it was learned.
+        They come as epoch and rows, whole, in the order in which they were learned; with ``last_experience`` only those
+        of the experience in which learning was last.
 
         Raises:
             DataError: If the training part has no such row.
             StateError: If the position is one of another stream.
         """
         saved = StreamPosition.saved(position)
-        saved.check_replay(self._position_in(self.trainer, saved.epoch, saved.batches), rows, len(self._cut.train))
+        saved.check_replay(self._position_at(saved.epoch), rows, len(self._cut.train))
         return [
             (epoch, batch)
             for epoch, index in saved.learned_epochs(last_experience=last_experience)
@@ -359,7 +342,7 @@ class StreamDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and learned batches, with what they depend on."""
         assert self.trainer is not None  # Lightning asks while it saves a checkpoint
-        return self._position_in(self.trainer, *stream_position(self.trainer)).state_dict()
+        return self._position_at(*stream_position(self.trainer), self._reached_by(self.trainer)).state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a position up; an evaluation only learns from it how far learning came.
@@ -368,7 +351,7 @@ class StreamDataModule(pl.LightningDataModule):
             StateError: For another format; and, for a fit, if the stream was cut otherwise.
         """
         saved, trainer = StreamPosition.saved(state_dict), self.trainer
-        now = self._position_in(trainer, 0, 0)
+        now = self._position_at(0)
         if trainer is None or trainer.state.fn != "fit":
             self._reached = min(max(saved.reached, 0), len(now.experiences) - 1) if saved.is_of(now) else None
             return
@@ -378,16 +361,16 @@ class StreamDataModule(pl.LightningDataModule):
         if checkpoint is not None:  # a run without callbacks of clkit resumes exactly, too
             resume.load(trainer, checkpoint)
 
-    def _position_in(self, trainer: pl.Trainer | None, epoch: int, batches: int) -> StreamPosition:
+    def _position_at(self, epoch: int, batches: int = 0, reached: int = 0) -> StreamPosition:
         return StreamPosition(
             epoch=epoch,
             batches=batches,
-            reached=0 if trainer is None else self._reached_by(trainer),
+            reached=reached,
             experiences=[[experience.name, list(experience.classes)] for experience in self.experiences],
             schedule={"epochs_per_experience": self.epochs_per_experience, "warmup_epochs": self._warmup_epochs},
             order={  # what the batches of the experience depend on
                 "batch_size": self.batch_size,
-                "world_size": 1 if trainer is None else trainer.world_size,
+                "world_size": 1 if self.trainer is None else self.trainer.world_size,
                 "seed": self.seed,
                 "shuffle": self._shuffles,
                 "train_samples": self.experiences[self._index_at(epoch)].train_samples,
@@ -395,5 +378,4 @@ class StreamDataModule(pl.LightningDataModule):
         )
 
     def _start_of(self, epoch: int) -> int:
-        position = self._position
-        return 0 if position is None else position.learned_of(epoch, self._position_in(self.trainer, epoch, 0).order)
+        return 0 if self._position is None else self._position.learned_of(epoch, self._position_at(epoch).order)

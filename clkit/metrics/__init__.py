@@ -18,13 +18,14 @@ In a ``LightningModule``:
 
 Example:
     >>> import torch
-    >>> for metric in AverageIncrementalAccuracy(), AverageAccuracy(), Forgetting(), BackwardTransfer():
+    >>> for metric in AccuracySeen(), FinalAccuracy(), AverageAccuracy(), Forgetting(), BackwardTransfer():
     ...     metric.next_stage()
     ...     metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)
     ...     metric.next_stage()
     ...     metric.update(torch.tensor([0, 7, 7, 7]), torch.tensor([0, 1, 7, 7]), torch.tensor([0, 0, 1, 1]))
-    ...     print(type(metric).__name__, float(metric.compute()))
-    AverageIncrementalAccuracy 0.875
+    ...     print(type(metric).__name__, metric.compute().tolist())
+    AccuracySeen [1.0, 0.75]
+    FinalAccuracy 0.75
     AverageAccuracy 0.75
     Forgetting 0.5
     BackwardTransfer -0.5

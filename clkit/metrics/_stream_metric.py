@@ -97,13 +97,7 @@ class StreamMetric(Metric):
         if self._keep_stage:
             self.current_stage = stage
 
-    def sync(
-        self,
-        dist_sync_fn: Callable[..., Any] | None = None,
-        process_group: Any | None = None,
-        should_sync: bool = True,
-        distributed_available: Callable[..., Any] | None = None,
-    ) -> None:
+    def sync(self, dist_sync_fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> None:
         """Add up the counts of all processes, as ``torchmetrics.Metric.sync`` does; arguments as there."""
         gather = dist_sync_fn or gather_all_tensors
 
@@ -112,7 +106,7 @@ class StreamMetric(Metric):
             # Tables of different lengths cannot be stacked: hand over the one table that is their sum.
             return [_summed(*gathered)] if state.ndim == 2 else gathered
 
-        super().sync(gather_rows, process_group, should_sync, distributed_available)
+        super().sync(gather_rows, *args, **kwargs)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add what another metric of the same class, or its ``metric_state``, has counted; the higher stage stays.

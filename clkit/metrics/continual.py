@@ -35,9 +35,9 @@ __all__ = [
 class AccuracyMatrix(AccuracyMetric):
     """The accuracy matrix of a stream: how well each experience is known after each stage.
 
-    The source of most other numbers, and the first figure to look at. ``compute()`` gives
-    ``R[i, j]``, the accuracy on experience ``j + 1`` after stage ``i + 1`` (indices from 0): (T, E) float64 in [0, 1],
-    ``NaN`` where nothing was evaluated. See :func:`clkit.metrics.functional.accuracy_matrix`.
+    The source of most other numbers, and the first figure to look at. ``compute()`` gives ``R[i, j]``, the accuracy on
+    experience ``j + 1`` after stage ``i + 1`` (indices from 0): (T, E) float64 in [0, 1], ``NaN`` where nothing was
+    evaluated. See :func:`clkit.metrics.functional.accuracy_matrix`.
 
     Example:
         >>> metric = AccuracyMatrix()
@@ -65,15 +65,6 @@ class AccuracySeen(AccuracyMetric):
 
     The curve over time of class-incremental papers. ``compute()`` gives (T,) float64 in [0, 1]:
     ``A_i = Σ_{j ≤ i} n_j R[i, j] / Σ_{j ≤ i} n_j``. See :func:`clkit.metrics.functional.accuracy_seen`.
-
-    Example:
-        >>> metric = AccuracySeen()
-        >>> metric.stage = 1
-        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)
-        >>> metric.stage = 2
-        >>> metric.update(torch.tensor([0, 7, 7, 7]), torch.tensor([0, 1, 7, 7]), torch.tensor([0, 0, 1, 1]))
-        >>> metric.compute()  # 2 of 2, then 3 of 4
-        tensor([1.0000, 0.7500], dtype=torch.float64)
     """
 
     _dimensions = 1
@@ -184,7 +175,7 @@ class _StreamValue(AccuracyMetric):
     num_test_classes: int | None = None
     _dimensions = 0
     _name: str
-    _label: str
+    _label = ""  # default: the name in words
 
     def _of(self, tables: Tables) -> float:
         value = functional.summarize(*tables[:5], self.num_test_classes)[self._name]
@@ -192,9 +183,9 @@ class _StreamValue(AccuracyMetric):
 
     def _figure(self, tables: Tables, ax: Axes | None) -> tuple[Figure, Axes]:
         values = [self._of(tables.until(stage)) for stage in range(1, len(tables.total) + 1)]
-        share = self.plot_lower_bound == 0.0
+        label, share = self._label or self._name.replace("_", " "), self.plot_lower_bound == 0.0
         return figures.plot_accuracy_over_time(
-            {self._label: values}, ax, ylabel=f"{self._label} (%)", legend=False, full_scale=share
+            {label: values}, ax, ylabel=f"{label} (%)", legend=False, full_scale=share
         )
 
 
@@ -206,7 +197,6 @@ class AverageIncrementalAccuracy(_StreamValue):
     """
 
     _name = "average_incremental_accuracy"
-    _label = "average incremental accuracy"
 
 
 class FinalAccuracy(_StreamValue):
@@ -227,7 +217,6 @@ class AverageAccuracy(_StreamValue):
     """
 
     _name = "average_accuracy"
-    _label = "average accuracy"
 
 
 class Forgetting(_StreamValue):
@@ -241,7 +230,6 @@ class Forgetting(_StreamValue):
     plot_lower_bound: float | None = -1.0
 
     _name = "forgetting"
-    _label = "forgetting"
 
 
 class BackwardTransfer(_StreamValue):
@@ -254,7 +242,6 @@ class BackwardTransfer(_StreamValue):
     plot_lower_bound: float | None = -1.0
 
     _name = "backward_transfer"
-    _label = "backward transfer"
 
 
 class ForwardTransfer(_StreamValue):
@@ -277,7 +264,6 @@ class ForwardTransfer(_StreamValue):
     plot_lower_bound: float | None = -1.0
 
     _name = "forward_transfer"
-    _label = "forward transfer"
 
 
 class AMCA(_StreamValue):

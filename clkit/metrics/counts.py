@@ -64,14 +64,7 @@ class StreamCounts:
     # ---- counting
 
     def add(self, stage: int, experiences: Tensor, targets: Tensor, predictions: Tensor) -> None:
-        """Count samples.
-
-        Args:
-            stage: When they were evaluated.
-            experiences: (n,) int64, the index of the experience that each belongs to.
-            targets: (n,) int64 class ids; a sample with -1 (unlabelled) is not counted.
-            predictions: (n,) int64 class ids, -1 for none.
-        """
+        """Count samples of a stage, each argument (n,) int64; one with the target -1 (unlabelled) is not counted."""
         keys = torch.stack([torch.full_like(targets, stage), experiences, targets, predictions], dim=1)
         self.merge(StreamCounts(add_up(keys[targets >= 0])))
         self.last = max(self.last, stage)
@@ -112,20 +105,19 @@ class StreamCounts:
         """
         rows = self.rows[self.rows[:, 0] == self.last]
         pairs = add_up(rows[:, 2:4], rows[:, 4])
-        label, predicted, samples = pairs.unbind(1)
-        return add_up(label[:, None], torch.stack([samples * (label == predicted), samples], dim=1)), pairs
+        return add_up(pairs[:, :1], _hits(pairs)), pairs
 
     def accuracies(self) -> tuple[dict[int, float], float | None]:
         """Return the accuracy on each experience at the last stage, and on all samples (``None`` without any)."""
-        _, experience, label, predicted, samples = self.rows[self.rows[:, 0] == self.last].unbind(1)
-        counted = add_up(experience[:, None], torch.stack([samples * (label == predicted), samples], dim=1)).tolist()
+        rows = self.rows[self.rows[:, 0] == self.last]
+        counted = add_up(rows[:, 1:2], _hits(rows)).tolist()
         hits, total = (sum(row[column] for row in counted) for column in (1, 2))
         return {j: correct / n for j, correct, n in counted}, hits / total if total else None
 
     def tables(self) -> Tables:
         """Return the dense tables of all stages; a class that only stage 0 evaluated has no column."""
-        stage, experience, label, predicted, samples = self.rows.cpu().unbind(1)
-        both = torch.stack([samples * (label == predicted), samples], dim=1)
+        rows = self.rows.cpu()
+        (stage, experience, label), both = rows[:, :3].unbind(1), _hits(rows)
         stages, width = max(self.last, 0), int(experience.max()) + 1 if len(experience) else 0
         correct, total = _dense(stage, experience, both, stages + 1, width)
         later = stage > 0
@@ -156,12 +148,16 @@ class StreamCounts:
         self.rows, self.last = rows, last
 
 
-def add_up(keys: Tensor, values: Tensor | None = None) -> Tensor:
-    """Return (u, k + v) int64: the distinct rows of a table, sorted, each with the sum of what belongs to it.
+def _hits(rows: Tensor) -> Tensor:
+    """Return (n, 2) correct and all samples of rows that end in class, predicted class and samples."""
+    label, predicted, samples = rows[:, -3:].unbind(1)
+    return torch.stack([samples * (label == predicted), samples], dim=1)
 
-    Args:
-        keys: (n, k) int64.
-        values: (n,) or (n, v) int64 to sum over equal rows of ``keys``; default: 1 for each.
+
+def add_up(keys: Tensor, values: Tensor | None = None) -> Tensor:
+    """Return (u, k + v) int64: the distinct rows of (n, k) keys, sorted, with the sums over equal ones of the values.
+
+    The values are (n,) or (n, v) int64, by default 1 for each key.
 
     Example:
         >>> add_up(torch.tensor([[5, 1], [2, 0], [5, 1]])).tolist()
@@ -192,12 +188,9 @@ def staged_counts(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return ``correct`` and ``total``, (T, T) integers, for a network that has learned everything at once.
 
-    After stage ``i`` it is measured on the classes that the stream has brought by then, to stand beside others. That is
+    ``classes`` has for each class the correct and the evaluated test samples, ``stages`` the classes of each
+    experience. After stage ``i`` the network is measured on the classes that the stream has brought by then, which is
     the stream's own evaluation where no class comes twice.
-
-    Args:
-        classes: For each class the correct and the evaluated test samples.
-        stages: The classes of each experience.
 
     Raises:
         ArgumentError: If a class comes in two experiences.

@@ -1,7 +1,10 @@
 """Figures of a stream: heat maps and curves of the metrics over its stages.
 
-Each function returns the figure and its axes. It draws on ``ax``, or on axes of a new figure: a plain
-``matplotlib.figure.Figure`` that pyplot does not know, so nothing stays open; save it with ``figure.savefig(path)``.
+Each function returns the figure and its axes, which have the given ``title``. It draws on ``ax``, or on axes of a new
+figure: a plain ``matplotlib.figure.Figure`` that pyplot does not know, so nothing stays open; save it with
+``figure.savefig(path)``. Accuracies lie in [0, 1] and are ``NaN`` or ``None`` where not evaluated; arrays of another
+shape, and names or classes of another number, raise an :class:`~clkit.errors.ArgumentError`.
+
 Figures read in grey: heat maps use one scale that only gets darker, curves differ in marker and line style. matplotlib
 is imported when a figure is drawn.
 """
@@ -41,16 +44,9 @@ DASHES = ("-", "--", "-.", ":")
 def plot_accuracy_matrix(
     matrix: Array, ax: Axes | None = None, names: Sequence[str] | None = None, title: str | None = None
 ) -> tuple[Figure, Axes]:
-    """Draw an accuracy matrix as a heat map, in percent; experiences not learned yet are left blank.
+    """Draw an accuracy matrix (T, E) as a heat map, in percent; experiences not learned yet are left blank.
 
-    Args:
-        matrix: (T, E) accuracies in [0, 1], ``NaN`` or ``None`` where not evaluated.
-        ax: Axes to draw on; default: those of a new figure.
-        names: Names of the E experiences; default: 1 … E.
-        title: Title of the axes.
-
-    Raises:
-        ArgumentError: If ``matrix`` is not two-dimensional or the number of names is not ``E``.
+    ``names`` are those of the E experiences, by default 1 … E.
 
     Example:
         >>> figure, axes = plot_accuracy_matrix([[1.0, None], [0.5, 0.75]])
@@ -72,16 +68,7 @@ def plot_accuracy_matrix(
 def plot_class_accuracy(
     values: Array, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
 ) -> tuple[Figure, Axes]:
-    """Draw the accuracy of each class after each stage as a heat map, in percent; blank where not evaluated.
-
-    Args:
-        values: (T, K) accuracies in [0, 1], ``NaN`` or ``None`` where not evaluated.
-        classes: The K class ids.
-        ax: Axes to draw on; default: those of a new figure.
-        title: Title of the axes.
-
-    Raises:
-        ArgumentError: If ``values`` is not two-dimensional or the number of classes is not ``K``.
+    """Draw the accuracies (T, K) of each class after each stage as a heat map, in percent; blank where not evaluated.
 
     Example:
         >>> figure, axes = plot_class_accuracy([[1.0, None], [0.5, 0.75]], classes=[3, 900])
@@ -99,16 +86,9 @@ def plot_class_accuracy(
 def plot_confusion_matrix(
     matrix: Array, classes: Sequence[int], ax: Axes | None = None, title: str | None = None
 ) -> tuple[Figure, Axes]:
-    """Draw a confusion matrix: numbers of samples in the cells, shares of the true class as shades.
+    """Draw a confusion matrix (K, K), rows = true class, columns = predicted class.
 
-    Args:
-        matrix: (K, K) counts, rows = true class, columns = predicted class.
-        classes: The K class ids.
-        ax: Axes to draw on; default: those of a new figure.
-        title: Title of the axes.
-
-    Raises:
-        ArgumentError: If ``matrix`` is not two-dimensional or the number of classes is not ``K``.
+    Numbers of samples stand in the cells, and the shades are shares of the true class.
 
     Example:
         >>> figure, axes = plot_confusion_matrix([[3, 1], [0, 2]], classes=[3, 900])
@@ -135,20 +115,11 @@ def plot_accuracy_over_time(
     legend: bool = True,
     full_scale: bool = True,
 ) -> tuple[Figure, Axes]:
-    """Draw values over the stages of a stream, one line for each predictor, in percent.
+    """Draw (T,) values over the stages of a stream, one line for each predictor, in percent; ``NaN`` leaves a gap.
 
-    Args:
-        curves: For each predictor (T,) values, 1 being 100 %; ``NaN`` or ``None`` leaves a gap.
-        ax: Axes to draw on; default: those of a new figure.
-        names: Names of the experiences; default: 1 … T. At least as many as the longest curve has stages.
-        title: Title of the axes.
-        ylabel: Label of the vertical axis.
-        legend: Whether to name the curves.
-        full_scale: Whether the vertical axis goes from 0 to 100 %, as it should for accuracies; else it fits the values
-            and has a line at 0.
-
-    Raises:
-        ArgumentError: If a curve is not one-dimensional or there are fewer names than stages.
+    ``names`` are those of the experiences, at least as many as the longest curve has stages, by default 1 … T.
+    ``legend`` names the curves. With ``full_scale`` the vertical axis goes from 0 to 100 %, as it should for
+    accuracies; else it fits the values and has a line at 0.
 
     Example:
         >>> figure, axes = plot_accuracy_over_time({"nmc": [1.0, 0.5], "aef_ocl": [1.0, 0.75]})

@@ -9,10 +9,15 @@ An entry that a definition needs and that was not evaluated makes the value ``Na
 future, above the diagonal) are skipped. A single column (``E = 1``) stands for one fixed test set: every stage is
 judged on it, and the metrics that compare experiences are undefined.
 
-Arguments are tensors, NumPy arrays or nested lists; the arithmetic is float64 on the CPU. Counts are integer tables
-with a row for each stage: correctly classified test samples, and evaluated ones (0 = not evaluated). All functions
-raise an :class:`~clkit.errors.ArgumentError` for tables of another or of different shape, for counts that are no
-integers or violate ``0 <= correct <= total``.
+Arguments are tensors, NumPy arrays or nested lists; the arithmetic is float64 on the CPU.
+
+* ``correct`` and ``total`` are (T, E) integers, the correctly classified and the evaluated test samples of each
+  experience after each stage (0 = not evaluated); ``class_correct`` and ``class_total``, (T, K), are those by class;
+* ``matrix`` is what :func:`accuracy_matrix` returns, (T, E) with ``NaN`` where not evaluated;
+* ``seen`` is what :func:`accuracy_seen` returns, (T,).
+
+All functions raise an :class:`~clkit.errors.ArgumentError` for tables of another or of different shape, and for counts
+that are no integers or violate ``0 <= correct <= total``.
 """
 
 from __future__ import annotations
@@ -64,10 +69,6 @@ def accuracy_matrix(correct: Array, total: Array) -> Tensor:
 
     From Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, section 2.
 
-    Args:
-        correct: (T, E) counts of experience ``j`` after stage ``i``.
-        total: (T, E) counts.
-
     Returns:
         (T, max(E, T)) float64 in [0, 1], ``NaN`` where nothing was evaluated; columns that are missing up to ``T`` are
         added as not evaluated, except to a single column (one fixed test set).
@@ -82,10 +83,6 @@ def accuracy_matrix(correct: Array, total: Array) -> Tensor:
 
 def per_class_accuracy(class_correct: Array, class_total: Array) -> Tensor:
     """Return the accuracy ``a[t, c]`` of each class after each stage, on everything that was evaluated then.
-
-    Args:
-        class_correct: (T, K) counts of class ``c`` after stage ``t``.
-        class_total: (T, K) counts.
 
     Returns:
         (T, K) float64 in [0, 1], ``NaN`` where nothing was evaluated.
@@ -103,10 +100,6 @@ def accuracy_seen(correct: Array, total: Array) -> Tensor:
     ``A_i = Σ_{j ≤ i} n_j R[i, j] / Σ_{j ≤ i} n_j``, the usual curve over time: Rebuffi et al., "iCaRL: Incremental
     Classifier and Representation Learning", arXiv 1611.07725, section 4. With experiences of equal size it is the mean
     of a row's first ``i`` entries.
-
-    Args:
-        correct: (T, E) counts, see :func:`accuracy_matrix`.
-        total: (T, E) counts.
 
     Returns:
         (T,) float64 in [0, 1]; ``NaN`` at a stage that did not evaluate all experiences learned by then.
@@ -128,11 +121,7 @@ def average_incremental_accuracy(seen: Array) -> float:
     times and depends on the order of the classes: compare it with the same number of other papers only, never with a
     final accuracy.
 
-    Args:
-        seen: (T,) accuracies from :func:`accuracy_seen`.
-
-    Returns:
-        A float in [0, 1], ``NaN`` if a stage is ``NaN`` or there is none.
+    A float in [0, 1], ``NaN`` if a stage is ``NaN`` or there is none.
 
     Example:
         >>> average_incremental_accuracy([1.0, 0.5])
@@ -144,11 +133,7 @@ def average_incremental_accuracy(seen: Array) -> float:
 def final_accuracy(seen: Array) -> float:
     """Return the accuracy ``A_T`` after the last stage on everything seen, every test sample counting the same.
 
-    Args:
-        seen: (T,) accuracies from :func:`accuracy_seen`.
-
-    Returns:
-        A float in [0, 1], ``NaN`` if the last stage is ``NaN`` or there is none.
+    A float in [0, 1], ``NaN`` if the last stage is ``NaN`` or there is none.
 
     Example:
         >>> final_accuracy([1.0, 0.5])
@@ -162,11 +147,7 @@ def average_accuracy(matrix: Array) -> float:
 
     ``(1/T) Σ_{j ≤ T} R[T, j]``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
 
-    Args:
-        matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated.
-
-    Returns:
-        A float in [0, 1], ``NaN`` if one of the entries is missing or there is no stage.
+    A float in [0, 1], ``NaN`` if one of the entries is missing or there is no stage.
 
     Example:
         >>> average_accuracy([[1.0, float("nan")], [0.5, 1.0]])
@@ -183,13 +164,9 @@ def forgetting(matrix: Array) -> float:
     ``(1/(T−1)) Σ_{j < T} ( max_{i < T} R[i, j] − R[T, j] )``: Chaudhry et al., "Riemannian Walk for Incremental
     Learning", arXiv 1801.10112, section 3. Of the definitions in use this is the one with the maximum over *all*
     earlier stages (also stages before the experience was learned, where they were evaluated), without clipping at 0 and
-    without the last experience.
+    without the last experience. Entries above the diagonal are optional.
 
-    Args:
-        matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated. Entries above the diagonal are optional.
-
-    Returns:
-        A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry on or below the diagonal is missing.
+    A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry on or below the diagonal is missing.
 
     Example:
         >>> nan = float("nan")
@@ -212,11 +189,7 @@ def backward_transfer(matrix: Array) -> float:
 
     ``(1/(T−1)) Σ_{j < T} ( R[T, j] − R[j, j] )``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
 
-    Args:
-        matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated.
-
-    Returns:
-        A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry is missing.
+    A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry is missing.
 
     Example:
         >>> backward_transfer([[1.0, float("nan")], [0.75, 1.0]])
@@ -233,14 +206,10 @@ def forward_transfer(matrix: Array, baseline: Array | None) -> float:
     """Return how much earlier learning helps with an experience before it is learned, over an untrained model.
 
     ``(1/(T−1)) Σ_{1 < j ≤ T} ( R[j−1, j] − R[0, j] )``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2. Needs every
-    experience to be evaluated before it is learned, and once before any training.
+    experience to be evaluated before it is learned, and once before any training: ``baseline`` is (E,) accuracies
+    ``R[0, ·]``, or ``None`` if they were not measured.
 
-    Args:
-        matrix: (T, E) accuracy matrix, ``NaN`` where not evaluated.
-        baseline: (E,) accuracies ``R[0, ·]`` before any training, or ``None`` if they were not measured.
-
-    Returns:
-        A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry is missing.
+    A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry is missing.
 
     Example:
         >>> forward_transfer([[1.0, 0.5], [0.75, 1.0]], baseline=[0.5, 0.25])  # R[1, 2] - R[0, 2]
@@ -261,12 +230,7 @@ def amca(class_correct: Array, class_total: Array, num_test_classes: int | None 
 
     ``(1/T) Σ_t (1/K) Σ_c a[t, c]``, the measure of imbalanced streams: Verwimp et al., "CLAD: A realistic Continual
     Learning benchmark for Autonomous Driving", arXiv 2210.03482. Classes that a stage did not evaluate, as they were
-    not learned yet, count as 0.
-
-    Args:
-        class_correct: (T, K') counts, see :func:`per_class_accuracy`.
-        class_total: (T, K') counts.
-        num_test_classes: Number ``K`` of classes in the full test set; default: those evaluated at the last stage.
+    not learned yet, count as 0. ``num_test_classes`` is ``K``; default: as many as the last stage evaluated.
 
     Returns:
         A float in [0, 1]. ``NaN`` when the counts are not those of a full test set: a stage without any sample, a class
@@ -306,13 +270,8 @@ def summarize(
 ) -> dict[str, float | list[Any] | None]:
     """Return all metrics of one predictor, as they stand in ``results.json``.
 
-    Args:
-        correct: (T, E) counts: ``T`` stages so far, ``E`` experiences.
-        total: (T, E) counts.
-        class_correct: (T, K) counts by class, on everything evaluated at a stage; needed for ``amca`` only.
-        class_total: (T, K) counts; both or neither of the two are given.
-        baseline: (E,) accuracies before any training, ``NaN`` where not evaluated; for ``forward_transfer`` only.
-        num_test_classes: Classes in the full test set, for ``amca``; default: those evaluated at the last stage.
+    ``class_correct`` and ``class_total``, both or neither, and ``num_test_classes`` are those of :func:`amca`,
+    ``baseline`` that of :func:`forward_transfer`.
 
     Returns:
         ``accuracy_matrix`` (T lists), ``accuracy_seen`` (a list), ``average_incremental_accuracy``, ``final_accuracy``,

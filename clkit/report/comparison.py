@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from clkit._version import __version__
-from clkit.errors import ArgumentError
-from clkit.files import atomic_write
 from clkit.metrics.functional import staged_counts, summarize
+from clkit.report.results import csv_table, write_json
 
 __all__ = ["METRICS", "ComparisonRow", "Interval", "joint_metrics", "t_interval", "write_comparison"]
 
@@ -35,22 +33,13 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of independent runs and Student's confidence interval of it, ``mean ± t · s / √n``.
-
-    Args:
-        values: One number a run.
-        confidence: Share of such intervals that hold the true mean, if runs were normally distributed.
-
-    Raises:
-        ArgumentError: If there is no value.
+    """Return the mean of the values of independent runs and Student's confidence interval of it, ``mean ± t · s / √n``.
 
     Example:
         >>> mean, half_width = t_interval([0.8, 0.9])
         >>> round(mean, 6), round(half_width, 6)  # t = 12.706205 with one degree of freedom
         (0.85, 0.63531)
     """
-    if not values:
-        raise ArgumentError("values is empty: a mean needs at least one run")
     n, mean = len(values), fmean(values)
     if n == 1:
         return Interval(mean, None)
@@ -87,10 +76,8 @@ def write_comparison(folder: Path, rows: Sequence[ComparisonRow], **more: Any) -
     """Write ``compare.json``, with the further entries ``more``, and ``compare.csv``."""
     listed = [row._asdict() | {"summary": row.summary()} for row in rows]
     document = {"format": FORMAT, "clkit": __version__, "confidence": CONFIDENCE, **more, "rows": listed}
-    with atomic_write(folder / "compare.json") as draft:
-        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with atomic_write(folder / "compare.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    write_json(folder / "compare.json", document)
+    with csv_table(folder / "compare.csv") as writer:
         columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
         writer.writerow(["name", "recipe", "predictor", "seeds", *columns])
         for row in listed:

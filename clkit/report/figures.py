@@ -80,12 +80,8 @@ def plot_memory_balance(
     """Draw how many rows of each class a replay memory held after each experience; blank where it held none.
 
     Classes stand in the order in which they came into the memory, so that those of a class-incremental stream form
-    stairs. Arguments and result as in :mod:`clkit.metrics.figures`.
-
-    Args:
-        counts: For each experience, by its number from 0, the rows in memory by class id.
-        ax: Axes to draw on; default: those of a new figure.
-        title: Title of the axes.
+    stairs. ``counts`` has for each experience, by its number from 0, the rows in memory by class id; what else there is
+    to say is in :mod:`clkit.metrics.figures`.
 
     Example:
         >>> figure, axes = plot_memory_balance({0: {7: 4}, 1: {7: 2, 2: 2}})
@@ -124,18 +120,9 @@ def plot_memory_balance(
 def plot_prototype_similarity(
     ids: Array, means: Array, ax: Axes | None = None, title: str | None = None
 ) -> tuple[Figure, Axes]:
-    """Draw the cosines between class means as a heat map; blank for a mean of length zero.
+    """Draw the cosines between the means (K, p) of K classes as a heat map; blank for a mean of length zero.
 
     The palest shade is the first of 0, -0.5 and -1 that no cosine is below.
-
-    Args:
-        ids: (K,) class ids.
-        means: (K, p) a mean for each.
-        ax: Axes to draw on; default: those of a new figure.
-        title: Title of the axes.
-
-    Raises:
-        ArgumentError: If ``means`` is not two-dimensional or has not a row for each class.
 
     Example:
         >>> figure, axes = plot_prototype_similarity([3, 8], [[1.0, 0.0], [3.0, 4.0]])

@@ -29,23 +29,14 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass
 class Recorded:
-    """One evaluation, sample by sample, on the CPU.
+    """One evaluation of n samples on the CPU; by predictor what it said, by name further numbers."""
 
-    Attributes:
-        experiences: (n,) int64, index of the experience that each sample belongs to.
-        targets: (n,) int64 class ids, -1 where unlabelled.
-        rows: (n,) int64, which row of the data set each is.
-        predicted: For each predictor (n,) int64 class ids, -1 for none.
-        scores: For each predictor (n,) float64, the score of what it predicted, ``NaN`` for none.
-        columns: Further numbers of each sample by name, (n,) bool, int64 or float64.
-    """
-
-    experiences: Tensor
-    targets: Tensor
-    rows: Tensor
-    predicted: dict[str, Tensor] = field(default_factory=dict)
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    experiences: Tensor  # (n,) int64, index of the experience that each belongs to
+    targets: Tensor  # (n,) int64 class ids, -1 where unlabelled
+    rows: Tensor  # (n,) int64, which row of the data set each is
+    predicted: dict[str, Tensor] = field(default_factory=dict)  # (n,) int64 class ids, -1 for none
+    scores: dict[str, Tensor] = field(default_factory=dict)  # (n,) float64 of what was predicted, NaN for none
+    columns: dict[str, Tensor] = field(default_factory=dict)  # (n,) bool, int64 or float64
 
     @classmethod
     def join(cls, parts: Sequence[Recorded]) -> Recorded:
@@ -67,16 +58,11 @@ class Recorded:
 
 
 class RunResults:
-    """Counts of each predictor and means of further columns, stage by stage: all that ``results.json`` says of them.
-
-    Attributes:
-        counts: What each predictor said.
-        columns: For each column (n, 4) float64: stage, experience, mean, and the samples that it was taken over.
-    """
+    """Counts of each predictor and means of further columns, stage by stage: all that ``results.json`` says of them."""
 
     def __init__(self) -> None:
         self.counts: dict[str, StreamCounts] = {}
-        self.columns: dict[str, Tensor] = {}
+        self.columns: dict[str, Tensor] = {}  # (n, 4) float64: stage, experience, mean, and the samples it is of
         self._summaries: Results | None = None
 
     def measure(self, stage: int, recorded: Recorded) -> None:
@@ -175,39 +161,31 @@ def write_results(
 ) -> None:
     """Write ``results.json``, ``accuracy.csv``, ``per_class.csv`` and ``confusion_<predictor>.csv``.
 
-    Args:
-        folder: Where to.
-        document: What ``results.json`` holds.
-        classes: For each predictor its counts by class and its confusions after the last stage.
-        names: Class names by id; may be empty.
+    ``classes`` are counts by class and confusions of each predictor after its last stage, ``names`` class names by id.
     """
-    with atomic_write(folder / "results.json") as draft:
-        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", document)
     predictors: Mapping[str, Mapping[str, Any]] = document["predictors"]
     width = max((len(row) for summary in predictors.values() for row in summary["accuracy_matrix"][:1]), default=0)
-    with _table(folder / "accuracy.csv") as writer:
+    with csv_table(folder / "accuracy.csv") as writer:
         writer.writerow(["predictor", "stage", "accuracy_seen", *[f"experience_{j + 1}" for j in range(width)]])
         for predictor, summary in predictors.items():
             rows = zip(summary["accuracy_seen"], summary["accuracy_matrix"], strict=True)
             for stage, (seen, row) in enumerate(rows, start=1):
                 cells = ["" if value is None else f"{value:.6f}" for value in (seen, *row)]
                 writer.writerow([predictor, stage, *cells])
-    with _table(folder / "per_class.csv") as writer:
+    with csv_table(folder / "per_class.csv") as writer:
         writer.writerow(["predictor", "class", "name", "samples", "correct", "accuracy"])
         for predictor, (counts, _) in classes.items():
             for label, hits, n in counts:
                 writer.writerow([predictor, label, names.get(label, ""), n, hits, f"{hits / n:.6f}"])
     for predictor, (_, pairs) in classes.items():
-        with _table(folder / f"confusion_{predictor}.csv") as writer:
+        with csv_table(folder / f"confusion_{predictor}.csv") as writer:
             writer.writerow(["true", "predicted", "count"])
             writer.writerows(pairs)
 
 
 def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) -> None:
-    """Write one line a sample, in the order of the data set: target, each prediction with its score, further columns.
-
-    ``names`` are class names by id and may be empty.
-    """
+    """Write a line for each sample, in the data set's order: target, predictions with their scores, further columns."""
     order = torch.argsort(recorded.rows, stable=True)
 
     def ids(header: str, labels: Tensor) -> list[tuple[str, list[Any]]]:
@@ -219,7 +197,7 @@ def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) 
     for name, predicted in recorded.predicted.items():
         columns += [*ids(name, predicted), (f"{name}_score", _cells(recorded.scores[name][order]))]
     columns += [(name, _cells(values[order])) for name, values in recorded.columns.items()]
-    with _table(path) as writer:
+    with csv_table(path) as writer:
         writer.writerow([header for header, _ in columns])
         writer.writerows(zip(*(cells for _, cells in columns), strict=True))
 
@@ -250,8 +228,15 @@ def _cells(values: Tensor) -> list[Any]:
     return ["" if value != value else f"{value:.6g}" for value in listed] if values.is_floating_point() else listed
 
 
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document, whole or not at all."""
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 @contextmanager
-def _table(path: Path) -> Iterator[Any]:
+def csv_table(path: Path) -> Iterator[Any]:
+    """Open a table for writing, whole or not at all."""
     with atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         yield csv.writer(file)
 

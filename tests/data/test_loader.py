@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from clkit.data import Part
+from clkit.data import SourcePart
 from clkit.data.loader import EvaluationLoader, Fetcher, TrainLoader, Workers, cut_batches, epoch_order
 from clkit.errors import ClkitError, DataError
 
 
-class Pictures(Part):
+class Pictures(SourcePart):
     """Images whose pixels say which row they are."""
 
     def __init__(self, rows: int = 20) -> None:
@@ -95,10 +95,10 @@ def test_pixels_do_not_depend_on_the_number_of_workers_or_on_what_else_is_in_the
         for (x, y), (other_x, other_y) in zip(here, there, strict=True):
             assert torch.equal(x, other_x)
             assert torch.equal(y, other_y)
-    alone = fetcher(augment=noisy, seed=5).fetch(np.array([7]), epoch=1)[0]
+    alone = fetcher(augment=noisy, seed=5)[1, np.array([7])][0]
     assert torch.equal(alone[0], here[0][0][1])  # another batch, as another rank cuts it
     assert not torch.equal(here[0][0][0], here[2][0][0])  # another epoch, other noise
-    assert not torch.equal(here[0][0][0], fetcher(augment=noisy, seed=6).fetch(np.array([4]), epoch=1)[0][0])
+    assert not torch.equal(here[0][0][0], fetcher(augment=noisy, seed=6)[1, np.array([4])][0][0])
 
 
 def test_an_abandoned_round_of_the_workers_does_not_spoil_the_next() -> None:
@@ -122,7 +122,7 @@ def test_no_accelerator_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.manual_seed`` would seed them, and nobody would give them their state back."""
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    fetcher(augment=noisy).fetch(np.arange(5), epoch=0)
+    fetcher(augment=noisy)[0, np.arange(5)]
     assert not seeded
 
 
@@ -133,7 +133,7 @@ def test_a_transform_that_fails_still_gives_the_generators_back() -> None:
 
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="on purpose"):
-        fetcher(augment=broken).fetch(np.array([1]), epoch=0)
+        fetcher(augment=broken)[0, np.array([1])]
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -148,14 +148,14 @@ def test_a_transform_may_change_sizes() -> None:
         sizes.append([tuple(image.shape) for image in images])
         return torch.zeros(len(images), 1)
 
-    Fetcher(part, part.targets, preprocess, augment=crop).fetch(np.array([2, 3]), 0)
+    Fetcher(part, part.targets, preprocess, augment=crop)[0, np.array([2, 3])]
     assert sizes == [[(1, 1, 4), (1, 2, 4)]]
 
 
 def test_tasks_are_a_third_element() -> None:
-    batch = fetcher(tasks=np.arange(20) // 10).fetch(np.array([3, 15]), 0)
+    batch = fetcher(tasks=np.arange(20) // 10)[0, np.array([3, 15])]
     assert [part.tolist() for part in batch[1:]] == [[0, 0], [0, 1]]
-    assert len(fetcher().fetch(np.array([3]), 0)) == 2
+    assert len(fetcher()[0, np.array([3])]) == 2
 
 
 # ---- loaders

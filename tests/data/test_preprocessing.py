@@ -126,12 +126,12 @@ def test_nothing_asked_keeps_the_size_and_scales_to_one() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size must be at least 1, got 0"),
-        ({"resize": -3}, "resize must be at least 1, got -3"),
-        ({"channels": 0}, "channels must be at least 1"),
+        ({"size": 0}, "size must be an integer of at least 1, got 0"),
+        ({"resize": -3}, "resize must be an integer of at least 1, got -3"),
+        ({"channels": 0}, "channels must be an integer of at least 1"),
         ({"size": 8, "resize": 4}, r"resize \(4\) must not be smaller than size \(8\)"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
-        ({"interpolation": "lanczos"}, "interpolation must be one of bicubic, bilinear, nearest, got 'lanczos'"),
+        ({"interpolation": "lanczos"}, "interpolation must be one of 'bicubic', 'bilinear', 'nearest', got 'lanczos'"),
     ],
 )
 def test_wrong_settings_are_named(options: dict[str, object], message: str) -> None:

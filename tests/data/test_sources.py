@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from clkit.data.sources import resolve_source
-from clkit.data.sources.base import Part, Source, data_root
+from clkit.data.sources.base import Source, SourcePart, data_root
 from clkit.data.sources.custom import Custom
 from clkit.data.sources.digits import Digits
 from clkit.data.sources.folder import ImageFolder
@@ -49,8 +49,8 @@ def write(root: Path, name: str, **arrays: Any) -> Path:
     return path
 
 
-def through_pickle(part: Part) -> Part:
-    again: Part = pickle.loads(pickle.dumps(part))
+def through_pickle(part: SourcePart) -> SourcePart:
+    again: SourcePart = pickle.loads(pickle.dumps(part))
     return again
 
 
@@ -201,7 +201,7 @@ def test_unsplit_npz_is_split_by_class(tmp_path: Path) -> None:
     y = np.repeat([0, 1, 2, 5], [10, 7, 1, 2])
     write(tmp_path, "whole", f=np.arange(20, dtype=np.float32)[:, None], y=y, domain=y % 2)
 
-    def split(seed: int, fraction: float = 0.3) -> tuple[list[float], list[float], Part]:
+    def split(seed: int, fraction: float = 0.3) -> tuple[list[float], list[float], SourcePart]:
         train, test = NpzFeatures("whole", test_fraction=fraction, split_seed=seed).load(tmp_path)
         rows = [as_tensor(part.get_many(np.arange(len(part)))).flatten().tolist() for part in (train, test)]
         return rows[0], rows[1], test
@@ -530,7 +530,7 @@ class Items:
         return self.items[i]
 
 
-def parts_of(dataset: Any) -> tuple[Part, Part]:
+def parts_of(dataset: Any) -> tuple[SourcePart, SourcePart]:
     return Custom(dataset, dataset).load(None)
 
 
@@ -599,11 +599,11 @@ def test_custom_names_and_domains() -> None:
     [
         (Items([torch.zeros(1)]), r"item 0 of Items is a Tensor; expected \(input, target\)"),
         (Items([(torch.zeros(1),)]), "item 0 of Items is a tuple"),
-        (Items([(torch.zeros(1), 0.5)]), "targets of Items are float64"),
-        (Items([(torch.zeros(1), torch.tensor([0, 1]))]), "targets of Items are"),
+        (Items([(torch.zeros(1), 0.5)]), "targets of Items is float64"),
+        (Items([(torch.zeros(1), torch.tensor([0, 1]))]), "targets of Items is"),
         (Items([(0, 0), (0, 0)], targets=[0]), "Items has 2 items but 1 targets"),
         (Items([(0, 0)], domains=[0, 1]), "Items has 1 items but 2 domains"),
-        (Items([(0, 0), (0, 0)], targets=[[0], [0, 1]]), "targets of Items are no vector"),
+        (Items([(0, 0), (0, 0)], targets=[[0], [0, 1]]), "targets of Items is no vector"),
     ],
 )
 def test_custom_data_that_is_refused(dataset: Items, match: str) -> None:

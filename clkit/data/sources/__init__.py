@@ -22,33 +22,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clkit.data.sources.base import SPECS, Part, Source, data_root, unknown_spec
-from clkit.data.sources.custom import Custom
-from clkit.data.sources.digits import Digits, digits_options
+from clkit.data.sources.base import Source
+from clkit.data.sources.digits import Digits
 from clkit.data.sources.folder import ImageFolder
 from clkit.data.sources.npz import NpzFeatures, NpzImages
 from clkit.data.sources.torchvision import Torchvision
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, did_you_mean
 
-__all__ = [
-    "Custom",
-    "Digits",
-    "ImageFolder",
-    "NpzFeatures",
-    "NpzImages",
-    "Part",
-    "Source",
-    "Torchvision",
-    "data_root",
-    "resolve_source",
-]
+__all__ = ["resolve_source"]
+
+_NAMED_KINDS: dict[str, Callable[[str], Source]] = {
+    "torchvision": Torchvision,
+    "folder": ImageFolder,
+    "npz": NpzImages,
+    "features": NpzFeatures,
+}
+_DIGITS = "'digits', 'digits:flat', 'digits:shifts', 'digits:flat,shifts'"
+_SPECS = f"{_DIGITS}, 'torchvision:NAME', 'folder:PATH', 'npz:NAME', 'features:NAME'"
 
 
 def resolve_source(spec: str | Source) -> Source:
     """Return the source of a spec, e.g. ``"digits:flat"`` or ``"npz:cifar100_subset"``; a source is returned as it is.
-
-    Args:
-        spec: See the table at the top of this module.
 
     Raises:
         ArgumentError: The spec is not known; the message lists what is allowed and the nearest match.
@@ -60,22 +54,20 @@ def resolve_source(spec: str | Source) -> Source:
     if isinstance(spec, Source):
         return spec
     if not isinstance(spec, str):
-        raise ArgumentError(f"source={spec!r} must be a spec (one of {', '.join(SPECS)}) or a Source")
+        raise ArgumentError(f"source={spec!r} must be a spec (one of {_SPECS}) or a Source")
     kind, colon, rest = spec.partition(":")
     if kind == "digits":
-        return Digits(**dict.fromkeys(digits_options(spec, rest, bool(colon)), True))
+        options = [option.strip() for option in rest.split(",")] if colon else []
+        for option in options:
+            if option not in ("flat", "shifts"):
+                hint = did_you_mean(option, ("flat", "shifts"))
+                raise ArgumentError(f"source={spec!r} has the unknown option {option!r}; allowed: {_DIGITS}{hint}")
+        return Digits(**dict.fromkeys(options, True))
     if kind == "custom":
         raise ArgumentError("source='custom' has no spec; pass Custom(train, test) with your data sets")
     if kind not in _NAMED_KINDS:
-        raise unknown_spec(f"source={spec!r} is not known", kind, ["digits", *_NAMED_KINDS], SPECS)
+        hint = did_you_mean(kind, ["digits", *_NAMED_KINDS])
+        raise ArgumentError(f"source={spec!r} is not known; allowed: {_SPECS}{hint}")
     if not rest:
-        raise ArgumentError(f"source={spec!r} lacks what comes after the colon; write one of {', '.join(SPECS)}")
+        raise ArgumentError(f"source={spec!r} lacks what comes after the colon; write one of {_SPECS}")
     return _NAMED_KINDS[kind](rest)
-
-
-_NAMED_KINDS: dict[str, Callable[[str], Source]] = {
-    "torchvision": Torchvision,
-    "folder": ImageFolder,
-    "npz": NpzImages,
-    "features": NpzFeatures,
-}

@@ -7,7 +7,6 @@ import os
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ import torch
 
 from clkit.errors import ArgumentError, DataError, did_you_mean
 
-__all__ = ["Part", "Source", "data_root"]
-
+__all__ = ["Source", "SourcePart", "data_root"]
 
 Int64 = npt.NDArray[np.int64]
 
@@ -27,13 +25,13 @@ RowRange = list[int | None]
 
 DATA_VARIABLE = "CLKIT_DATA"
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# what decoders raise for damaged bytes, found by flipping them; a wrong length can ask for any memory
+_BUILT_IN = EOFError, IndexError, MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError
+DAMAGED = (*_BUILT_IN, struct.error, zlib.error)
 
 
-class Part(ABC):
-    """One part, training or test, of a source.
-
-    Parts can be pickled, so loader workers may hold them.
+class SourcePart(ABC):
+    """One part, training or test, of a source; it can be pickled, so that loader workers may hold it.
 
     Attributes:
         targets: (N,) int64 class ids as the user numbers them; -1 is a row without a label.
@@ -48,14 +46,10 @@ class Part(ABC):
 
     @abstractmethod
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
-        """Return the inputs of some rows, in the order asked for.
+        """Return the inputs of rows (B,), in the order asked for; a row may be asked for twice.
 
-        Args:
-            indices: (B,) row numbers; a row may be asked for twice.
-
-        Returns:
-            uint8 images (B, C, H, W) with values 0..255; or, where their sizes differ, a list of uint8 (C, H, W); or
-            float32 (B, ...) that goes into the network as it is.
+        They are uint8 images (B, C, H, W) with values 0..255; or, where their sizes differ, a list of uint8 (C, H, W);
+        or float32 (B, ...) that goes into the network as it is.
         """
 
 
@@ -75,11 +69,8 @@ class Source(ABC):
     domain_names: dict[int, str]
 
     @abstractmethod
-    def load(self, root: Path | None) -> tuple[Part, Part]:
-        """Open the data: the training and the test part.
-
-        Args:
-            root: The data folder in which names are looked up, or ``None`` where there is none.
+    def load(self, root: Path | None) -> tuple[SourcePart, SourcePart]:
+        """Open the training and the test part; names are looked up in the data folder ``root``, where there is one.
 
         Raises:
             DataError: The data is not there or malformed.
@@ -94,11 +85,38 @@ class NamedSource(Source):
     domain_names: dict[int, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
 
-def data_root(explicit: str | Path | None = None) -> Path | None:
-    """Return the data folder: ``explicit``, else the environment variable ``CLKIT_DATA``, else ``None``.
+class SlicedSource(NamedSource):
+    """A source of which ``train_rows`` and ``test_rows``, each ``[start, stop, step]`` or ``None``, take a part."""
 
-    Args:
-        explicit: A folder; ``~`` is the home folder.
+    train_rows: RowRange | None
+    test_rows: RowRange | None
+
+    def __post_init__(self) -> None:
+        for rows in (self.train_rows, self.test_rows):
+            if rows is None:
+                continue
+            whole = len(rows) == 3 and all(entry is None or isinstance(entry, int) for entry in rows)
+            if not whole or (rows[2] is not None and rows[2] < 1):
+                raise ArgumentError(
+                    f"train_rows or test_rows is {rows!r}; expected [start, stop, step], each an integer or null, with "
+                    "a step of at least 1"
+                )
+
+    def _sliced(self, train: SourcePart, test: SourcePart) -> tuple[SourcePart, SourcePart]:
+        def selected(part: SourcePart, argument: str) -> SourcePart:
+            rows: RowRange | None = getattr(self, argument)
+            if rows is None:
+                return part
+            chosen = np.arange(len(part))[slice(*rows)]
+            if not len(chosen):
+                raise DataError(f"{argument}={rows} selects none of {len(part)} rows")
+            return SelectedRows(part, chosen)
+
+        return selected(train, "train_rows"), selected(test, "test_rows")
+
+
+def data_root(explicit: str | Path | None = None) -> Path | None:
+    """Return the folder ``explicit`` (``~`` is home), or that of the environment variable ``CLKIT_DATA``, or ``None``.
 
     Raises:
         DataError: The folder is not there; the message names the setting it came from.
@@ -120,39 +138,22 @@ def data_root(explicit: str | Path | None = None) -> Path | None:
     return folder
 
 
-def unknown_spec(problem: str, seen: str, known: Sequence[str], shown: Sequence[str]) -> ArgumentError:
-    """Return the error for a word of a spec that is not known."""
-    return ArgumentError(f"{problem}; allowed: {', '.join(shown)}{did_you_mean(seen, known)}")
-
-
-class FloatPart(Part):
+@dataclass(eq=False)
+class FloatPart(SourcePart):
     """Arrays that go into the network as they are."""
 
-    def __init__(self, inputs: npt.NDArray[Any], targets: Int64, domains: Int64 | None = None) -> None:
-        self._inputs = inputs
-        self.targets = targets
-        self.domains = domains
+    inputs: npt.NDArray[Any]
+    targets: Int64
+    domains: Int64 | None = None
 
     def get_many(self, indices: Int64) -> torch.Tensor:
-        return torch.from_numpy(self._inputs[indices].astype(np.float32, copy=False))
+        return torch.from_numpy(self.inputs[indices].astype(np.float32, copy=False))
 
 
-class PixelPart(Part):
-    """Images of one size, (N, H, W) or (N, H, W, C) in memory."""
-
-    def __init__(self, pixels: npt.NDArray[np.uint8], targets: Int64, domains: Int64 | None) -> None:
-        self._pixels = pixels if pixels.ndim == 4 else pixels[..., None]
-        self.targets = targets
-        self.domains = domains
-
-    def get_many(self, indices: Int64) -> torch.Tensor:
-        return torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2).contiguous()
-
-
-class SelectedRows(Part):
+class SelectedRows(SourcePart):
     """Some rows of another part."""
 
-    def __init__(self, part: Part, rows: Int64) -> None:
+    def __init__(self, part: SourcePart, rows: Int64) -> None:
         self._part = part
         self._rows = rows
         self.targets = part.targets[rows]
@@ -167,7 +168,7 @@ def locate(name: str, root: Path | None, kind: str, suffix: str = "") -> Path:
     if "/" in name or os.sep in name:
         places = [Path(name).expanduser()]
     elif root is None:
-        raise DataError(no_root(f"{kind}:{name}") + f"; or write a path with a slash, e.g. {kind}:./{name}")
+        raise DataError(f"{no_root(f'{kind}:{name}')}; or write a path with a slash, e.g. {kind}:./{name}")
     else:
         places = [root / name]
     if suffix and not name.endswith(suffix):
@@ -194,32 +195,19 @@ def listing(folder: Path) -> list[Path]:
     return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def check_rows(*ranges: RowRange | None) -> None:
-    """Refuse what is no ``[start, stop, step]``."""
-    for rows in ranges:
-        if rows is None:
-            continue
-        whole = len(rows) == 3 and all(entry is None or isinstance(entry, int) for entry in rows)
-        if not whole or (rows[2] is not None and rows[2] < 1):
-            raise ArgumentError(
-                f"train_rows or test_rows is {rows!r}; expected [start, stop, step], each an integer or null, with a "
-                "step of at least 1"
-            )
-
-
-def select_rows(source: Any, train: Part, test: Part) -> tuple[Part, Part]:
-    """Return the rows of both parts that a source's ``train_rows`` and ``test_rows`` name."""
-
-    def selected(part: Part, argument: str) -> Part:
-        rows: RowRange | None = getattr(source, argument)
-        if rows is None:
-            return part
-        chosen = np.arange(len(part))[slice(*rows)]
-        if not len(chosen):
-            raise DataError(f"{argument}={rows} selects none of {len(part)} rows")
-        return SelectedRows(part, chosen)
-
-    return selected(train, "train_rows"), selected(test, "test_rows")
+def id_vector(what: str, values: Any) -> Int64:
+    """Return ids, one for each row, as int64."""
+    try:
+        ids = np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{what} is no vector of integers: {error}") from error
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise DataError(
+            f"{what} is {ids.dtype} of shape {ids.shape}; expected integers of shape (N,), one for each row"
+        )
+    if ids.size and int(ids.max()) > np.iinfo(np.int64).max:
+        raise DataError(f"{what} holds {ids.max()}, which is too large for a 64-bit integer with a sign")
+    return ids.astype(np.int64)
 
 
 def stack_inputs(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -238,12 +226,10 @@ def read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
     """Return an image file as RGB, uint8 (3, H, W)."""
     from PIL import Image
 
-    # found by flipping bytes; an image of absurd size is refused by Pillow before it asks for the memory
-    damaged = (OSError, EOFError, IndexError, MemoryError, OverflowError, SyntaxError, TypeError, ValueError)
     try:
         with Image.open(file) as image:
             return _pixels(image.convert("RGB"))
-    except (*damaged, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:  # the latter before Pillow asks for the memory
         raise DataError(f"{described} cannot be decoded: {error}") from error
 
 
@@ -260,15 +246,3 @@ def _pixels(image: Any) -> torch.Tensor:
     """Return a PIL image as uint8 (C, H, W)."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
-
-
-SPECS = (
-    "'digits'",
-    "'digits:flat'",
-    "'digits:shifts'",
-    "'digits:flat,shifts'",
-    "'torchvision:NAME'",
-    "'folder:PATH'",
-    "'npz:NAME'",
-    "'features:NAME'",
-)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clkit.data.sources.base import Int64, Part, Source, pil_to_tensor, stack_inputs
+from clkit.data.sources.base import Int64, Source, SourcePart, id_vector, pil_to_tensor, stack_inputs
 from clkit.errors import ArgumentError, DataError
 
 __all__ = ["Custom"]
@@ -60,14 +60,14 @@ class Custom(Source):
                     "__getitem__"
                 )
 
-    def load(self, root: Path | None) -> tuple[Part, Part]:
+    def load(self, root: Path | None) -> tuple[SourcePart, SourcePart]:
         """Open both parts, each item fetched when it is asked for; ``root`` is not used."""
         if not self.class_names:
             self.class_names = dict(enumerate(map(str, getattr(self.train, "classes", ()))))
         return DatasetPart(self.train), DatasetPart(self.test)
 
 
-class DatasetPart(Part):
+class DatasetPart(SourcePart):
     """A map-style torch data set."""
 
     def __init__(self, dataset: Any, target_attributes: Sequence[str] = ("targets", "labels")) -> None:
@@ -114,14 +114,7 @@ class DatasetPart(Part):
             values = [
                 value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in values
             ]
-        try:
-            array = np.asarray(values)
-        except ValueError as error:
-            raise DataError(f"the {what} of {kind} are no vector of integers: {error}") from error
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise DataError(
-                f"the {what} of {kind} are {array.dtype} of shape {array.shape}; expected one integer for each item"
-            )
-        if len(array) != len(self._dataset):
-            raise DataError(f"{kind} has {len(self._dataset)} items but {len(array)} {what}")
-        return array.astype(np.int64)
+        ids = id_vector(f"the vector of {what} of {kind}", values)
+        if len(ids) != len(self._dataset):
+            raise DataError(f"{kind} has {len(self._dataset)} items but {len(ids)} {what}")
+        return ids

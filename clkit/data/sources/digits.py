@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clkit.data.sources.base import SPECS, FloatPart, NamedSource, Part, unknown_spec
+from clkit.data.sources.base import FloatPart, NamedSource, SourcePart
 
 __all__ = ["Digits"]
 
@@ -36,7 +36,7 @@ class Digits(NamedSource):
     flat: bool = False
     shifts: bool = False
 
-    def load(self, root: Path | None) -> tuple[Part, Part]:
+    def load(self, root: Path | None) -> tuple[SourcePart, SourcePart]:
         """Read both parts as float32 in [0, 1]; ``root`` is not used."""
         from sklearn.datasets import load_digits
 
@@ -49,22 +49,8 @@ class Digits(NamedSource):
             moved = [_shift(train, down, right) for down, right in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))]
             train, train_targets = np.concatenate(moved), np.tile(train_targets, len(moved))
         shape = (-1, 64) if self.flat else (-1, 1, 8, 8)
-        return (
-            FloatPart(train.reshape(shape), train_targets),
-            FloatPart(images[1::2].reshape(shape), targets[1::2]),
-        )
-
-
-_DIGITS_OPTIONS = ("flat", "shifts")
-
-
-def digits_options(spec: str, rest: str, colon: bool) -> list[str]:
-    """Return the options that follow the colon of a spec."""
-    options = [option.strip() for option in rest.split(",")] if colon else []
-    for option in options:
-        if option not in _DIGITS_OPTIONS:
-            raise unknown_spec(f"source={spec!r} has the unknown option {option!r}", option, _DIGITS_OPTIONS, SPECS[:4])
-    return options
+        test = FloatPart(images[1::2].reshape(shape), targets[1::2])
+        return FloatPart(train.reshape(shape), train_targets), test
 
 
 def _shift(images: npt.NDArray[np.float32], down: int, right: int) -> npt.NDArray[np.float32]:

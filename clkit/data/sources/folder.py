@@ -8,26 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clkit.data.sources.base import (
-    IMAGE_SUFFIXES,
-    Int64,
-    NamedSource,
-    Part,
-    RowRange,
-    check_rows,
-    listing,
-    locate,
-    read_image,
-    select_rows,
-    stack_inputs,
-)
+from clkit.data.sources.base import Int64, RowRange, SlicedSource, SourcePart, listing, locate, read_image, stack_inputs
 from clkit.errors import DataError
 
 __all__ = ["ImageFolder"]
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
 
 @dataclass
-class ImageFolder(NamedSource):
+class ImageFolder(SlicedSource):
     """Image files in ``path/train/<class>/`` and ``path/test/<class>/``, decoded to RGB when asked for.
 
     Classes are numbered by the sorted names of their folders (of both parts together), and files are listed in sorted
@@ -57,10 +47,10 @@ class ImageFolder(NamedSource):
     test_rows: RowRange | None = None
 
     def __post_init__(self) -> None:
-        check_rows(self.train_rows, self.test_rows)
+        super().__post_init__()
         self.name = Path(self.path).name
 
-    def load(self, root: Path | None) -> tuple[Part, Part]:
+    def load(self, root: Path | None) -> tuple[SourcePart, SourcePart]:
         """List both parts; images are read later."""
         folder = locate(self.path, root, "folder")
         if not folder.is_dir():
@@ -78,7 +68,7 @@ class ImageFolder(NamedSource):
             )
             for rows in listings
         )
-        return select_rows(self, train, test)
+        return self._sliced(train, test)
 
     def _list(self, folder: Path) -> list[tuple[str, str, str]]:
         """(domain, class, file) of each image of a part; the domain is "" where there are none."""
@@ -108,16 +98,16 @@ class ImageFolder(NamedSource):
         return ids
 
 
-class _FilePart(Part):
+@dataclass(eq=False)
+class _FilePart(SourcePart):
     """Image files."""
 
-    def __init__(self, files: list[str], targets: Int64, domains: Int64 | None) -> None:
-        self._files = files
-        self.targets = targets
-        self.domains = domains
+    files: list[str]
+    targets: Int64
+    domains: Int64 | None
 
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
-        return stack_inputs([read_image(self._files[i], self._files[i]) for i in indices])
+        return stack_inputs([read_image(self.files[i], self.files[i]) for i in indices])
 
 
 def _folders(parent: Path) -> list[Path]:

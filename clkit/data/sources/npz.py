@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import io
-import struct
 import tokenize
 import zipfile
-import zlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from clkit.data.sources.base import (
+    DAMAGED,
     FloatPart,
     Int64,
-    NamedSource,
-    Part,
-    PixelPart,
     RowRange,
     SelectedRows,
-    check_rows,
+    SlicedSource,
+    SourcePart,
+    id_vector,
     locate,
     read_image,
-    select_rows,
     stack_inputs,
 )
 from clkit.errors import ArgumentError, DataError
@@ -38,8 +35,18 @@ __all__ = ["NpzFeatures", "NpzImages"]
 
 
 @dataclass
-class _NpzSource(NamedSource):
-    """What images and features in an ``.npz`` file have in common."""
+class _NpzSource(SlicedSource):
+    """What images and features in an ``.npz`` file have in common.
+
+    Args:
+        name: The file, with or without ``.npz``; a name without a slash is looked up in the data folder.
+        test_fraction: Share of the rows of an unsplit file that are tested on.
+        split_seed: Of that draw.
+        train_rows: Take only the training rows ``[start, stop, step]``, as a slice.
+        test_rows: The same for the test part.
+    """
+
+    _kind: ClassVar[str]  # the word before the colon of the spec
 
     name: str
     test_fraction: float = 0.2
@@ -48,29 +55,26 @@ class _NpzSource(NamedSource):
     test_rows: RowRange | None = None
 
     def __post_init__(self) -> None:
-        check_rows(self.train_rows, self.test_rows)
+        super().__post_init__()
         if not 0 < self.test_fraction < 1:
             raise ArgumentError(f"test_fraction={self.test_fraction} must lie strictly between 0 and 1")
         if self.split_seed < 0:
             raise ArgumentError(f"split_seed={self.split_seed} must be at least 0")
 
-    def load(self, root: Path | None) -> tuple[Part, Part]:
+    def load(self, root: Path | None) -> tuple[SourcePart, SourcePart]:
         """Read the arrays of both parts into memory, each once."""
-        path = locate(self.name, root, self._kind(), suffix=".npz")
-        with _readable(path), _open_npz(path) as archive:
-            arrays = _Arrays(path, archive)
+        path = locate(self.name, root, self._kind, suffix=".npz")
+        with _opened(path) as arrays:
             self.class_names = arrays.names("class_names")
             self.domain_names = arrays.names("domain_names")
             train, test = self._parts(arrays)
-        return select_rows(self, train, test)
+        return self._sliced(train, test)
 
-    def _parts(self, arrays: _Arrays) -> tuple[Part, Part]:
+    def _parts(self, arrays: _Arrays) -> tuple[SourcePart, SourcePart]:
         if "y_train" in arrays or "y_test" in arrays:
             return self._part(arrays, "_train"), self._part(arrays, "_test")
         if "y" not in arrays:
-            raise arrays.error(
-                "it has no y_train and y_test, and no y to split; found " + ", ".join(arrays.names_found)
-            )
+            raise arrays.error(f"it has no y_train and y_test, and no y to split; found {arrays.found}")
         whole = self._part(arrays, "")
         train, test = _stratified(whole.targets, self.test_fraction, self.split_seed)
         if not len(test):
@@ -78,11 +82,7 @@ class _NpzSource(NamedSource):
         return SelectedRows(whole, train), SelectedRows(whole, test)
 
     @abstractmethod
-    def _kind(self) -> str:
-        """Return the word before the colon of the spec."""
-
-    @abstractmethod
-    def _part(self, arrays: _Arrays, suffix: str) -> Part:
+    def _part(self, arrays: _Arrays, suffix: str) -> SourcePart:
         """Return the arrays whose names end in the suffix as a part."""
 
 
@@ -117,25 +117,21 @@ class NpzImages(_NpzSource):
         'cifar100_subset'
     """
 
-    def _kind(self) -> str:
-        return "npz"
+    _kind = "npz"
 
-    def _part(self, arrays: _Arrays, suffix: str) -> Part:
+    def _part(self, arrays: _Arrays, suffix: str) -> SourcePart:
         x, jpeg = f"x{suffix}", f"jpeg{suffix}"
         if x in arrays:
             pixels = arrays.read(x)
-            if (
-                pixels.dtype != np.uint8
-                or pixels.ndim not in (3, 4)
-                or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3))
-            ):
+            if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
                 raise arrays.error(
                     f"{x} is {pixels.dtype} of shape {pixels.shape}; expected uint8 of shape (N, H, W), (N, H, W, 1) "
                     "or (N, H, W, 3)"
                 )
-            return PixelPart(pixels, *arrays.labels(suffix, len(pixels), x))
+            pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+            return _PixelPart(pixels, *arrays.labels(suffix, len(pixels), x))
         if jpeg not in arrays:
-            raise arrays.error(f"it has neither {x} nor {jpeg}; found {', '.join(arrays.names_found)}")
+            raise arrays.error(f"it has neither {x} nor {jpeg}; found {arrays.found}")
         data, offsets = arrays.read(jpeg), arrays.integers(f"offsets{suffix}")
         if data.dtype != np.uint8 or data.ndim != 1:
             raise arrays.error(f"{jpeg} is {data.dtype} of shape {data.shape}; expected uint8 bytes of shape (bytes,)")
@@ -148,31 +144,18 @@ class NpzImages(_NpzSource):
 class NpzFeatures(_NpzSource):
     """Feature vectors in one ``.npz`` file, so that heads train without a backbone (``backbone="identity"``).
 
-    The arrays of :class:`NpzImages`, with ``f`` in place of ``x`` and ``jpeg``: floating point (N, D), given as
-    float32 whatever the file's precision.
-
-    Args:
-        name: The file, with or without ``.npz``; a name without a slash is looked up in the data folder.
-        test_fraction: Share of the rows of an unsplit file that are tested on.
-        split_seed: Of that draw.
-        train_rows: Take only the training rows ``[start, stop, step]``, as a slice.
-        test_rows: The same for the test part.
-
-    Raises:
-        DataError: The file is missing, damaged, holds Python objects, or its arrays do not fit together.
+    Arrays, arguments and errors are those of :class:`NpzImages`, with ``f`` in place of ``x`` and ``jpeg``: floating
+    point (N, D), given as float32 whatever the file's precision.
 
     Example:
         >>> NpzFeatures("features_cifar100").name
         'features_cifar100'
     """
 
-    def _kind(self) -> str:
-        return "features"
+    _kind = "features"
 
-    def _part(self, arrays: _Arrays, suffix: str) -> Part:
+    def _part(self, arrays: _Arrays, suffix: str) -> SourcePart:
         f = f"f{suffix}"
-        if f not in arrays:
-            raise arrays.error(f"it has no {f}; found {', '.join(arrays.names_found)}")
         features = arrays.read(f)
         if features.dtype.kind != "f" or features.ndim < 2:
             raise arrays.error(f"{f} is {features.dtype} of shape {features.shape}; expected floating point (N, D)")
@@ -185,22 +168,34 @@ class NpzFeatures(_NpzSource):
         return FloatPart(features, *arrays.labels(suffix, len(features), f))
 
 
-class _JpegPart(Part):
+@dataclass(eq=False)
+class _PixelPart(SourcePart):
+    """Images of one size, (N, H, W, C) in memory."""
+
+    pixels: npt.NDArray[np.uint8]
+    targets: Int64
+    domains: Int64 | None
+
+    def get_many(self, indices: Int64) -> torch.Tensor:
+        return torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(eq=False)
+class _JpegPart(SourcePart):
     """Images as the bytes of their files, one after the other."""
 
-    def __init__(self, data: npt.NDArray[np.uint8], offsets: Int64, targets: Int64, domains: Int64 | None) -> None:
-        self._data = data
-        self._offsets = offsets
-        self.targets = targets
-        self.domains = domains
+    data: npt.NDArray[np.uint8]
+    offsets: Int64
+    targets: Int64
+    domains: Int64 | None
 
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
         return stack_inputs([self._decode(int(i)) for i in indices])
 
     def _decode(self, i: int) -> torch.Tensor:
         # Negative numbers count from the end elsewhere; here they would silently cut the wrong bytes.
-        start, stop = self._offsets[:-1][i], self._offsets[1:][i]
-        return read_image(io.BytesIO(self._data[start:stop].tobytes()), f"image {i} of the file's JPEG bytes")
+        start, stop = self.offsets[:-1][i], self.offsets[1:][i]
+        return read_image(io.BytesIO(self.data[start:stop].tobytes()), f"image {i} of the file's JPEG bytes")
 
 
 class _Arrays:
@@ -209,29 +204,24 @@ class _Arrays:
     def __init__(self, path: Path, archive: Any) -> None:
         self.path = path
         self._archive = archive
-        self.names_found: list[str] = sorted(archive.files)
+        self.found = ", ".join(sorted(archive.files))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names_found
+        return name in self._archive.files
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.path}: {problem}")
 
     def read(self, name: str) -> npt.NDArray[Any]:
         if name not in self:
-            raise self.error(f"it has no {name}; found {', '.join(self.names_found)}")
+            raise self.error(f"it has no {name}; found {self.found}")
         array: npt.NDArray[Any] = self._archive[name]
         if not array.ndim:
             raise self.error(f"{name} is a single value; expected an array")
         return array
 
     def integers(self, name: str) -> Int64:
-        array = self.read(name)
-        if array.dtype.kind not in "iu" or array.ndim != 1:
-            raise self.error(f"{name} is {array.dtype} of shape {array.shape}; expected integers of shape (N,)")
-        if array.size and int(array.max()) > np.iinfo(np.int64).max:
-            raise self.error(f"{name} holds {array.max()}, which is too large for a 64-bit integer with a sign")
-        return array.astype(np.int64)
+        return id_vector(f"{self.path}: {name}", self.read(name))
 
     def labels(self, suffix: str, rows: int, of: str) -> tuple[Int64, Int64 | None]:
         """Return targets and domains of a part with as many rows as the array called ``of`` has."""
@@ -241,53 +231,28 @@ class _Arrays:
             if ids is not None and len(ids) != rows:
                 raise self.error(f"{name}{suffix} has {len(ids)} entries for {rows} rows of {of}")
         if rows and targets.min() < -1:
-            raise self.error(
-                f"y{suffix} holds {targets.min()}; ids are 0 or larger, and -1 marks a row without a label"
-            )
+            raise self.error(f"y{suffix} holds {targets.min()}; ids are 0 or larger, -1 marks a row without a label")
         return targets, domains
 
     def names(self, name: str) -> dict[int, str]:
         return dict(enumerate(map(str, self.read(name)))) if name in self else {}
 
 
-def _open_npz(path: Path) -> Any:
-    archive = np.load(path, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} holds a single array; expected an .npz file with named arrays")
-    return archive
-
-
-# what numpy and zipfile raise for damaged bytes, found by flipping them; a wrong length can ask for any memory
-_DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    tokenize.TokenError,
-    EOFError,
-    MemoryError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-
-
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what numpy raises on a file that it cannot read into one named error."""
+def _opened(path: Path) -> Iterator[_Arrays]:
+    """Open a file, and turn what numpy raises where it cannot read it into one named error."""
     try:
-        yield
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} holds a single array; expected an .npz file with named arrays")
+        with archive:
+            yield _Arrays(path, archive)
     except (ArgumentError, DataError):
         raise
-    except _DAMAGED as error:
-        objects = "Object arrays" in str(error)
-        remedy = (
-            "it holds Python objects, which are never unpickled; save plain number and string arrays"
-            if objects
-            else "it is damaged, or no .npz file"
-        )
+    except (*DAMAGED, zipfile.BadZipFile, tokenize.TokenError) as error:
+        remedy = "it is damaged, or no .npz file"
+        if "Object arrays" in str(error):
+            remedy = "it holds Python objects, which are never unpickled; save plain number and string arrays"
         raise DataError(f"{path} cannot be read: {remedy} ({error})") from error
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clkit.data.sources.base import DATA_VARIABLE, NamedSource, Part, RowRange, check_rows, no_root, select_rows
+from clkit.data.sources.base import DATA_VARIABLE, RowRange, SlicedSource, SourcePart, no_root
 from clkit.data.sources.custom import DatasetPart
 from clkit.errors import ArgumentError, DataError, did_you_mean
 
@@ -14,7 +14,7 @@ __all__ = ["Torchvision"]
 
 
 @dataclass
-class Torchvision(NamedSource):
+class Torchvision(SlicedSource):
     """A labelled image set of ``torchvision.datasets``, by the name of its class, from the data folder.
 
     Args:
@@ -44,10 +44,7 @@ class Torchvision(NamedSource):
     train_rows: RowRange | None = None
     test_rows: RowRange | None = None
 
-    def __post_init__(self) -> None:
-        check_rows(self.train_rows, self.test_rows)
-
-    def load(self, root: Path | None) -> tuple[Part, Part]:
+    def load(self, root: Path | None) -> tuple[SourcePart, SourcePart]:
         """Open both parts, each image decoded when it is asked for."""
         kind = _torchvision_class(self.name)
         if root is None:
@@ -55,7 +52,7 @@ class Torchvision(NamedSource):
         datasets = [self._open(kind, root, training) for training in (True, False)]
         self.class_names = dict(enumerate(map(str, getattr(datasets[0], "classes", ()))))
         train, test = (DatasetPart(dataset, ("targets", "labels", "_labels")) for dataset in datasets)
-        return select_rows(self, train, test)
+        return self._sliced(train, test)
 
     def _open(self, kind: Any, root: Path, training: bool) -> Any:
         arguments = dict(self.options)
