@@ -20,9 +20,8 @@ from clkit.testing import Check, clkit_entries, contract, contract_together
 
 # what the options of a callback or strategy can break, or the losses of a replay method; the rest is the same code
 OF_A_VARIANT = {
-    "it_is_built_by_name_and_from_yaml",
+    "yaml_builds_the_same",
     "state_is_in_the_checkpoint",
-    "the_file_is_the_users",
     "a_resumed_run_equals_an_uninterrupted_one",
     "hostile_batches_are_refused_whole",
     "low_precision_is_taken",

@@ -626,9 +626,9 @@ class NeedsAnArgument(Rehearsal):
 
 
 BROKEN_STRATEGIES = {
-    partial(NeedsAnArgument, object()): "it_is_built_by_name_and_from_yaml",
+    partial(NeedsAnArgument, object()): "yaml_builds_the_same",
     Unrepeatable: "a_run_can_be_repeated",
-    KeepsItsPartInTheModule: "the_file_is_the_users",
+    KeepsItsPartInTheModule: "state_is_in_the_checkpoint",
     ForgetsItsMemory: "a_resumed_run_equals_an_uninterrupted_one",
     FreezesAgain: "nothing_is_left_on_the_module",
     TrainsInValidation: "evaluating_changes_nothing",

@@ -1,23 +1,19 @@
-"""Comparing what methods have learned: every leaf of a state, bit by bit or within a tolerance."""
+"""Comparing states: every leaf, bit by bit or within a tolerance."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from clkit.callbacks import Predictor, StreamCallback
 from clkit.errors import ContractError
-from clkit.testing._runs import probe
-from clkit.testing.entries import Entry
 
-__all__ = ["bits", "changed", "far", "leaves", "plain", "require", "same", "snapshot"]
+__all__ = ["bits", "changed", "far", "leaves", "plain", "require", "same", "surface"]
 
 PLAIN = (Tensor, int, float, str, bool, type(None))
-FOLLOWED = ("format", "batches")  # what every StreamCallback saves of the stream
 
 
 def require(holds: bool, seen: str, advice: str) -> None:
@@ -32,10 +28,10 @@ def require(holds: bool, seen: str, advice: str) -> None:
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Return every leaf of a nested state under its path."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping):
         return {key: leaf for name, part in value.items() for key, leaf in leaves(part, f"{path}/{name}").items()}
-    if isinstance(value, list | tuple):
-        return {key: leaf for i, part in enumerate(value) for key, leaf in leaves(part, f"{path}/{i}").items()}
     return {path or "/": value}
 
 
@@ -62,15 +58,12 @@ def same(before: Any, after: Any, seen: str, advice: str) -> None:
         ContractError: Naming the first paths that differ.
     """
     paths = changed(before, after)
-    require(not paths, f"{seen} ({_shortened(paths)})", advice)
+    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    require(not paths, f"{seen} ({', '.join(paths[:4])}{more})", advice)
 
 
 def plain(state: Any, of: str) -> None:
-    """Require tensors and plain values.
-
-    Args:
-        state: A nested state.
-        of: What the message calls it.
+    """Require tensors and plain values in a state that a message calls ``of``.
 
     Raises:
         ContractError: Naming the first leaf that is something else.
@@ -90,7 +83,7 @@ def far(expected: Any, found: Any, tolerance: float) -> list[str]:
     for path in one.keys() & two.keys():
         a, b = one[path], two[path]
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.is_floating_point():
-            a, b = a.double(), b.double()
+            a, b = a.cpu().double(), b.cpu().double()
             known = a.isfinite() & b.isfinite()
             scale = max(float(a[known].abs().max()), 1.0) if known.any() else 1.0
             close = bool((a[known] - b[known]).abs().le(tolerance * scale).all())
@@ -101,22 +94,23 @@ def far(expected: Any, found: Any, tolerance: float) -> list[str]:
     return paths
 
 
-def snapshot(entry: Entry, callback: Any, *, followed: bool = False) -> dict[str, Any]:
-    """Copy what a callback has learned: its state, and its scores where it predicts.
-
-    Args:
-        entry: The method.
-        callback: One of its objects.
-        followed: Whether to keep its place in the stream, too.
-    """
-    state = dict(copy.deepcopy(callback.state_dict()))
-    if isinstance(callback, StreamCallback) and not followed:
-        state = {key: value for key, value in state.items() if key not in FOLLOWED}
-    state = {key: value for key, value in state.items() if key not in entry.volatile}
-    if isinstance(callback, Predictor):
-        state["scores(features)"] = callback.scores(probe()).detach().clone()
-    return state
-
-
-def _shortened(paths: list[str]) -> str:
-    return ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+def surface(module: nn.Module) -> dict[str, Any]:
+    """Return everything of a module but its values: keys, parts, hooks, attributes, modes, who needs gradients."""
+    seen: dict[str, Any] = {
+        f"global {name}": len(hooks)
+        for name, hooks in vars(torch_module).items()
+        if name.startswith("_global_") and isinstance(hooks, dict)
+    }
+    seen["keys of state_dict()"] = repr(list(module.state_dict()))
+    for name, part in module.named_modules():
+        place = name or type(part).__name__
+        seen[f"{place} (the object)"] = id(part)
+        seen[f"{place}.training"] = part.training
+        seen[f"{place} (its attributes)"] = repr(sorted(vars(part)))
+        for key, value in vars(part).items():
+            if "_hooks" in key and isinstance(value, dict):
+                seen[f"{place}.{key}"] = len(value)
+    for name, parameter in module.named_parameters():
+        seen[f"{name} (the object)"] = id(parameter)
+        seen[f"{name}.requires_grad"] = parameter.requires_grad
+    return seen

@@ -1,13 +1,17 @@
-"""The small runs that the checks look at: a network, a stream of unequal parts, and a quiet trainer."""
+"""The small runs that the checks look at: a network, a stream of unequal parts, and what a run ends with."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,10 +21,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from clkit.callbacks import NMC, Predictor, StreamCallback
 from clkit.data import ClassIncremental, Custom, StreamDataModule
+from clkit.schema import STREAM
 from clkit.stream.resume import capture_random_state, restore_random_state
+from clkit.testing.entries import Entry
 
-__all__ = ["SmallModule", "batch_of", "fit", "isolated", "loader", "probe", "seed", "stream", "trainer"]
+__all__ = ["Setting", "Trial", "batch_of", "fit", "isolated", "loader", "seed", "settings", "small_module", "snapshot"]
 
 IMAGE = (1, 4, 4)  # a method may turn, cut and mix images
 INPUTS, FEATURES, CLASSES = 16, 8, 6
@@ -30,12 +37,14 @@ SAMPLES = (9, 8, 5, 12, 11, 7)  # of each class; 2, 3 and 1 classes
 BATCHES = (4, 6, 2)  # of each part
 BATCH_SIZE = 5
 
+EXACT = "64-true"  # in float32 the network itself rounds otherwise where batches are cut otherwise
+FOLLOWED = ("format", "batches")  # what every StreamCallback saves of the stream
+
 
 class SmallModule(pl.LightningModule):
     """Two layers with dropout, so that a change of the global random state shows in the weights.
 
-    Args:
-        rate: Learning rate; with 0 the network stays as it is, and any batch is taken.
+    With a learning rate of 0 the network stays as it is, and any batch is taken.
     """
 
     def __init__(self, rate: float = 0.01) -> None:
@@ -44,33 +53,27 @@ class SmallModule(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(INPUTS, FEATURES), nn.Tanh(), nn.Dropout(0.2), nn.Linear(FEATURES, CLASSES))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits (B, 6)."""
         logits: Tensor = self.net(inputs.flatten(1))
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Cross-entropy, or a loss of 0 with gradients of 0 where nothing shall be trained."""
         logits = self(batch[0])
         if self.rate == 0:
             return sum((parameter.sum() for parameter in self.parameters()), torch.zeros(())) * 0
         return nn.functional.cross_entropy(logits, batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log a loss."""
         self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Runs the forward."""
         self(batch[0])
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Logits (B, 6)."""
         logits: Tensor = self(batch[0])
         return logits
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, whose moments would show a step too many."""
-        return torch.optim.Adam(self.parameters(), lr=self.rate)
+        return torch.optim.Adam(self.parameters(), lr=self.rate)  # its moments would show a step too many
 
 
 class StoppedError(RuntimeError):
@@ -78,29 +81,24 @@ class StoppedError(RuntimeError):
 
 
 def batch_of(rows: int, start: int) -> tuple[Tensor, Tensor]:
-    """Images (rows, 1, 4, 4) and labels, a function of ``start``."""
+    """Return images (rows, 1, 4, 4) and labels, a function of ``start``."""
     generator = torch.Generator().manual_seed(start)
     targets = torch.arange(start, start + rows) % 4
     return torch.randn(rows, *IMAGE, generator=generator) + targets[:, None, None, None], targets
 
 
-def probe() -> Tensor:
-    """Features (7, 8) of no sample, on which predictions are compared."""
-    return torch.randn(7, FEATURES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-def stream(**options: Any) -> StreamDataModule:
-    """Six classes in three unequal parts of 4, 6 and 2 batches."""
+def stream() -> StreamDataModule:
+    """Return six classes in three unequal parts of 4, 6 and 2 batches."""
     targets = torch.cat([torch.full((count,), label) for label, count in enumerate(SAMPLES)])
     noise = torch.randn(len(targets), *IMAGE, generator=torch.Generator().manual_seed(0))
     inputs = noise + targets[:, None, None, None]
     train, test = TensorDataset(inputs, targets), TensorDataset(inputs[::2], targets[::2])
     scenario = ClassIncremental(first_experience_classes=2, classes_per_experience=3)
-    return StreamDataModule(Custom(train, test), scenario, **{"batch_size": BATCH_SIZE, **options})
+    return StreamDataModule(Custom(train, test), scenario, batch_size=BATCH_SIZE)
 
 
 def loader(batches: Sequence[Any]) -> DataLoader[Any]:
-    """Hands these batches out as they are."""
+    """Return a loader that hands these batches out as they are."""
     return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
 
 
@@ -111,17 +109,10 @@ def seed(value: int) -> None:
     random.seed(value)
 
 
-def random_bits() -> Any:
-    """Return the global random state in a form that can be compared."""
-    state = capture_random_state()
-    return [str(value.tolist() if isinstance(value, Tensor) else value) for value in _flat(state)]
-
-
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, dict | list):
-        parts = value.values() if isinstance(value, dict) else value
-        return [leaf for part in parts for leaf in _flat(part)]
-    return [value]
+def small_module(**options: Any) -> SmallModule:
+    """Return a new module, always of the same weights."""
+    seed(0)
+    return SmallModule(**options)
 
 
 def trainer(folder: Path, callbacks: Sequence[Any], **options: Any) -> pl.Trainer:
@@ -149,7 +140,7 @@ def fit(
     run: pl.Trainer | None = None,
     **options: Any,
 ) -> tuple[pl.LightningModule, pl.Trainer]:
-    """One fit, always from the same weights and random state.
+    """Fit once, always from the same weights and random state.
 
     Args:
         folder: Where files of the run land.
@@ -174,15 +165,9 @@ def fit(
     return module, run
 
 
-def small_module(**options: Any) -> SmallModule:
-    """Return a new module, always of the same weights."""
-    seed(0)
-    return SmallModule(**options)
-
-
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Leaves the random state of the process as it was, and keeps Lightning's advice to itself."""
+    """Leave the random state of the process as it was, and keep Lightning's advice to itself."""
     logger = logging.getLogger("lightning.pytorch")
     level, random_state = logger.level, capture_random_state()
     logger.setLevel(logging.ERROR)
@@ -193,3 +178,112 @@ def isolated() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         restore_random_state(random_state)
+
+
+# ---- what a method runs with, and what a run ends with
+
+
+def snapshot(callback: Any, volatile: Sequence[str] = (), *, followed: bool = True) -> dict[str, Any]:
+    """Copy what a callback has learned: its state, its place in the stream where ``followed``, and its scores."""
+    left_out = {*volatile, *(FOLLOWED if isinstance(callback, StreamCallback) and not followed else ())}
+    state = {key: value for key, value in copy.deepcopy(callback.state_dict()).items() if key not in left_out}
+    if isinstance(callback, Predictor):
+        features = torch.randn(7, FEATURES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        state["scores(features)"] = callback.scores(features).detach().clone()
+    return state
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method runs with: a callback under a strategy, or a strategy with a head that learns beside it.
+
+    Args:
+        entry: The method.
+        folder: For the files of its runs.
+        strategy: The strategy that a callback runs under; ``None`` where the method is a strategy.
+    """
+
+    entry: Entry
+    folder: Path
+    strategy: str | None = None
+
+    @property
+    def first_steps(self) -> int:
+        """Steps of the first experience, a warm-up included."""
+        return BATCHES[0] * (1 + getattr(self.entry.make(), "warmup_epochs", 0))
+
+    def trainer(self, method: Any, callbacks: Sequence[Any] = (), **options: Any) -> pl.Trainer:
+        """Make a trainer with the method and these callbacks."""
+        if self.strategy is None:
+            return trainer(self.folder, callbacks, strategy=method, **options)
+        return trainer(self.folder, [method, *callbacks], **{"strategy": self.strategy, **options})
+
+    def run(self, *, method: Any = None, beside: Sequence[Any] = (), **options: Any) -> Trial:
+        """Fit once with the method (a new one by default) and further callbacks; options are those of a fit."""
+        method = self.entry.make() if method is None else method
+        callback = NMC() if self.strategy is None else method
+        strategy = method if self.strategy is None else self.strategy
+        module, run = fit(self.folder, [callback, *beside], **{"strategy": strategy, **options})
+        return Trial(self, callback, module, run)
+
+    def fixed_module(self) -> SmallModule:
+        """Make a network that stays as it is under a callback and takes any batch; a strategy trains its network."""
+        return small_module() if self.strategy is None else small_module(rate=0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that ended.
+
+    Args:
+        setting: What the method ran with.
+        callback: The method, or the head beside it.
+        module: The network.
+        trainer: The trainer.
+    """
+
+    setting: Setting
+    callback: Any
+    module: pl.LightningModule
+    trainer: pl.Trainer
+
+    def learned(self, *, followed: bool = True) -> dict[str, Any]:
+        """Copy what the callback learned, and its place in the stream where ``followed``."""
+        return snapshot(self.callback, self.setting.entry.volatile, followed=followed)
+
+    def weights(self) -> dict[str, Any]:
+        """Copy the network's state, under its own keys where it was compiled."""
+        return dict(copy.deepcopy(getattr(self.module, "_orig_mod", self.module).state_dict()))
+
+    def saved(self) -> dict[str, Any]:
+        """Save a checkpoint, ``end.ckpt``, and load it as Lightning does."""
+        path = self.setting.folder / "end.ckpt"
+        self.trainer.save_checkpoint(path)
+        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+        return checkpoint
+
+    def own_part(self) -> dict[str, Any]:
+        """Give what of a strategy's checkpoint neither Lightning writes nor whatever follows a stream."""
+        return {key: value for key, value in self.saved().items() if key not in {*_plain_keys(), STREAM}}
+
+    def outcome(self) -> dict[str, Any]:
+        """Give all that two equal runs must share; of a strategy also its file but for the progress of loops."""
+        found = {"weights": self.weights(), "learned": self.learned()}
+        if self.setting.strategy is None:
+            found |= {f"file/{key}": value for key, value in self.saved().items() if key not in ("loops", "callbacks")}
+        return found
+
+
+@cache
+def _plain_keys() -> frozenset[str]:
+    with TemporaryDirectory() as folder:
+        _, run = fit(Path(folder), [])
+        run.save_checkpoint(f"{folder}/plain.ckpt")
+        return frozenset(torch.load(f"{folder}/plain.ckpt", weights_only=True))
+
+
+def settings(entry: Entry, folder: Path) -> list[Setting]:
+    """List what a method is run with: a callback with a network that trains with dropout, and with a frozen one."""
+    if entry.kind == "strategy":
+        return [Setting(entry, folder)]
+    return [Setting(entry, folder, name) for name in ("auto", "gradient_free")[: 1 if entry.needs_gradients else 2]]

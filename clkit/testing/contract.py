@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import unittest
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from clkit.errors import ContractError
-from clkit.testing import checks_callback, checks_head, checks_strategy
-from clkit.testing._runs import isolated
+from clkit.testing import checks_head
+from clkit.testing._runs import isolated, settings
+from clkit.testing.checks_own import CHECKS, all_callbacks_in_one_run_learn_what_they_learn_alone
 from clkit.testing.entries import Entry, clkit_entries
-from clkit.testing.together import CHECKS_TOGETHER
 
 __all__ = ["Check", "check_contract", "contract", "contract_together"]
-
-CHECKS: dict[str, list[Callable[[Entry, Path], None]]] = {
-    "head": checks_head.CHECKS,
-    "callback": checks_callback.CHECKS,
-    "strategy": checks_strategy.CHECKS,
-}
 
 
 class Check:
@@ -30,12 +24,12 @@ class Check:
         __name__: Method and rule, which pytest shows.
     """
 
-    def __init__(self, name: str, rule: str, promise: str, run: Callable[[Path], None]) -> None:
+    def __init__(self, name: str, rule: Callable[..., None], run: Callable[[Path], None]) -> None:
         self.name = name
-        self.rule = rule
-        self.promise = promise
-        self.__name__ = f"{name}-{rule}"
-        self.__doc__ = promise
+        self.rule = rule.__name__
+        self.promise = (rule.__doc__ or "").splitlines()[0].rstrip(".")
+        self.__name__ = f"{name}-{self.rule}"
+        self.__doc__ = self.promise
         self._run = run
 
     def __repr__(self) -> str:
@@ -58,14 +52,10 @@ class Check:
                 self._run(place)
             except unittest.SkipTest as reason:
                 raise unittest.SkipTest(f"{self.__name__} is not applicable: {reason}") from reason
-            except ContractError as error:
-                raise ContractError(self._broken(str(error))) from error
             # whatever else a method raises in an ordinary run breaks the rule, too; its traceback is kept
             except Exception as error:
-                raise ContractError(self._broken(f"it raised {type(error).__name__}: {error}")) from error
-
-    def _broken(self, seen: str) -> str:
-        return f"{self.name} breaks the rule {self.rule!r} ({self.promise}): {seen}"
+                seen = str(error) if isinstance(error, ContractError) else f"it raised {type(error).__name__}: {error}"
+                raise ContractError(f"{self.name} breaks the rule {self.rule!r} ({self.promise}): {seen}") from error
 
 
 def contract(entry: Entry) -> list[Check]:
@@ -83,7 +73,21 @@ def contract(entry: Entry) -> list[Check]:
         >>> checks[0].__name__
         'nmc-state_is_in_the_checkpoint'
     """
-    return [_check(entry.name, function, entry) for function in CHECKS[entry.kind]]
+    rules: Sequence[Callable[..., None]] = checks_head.CHECKS if entry.kind == "head" else CHECKS[entry.kind]
+    return [Check(entry.name, rule, partial(_run, rule, entry)) for rule in rules]
+
+
+def _run(rule: Callable[..., None], entry: Entry, folder: Path) -> None:
+    """Check a rule, of a callback or strategy in each of its settings."""
+    if entry.kind == "head":
+        rule(entry)
+        return
+    for setting in settings(entry, folder):
+        try:
+            rule(setting)
+        except ContractError as error:
+            under = "" if setting.strategy is None else f"under {setting.strategy!r}, "
+            raise ContractError(f"{under}{error}") from error
 
 
 def contract_together(entries: Sequence[Entry] | None = None) -> list[Check]:
@@ -96,12 +100,11 @@ def contract_together(entries: Sequence[Entry] | None = None) -> list[Check]:
         Checks to be called with a folder.
     """
     table = clkit_entries() if entries is None else list(entries)
-    strategies = [None, *(entry for entry in table if entry.kind == "strategy")]
     callbacks = [entry for entry in table if entry.kind == "callback"]
+    rule = all_callbacks_in_one_run_learn_what_they_learn_alone
     return [
-        _check(f"together-{'auto' if strategy is None else strategy.name}", function, callbacks, strategy)
-        for function in CHECKS_TOGETHER
-        for strategy in strategies
+        Check(f"together-{'auto' if strategy is None else strategy.name}", rule, partial(rule, callbacks, strategy))
+        for strategy in [None, *(entry for entry in table if entry.kind == "strategy")]
     ]
 
 
@@ -126,8 +129,3 @@ def check_contract(entry: Entry, folder: str | Path) -> dict[str, str]:
         except unittest.SkipTest as reason:
             report[check.rule] = str(reason).partition("is ")[2]
     return report
-
-
-def _check(name: str, function: Callable[..., None], *subject: Any) -> Check:
-    promise = (function.__doc__ or "").splitlines()[0].rstrip(".")
-    return Check(name, function.__name__, promise, lambda folder: function(*subject, folder))

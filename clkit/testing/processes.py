@@ -6,6 +6,7 @@ They are started here rather than by Lightning, so that both import at the same 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import unittest
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,49 +23,51 @@ import torch
 
 from clkit.errors import ContractError
 from clkit.testing._compare import require, same
+from clkit.testing._runs import isolated
 from clkit.testing.entries import Entry
 
-__all__ = ["LIMIT", "PROCESSES", "agreed", "run"]
+__all__ = ["agreed", "run", "work"]
 
 PROCESSES = 2
 LIMIT = 120.0  # seconds; a process whose partner failed would wait for ever
 
+Learn = Callable[[Entry, Path, int, int], dict[str, Any]]
 
-def run(entry: Entry, folder: Path) -> list[dict[str, Any]]:
+
+def run(entry: Entry, folder: Path, learn: Learn) -> list[dict[str, Any]]:
     """Have two processes do their part of a check.
 
     Args:
         entry: The method.
-        folder: Where they leave their files.
-
-    Returns:
-        What each process reports of each setting.
+        folder: Where they leave their files; nothing is done again where these are there.
+        learn: Does the part of one process: ``learn(entry, folder, rank, processes)``. What it returns is reported.
 
     Raises:
         unittest.SkipTest: If the entry cannot be sent to another process.
         ContractError: If a process fails, or they wait for each other.
     """
-    (folder / "entry.pkl").write_bytes(_pickled(entry))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    started = [_start(folder, rank, port) for rank in range(PROCESSES)]
-    try:
-        _wait(started, folder)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    reports = [folder / f"rank{rank}.pt" for rank in range(PROCESSES)]
+    if not all(report.exists() for report in reports):
+        (folder / "task.pkl").write_bytes(_pickled(entry, learn))
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        started = [_start(folder, rank, port) for rank in range(PROCESSES)]
+        try:
+            _wait(started, folder)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+    return [torch.load(report, weights_only=True) for report in reports]
 
 
-def agreed(entry: Entry, reports: list[dict[str, Any]], under: str = "") -> bool:
+def agreed(entry: Entry, reports: list[dict[str, Any]]) -> bool:
     """Require that the processes ended with the same, or refused where the entry says so.
 
     Args:
         entry: The method.
         reports: Of each process: why it ``"refused"``, if it did, else what it holds at the ``"end"``.
-        under: Beginning of the message.
 
     Returns:
         Whether there is an end to compare with that of one process.
@@ -73,25 +77,38 @@ def agreed(entry: Entry, reports: list[dict[str, Any]], under: str = "") -> bool
     """
     reasons = [report["refused"] for report in reports]
     if entry.processes == "refused":
-        require(None not in reasons, f"{under}two processes were not refused", "raise a ClkitError on all of them")
+        require(None not in reasons, "two processes were not refused", "raise a ClkitError on all of them")
         return False
     for reason in reasons:
-        require(reason is None, f"{under}it refused: {reason}", 'declare processes="refused"')
+        require(reason is None, f"it refused: {reason}", 'declare processes="refused"')
     same(
         reports[0]["end"],
         reports[1]["end"],
-        f"{under}two processes hold different weights or states",
+        "two processes hold different weights or states",
         "sum what was learned, and reduce gradients, over processes on all of them; broadcast what is drawn",
     )
     return entry.processes == "exact"
 
 
-def _pickled(entry: Entry) -> bytes:
+def work(folder: Path) -> None:
+    """Do the part of this process and write ``rankN.pt``."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    torch.set_num_threads(1)
+    rank = int(os.environ["LOCAL_RANK"])
+    entry, learn = pickle.loads((folder / "task.pkl").read_bytes())
+    with isolated():
+        report = learn(entry, folder, rank, PROCESSES)
+    torch.save(report, folder / f"rank{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _pickled(entry: Entry, learn: Learn) -> bytes:
     maker = entry.make.func if isinstance(entry.make, partial) else entry.make
     if getattr(maker, "__module__", None) == "__main__":
         raise unittest.SkipTest(f"{maker!r} lives in __main__, which another process cannot import; put it in a module")
     try:
-        return pickle.dumps(entry)
+        return pickle.dumps((entry, learn))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise unittest.SkipTest(
             f"make cannot be sent to another process ({error}); use a class of a module, or functools.partial of one"
@@ -110,9 +127,11 @@ def _start(folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
     }
-    command = [sys.executable, "-W", "ignore", "-m", "clkit.testing._process", str(folder)]
+    code = f"from pathlib import Path; from clkit.testing.processes import work; work(Path({str(folder)!r}))"
     with (folder / f"rank{rank}.txt").open("w", encoding="utf-8") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=output, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], env=environment, stdout=output, stderr=output, text=True
+        )
 
 
 def _wait(started: list[subprocess.Popen[str]], folder: Path) -> None:
