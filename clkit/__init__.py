@@ -29,15 +29,7 @@ _PLACES = {
 }
 _SUBPACKAGES = ("callbacks", "data", "methods", "metrics", "models", "report", "strategies", "testing")
 
-__all__ = [
-    "Experience",
-    "FeatureTap",
-    "__version__",
-    "export",
-    "forget_samples",
-    "load_head",
-    "merge_checkpoints",
-]
+__all__ = ["Experience", "FeatureTap", "__version__", "export", "forget_samples", "load_head", "merge_checkpoints"]
 
 
 def __getattr__(name: str) -> Any:

@@ -494,7 +494,7 @@ class Drawing(pl.strategies.SingleDeviceStrategy):
 
 def test_a_strategy_gets_the_seed_by_class_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(STRATEGIES, "drawing", ("own_code", "Drawing", ""))
+    monkeypatch.setitem(STRATEGIES, "drawing", "own_code.Drawing")
     monkeypatch.setitem(StrategyRegistry, "drawing", {})
     for strategy, kind, seed in (
         ("drawing", "own_code.Drawing", 4),

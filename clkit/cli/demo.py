@@ -36,17 +36,11 @@ NOTES = {
 
 
 def run_demo(folder: str | Path = "runs/demo") -> int:
-    """Run the demo and print its table.
+    """Run the demo, print its table and return 0, an exit status; the results of the runs go into a folder.
 
     Three runs of one small network (``resnet10t`` from scratch, 32 px, 8 epochs) on scikit-learn's digits, cut into
     classes 0-3, then 4-5, 6-7 and 8-9: fine-tuning from stage to stage, gradient-free heads after a warm-up on the
     first stage, and joint training on everything as the upper reference.
-
-    Args:
-        folder: Where the results of the runs go.
-
-    Returns:
-        0, an exit status.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # advice on loggers that the demo has no use for

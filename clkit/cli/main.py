@@ -1,8 +1,4 @@
-"""The ``clkit`` command.
-
-This file imports nothing heavy: help and the recipes answer at once, and whatever trains is imported when it is asked
-for.
-"""
+"""The ``clkit`` command. It imports nothing heavy before that is asked for, so help and recipes answer at once."""
 
 from __future__ import annotations
 
@@ -10,10 +6,14 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from clkit._version import __version__
 from clkit.runs.recipes import read_recipe, recipe_lines
+
+if TYPE_CHECKING:
+    from clkit.runs.merging import Learned
 
 __all__ = ["main"]
 
@@ -49,10 +49,7 @@ FILE_NOTES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        arguments: What follows ``clkit`` on the command line; that of the process by default.
+    """Run what follows ``clkit`` on a command line, by default that of the process; return the exit status.
 
     Example:
         >>> main(["recipes"]) == 0  # doctest: +ELLIPSIS
@@ -68,7 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, overrides = _split_overrides(given) if given[:1] == ["compare"] else (given, [])
     options = parser.parse_args(given)
     if options.command == "recipes":
-        return _recipes(options.name)
+        try:
+            sys.stdout.write("\n".join([*recipe_lines(), ""]) if options.name is None else read_recipe(options.name))
+        except KeyError as error:
+            return _refuse(error.args[0])
+        return 0
     if options.command == "demo":
         from clkit.cli.demo import run_demo
 
@@ -76,16 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "compare":
         for override in overrides:
             if override.partition("=")[0].startswith(OWN_SETTINGS):
-                sys.stderr.write(f"clkit: {override} is what clkit compare sets for each of its runs; leave it out\n")
-                return 2
-        from clkit.runs.comparing import run_compare
+                return _refuse(f"{override} is what clkit compare sets for each of its runs; leave it out")
+        options.overrides = overrides
+    if options.command is None:
+        parser.print_help()
+        return 0
+    from clkit.errors import ClkitError  # imports scikit-learn
 
-        return run_compare(options, overrides)
-    if options.command in FILE_COMMANDS:
-        from clkit.cli.file_commands import run_file_command
-
-        return run_file_command(options)
-    parser.print_help()
+    try:
+        lines = {"compare": _compare, "merge": _merge, "forget": _forget, "export": _export}[options.command](options)
+    except ClkitError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("clkit: interrupted; the same command goes on from here\n")
+        return 130
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
 
 
@@ -186,13 +192,69 @@ def _add_file_commands(commands: Any) -> None:
         command.add_argument("--force", action="store_true", help="replace an existing file")
 
 
-def _recipes(name: str | None) -> int:
-    if name is None:
-        sys.stdout.write("\n".join(recipe_lines()) + "\n")
-        return 0
-    try:
-        sys.stdout.write(read_recipe(name))
-    except KeyError as error:
-        sys.stderr.write(f"clkit: {error.args[0]}\n")
-        return 2
-    return 0
+def _refuse(reason: object) -> int:
+    sys.stderr.write(f"clkit: {reason}\n")
+    return 2
+
+
+# ---- the commands: each returns the lines that it prints at its end
+
+
+def _compare(options: argparse.Namespace) -> list[str]:
+    from clkit.runs.comparing import compare
+
+    compare(options.recipes, options.seeds, Path(options.out), options.outer, options.overrides)
+    return []
+
+
+def _merge(options: argparse.Namespace) -> list[str]:
+    from clkit.runs.merging import merge_checkpoints
+
+    learned = merge_checkpoints(options.checkpoints, options.output, overwrite=options.force)
+    return [
+        f"wrote {options.output}, merged from {len(options.checkpoints)} checkpoints, for evaluation and export (no "
+        "fit can go on from it); what is learned:",
+        *_lines(learned),
+    ]
+
+
+def _forget(options: argparse.Namespace) -> list[str]:
+    from clkit.runs.forgetting import forget_samples, read_samples
+
+    samples = read_samples(options.samples)
+    learned = forget_samples(
+        options.checkpoint,
+        options.output,
+        **samples,
+        heads=None if options.heads is None else [name.strip() for name in options.heads.split(",")],
+        config=options.config,
+        overwrite=options.force,
+    )
+    forgotten = _count(len(next(iter(samples.values()))), "sample")
+    return [f"wrote {options.output}, without {forgotten}; what is left:", *_lines(learned)]
+
+
+def _export(options: argparse.Namespace) -> list[str]:
+    from clkit.runs.exporting import export_checkpoint
+
+    exported = export_checkpoint(
+        options.checkpoint, options.output, head=options.head, config=options.config, overwrite=options.force
+    )
+    size = Path(options.output).stat().st_size
+    shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    return [
+        f"wrote {options.output} ({shown}): {exported.network} with the head {exported.head!r}, "
+        f"{_count(exported.classes, 'class')} learned of {exported.columns} outputs",
+        f"read it with: {exported.reading}",
+    ]
+
+
+def _lines(learned: list[Learned]) -> list[str]:
+    return [
+        f"  {head}: {_count(samples, 'sample')} of {_count(classes, 'class')}" for head, samples, classes in learned
+    ]
+
+
+def _count(number: int, one: str) -> str:
+    plural = "es" if one.endswith("s") else "s"
+    return f"{number} {one}{plural * (number != 1)}"

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from pkgutil import resolve_name
 
 from clkit.errors import ClkitError, did_you_mean
 
@@ -68,10 +69,6 @@ _TYPES = re.compile(r"Expected an? (?!dot import)(.+?)(?:\. Got value: (.*))?$")
 def line_for_settings(message: str, known: Iterable[str] = ()) -> str:
     """Return jsonargparse's message in one line for a person: the wrong setting or value, and what is near it.
 
-    Args:
-        message: What jsonargparse reports.
-        known: The parser's settings, dotted.
-
     Example:
         >>> line_for_settings("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["trainer.max_epochs"])
         "there is no setting 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"
@@ -84,10 +81,11 @@ def line_for_settings(message: str, known: Iterable[str] = ()) -> str:
         top = ", ".join(key for key in known if "." not in key and key not in ("help", "print_config"))
         return f"there is no setting {name!r}{did_you_mean(name, known) or f'; at the top there are {top}'}"
     lines = message.splitlines()
-    for pattern, tell in ((_OPTION, _tell_option), (_NO_IMPORT, _tell_import), (_NO_CLASS, _tell_class)):
+    for pattern, tell in ((_OPTION, _tell_option), (_NO_IMPORT, None), (_NO_CLASS, _tell_class)):
         for number, line in enumerate(lines):
             if found := pattern.search(line):
-                return f"{_place(lines[:number])}{tell(found.group(1), lines[:number])}"
+                said = found.group(1) if tell is None else tell(found.group(1), lines[:number])
+                return f"{_place(lines[:number])}{said}"
     for number, line in enumerate(lines):
         if _TYPES.search(line):
             return f"{_place(lines[:number])}{_tell_type(lines[number:])}"
@@ -101,13 +99,8 @@ def _place(lines: Sequence[str]) -> str:
 
 def _tell_option(name: str, lines: Sequence[str]) -> str:
     path = next(found.group(1) for line in reversed(lines) if (found := _CLASS.search(line)))
-    module, _, attribute = path.rpartition(".")
-    accepted = inspect.signature(getattr(import_module(module), attribute)).parameters
-    return f"{attribute} has no setting {name!r}{did_you_mean(name, accepted) or '; it has ' + ', '.join(accepted)}"
-
-
-def _tell_import(problem: str, lines: Sequence[str]) -> str:
-    return problem
+    kind, accepted = path.rpartition(".")[2], inspect.signature(resolve_name(path)).parameters
+    return f"{kind} has no setting {name!r}{did_you_mean(name, accepted) or '; it has ' + ', '.join(accepted)}"
 
 
 def _tell_class(name: str, lines: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ import inspect
 import io
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -22,15 +22,11 @@ from clkit.errors import ConfigurationError
 from clkit.runs.settings import run
 from clkit.strategies import GradientFreeStrategy
 
-__all__ = ["RunSettings", "reason_of"]
+__all__ = ["RunSettings", "gives_task_id", "reason_of", "shown"]
 
 
 class RunSettings:
-    """All settings of a run whose data are a stream.
-
-    Args:
-        tree: What ``clkit fit --print_config`` says.
-    """
+    """All settings of a run whose data are a stream: the tree that ``clkit fit --print_config`` says."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         self.tree = tree
@@ -53,7 +49,7 @@ class RunSettings:
             raise ConfigurationError(f"{name}: {reason_of(said.getvalue())}")
         tree = yaml.safe_load(printed.getvalue())
         kind = tree["data"]["class_path"]
-        if not issubclass(_class(kind), StreamDataModule):
+        if not issubclass(resolve_name(kind), StreamDataModule):
             raise ConfigurationError(
                 f"{name}: its data are a {kind}, which is no StreamDataModule; what is compared is a stream"
             )
@@ -68,11 +64,12 @@ class RunSettings:
         self.trainer |= {"logger": False, "default_root_dir": None}
         self.trainer |= {"enable_checkpointing": True, "enable_progress_bar": False}
         if self.trainer["strategy"] in list(STRATEGIES):  # a name alone has no place for a seed
-            module, attribute, _ = STRATEGIES[self.trainer["strategy"]]
-            path = f"{module}.{attribute}"
-            arguments = {"seed": 0} if "seed" in inspect.signature(_class(path)).parameters else {}
+            path = STRATEGIES[self.trainer["strategy"]]
+            arguments = {"seed": 0} if "seed" in inspect.signature(resolve_name(path)).parameters else {}
             self.trainer["strategy"] = {"class_path": path, "init_args": arguments}
-        self.callbacks[:] = [each for each in self.callbacks if not issubclass(_class(each["class_path"]), ProgressBar)]
+        self.callbacks[:] = [
+            each for each in self.callbacks if not issubclass(resolve_name(each["class_path"]), ProgressBar)
+        ]
         self._callback(StreamEvaluation)["init_args"] |= {"files": True}
         checkpoint = self._callback(ModelCheckpoint)["init_args"]
         checkpoint |= {"dirpath": None, "save_weights_only": False, "save_last": checkpoint.get("save_last") or True}
@@ -80,19 +77,15 @@ class RunSettings:
     def _callback(self, kind: type) -> dict[str, Any]:
         """Return the first callback of a kind; append one where there is none."""
         for each in self.callbacks:
-            if issubclass(_class(each["class_path"]), kind):
+            if issubclass(resolve_name(each["class_path"]), kind):
                 each.setdefault("init_args", {})
                 return each
         self.callbacks.append({"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": {}})
         return self.callbacks[-1]
 
-    def copy(self) -> RunSettings:
-        """Return a copy that shares nothing."""
-        return RunSettings(copy.deepcopy(self.tree))
-
     def with_seed(self, seed: int) -> RunSettings:
         """Return a copy with one seed for all that draws; the stream (its scenario and source) stays the same."""
-        seeded = self.copy()
+        seeded = copy.deepcopy(self)
         seeded.tree["seed_everything"] = seed
         for each in (seeded.tree["model"], seeded.tree["data"], seeded.trainer["strategy"], *seeded.callbacks):
             arguments = _arguments(each)
@@ -103,7 +96,7 @@ class RunSettings:
 
     def fine_tuning(self) -> RunSettings:
         """Return plain training of the same model on the same data with the same optimizer."""
-        plain = self.copy()
+        plain = copy.deepcopy(self)
         plain.trainer |= {"strategy": "auto", "max_epochs": -1}
         plain.callbacks[:] = [plain._callback(StreamEvaluation)]
         plain.callbacks[0]["init_args"] |= {"module": True}
@@ -130,30 +123,15 @@ class RunSettings:
     def freezes_network(self) -> bool:
         """Whether the strategy leaves the network as it is, once a warm-up is over."""
         strategy = self.trainer["strategy"]
-        return isinstance(strategy, dict) and issubclass(_class(strategy["class_path"]), GradientFreeStrategy)
+        return isinstance(strategy, dict) and issubclass(resolve_name(strategy["class_path"]), GradientFreeStrategy)
 
     @property
     def grafts(self) -> bool:
         """Whether a callback puts its head in the place of the network's classifier."""
         return any(_arguments(each).get("graft", "never") != "never" for each in self.callbacks)
 
-    @property
-    def gives_task_id(self) -> bool:
-        """Whether the scenario, or one inside it, tells which task a sample belongs to."""
-        return _gives_task_id(self.data)
-
-    @property
-    def source(self) -> str:
-        """The source of the data as a person writes it."""
-        return _shown(self.data.get("source")).strip('"')
-
     def difference(self, other: RunSettings, key: str = "") -> tuple[str, str, str, str] | None:
-        """Return the first difference: its dotted path, both values and how many more there are; or ``None``.
-
-        Args:
-            other: The settings to compare with.
-            key: A key at the top, to compare only what is below it.
-        """
+        """Return the first difference, below a key: its dotted path, both values, how many more; or ``None``."""
         one, two = (each.tree[key] if key else each.tree for each in (self, other))
         found = _differences(one, two, key)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -167,21 +145,16 @@ def reason_of(said: str) -> str:
     return (ours or lines[-1:] or ["it said nothing"])[0]
 
 
-def _class(path: str) -> type:
-    module, _, attribute = path.rpartition(".")
-    found: type = getattr(import_module(module), attribute)
-    return found
-
-
 def _arguments(entry: Any) -> dict[str, Any]:
     return entry.get("init_args") or {} if isinstance(entry, dict) else {}
 
 
-def _gives_task_id(entry: Any) -> bool:
+def gives_task_id(entry: Any) -> bool:
+    """Return whether the scenario of some data, or one inside it, tells which task a sample belongs to."""
     if not isinstance(entry, dict):
         return False
-    known = "class_path" in entry and getattr(_class(entry["class_path"]), "gives_task_id", False) is True
-    return known or any(map(_gives_task_id, entry.values()))
+    known = "class_path" in entry and getattr(resolve_name(entry["class_path"]), "gives_task_id", False) is True
+    return known or any(map(gives_task_id, entry.values()))
 
 
 def _differences(one: Any, two: Any, path: str) -> list[tuple[str, str, str]]:
@@ -194,10 +167,11 @@ def _differences(one: Any, two: Any, path: str) -> list[tuple[str, str, str]]:
         return found
     if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
         return [each for i in range(len(one)) for each in _differences(one[i], two[i], f"{path}.{i}")]
-    return [] if one == two else [(path, _shown(one), _shown(two))]
+    return [] if one == two else [(path, shown(one), shown(two))]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a setting as a person writes it, shortened."""
     if isinstance(value, dict) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     text = "not set" if value is None else json.dumps(value)

@@ -1,18 +1,12 @@
-"""``clkit compare``: several recipes with several seeds on one stream, in one table.
-
-Every run is a process of its own, ``clkit fit`` with the settings in its folder, so that no run sees what another has
-left behind, and a comparison that was interrupted goes on from what lies in the folders.
-"""
+"""``clkit compare``: several recipes with several seeds on one stream, each run a ``clkit fit`` in its own process."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +16,14 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from clkit.callbacks.base import MODULE
-from clkit.errors import ArgumentError, ClkitError, ConfigurationError, ProcessLostError, StateError, did_you_mean
+from clkit.errors import ArgumentError, ConfigurationError, ProcessLostError, StateError, did_you_mean
 from clkit.files import atomic_write
 from clkit.report.comparison import METRICS, ComparisonRow, joint_metrics, write_comparison
 from clkit.report.tables import seeds_table
-from clkit.runs._run_settings import RunSettings, reason_of
+from clkit.runs._run_settings import RunSettings, gives_task_id, reason_of, shown
 from clkit.runs.recipes import recipe_folder, recipe_names
 
-__all__ = ["run_compare"]
+__all__ = ["compare"]
 
 FINE_TUNING, JOINT = "fine-tuning", "joint"
 
@@ -41,10 +35,6 @@ class _Method:
     name: str
     settings: RunSettings
     outer: bool = False
-
-    def run(self, seed: int, root: Path) -> _Run:
-        folder = root / (self.name.replace("-", "_") if self.outer else self.name) / f"seed_{seed}"
-        return _Run(self, seed, folder, self.settings.with_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -68,16 +58,9 @@ class _Run:
         try:
             document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise StateError(
-                f"{file} cannot be read ({error}); remove the folder, and the run is done again"
-            ) from error
+            raise StateError(f"{file} cannot be read ({error}); remove the folder to do the run again") from error
         stages = max((len(summary["accuracy_matrix"]) for summary in document["predictors"].values()), default=0)
         return document if stages and stages == len(document["stream"]["experiences"]) else None
-
-    def checkpoint(self) -> Path | None:
-        """Return the newest of the checkpoints that a run saves to be resumed from."""
-        files = (self.folder / "checkpoints").glob("last*.ckpt")
-        return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
     def check_folder(self) -> None:
         """Refuse a folder that holds something else than this run."""
@@ -95,28 +78,12 @@ class _Run:
             )
 
 
-def run_compare(options: argparse.Namespace, overrides: Sequence[str] = ()) -> int:
-    """Run the command.
+def compare(recipes: Sequence[str], seeds: int, root: Path, outer: bool, overrides: Sequence[str]) -> None:
+    """Run recipes, with settings of ``clkit fit`` that all of them get, and the outer rows; print and write the table.
 
-    Args:
-        options: What was parsed of the command line: ``recipes``, ``seeds``, ``out`` and ``outer``.
-        overrides: Settings of ``clkit fit``, as they stand on the line, that all recipes get.
-
-    Returns:
-        0; 2 where something was refused or a run failed (the message is on standard error); 130 after an interrupt.
+    Raises:
+        ClkitError: If something was refused, or a run failed.
     """
-    try:
-        _compare(options.recipes, options.seeds, Path(options.out), options.outer, overrides)
-    except ClkitError as error:
-        sys.stderr.write(f"clkit: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("clkit: interrupted; the same command goes on from here\n")
-        return 130
-    return 0
-
-
-def _compare(recipes: Sequence[str], seeds: int, root: Path, outer: bool, overrides: Sequence[str]) -> None:
     console, start = Console(), time.perf_counter()
     files = _recipe_files(recipes, outer)
     methods = [_Method(name, RunSettings.of_recipe(name, file, overrides)) for name, file in files.items()]
@@ -125,9 +92,19 @@ def _compare(recipes: Sequence[str], seeds: int, root: Path, outer: bool, overri
         first = methods[0].settings
         fine_tuning = _Method(FINE_TUNING, first.fine_tuning(), outer=True)
         methods = [fine_tuning, *methods, _Method(JOINT, first.joint(), outer=True)]
-    # all methods with the first seed, then with the next: what is wrong with one is seen early
-    runs = [method.run(seed, root) for seed in range(seeds) for method in methods]
-    with _lock(root):
+    runs = []
+    for seed in range(
+        seeds
+    ):  # all methods with the first seed, then with the next: what is wrong with one is seen early
+        for method in methods:
+            folder = root / (method.name.replace("-", "_") if method.outer else method.name) / f"seed_{seed}"
+            runs.append(_Run(method, seed, folder, method.settings.with_seed(seed)))
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(root / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise StateError(f"{root} is in use by another clkit compare; wait until it has ended, or end it") from error
+    with lock:
         for run in runs:
             run.check_folder()
         for number, run in enumerate(runs, start=1):
@@ -178,17 +155,6 @@ def _check_same_stream(methods: Sequence[_Method]) -> None:
 # ---- running
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one comparison at a time work in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise StateError(f"{folder} is in use by another clkit compare; wait until it has ended, or end it") from error
-
-
 def _fit(arguments: Sequence[str], log: Path) -> int:
     """Run ``clkit fit`` in a process of its own and add what it prints to a file; return its exit status."""
     with log.open("ab") as output:
@@ -204,7 +170,9 @@ def _fit(arguments: Sequence[str], log: Path) -> int:
 def _complete(run: _Run) -> str:
     """Begin or resume a run; return what a person reads of it."""
     start = time.perf_counter()
-    folder, checkpoint = run.folder, run.checkpoint()
+    folder = run.folder
+    saved = (folder / "checkpoints").glob("last*.ckpt")  # the newest is that to be resumed from
+    checkpoint = max(saved, key=lambda file: file.stat().st_mtime_ns, default=None)
     with atomic_write(folder / "settings.yaml") as draft:
         draft.write_text(yaml.safe_dump(run.settings.tree, sort_keys=False), encoding="utf-8")
     logger = {
@@ -221,8 +189,16 @@ def _complete(run: _Run) -> str:
     log = folder / "log.txt"
     before = log.stat().st_size if log.exists() else 0
     status = _fit(arguments, log)
+    reason = reason_of(log.read_bytes()[before:].decode(errors="replace")) if status else ""
+    if status == 2:
+        hint = " (the outer rows train the network of the first recipe: put another first, or give --no-outer)"
+        raise ConfigurationError(f"{run.title}: {reason}{hint if run.method.outer else ''}")
     if status:
-        raise _failure(run, status, reason_of(log.read_bytes()[before:].decode(errors="replace")), log)
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        raise ProcessLostError(
+            f"{run.title} was ended by {how}: {reason}; what it printed is in {log}, and the same command goes on from "
+            "here"
+        )
     if run.results() is None:
         raise ConfigurationError(
             f"{run.title} ended before its stream did, so there is nothing to compare; a limit of the trainer "
@@ -230,16 +206,6 @@ def _complete(run: _Run) -> str:
         )
     how = "" if checkpoint is None else f"resumed from {checkpoint.name}, "
     return f"{how}{time.perf_counter() - start:.1f} s"
-
-
-def _failure(run: _Run, status: int, reason: str, log: Path) -> ClkitError:
-    if status == 2:
-        hint = " (the outer rows train the network of the first recipe: put another first, or give --no-outer)"
-        return ConfigurationError(f"{run.title}: {reason}{hint if run.method.outer else ''}")
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    return ProcessLostError(
-        f"{run.title} was ended by {how}: {reason}; what it printed is in {log}, and the same command goes on from here"
-    )
 
 
 # ---- what is shown and written
@@ -257,7 +223,8 @@ def _conclude(methods: Sequence[_Method], runs: Sequence[_Run], root: Path, cons
     notes = _notes(methods, first, seeds)
     write_comparison(root, rows, seeds=seeds, stream=document["stream"], notes=notes)
     scenario, evaluated_on = document["stream"]["scenario"], document["evaluated_on"]
-    title = f"{first.settings.source}: {len(stages)} experiences, {scenario}, evaluated on {evaluated_on}"
+    source = shown(first.settings.data.get("source")).strip('"')
+    title = f"{source}: {len(stages)} experiences, {scenario}, evaluated on {evaluated_on}"
     console.print()
     console.print(seeds_table(rows, title, "\n".join(notes)))
 
@@ -291,9 +258,8 @@ def _notes(methods: Sequence[_Method], first: _Method, seeds: Sequence[int]) -> 
     """Return what a reader of the table must know."""
     n = len(seeds)
     shown = ", ".join(map(str, seeds)) if n <= 5 else f"0 to {n - 1}"
-    notes = [f"n = {n} seeds ({shown}): mean ± half-width of the 95 % t-interval."]
-    if n == 1:
-        notes = ["n = 1 seed (0), which gives no interval."]
+    interval = f"n = {n} seeds ({shown}): mean ± half-width of the 95 % t-interval."
+    notes = ["n = 1 seed (0), which gives no interval." if n == 1 else interval]
     if not methods[0].outer:
         return notes
     epochs = first.settings.training_epochs
@@ -303,6 +269,6 @@ def _notes(methods: Sequence[_Method], first: _Method, seeds: Sequence[int]) -> 
     )
     if any(method.settings.freezes_network for method in methods):
         notes.append("A network that a recipe keeps frozen is trained in these two rows.")
-    if first.settings.gives_task_id:
+    if gives_task_id(first.settings.data):
         notes.append(f"{JOINT} is not told the task of a sample, as the others are.")
     return notes

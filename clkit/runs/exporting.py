@@ -25,7 +25,7 @@ from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.runs.heads import head_entries, name_of
 from clkit.schema import EXPORTED
 from clkit.stream._lightning import datamodule_of
-from clkit.surgery.splice import SplicedCopy, timm_name, trainer_of
+from clkit.surgery.splice import SplicedCopy, trainer_of
 
 __all__ = ["Exported", "export", "export_checkpoint"]
 
@@ -33,14 +33,9 @@ FORMAT = 1
 
 
 class Exported(NamedTuple):
-    """Says what an exported file holds.
+    """What an exported file holds: timm's name of the network or its class, the name of the head, and how it is read.
 
-    Attributes:
-        network: timm's name of the network, or its class.
-        head: The name of the head.
-        classes: The number of classes that the head has learned.
-        columns: The number of outputs.
-        reading: How the file is read.
+    ``classes`` is the number of classes that the head has learned, ``columns`` that of the outputs.
     """
 
     network: str
@@ -72,10 +67,10 @@ def export(
       Only a head that is one linear layer of the features fits in there.
     * ``.pt2``: a program of :mod:`torch.export` for any batch size, with any head, for :func:`torch.export.load`.
 
-    Before anything is written the exported network is run on ``example`` and compared with the head, so what cannot be
-    exported is refused. Outputs are logits: they rank classes as the head does, and may differ from its scores by a
-    number a row, or by the length of the features for unit-length means (``"icarl"``, ``"cosine"``) in a ``.pt`` file.
-    Classes never learned get weight 0 and a very low finite bias.
+    Before anything is written the exported network is run on ``example`` and compared with the head. Outputs are
+    logits: they rank classes as the head does, and may differ from its scores by a number a row, or by the length of
+    the features for unit-length means (``"icarl"``, ``"cosine"``) in a ``.pt`` file. Classes never learned get weight 0
+    and a very low finite bias.
 
     Args:
         module: The module that holds the network.
@@ -122,8 +117,10 @@ def export(
     _check_path(path, [], overwrite)
     if not learned.classes.numel():
         learned.predict(torch.zeros(1, learned.in_features))  # raises NotFittedError
-    stream = _stream_of(module)
-    spliced = SplicedCopy(module, learned, layer, _checked(_example(module, stream) if example is None else example))
+    trainer = trainer_of(module)
+    data = None if trainer is None else datamodule_of(trainer)
+    stream = data if isinstance(data, StreamDataModule) and data.experiences else None
+    spliced = SplicedCopy(module, learned, layer, _example(module, stream, example))
     columns: list[int] = learned.classes.tolist()
     ids, names = (None, {}) if stream is None else (stream.original_ids, stream.class_names)
     class_ids = columns if ids is None else [ids[column] for column in columns]
@@ -141,15 +138,14 @@ def export(
     }
     if path.suffix == ".pt":
         content = _weights(spliced, learned, name, about, model_kwargs or getattr(module, "model_kwargs", None) or {})
+        reading = f'torch.load("{path.name}", weights_only=True)["state_dict"]'
     else:
         buffer = io.BytesIO()
         torch.export.save(_program(spliced, learned), buffer, extra_files={"clkit.json": json.dumps(about)})
         content = buffer.getvalue()
+        reading = f'torch.export.load("{path.name}").module()'
     with atomic_write(path) as draft:
         draft.write_bytes(content)
-    reading = f'torch.load("{path.name}", weights_only=True)["state_dict"]'
-    if path.suffix == ".pt2":
-        reading = f'torch.export.load("{path.name}").module()'
     return Exported(spliced.title, name, len(columns), spliced.columns, reading)
 
 
@@ -169,10 +165,6 @@ def export_checkpoint(
         head: The name of the head; may be left out where there is one.
         config: The run's ``config.yaml``; looked for beside the checkpoint by default.
         overwrite: Whether an existing file may be replaced.
-
-    Raises:
-        ArgumentError: If there is no such head, or the settings of the run are not there; and as :func:`export`.
-        StateError: If the checkpoint is damaged.
     """
     _check_path(Path(output), [Path(path)], overwrite)
     checkpoint = read_checkpoint(path)
@@ -201,28 +193,18 @@ def _check_path(path: Path, inputs: list[Path], overwrite: bool) -> None:
     check_output(path, inputs, overwrite)
 
 
-# ---- what is known without being told
-
-
-def _stream_of(module: pl.LightningModule) -> StreamDataModule | None:
-    trainer = trainer_of(module)
-    stream = None if trainer is None else datamodule_of(trainer)
-    return stream if isinstance(stream, StreamDataModule) and stream.experiences else None
-
-
-def _example(module: pl.LightningModule, stream: StreamDataModule | None) -> Any:
-    if stream is not None:
-        return next(iter(stream.replayed([(0, stream.training_rows(0)[:4])])))[0]
-    if module.example_input_array is not None:
-        return module.example_input_array
-    if config := getattr(module, "data_config", None):
-        return torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0))
-    raise ArgumentError(
-        f"example is needed: nothing says what inputs a {type(module).__name__} takes; pass a batch (B, …) of them"
-    )
-
-
-def _checked(example: Any) -> Tensor:
+def _example(module: pl.LightningModule, stream: StreamDataModule | None, example: Any) -> Tensor:
+    """Return the inputs that are given, or else known, as a batch of at least two on the CPU."""
+    if example is None and stream is not None:
+        example = next(iter(stream.replayed([(0, stream.training_rows(0)[:4])])))[0]
+    elif example is None and module.example_input_array is not None:
+        example = module.example_input_array
+    elif example is None and (config := getattr(module, "data_config", None)):
+        example = torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(0))
+    elif example is None:
+        raise ArgumentError(
+            f"example is needed: nothing says what inputs a {type(module).__name__} takes; pass a batch (B, …) of them"
+        )
     if not isinstance(example, Tensor) or example.ndim < 2 or not len(example):
         seen = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
         raise ArgumentError(f"example must be one tensor (B, …), got {seen}; a network of other inputs is not exported")
@@ -239,9 +221,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return value if isinstance(value, (str, int, float, bool)) else None
-
-
-# ---- weights, for torch and timm
 
 
 def _weights(spliced: SplicedCopy, head: Head, name: str, about: dict[str, Any], model_kwargs: dict[str, Any]) -> bytes:
@@ -289,7 +268,7 @@ def _linear_form(head: Head) -> LinearReadout:
 
 def _timm_arguments(spliced: SplicedCopy, model_kwargs: dict[str, Any], logits: Tensor) -> dict[str, Any] | None:
     """Return what makes the network again, tried; ``None`` for one that timm did not make."""
-    name = timm_name(spliced.network)
+    name = spliced.timm_name
     if name is None:
         return None
     import timm
@@ -309,9 +288,6 @@ def _timm_arguments(spliced: SplicedCopy, model_kwargs: dict[str, Any], logits: 
     if not same:
         spliced.refuse(f"timm.create_model({name!r}, **{kwargs}) with its weights gives other outputs", remedy)
     return {"model_name": name, "kwargs": kwargs, "num_classes": spliced.columns}
-
-
-# ---- a program of torch.export
 
 
 def _program(spliced: SplicedCopy, head: Head) -> torch.export.ExportedProgram:

@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,10 +36,9 @@ def forget_samples(
 ) -> list[HeadSummary]:
     """Write a checkpoint whose heads have never seen some samples.
 
-    For a person who withdraws a picture, or labels that were wrong. The samples are taken out of the sums, so each
-    head equals the one of a run without them, up to the rounding of float64. Everything else of the checkpoint stays,
-    accuracies that were measured included, and a fit can go on from it. Batches that it had passed are not given
-    again; but a later epoch over the same experience gives its samples again, unless they are taken out of the data.
+    The samples are taken out of the sums, so each head equals the one of a run without them, up to the rounding of
+    float64. Everything else of the checkpoint stays, accuracies that were measured included, and a fit can go on from
+    it. A later epoch over the same experience gives its samples again, unless they are taken out of the data.
 
     Sums cannot tell whether a sample was ever in them: what is given here is believed, as long as each class has that
     many samples. Nothing is taken out of a network that was trained with the samples, nor out of older checkpoints.
@@ -87,15 +86,23 @@ def forget_samples(
         raise ArgumentError("give either features and targets, or ids")
     check_output(output, [Path(path)], overwrite)
     checkpoint = read_checkpoint(path)
-    _refuse_memory(checkpoint, Path(path))
+    strategy = checkpoint.get(STRATEGY)
+    if isinstance(strategy, dict) and strategy.get("memory") is not None:
+        raise ConfigurationError(
+            f"{path} holds a replay memory of images ({strategy.get('strategy')}): the network was trained on the "
+            "samples, and only sums on a frozen network can forget them; train again without them"
+        )
     chosen = _chosen(checkpoint, Path(path), heads)
-    if ids is None:
-        assert features is not None
-        assert targets is not None
-        samples = dict.fromkeys(chosen, (features, targets))
-        _refuse_several_places(checkpoint, chosen)
-    else:
+    samples: dict[str, Any] = dict.fromkeys(chosen, (features, targets))
+    if ids is not None:
         samples = _learned_again(checkpoint, Path(path), list(chosen), _checked_ids(ids), config)
+    else:
+        places = {key: str(checkpoint["callbacks"][key].get("tap")) for key in chosen}
+        if len(set(places.values())) > 1:
+            raise ConfigurationError(
+                f"the heads read features at several places, {places}, and features are of one; name the heads that "
+                "they belong to (--heads), once for each place"
+            )
     for key, head in chosen.items():
         try:
             head.subtract(*samples[key])
@@ -105,28 +112,14 @@ def forget_samples(
     return save_checkpoint(checkpoint, output, chosen)
 
 
-def _refuse_memory(checkpoint: dict[str, Any], file: Path) -> None:
-    strategy = checkpoint.get(STRATEGY)
-    if isinstance(strategy, dict) and strategy.get("memory") is not None:
-        raise ConfigurationError(
-            f"{file} holds a replay memory of images ({strategy.get('strategy')}): the network was trained on the "
-            "samples, and only sums on a frozen network can forget them; train again without them"
-        )
-
-
-class Samples(NamedTuple):
-    """The content of a file of samples: features with their targets, or ids."""
-
-    features: Tensor | None
-    targets: Tensor | None
-    ids: list[int] | None
-
-
-def read_samples(path: str | Path) -> Samples:
+def read_samples(path: str | Path) -> dict[str, Any]:
     """Read the ``.npz`` file of samples to forget; nothing in it is executed.
 
     Args:
         path: A file with ``features`` (N, D) and ``targets`` (N,), or with ``ids`` (N,).
+
+    Returns:
+        What the file holds, as arguments of :func:`forget_samples`.
 
     Raises:
         DataError: If the file is not there or damaged, has other arrays, or arrays of Python objects.
@@ -144,13 +137,14 @@ def read_samples(path: str | Path) -> Samples:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is no .npz file ({error})"
         raise DataError(f"{path} cannot be read: {reason}") from error
     if "ids" in arrays:
-        return Samples(None, None, _checked_ids(arrays["ids"]).tolist())
+        return {"ids": _checked_ids(arrays["ids"]).tolist()}
     if arrays["features"].dtype.kind != "f" or arrays["targets"].dtype.kind not in "iu":
         raise DataError(
             f"{path}: features must be floating-point numbers and targets integers, got {arrays['features'].dtype} "
             f"and {arrays['targets'].dtype}"
         )
-    return Samples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["targets"].astype(np.int64)), None)
+    targets = torch.from_numpy(arrays["targets"].astype(np.int64))
+    return {"features": torch.from_numpy(arrays["features"]), "targets": targets}
 
 
 def _array(file: Any, name: str, path: str | Path) -> npt.NDArray[Any]:
@@ -170,8 +164,8 @@ def _checked_ids(ids: Any) -> npt.NDArray[np.int64]:
     rows = np.asarray(ids)
     if rows.ndim != 1 or rows.dtype.kind not in "iu" or not rows.size:
         raise DataError(f"ids must be integers, one dimension and at least one, got {rows.dtype} of shape {rows.shape}")
-    if len(np.unique(rows)) < len(rows):
-        values, counts = np.unique(rows, return_counts=True)
+    values, counts = np.unique(rows, return_counts=True)
+    if len(values) < len(rows):
         raise DataError(f"ids has {values[counts > 1].tolist()[:10]} more than once")
     return rows.astype(np.int64)
 
@@ -182,19 +176,9 @@ def _chosen(checkpoint: dict[str, Any], path: Path, names: Sequence[str] | None)
         raise StateError(f"{path} holds no learned head (a file saved with save_weights_only=True has none)")
     there = {name_of(key): key for key in entries}
     wanted = list(there) if names is None else list(names)
-    unknown = [name for name in wanted if name not in there]
-    if unknown or not wanted:
+    if not wanted or not there.keys() >= set(wanted):
         raise ArgumentError(f"heads={wanted}: {path} has the heads {sorted(there)}")
     return {there[name]: build_head(entries[there[name]]["head"], f"{path}: {there[name]}") for name in wanted}
-
-
-def _refuse_several_places(checkpoint: dict[str, Any], chosen: dict[str, Head]) -> None:
-    places = {key: str(checkpoint["callbacks"][key].get("tap")) for key in chosen}
-    if len(set(places.values())) > 1:
-        raise ConfigurationError(
-            f"the heads read features at several places, {places}, and features are of one; name the heads that they "
-            "belong to (--heads), once for each place"
-        )
 
 
 def _learned_again(
@@ -208,5 +192,4 @@ def _learned_again(
             f"{path} was merged from several runs, so which samples it has learned is not known; give features and "
             "targets, or forget them in the run that learned them"
         )
-    run = SavedRun.of(path, config)
-    return run.learned(checkpoint, keys, rows)
+    return SavedRun.of(path, config).learned(checkpoint, keys, rows)

@@ -40,11 +40,11 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
 
     For heads that learned on several machines with one frozen network (federated learning, shards of a data set): each
     head equals the one of a single run over the union of the samples, up to the rounding of float64. A sample that two
-    of the runs have learned counts twice, as it would there.
+    of the runs have learned counts twice.
 
     The file is for ``validate``, ``test``, ``predict``, :func:`clkit.load_head`, further merging and export. No fit can
     go on from it: its runs were at different places of their streams. Weights, and whatever else is in the file, are
-    those of the first; accuracies that were measured are left out, since they are not those of the merged heads.
+    those of the first; accuracies that were measured are left out.
 
     Args:
         paths: Two checkpoint files or more.
@@ -78,7 +78,9 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
         raise ArgumentError(f"paths={[str(file) for file in files]}: at least two checkpoints are needed to merge")
     check_output(output, files, overwrite)
     merged = read_checkpoint(files[0])
-    _refuse_twice(files)
+    for file in files:
+        if [other.resolve() for other in files].count(file.resolve()) > 1:
+            raise ArgumentError(f"{file} is given twice: its samples would count twice")
     heads = _heads_of(merged, files[0])
     entries = head_entries(merged)
     for file in files[1:]:
@@ -86,8 +88,9 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
         _add(heads, entries, other, files[0], file)
         _refuse_other_network(merged, other, entries, files[0], file)
         _widen_position(merged, entries, other)
+    nothing = {"rows": {}, "columns": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
     evaluations = {
-        key: _nothing_measured(entry)
+        key: {**entry, **nothing}
         for key, entry in merged["callbacks"].items()
         if isinstance(entry, dict) and "rows" in entry
     }
@@ -107,14 +110,6 @@ def save_checkpoint(checkpoint: dict[str, Any], output: str | Path, heads: dict[
 
 
 # ---- what fits together
-
-
-def _refuse_twice(files: list[Path]) -> None:
-    seen: dict[Path, Path] = {}
-    for file in files:
-        if file.resolve() in seen:
-            raise ArgumentError(f"{file} is given twice: its samples would count twice")
-        seen[file.resolve()] = file
 
 
 def _heads_of(checkpoint: dict[str, Any], file: Path) -> dict[str, Head]:
@@ -162,10 +157,11 @@ def _refuse_other_network(
     mine: dict[str, Any], theirs: dict[str, Any], entries: dict[str, dict[str, Any]], first: Path, file: Path
 ) -> None:
     own, other = mine.get("state_dict", {}), theirs.get("state_dict", {})
+    # no head's features depend on the classifier whose input all of them read
     points = [str(entry.get("tap")) for entry in entries.values()]
-    beyond = _beyond_features(own, points) | _beyond_features(other, points)
+    beyond = [set.intersection(*(set(classifier_keys(weights, point)) for point in points)) for weights in (own, other)]
     for key in [*own, *(key for key in other if key not in own)]:
-        if key in beyond:
+        if key in beyond[0] | beyond[1]:
             continue
         if key not in own or key not in other:
             has, lacks = (file, first) if key not in own else (first, file)
@@ -183,17 +179,12 @@ def _same(mine: Any, theirs: Any) -> bool:
     return bool(mine == theirs)  # what a module's own get_extra_state gave
 
 
-def _beyond_features(state_dict: dict[str, Any], points: list[str]) -> set[str]:
-    """Return the keys that no head's features depend on: those of the classifier whose input all of them read."""
-    return set.intersection(*(set(classifier_keys(state_dict, point)) for point in points))
-
-
 def classifier_keys(state_dict: dict[str, Any], point: str) -> list[str]:
     """Return the keys of the classifier whose input is read at a tap's point.
 
     A point names layers inside the network, and keys begin at the user's module: of several layers whose path ends
-    that way (``network.fc``, ``network.blocks.0.se.fc``) it is the one that lies least deep. Where two lie equally
-    deep it is not known, and none is named.
+    that way (``network.fc``, ``network.blocks.0.se.fc``) it is the one that lies least deep. Of two equally deep none
+    is named.
     """
     names, _, side = point.rpartition(":")
     keys: list[str] = []
@@ -231,10 +222,6 @@ def _index(checkpoint: dict[str, Any]) -> int:
     """How far a checkpoint's run came in its stream, -1 where it does not say so."""
     experience = (checkpoint.get(STREAM) or {}).get("experience")
     return -1 if experience is None else int(experience["index"])
-
-
-def _nothing_measured(entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "rows": {}, "columns": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
 
 
 def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:

@@ -26,7 +26,7 @@ from clkit.callbacks.features import FeatureCallback, Stage
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
 from clkit.runs._messages import refusal
-from clkit.runs.settings import StreamCLI
+from clkit.runs.settings import StreamCLI, read_settings
 from clkit.strategies import GradientFreeStrategy
 from clkit.stream._lightning import callbacks_of
 
@@ -41,17 +41,12 @@ _ELSEWHERE = {"accelerator": "cpu", "precision": None, "devices": 1, "num_nodes"
 
 
 class SavedRun:
-    """The module, the data and the head callbacks of a run, built from its settings.
-
-    Args:
-        path: The checkpoint.
-        config: The file of settings.
-    """
+    """The module, the data and the head callbacks of a checkpoint's run, built from a file of its settings."""
 
     def __init__(self, path: Path, config: Path) -> None:
         self.path = path
         self.config = config
-        settings = _read_settings(config)
+        settings = read_settings(config)
         cli = _built(config, settings)
         self.module: pl.LightningModule = cli.model
         self.data: pl.LightningDataModule = cli.datamodule
@@ -66,15 +61,10 @@ class SavedRun:
 
     @classmethod
     def of(cls, path: str | Path, config: str | Path | None = None) -> SavedRun:
-        """Return the run of a checkpoint.
-
-        Args:
-            path: The checkpoint.
-            config: The file of settings; ``config.yaml`` beside the checkpoint or in the folder above by default,
-                where ``clkit fit`` writes it.
+        """Return the run of a checkpoint; its settings lie beside it or in the folder above, if not said otherwise.
 
         Raises:
-            ArgumentError: If there is no such file.
+            ArgumentError: If there is no file of settings.
             ConfigurationError: If it is no file of settings, or what it names cannot be built.
         """
         folder = Path(path).resolve().parent
@@ -87,23 +77,25 @@ class SavedRun:
             )
         return cls(Path(path), found)
 
-    # ---- what is asked of it
-
     def learned(self, checkpoint: dict[str, Any], keys: list[str], rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return features (N, D) and targets (N,) of some training rows, as some heads have learned them.
+        """Return features (N, D) and targets (N,) of some training rows, as the heads of some keys have learned them.
 
         A row stands there once for each time that it was learned.
-
-        Args:
-            checkpoint: What the file holds.
-            keys: The callbacks' keys.
-            rows: Row numbers in the training part.
 
         Raises:
             ConfigurationError: If the network was not the same all the time, or the data are no stream of clkit.
             DataError: If a row was not learned, or there is none of that number.
         """
-        self._refuse_what_changed()
+        instead = "give features and targets instead of ids"
+        if not isinstance(self.strategy, GradientFreeStrategy):
+            raise ConfigurationError(
+                f"{self.config} trains the network (its strategy is no gradient_free), so the features that were "
+                f"learned cannot be computed again; {instead}"
+            )
+        if self.batches_are_limited:
+            raise ConfigurationError(
+                f"{self.config} limits the training batches, so which samples were learned is not known; {instead}"
+            )
         missing = [key for key in keys if key not in self.callbacks]
         if missing:
             raise ConfigurationError(
@@ -112,12 +104,11 @@ class SavedRun:
         stream = self.data
         if not isinstance(stream, StreamDataModule):
             raise ConfigurationError(
-                f"the data of {self.config} are a {type(stream).__name__}, whose samples have no known numbers; give "
-                "features and targets instead of ids"
+                f"the data of {self.config} are a {type(stream).__name__}, whose samples have no numbers; {instead}"
             )
         position = checkpoint.get(type(stream).__qualname__)
         if position is None:
-            raise StateError(f"{self.path} does not say how far its stream had come; give features and targets")
+            raise StateError(f"{self.path} does not say how far its stream had come; {instead}")
         stream.setup("validate")  # learning ends with what a trainer says; this only cuts the stream
         resets = [key for key in keys if self.callbacks[key].reset_each_task]
         found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -130,22 +121,16 @@ class SavedRun:
                     for key in group
                 }
                 self._pass(plan, list(collectors.values()), **self._computing)
-                found |= {key: collector.samples() for key, collector in collectors.items()}
+                found |= {key: (torch.cat(one.features), torch.cat(one.targets)) for key, one in collectors.items()}
         return found
 
     def prepare(self, key: str, samples: int = 4) -> Any:
-        """Load the checkpoint's weights into the module; return some inputs of the kind that it takes.
-
-        Args:
-            key: The callback whose place of reading and batch reader are meant.
-            samples: At most so many.
-        """
-        callback = self.callbacks[key]
+        """Load the checkpoint's weights into the module; return some inputs of the kind that a callback reads."""
         plan = None
         if isinstance(self.data, StreamDataModule):
             self.data.setup("validate")
             plan = [(0, self.data.training_rows(0)[:samples])]
-        collector = _Collector(callback, None, plan or [], np.empty(0, dtype=np.int64))
+        collector = _Collector(self.callbacks[key], None, plan or [], np.empty(0, dtype=np.int64))
         self._pass(plan, [collector], accelerator="cpu", precision="32-true")
         return collector.inputs
 
@@ -180,18 +165,6 @@ class SavedRun:
                 ) from error
             trainer.validate(self.module, datamodule=data, ckpt_path=self.path, verbose=False, weights_only=True)
 
-    def _refuse_what_changed(self) -> None:
-        if not isinstance(self.strategy, GradientFreeStrategy):
-            raise ConfigurationError(
-                f"{self.config} trains the network (its strategy is no gradient_free), so the features that were "
-                "learned cannot be computed again; give features and targets instead of ids"
-            )
-        if self.batches_are_limited:
-            raise ConfigurationError(
-                f"{self.config} limits the training batches, so which samples were learned is not known; give features "
-                "and targets instead of ids"
-            )
-
 
 class _Collector(FeatureCallback):
     """Keep features and targets of some rows of each batch, as a head callback would read them."""
@@ -204,13 +177,9 @@ class _Collector(FeatureCallback):
         self._point = point
         self._plan = plan
         self._rows = rows
-        self._features: list[Tensor] = []
-        self._targets: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self.targets: list[Tensor] = []
         self.inputs: Any = None
-
-    def samples(self) -> tuple[Tensor, Tensor]:
-        """Return what was kept: features (N, D) and targets (N,)."""
-        return torch.cat(self._features), torch.cat(self._targets)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -233,8 +202,8 @@ class _Collector(FeatureCallback):
         self.inputs = self.observer.inputs
         if self._rows.size:
             asked = torch.from_numpy(np.isin(self._plan[batch_idx][1], self._rows))
-            self._features.append(self.observer.features().cpu()[asked])
-            self._targets.append(self.observer.known_targets.cpu()[asked])
+            self.features.append(self.observer.features().cpu()[asked])
+            self.targets.append(self.observer.known_targets.cpu()[asked])
 
 
 def _refuse_unlearned(rows: Rows, plan: Plan, keys: list[str]) -> None:
@@ -246,16 +215,6 @@ def _refuse_unlearned(rows: Rows, plan: Plan, keys: list[str]) -> None:
             f"the samples {shown}{f' and {more} more' if more > 0 else ''} were not learned by {' and '.join(keys)} "
             "before this checkpoint was saved; nothing was written"
         )
-
-
-def _read_settings(config: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{config} is no file of settings: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigurationError(f"{config} holds no settings of a run")
-    return settings
 
 
 def _built(config: Path, settings: dict[str, Any]) -> StreamCLI:

@@ -20,7 +20,20 @@ from clkit.runs._messages import line_for_error, line_for_settings
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.checkpoint_io import read_run
 
-__all__ = ["StreamCLI", "run"]
+__all__ = ["StreamCLI", "read_settings", "run"]
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return a file of settings as a tree; one that is no such file is a ConfigurationError."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is no file of settings: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigurationError(
+            f"{path} is no file of settings: it holds a {type(settings).__name__}, not names with values"
+        )
+    return settings
 
 
 class _Parser(LightningArgumentParser):
@@ -29,13 +42,9 @@ class _Parser(LightningArgumentParser):
     def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Any:
         """Read a file of settings; name one that cannot be read."""
         try:
-            settings = yaml.safe_load(Path(str(cfg_path)).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"{cfg_path} is no file of settings: {error}")
-        if not isinstance(settings, dict):
-            self.error(
-                f"{cfg_path} is no file of settings: it holds a {type(settings).__name__}, not names with values"
-            )
+            read_settings(str(cfg_path))
+        except ConfigurationError as error:
+            self.error(str(error))
         return super().parse_path(cfg_path, *arguments, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -119,14 +128,16 @@ class StreamCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse in one line what Lightning would refuse with a traceback, and do what is plainly meant."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        ours = f"clkit's own are {', '.join(STRATEGIES)}"
-        _check_name(
-            "trainer.strategy", config.trainer.strategy, ["auto", *StrategyRegistry.available_strategies()], ours
-        )
+        strategies = ["auto", *StrategyRegistry.available_strategies()]
         accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
-        _check_name(
-            "trainer.accelerator", config.trainer.accelerator, accelerators, f"there are {', '.join(accelerators)}"
-        )
+        for name, known, others in (
+            ("strategy", strategies, f"clkit's own are {', '.join(STRATEGIES)}"),
+            ("accelerator", accelerators, f"there are {', '.join(accelerators)}"),
+        ):
+            value = config.trainer[name]
+            if isinstance(value, str) and value not in known:
+                hint = did_you_mean(value, known) or f"; {others}"
+                raise ConfigurationError(f"trainer.{name}: there is no {value!r}{hint}")
         if config.trainer.enable_progress_bar is False:  # a recipe may name a bar in its list of callbacks
             callbacks = config.trainer.callbacks
             listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
@@ -134,10 +145,7 @@ class StreamCLI(LightningCLI):
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one of Lightning's commands.
-
-    Args:
-        arguments: The command and its options; those of the process by default.
+    """Run one of Lightning's commands: ``arguments``, or those of the process.
 
     Returns:
         0, or 2 where clkit refused a setting or a file (the message is on standard error).
@@ -152,8 +160,3 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"clkit: {said}\n")
         return 2
     return 0
-
-
-def _check_name(key: str, value: Any, known: Sequence[str], otherwise: str) -> None:
-    if isinstance(value, str) and value not in known:
-        raise ConfigurationError(f"{key}: there is no {value!r}{did_you_mean(value, known) or f'; {otherwise}'}")

@@ -20,22 +20,18 @@ class Change(ABC):
     While it stands, each changed layer carries a mark that others find with :func:`changes_of`. A layer takes one
     change at a time, and with it all layers inside it. A subclass calls :meth:`claim` before it changes a layer,
     :meth:`mark` when it has, and :meth:`unmark` when it has taken the change back. A change keeps no reference to the
-    module around its layers, so that a copy of a changed layer drags nothing else along; the copy can be taken back by
-    its own mark, and the original is not touched by that.
-
-    Args:
-        owner: Who changes the network, for messages.
+    module around its layers, so that a copy of a changed layer drags nothing else along and is taken back by its own
+    mark.
 
     Attributes:
-        owner: As given.
+        owner: Who changes the network, for messages.
         applied: Whether the change stands.
+        noun: What messages call it.
+        remedy: What messages advise whoever finds this change in the way.
     """
 
     noun = "change"
-    """What messages call it."""
-
     remedy = "undo that first"
-    """What messages advise whoever finds this change in the way."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
@@ -43,19 +39,11 @@ class Change(ABC):
 
     @abstractmethod
     def apply(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Change the module.
-
-        Raises:
-            ConfigurationError: If another change holds the layer.
-        """
+        """Change the module, or raise a ConfigurationError where another change holds the layer."""
 
     @abstractmethod
     def restore(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Take up a saved change: the module's loaded weights have it already where it lies in these.
-
-        Raises:
-            ConfigurationError: If another change holds the layer.
-        """
+        """Take up a saved change: the module's loaded weights have it already where it lies in these."""
 
     @abstractmethod
     def undo(self, module: nn.Module) -> None:
@@ -91,11 +79,7 @@ class Change(ABC):
 
 
 def changes_of(module: nn.Module, path: str = "") -> list[Change]:
-    """Return the changes that stand in a layer, in a layer around it or in one inside it, each once.
-
-    Args:
-        module: The user's module.
-        path: The dotted path to the layer; by default the module itself, with all that is in it.
+    """Return the changes that stand in the layer at a dotted path, in a layer around it or in one inside it, each once.
 
     Example:
         >>> changes_of(nn.Linear(2, 2))

@@ -20,15 +20,11 @@ __all__ = ["Graft", "copy_into", "outputs_of", "ungraft"]
 
 
 class Graft(Change):
-    """Puts a head in the place of the user's classifier, and gives the classifier back.
+    """A head in the place of the user's classifier; ``saved`` is the state of one, for a run that goes on.
 
     A head that is a plain linear layer of the classifier's own shape is copied into it, so the optimizer, the saved
     keys and a compiled graph stay valid. Otherwise the classifier is replaced by a ``Sequential`` that ends in an
     ``nn.Linear``; checkpoints then keep the user's own tensors under the user's own keys.
-
-    Args:
-        owner: Who grafts, for messages.
-        saved: What :meth:`state` gave, for a run that goes on from a checkpoint.
 
     Raises:
         StateError: If ``saved`` is damaged.
@@ -48,12 +44,7 @@ class Graft(Change):
             raise StateError(f"{owner}: 'layer' of the saved graft is no linear layer: the file is damaged")
 
     def check(self, module: nn.Module, layer: str, make_head: Callable[[int], Any] | None = None) -> None:
-        """Check that the classifier can be replaced, before anything is learned.
-
-        Args:
-            module: The user's module.
-            layer: Where features are read.
-            make_head: Makes a head for features of a width, to be grafted later.
+        """Check that a head that will be made for features read at ``layer`` can replace the classifier.
 
         Raises:
             ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
@@ -65,10 +56,7 @@ class Graft(Change):
     def check_training(self, module: nn.Module, wrapped: Any, head: Any) -> None:
         """Check that training can go on behind a graft: a classifier that is replaced gets no gradients any more.
 
-        Args:
-            module: The user's module, for which :meth:`check` was called.
-            wrapped: What the strategy runs: the module, or DDP's wrapper around it.
-            head: A head of the kind that will be grafted; it need not have learned anything.
+        ``wrapped`` is what the strategy runs: the module that was checked, or DDP's wrapper around it.
 
         Raises:
             ConfigurationError: If DDP waits for these gradients, or nothing else would be trained.
@@ -89,11 +77,7 @@ class Graft(Change):
             )
 
     def apply(self, module: nn.Module, layer: str, head: Any) -> None:
-        """Graft a head whose features are read at ``layer``, or refresh its graft with what it has learned since.
-
-        Raises:
-            ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
-        """
+        """Graft a head whose features are read at ``layer``, or refresh its graft; raises as :meth:`check`."""
         slot = self._slot(module, layer)
         with torch.inference_mode(False):  # a graft that an evaluation puts back must serve the next training too
             values = None
@@ -113,17 +97,13 @@ class Graft(Change):
                 self._replace(module, slot, head)
 
     def restore(self, module: nn.Module, layer: str, head: Any) -> None:
-        """Take up the graft of a checkpoint as it was; the head may have learned more since.
-
-        Raises:
-            ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
-        """
+        """Take up the graft of a checkpoint as it was; the head may have learned more since."""
         slot = self._slot(module, layer)
         if self._own:  # the weights that were loaded with it are those of the graft
             self.mark(slot)
         elif self._layer:
             with torch.inference_mode(False):
-                self._replace(module, slot, head, linear_of(self._layer["weight"], self._layer["bias"]))
+                self._replace(module, slot, head, linear_of(**self._layer))
         else:
             self.apply(module, layer, head)
 
@@ -147,15 +127,12 @@ class Graft(Change):
         self.undo(module)
 
     def state(self) -> dict[str, Any]:
-        """Return ``own``, what an overwritten classifier held, and ``layer``, the last of the layers that replace one.
-
-        One of the two is empty; both are where a graft is to be made anew of the head.
-        """
+        """Return ``own``, what an overwritten classifier held, or ``layer``, the last of those that replace one."""
         return {"own": dict(self._own), "layer": dict(self._layer)}
 
     def restore_keys(self, state_dict: dict[str, Any]) -> None:
         """Put the user's own keys back into a state dict that was taken with a replaced classifier."""
-        if not self.applied or self._original is None:
+        if self._original is None:
             return
         prefix = self._path + "."
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -163,15 +140,13 @@ class Graft(Change):
         for name, tensor in self._original.state_dict().items():
             state_dict[prefix + name] = tensor
 
-    # ----
-
     def _slot(self, module: nn.Module, layer: str) -> nn.Module:
         """Return what stands in the classifier's place, once it is known that a head can stand there."""
         if self.applied:
             return module.get_submodule(self._path)
         with FeatureTap(module, layer) as tap:
             classifier, path, point, branches = tap.classifier, tap.classifier_path, tap.point, tap.branches
-            splits = _is_crossvit(tap.network)
+            core = type(getattr(tap.network, "_orig_mod", tap.network))
         if len(branches) > 1:
             self._refuse(
                 f"the logits are the mean of {len(branches)} distilled classifiers, {point.partition(':')[0]!r}, not "
@@ -183,7 +158,8 @@ class Graft(Change):
                 "network one (num_classes=…), or predict with the callback's head"
             )
         self.claim(module, path)
-        if isinstance(classifier, nn.ModuleList) and not splits:
+        is_crossvit = core.__name__ == "CrossVit" and core.__module__.startswith("timm.")
+        if isinstance(classifier, nn.ModuleList) and not is_crossvit:
             self._refuse(
                 f"the network reads {len(classifier)} classifiers at {path!r} in a way that is not known (of such "
                 "networks only CrossViT, which takes their mean, can be grafted)"
@@ -240,10 +216,7 @@ class Graft(Change):
 
 
 def ungraft(module: nn.Module) -> None:
-    """Give a module its own classifiers back, whichever callback grafted into it.
-
-    Args:
-        module: The user's module; nothing happens where nothing was grafted.
+    """Give the user's module its own classifiers back, whichever callback grafted into it.
 
     Example:
         >>> ungraft(nn.Linear(2, 2))
@@ -264,11 +237,6 @@ def outputs_of(layer: nn.Module) -> int | None:
     """Return the number of outputs of a linear or convolutional layer, ``None`` of any other."""
     found = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     return found if isinstance(found, int) else None
-
-
-def _is_crossvit(network: nn.Module) -> bool:
-    core = getattr(network, "_orig_mod", network)
-    return type(core).__name__ == "CrossVit" and type(core).__module__.startswith("timm.")
 
 
 def _leaves(classifier: nn.Module) -> list[nn.Module]:

@@ -18,11 +18,11 @@ from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import L2Normalize, LinearReadout, layer_values
 from clkit.surgery.classifier import copy_into, outputs_of, ungraft
 
-__all__ = ["SplicedCopy", "timm_name", "trainer_of"]
+__all__ = ["SplicedCopy", "trainer_of"]
 
 
 class SplicedCopy:
-    """Copies a network to the CPU and puts a head in the place of its classifier; the original is not changed.
+    """A copy of a network on the CPU that takes a head in the place of its classifier; the original is not changed.
 
     Args:
         module: The user's module.
@@ -32,12 +32,10 @@ class SplicedCopy:
 
     Attributes:
         network: The copy.
-        example: As given.
         columns: The number of outputs that the copy gets.
-
-    Raises:
-        TapError: If the features cannot be read.
-        ConfigurationError: If the head belongs to features of another width.
+        timm_name: The name by which timm makes the network, ``None`` for one that it did not make.
+        title: That name, or the network's class.
+        dtype: The data type of the network's parameters.
     """
 
     def __init__(self, module: pl.LightningModule, head: Head, layer: str, example: Tensor) -> None:
@@ -47,31 +45,24 @@ class SplicedCopy:
         with FeatureTap(whole, layer) as tap:
             self.network: nn.Module = getattr(tap.network, "_orig_mod", tap.network)
             self._features = tap.extract(example, partial(forward, whole, tap.network))
-            self._read_at(tap)
+            self._point, self._branches, self._classifier = tap.point, tap.branches, tap.classifier
         if self._features.shape[1] != head.in_features:
             raise ConfigurationError(
                 f"the network gives features of width {self._features.shape[1]} at {self._point!r}, and the head has "
                 f"learned from width {head.in_features}; it belongs to another network or layer"
             )
         self.columns = max(self._outputs, int(head.classes[-1]) + 1)
-
-    @property
-    def title(self) -> str:
-        """The network's name in timm, or its class."""
-        return timm_name(self.network) or type(self.network).__name__
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The data type of the network's parameters."""
-        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
+        config = getattr(self.network, "pretrained_cfg", None)
+        names = [config.get("architecture"), config.get("tag")] if isinstance(config, dict) else [None]
+        self.timm_name = ".".join(str(name) for name in names if name) if names[0] else None
+        self.title = self.timm_name or type(self.network).__name__
+        parameters = (p for p in self.network.parameters() if p.is_floating_point())
+        self.dtype = next((parameter.dtype for parameter in parameters), torch.float32)
 
     def fill(self, head: LinearReadout) -> nn.Module:
-        """Return the network with a linear head in its classifiers' own tensors.
+        """Return the network with a linear head in its classifiers' own tensors, or refuse what has no place for it.
 
         A network that has no classifier, or one of too few outputs, makes itself one where it can.
-
-        Raises:
-            ConfigurationError: If the network has no place for it.
         """
         if not self._branches or self._outputs < self.columns:
             self._make_room()
@@ -89,13 +80,11 @@ class SplicedCopy:
     def put(self, layers: nn.Module) -> nn.Module:
         """Return the network with layers of any kind in the place of its classifier, or behind it.
 
-        Of several classifiers each hands its features on, so that the network's mean is the features.
-
-        Raises:
-            ConfigurationError: If the features are read elsewhere than at a classifier or the output.
+        Of several classifiers each hands its features on, so that the network's mean is the features. Features that are
+        read elsewhere than at a classifier or the output are refused.
         """
         leaves = [leaf for branch in self._branches for leaf in branch]
-        if self._single and len(leaves) == 1:
+        if self._classifier is not None and len(leaves) == 1:
             path = path_of(self.network, leaves[0])
             if not path:
                 return layers
@@ -111,15 +100,12 @@ class SplicedCopy:
         return nn.Sequential(self.network, layers)
 
     def compare(self, model: nn.Module, layers: nn.Sequential, rows: int | None = None) -> Tensor:
-        """Return the logits of a model on the example, which must be those of the head.
+        """Return a model's logits on some rows of the example, which must be those of the head, else it is refused.
 
         Args:
             model: What :meth:`fill` or :meth:`put` gave, or a program made of it.
             layers: The head as layers in float64.
-            rows: How many of the example's rows to compare; all by default.
-
-        Raises:
-            ConfigurationError: If they differ, or rank the classes in another order than the head does.
+            rows: How many rows; all by default.
         """
         features, seen = self._features[:rows].double(), self._head.classes.cpu()
         with torch.no_grad():
@@ -144,18 +130,11 @@ class SplicedCopy:
         """Raise a ConfigurationError that names the network, the reason, and what to do instead."""
         raise ConfigurationError(f"this {self.title} with this head does not fit in such a file: {reason}; {remedy}")
 
-    # ----
-
-    def _read_at(self, tap: FeatureTap) -> None:
-        self._point, self._branches, self._single = tap.point, tap.branches, tap.classifier is not None
-
     @property
     def _outputs(self) -> int:
         if not self._branches:
             return 0
-        found = outputs_of(self._branches[0][0])
-        if found is None:
-            found = getattr(self.network, "num_classes", None)
+        found = outputs_of(self._branches[0][0]) or getattr(self.network, "num_classes", None)
         return found if isinstance(found, int) else 0
 
     def _refuse_place(self) -> NoReturn:
@@ -176,7 +155,7 @@ class SplicedCopy:
         reset(self.columns)
         self.network.eval().requires_grad_(False).to(self.dtype)
         with FeatureTap(self.network) as tap:
-            self._read_at(tap)
+            self._point, self._branches = tap.point, tap.branches
 
 
 class _HandOn(nn.Module):
@@ -184,19 +163,10 @@ class _HandOn(nn.Module):
 
     def __init__(self, before: int, after: int, times: int) -> None:
         super().__init__()
-        self.before, self.after, self.times = before, after, times
+        self.padding, self.times = (before, after), times
 
     def forward(self, features: Tensor) -> Tensor:
-        return pad(features, (self.before, self.after)) * self.times
-
-
-def timm_name(network: nn.Module) -> str | None:
-    """Return the name by which timm makes a network, ``None`` for one that it did not make."""
-    config = getattr(network, "pretrained_cfg", None)
-    if not isinstance(config, dict) or not config.get("architecture"):
-        return None
-    tag = config.get("tag")
-    return f"{config['architecture']}.{tag}" if tag else str(config["architecture"])
+        return pad(features, self.padding) * self.times
 
 
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:

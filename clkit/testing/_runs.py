@@ -140,16 +140,10 @@ def fit(
     run: pl.Trainer | None = None,
     **options: Any,
 ) -> tuple[pl.LightningModule, pl.Trainer]:
-    """Fit once, always from the same weights and random state.
+    """Fit once, always from the same weights and random state, on the stream or on given batches.
 
-    Args:
-        folder: Where files of the run land.
-        callbacks: The trainer's callbacks.
-        module: The module; a new :class:`SmallModule` by default.
-        batches: Training batches as they are, in place of the stream.
-        resume: A checkpoint to go on from; whoever resumes has drawn other numbers.
-        run: A trainer made elsewhere, with its own callbacks.
-        options: Of the trainer.
+    ``run`` is a trainer made elsewhere with its own callbacks, ``resume`` a checkpoint to go on from; ``options`` are
+    those of the trainer.
     """
     if module is None:
         module = small_module()
@@ -157,7 +151,7 @@ def fit(
         options["max_epochs"] = 1
     if run is None:
         run = trainer(folder, callbacks, **options)
-    seed(1 if resume is None else 99)
+    seed(1 if resume is None else 99)  # whoever resumes has drawn other numbers
     data: dict[str, Any] = {"datamodule": stream()} if batches is None else {"train_dataloaders": loader(batches)}
     if resume is not None:
         data |= {"ckpt_path": str(resume), "weights_only": True}
@@ -195,17 +189,11 @@ def snapshot(callback: Any, volatile: Sequence[str] = (), *, followed: bool = Tr
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method runs with: a callback under a strategy, or a strategy with a head that learns beside it.
-
-    Args:
-        entry: The method.
-        folder: For the files of its runs.
-        strategy: The strategy that a callback runs under; ``None`` where the method is a strategy.
-    """
+    """What a method runs with: a callback under a strategy, or a strategy with a head that learns beside it."""
 
     entry: Entry
-    folder: Path
-    strategy: str | None = None
+    folder: Path  # for the files of its runs
+    strategy: str | None = None  # that a callback runs under; none where the method is a strategy
 
     @property
     def first_steps(self) -> int:
@@ -233,17 +221,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run that ended.
-
-    Args:
-        setting: What the method ran with.
-        callback: The method, or the head beside it.
-        module: The network.
-        trainer: The trainer.
-    """
+    """A run that ended."""
 
     setting: Setting
-    callback: Any
+    callback: Any  # the method, or the head beside it
     module: pl.LightningModule
     trainer: pl.Trainer
 

@@ -88,6 +88,12 @@ def _absent(head: Any, verb: str, *arguments: Any) -> None:
         _refused(head, partial(getattr(head, verb), *arguments), f"{verb}, which the entry declares absent,")
 
 
+def _require_close(expected: Any, found: Any, tolerance: float, seen: str, advice: str) -> None:
+    """Require that two heads give the same scores, but for rounding."""
+    features, _ = _sample()
+    require(not far(expected(features), found(features), tolerance), seen, advice)
+
+
 # ---- the rules
 
 
@@ -188,11 +194,9 @@ def rows_one_by_one_equal_one_batch(entry: Entry) -> None:
     """How samples are cut into batches does not matter, within the tolerance; a batch of none changes nothing."""
     features, targets = _sample()
     whole, single = _taught(entry, features, targets), _taught(entry, features, targets, rows=1)
-    require(
-        not far(whole(features), single(features), entry.tolerance),
-        f"rows one by one gave other scores than one batch, by more than {entry.tolerance:g} of the largest",
-        "check what depends on the size of a batch, or declare the tolerance of the method",
-    )
+    seen = f"rows one by one gave other scores than one batch, by more than {entry.tolerance:g} of the largest"
+    advice = "check what depends on the size of a batch, or declare the tolerance of the method"
+    _require_close(whole, single, entry.tolerance, seen, advice)
     require(single.predict(features[:1]).shape == (1,), "predict fails for one row", "give (1,)")
     require(single.predict(features[:0]).shape == (0,), "predict fails for no row", "give (0,)")
     with _unchanged(single, "an empty batch changed the state", "return early"):
@@ -244,11 +248,9 @@ def merged_heads_equal_the_union(entry: Entry) -> None:
         return
     with _unchanged(second, "merging changed the head that was merged from", "only read it"):
         first.merge(second)
-    require(
-        not far(_learned(entry)(features), first(features), max(entry.tolerance, 1e-9)),
-        "two merged halves give other scores than their union",
-        "add all sums up; centred squares need the difference of the means, too",
-    )
+    advice = "add all sums up; centred squares need the difference of the means, too"
+    seen = "two merged halves give other scores than their union"
+    _require_close(_learned(entry), first, max(entry.tolerance, 1e-9), seen, advice)
     _refused(first, lambda: first.merge(entry.make(WIDTH + 1)), "merging a head of another width")
 
 
@@ -266,12 +268,9 @@ def subtracting_equals_never_having_seen(entry: Entry) -> None:
         f"after unlearning all of class 30 classes is {head.classes.tolist()}",
         "remove a class with its last sample",
     )
-    features, _ = _sample()
-    require(
-        not far(_learned(entry)(features), head(features), max(entry.tolerance, 1e-8)),
-        "after subtract the scores differ from those of a head that never learned the samples",
-        "take the same numbers off that update added",
-    )
+    seen = "after subtract the scores differ from those of a head that never learned the samples"
+    advice = "take the same numbers off that update added"
+    _require_close(_learned(entry), head, max(entry.tolerance, 1e-8), seen, advice)
     _refused(head, lambda: head.subtract(*extra), "subtracting samples that were not learned")
 
 
@@ -349,12 +348,8 @@ def two_processes_equal_one(entry: Entry) -> None:
         return
     together = entry.make(WIDTH)
     together.load_state_dict(reports[0]["end"])
-    features, _ = _sample()
-    require(
-        not far(_learned(entry)(features), together(features), max(entry.tolerance, 1e-9)),
-        "two processes give other scores than one",
-        "exchange each share once",
-    )
+    seen = "two processes give other scores than one"
+    _require_close(_learned(entry), together, max(entry.tolerance, 1e-9), seen, "exchange each share once")
 
 
 def _learn_in_a_process(entry: Entry, folder: Path, rank: int, world: int) -> dict[str, Any]:

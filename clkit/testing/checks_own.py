@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from clkit.callbacks import NMC, StreamEvaluation
 from clkit.stream.resume import capture_random_state
-from clkit.testing import checks_files as files
-from clkit.testing import checks_shared as shared
 from clkit.testing._compare import leaves, require, same
 from clkit.testing._runs import Setting, batch_of, fit, loader, seed, small_module, snapshot, stream
+from clkit.testing.checks_shared import CHECKS as SHARED
 from clkit.testing.entries import Entry
+from clkit.testing.processes import two_processes_equal_one
 
 __all__ = ["CHECKS", "all_callbacks_in_one_run_learn_what_they_learn_alone"]
 
@@ -151,34 +151,13 @@ def it_fits_again_and_evaluates(setting: Setting) -> None:
 
 CHECKS: dict[str, list[Callable[[Setting], None]]] = {
     "callback": [
-        files.state_is_in_the_checkpoint,
-        files.a_resumed_run_equals_an_uninterrupted_one,
+        *SHARED,
         order_of_callbacks_does_not_matter,
         training_is_left_alone,
-        shared.nothing_is_left_on_the_module,
-        shared.evaluating_changes_nothing,
-        shared.hostile_batches_are_refused_whole,
         empty_and_single_row_batches_are_taken,
-        shared.low_precision_is_taken,
-        shared.a_compiled_module_gives_the_same_bits,
-        files.yaml_builds_the_same,
-        shared.it_learns_the_same_on_a_gpu,
-        shared.two_processes_equal_one,
+        two_processes_equal_one,
     ],
-    "strategy": [
-        files.yaml_builds_the_same,
-        a_run_can_be_repeated,
-        it_fits_again_and_evaluates,
-        files.state_is_in_the_checkpoint,
-        files.a_resumed_run_equals_an_uninterrupted_one,
-        shared.nothing_is_left_on_the_module,
-        shared.evaluating_changes_nothing,
-        shared.low_precision_is_taken,
-        shared.a_compiled_module_gives_the_same_bits,
-        shared.hostile_batches_are_refused_whole,
-        shared.it_learns_the_same_on_a_gpu,
-        shared.two_processes_equal_one,
-    ],
+    "strategy": [*SHARED, a_run_can_be_repeated, it_fits_again_and_evaluates, two_processes_equal_one],
 }
 
 

@@ -1,46 +1,178 @@
-"""What every callback and every strategy must do in a run."""
+"""What every callback and every strategy must do, alone and in one process."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import unittest
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from clkit.callbacks import NMC
+from clkit.callbacks import NMC, StreamCallback
 from clkit.errors import ClkitError, ContractError
 from clkit.schema import STRATEGY
-from clkit.testing import processes
-from clkit.testing._compare import changed, far, leaves, require, same, surface
+from clkit.stream._lightning import callbacks_of
+from clkit.testing._compare import changed, far, leaves, plain, require, same, surface
 from clkit.testing._runs import (
-    EXACT,
+    BATCHES,
     Setting,
     StoppedError,
     Trial,
     batch_of,
-    loader,
-    seed,
-    settings,
+    fit,
     small_module,
     snapshot,
     stream,
     trainer,
 )
-from clkit.testing.entries import Entry
 
-__all__ = [
-    "a_compiled_module_gives_the_same_bits",
-    "evaluating_changes_nothing",
-    "hostile_batches_are_refused_whole",
-    "it_learns_the_same_on_a_gpu",
-    "low_precision_is_taken",
-    "nothing_is_left_on_the_module",
-    "two_processes_equal_one",
-]
+__all__ = ["CHECKS"]
+
+
+# ---- files
+
+
+def state_is_in_the_checkpoint(setting: Setting) -> None:
+    """What it learned is in the file as plain values under its own key, beside the module's own keys, and is loaded."""
+    entry, trial = setting.entry, setting.run()
+    new, callback = entry.make(), trial.callback
+    own = trial.own_part() if entry.kind == "strategy" else callback.state_dict()
+    plain(own, "the checkpoint" if entry.kind == "strategy" else "state_dict()")
+    saved = trial.saved()
+    require(
+        list(saved["state_dict"]) == list(small_module().state_dict()),
+        f"the module's own keys became {list(saved['state_dict'])}",
+        "keep what is learned in the method's own state, not as a part of the user's module",
+    )
+    if entry.kind == "callback":
+        if entry.learns:
+            require(
+                bool(changed(snapshot(new, entry.volatile, followed=False), trial.learned(followed=False))),
+                "after a fit state_dict() is that of a new one",
+                "return what was learned from state_dict() (of a StreamCallback: stream_state())",
+            )
+        if own:
+            require(
+                callback.state_key in saved["callbacks"],
+                f"the checkpoint has no entry {callback.state_key!r}, it has {sorted(saved['callbacks'])}",
+                "let state_key depend on nothing but class and name",
+            )
+            new.load_state_dict(saved["callbacks"][callback.state_key])
+            same(
+                trial.learned(),
+                snapshot(new, entry.volatile),
+                "a new one that loaded the saved state holds or predicts something else",
+                "restore everything in load_state_dict(), sizes included",
+            )
+    elif entry.learns:
+        require(bool(own), "the checkpoint has nothing of the strategy's own", "save it in save_checkpoint()")
+    path = str(setting.folder / "end.ckpt")  # a plain Trainer takes it, too
+    trainer(setting.folder, []).validate(
+        small_module(), datamodule=stream(), ckpt_path=path, weights_only=True, verbose=False
+    )
+
+
+def a_resumed_run_equals_an_uninterrupted_one(setting: Setting) -> None:
+    """A run resumed in mid-experience, at an experience's last batch or at a boundary ends with the same bits."""
+    # one that knows nothing of streams needs someone beside it who restores the random state
+    follows = setting.entry.kind == "strategy" or isinstance(setting.entry.make(), StreamCallback)
+    place = setting.folder / str(setting.strategy)
+    savers = [
+        ModelCheckpoint(str(place), filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        ModelCheckpoint(str(place), filename="end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
+    ]
+
+    def ended(*savers: Any, **options: Any) -> Trial:
+        return setting.run(beside=[*savers, *([] if follows else [StreamCallback()])], **options)
+
+    expected = ended().outcome()
+    same(
+        expected,
+        ended(*savers, enable_checkpointing=True).outcome(),
+        "saving checkpoints on the way changed what was learned",
+        "let state_dict() and save_checkpoint() read only",
+    )
+    first = setting.first_steps
+    steps = first + sum(BATCHES[1:])
+    for when in (f"step={first - 2}", f"step={first}", "end-epoch=0", f"step={first + 3}", f"step={steps}"):
+        resumed = ended(resume=place / f"{when}.ckpt")
+        made = resumed.trainer.global_step
+        require(
+            made == steps,
+            f"resumed from {when} it made {made} steps of {steps}",
+            "derive from StreamCallback or LearningStrategy, or call its hooks",
+        )
+        same(
+            expected,
+            resumed.outcome(),
+            f"a run resumed from {when} of parts with {BATCHES} batches ended otherwise",
+            "save everything that a later batch depends on, counters included",
+        )
+
+
+def yaml_builds_the_same(setting: Setting) -> None:
+    """Its class path in a YAML file, and its registered name, build what Python builds, and that does the same."""
+    entry, folder = setting.entry, setting.folder
+    if entry.configuration is None:
+        raise unittest.SkipTest("make is no class of a module; give the entry `yaml`")
+    made, expected, name = entry.make(), setting.run().outcome(), entry.registered
+    parts: dict[str, Any] = {"callbacks": [entry.configuration], "strategy": setting.strategy}
+    if entry.kind == "strategy":
+        parts = {"callbacks": [{"class_path": "clkit.callbacks.NMC"}], "strategy": entry.configuration}
+    ways: dict[str, Callable[[], pl.Trainer]] = {"its class path in a YAML file": lambda: _from_yaml(folder, parts)}
+    if name is not None:
+        ways["its name in a YAML file"] = lambda: _from_yaml(folder, {**parts, "strategy": name})
+        ways["its name in Python"] = lambda: trainer(folder, [NMC()], strategy=name)
+    for way, build in ways.items():
+        run = build()
+        found = [part for part in (*callbacks_of(run), run.strategy) if type(part) is type(made)]
+        require(
+            len(found) == 1 and getattr(found[0], "state_key", None) == getattr(made, "state_key", None),
+            f"{way} gave {[type(part).__name__ for part in (*callbacks_of(run), run.strategy)]}, not one "
+            f"{type(made).__name__} with the state_key of that of Python",
+            "give `yaml` what `make` makes, and register the class itself, with a default for every argument",
+        )
+        module, run = fit(folder, [], run=run)
+        callback = found[0] if entry.kind == "callback" else next(c for c in callbacks_of(run) if isinstance(c, NMC))
+        outcome = Trial(setting, callback, module, run).outcome()
+        same(expected, outcome, f"built by {way} it did something else", "use the same arguments")
+
+
+def _from_yaml(folder: Path, options: dict[str, Any]) -> pl.Trainer:
+    """Build the trainer that a command line builds from a file with these settings of it."""
+    from lightning.pytorch.cli import LightningCLI  # here, since the checks in several processes do without it
+
+    quiet = {"accelerator": "cpu", "devices": 1, "max_epochs": -1, "logger": False, "enable_checkpointing": False}
+    own = {**quiet, "default_root_dir": str(folder), **options}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"trainer": own}), encoding="utf-8")
+    reasons = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(reasons):
+            built: pl.Trainer = LightningCLI(
+                pl.LightningModule,
+                subclass_mode_model=True,
+                args=["--config", str(path), "--model", "clkit.testing._runs.SmallModule"],
+                save_config_callback=None,
+                seed_everything_default=False,
+                run=False,
+            ).trainer
+    except SystemExit as error:  # what jsonargparse makes of a mistake, after it printed its reasons
+        raise ContractError(
+            f"LightningCLI refuses\n{path.read_text(encoding='utf-8')}{reasons.getvalue()[-1500:]}; annotate the "
+            "constructor's arguments with plain types, and give all of them defaults or `init_args`"
+        ) from error
+    return built
+
+
+# ---- the module, evaluation
 
 
 class _Failing(pl.Callback):
@@ -152,9 +284,8 @@ def _after(setting: Setting, last: Any, hostile: str | None = None) -> tuple[Any
     entry, module = setting.entry, setting.fixed_module()
     method = entry.make()
     run = setting.trainer(method, [Stop()], max_epochs=1)
-    seed(1)
     try:
-        run.fit(module, loader(good if last is None else [*good, last]))
+        fit(setting.folder, [], module=module, batches=good if last is None else [*good, last], run=run)
         require(
             hostile is None or not entry.learns,
             f"a batch with {hostile} was taken",
@@ -174,7 +305,7 @@ def _after(setting: Setting, last: Any, hostile: str | None = None) -> tuple[Any
     return method, {"weights": trial.weights(), "own": own}
 
 
-# ---- precision, compilation, devices, processes
+# ---- precision, compilation, devices
 
 
 def low_precision_is_taken(setting: Setting) -> None:
@@ -237,56 +368,14 @@ def a_compiled_module_gives_the_same_bits(setting: Setting) -> None:
     )
 
 
-def two_processes_equal_one(setting: Setting) -> None:
-    """Two processes (gloo) on shares of the stream end with the same state, that of one process, and save it once."""
-    entry = setting.entry
-    reports = processes.run(entry, setting.folder, _learn_in_a_process)
-    ends = [report[str(setting.strategy)] for report in reports]
-    exact, one = processes.agreed(entry, ends), ends[0]
-    if one["refused"] is not None:
-        return
-    alone = setting.run(module=setting.fixed_module(), precision=EXACT)
-    if one["saved"] is not None:
-        fresh = NMC() if entry.kind == "strategy" else entry.make()
-        fresh.load_state_dict(one["saved"])
-        held = snapshot(fresh, entry.volatile, followed=False)
-        seen = "the file of two processes holds another state than they do"
-        same(one["end"]["learned"], held, seen, "sum over processes in state_dict()")
-    if exact:
-        apart = far(_essence(_end(alone)), _essence(one["end"]), entry.tolerance)
-        require(
-            not apart,
-            f"two processes learned something else than one, at {', '.join(apart)}",
-            "sum over processes once; what differs by rounding alone goes by the entry's tolerance",
-        )
-
-
-def _end(trial: Trial) -> dict[str, Any]:
-    return {"weights": trial.weights(), "learned": trial.learned(followed=False)}
-
-
-def _essence(end: dict[str, Any]) -> dict[str, Any]:
-    """Give weights, and what is predicted and counted where it predicts (the same sums can be held in many ways)."""
-    learned = end["learned"]
-    if "scores(features)" in learned:
-        learned = {
-            path: leaf
-            for path, leaf in leaves(learned).items()
-            if path == "/scores(features)" or not (isinstance(leaf, Tensor) and leaf.is_floating_point())
-        }
-    return {**end, "learned": learned}
-
-
-def _learn_in_a_process(entry: Entry, folder: Path, rank: int, world: int) -> dict[str, Any]:
-    """Do one process's part of :func:`two_processes_equal_one`, in all settings."""
-    report: dict[str, Any] = {}
-    for setting in settings(entry, folder):
-        options = {"strategy": "ddp"} if setting.strategy == "auto" else {}
-        try:
-            trial = setting.run(module=setting.fixed_module(), devices=world, precision=EXACT, **options)
-        except ClkitError as error:
-            report[str(setting.strategy)] = {"refused": str(error)}
-            continue
-        saved = trial.saved()["callbacks"].get(trial.callback.state_key)
-        report[str(setting.strategy)] = {"refused": None, "end": _end(trial), "saved": saved}
-    return report
+CHECKS = [
+    state_is_in_the_checkpoint,
+    a_resumed_run_equals_an_uninterrupted_one,
+    yaml_builds_the_same,
+    nothing_is_left_on_the_module,
+    evaluating_changes_nothing,
+    hostile_batches_are_refused_whole,
+    low_precision_is_taken,
+    a_compiled_module_gives_the_same_bits,
+    it_learns_the_same_on_a_gpu,
+]

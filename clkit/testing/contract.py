@@ -59,13 +59,7 @@ class Check:
 
 
 def contract(entry: Entry) -> list[Check]:
-    """Return the checks that a method must pass, one callable each.
-
-    Args:
-        entry: The method.
-
-    Returns:
-        Checks to be called with a folder; their names serve as test ids.
+    """Return the checks that a method must pass, each to be called with a folder; their names serve as test ids.
 
     Example:
         >>> from clkit.callbacks import NMC
@@ -95,9 +89,6 @@ def contract_together(entries: Sequence[Entry] | None = None) -> list[Check]:
 
     Args:
         entries: The methods; clkit's own by default. Add yours to clkit's to see whether they get along.
-
-    Returns:
-        Checks to be called with a folder.
     """
     table = clkit_entries() if entries is None else list(entries)
     callbacks = [entry for entry in table if entry.kind == "callback"]
@@ -109,11 +100,7 @@ def contract_together(entries: Sequence[Entry] | None = None) -> list[Check]:
 
 
 def check_contract(entry: Entry, folder: str | Path) -> dict[str, str]:
-    """Run all checks of a method.
-
-    Args:
-        entry: The method.
-        folder: For the files of the runs.
+    """Run all checks of a method, with their files in a folder.
 
     Returns:
         By rule ``"holds"``, or ``"not applicable: …"`` with the reason.

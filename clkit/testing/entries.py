@@ -31,8 +31,7 @@ Processes = Literal["exact", "agree", "refused"]
 class Entry:
     """A method under the contract: how to make it, and the facts about it that no check can find out.
 
-    A fact says what a method promises, never which check it may leave out: what is declared absent is checked to be
-    refused by name.
+    What is declared absent is checked to be refused by name.
 
     Args:
         name: What the checks call it; letters, digits and ``_ . -``.
@@ -110,6 +109,7 @@ def clkit_entries() -> list[Entry]:
     """
     head = partial(Entry, kind="head")
     callback = partial(Entry, kind="callback")
+    strategy = partial(Entry, kind="strategy", processes="agree")
     return [
         head("AnalyticHead", make=AnalyticHead),
         head("AnalyticHead-lift-bias", make=partial(AnalyticHead, expansion_dim=11, bias=True)),
@@ -144,28 +144,23 @@ def clkit_entries() -> list[Entry]:
             volatile=("seconds",),
         ),
         callback("StreamProgressBar", make=StreamProgressBar, learns=False),
-        Entry("LearningStrategy", "strategy", LearningStrategy, learns=False, processes="agree"),
-        Entry("GradientFreeStrategy", "strategy", GradientFreeStrategy, registered="gradient_free", learns=False),
-        Entry(
-            "GradientFreeStrategy-warmup",
-            "strategy",
-            partial(GradientFreeStrategy, warmup_epochs=1),
+        strategy("LearningStrategy", make=LearningStrategy, learns=False),
+        strategy(
+            "GradientFreeStrategy",
+            make=GradientFreeStrategy,
             learns=False,
-            processes="agree",
+            registered="gradient_free",
+            processes="exact",
         ),
-        Entry("ERStrategy", "strategy", ERStrategy, registered="er", processes="agree"),
-        Entry("ERACEStrategy", "strategy", ERACEStrategy, registered="er_ace", processes="agree"),
-        Entry("DERPPStrategy", "strategy", DERPPStrategy, registered="der_pp", processes="agree"),
-        Entry("SCRStrategy", "strategy", SCRStrategy, registered="scr", processes="agree"),
-        Entry("OnProStrategy", "strategy", OnProStrategy, registered="onpro", processes="agree"),
-        Entry(
+        strategy("GradientFreeStrategy-warmup", make=partial(GradientFreeStrategy, warmup_epochs=1), learns=False),
+        strategy("ERStrategy", make=ERStrategy, registered="er"),
+        strategy("ERACEStrategy", make=ERACEStrategy, registered="er_ace"),
+        strategy("DERPPStrategy", make=DERPPStrategy, registered="der_pp"),
+        strategy("SCRStrategy", make=SCRStrategy, registered="scr"),
+        strategy("OnProStrategy", make=OnProStrategy, registered="onpro"),
+        strategy(
             "OnProStrategy-sharded",
-            "strategy",
-            partial(OnProStrategy, memory=MemorySettings(scope="sharded")),
-            yaml={
-                "class_path": "clkit.strategies.OnProStrategy",
-                "init_args": {"memory": {"scope": "sharded"}},
-            },
-            processes="agree",
+            make=partial(OnProStrategy, memory=MemorySettings(scope="sharded")),
+            yaml={"class_path": "clkit.strategies.OnProStrategy", "init_args": {"memory": {"scope": "sharded"}}},
         ),
     ]

@@ -1,7 +1,7 @@
-"""Run two processes at once: each learns its share of the samples and writes what it holds then.
+"""Two processes at once: each learns its share of the samples and writes what it holds then.
 
-They are started here rather than by Lightning, so that both import at the same time. The method travels as a pickled
-:class:`~clkit.testing.Entry`, so it must be one that another process can import.
+They are started by ``torchrun`` rather than by Lightning, so that both import at the same time. The method travels as a
+pickled :class:`~clkit.testing.Entry`, so it must be one that another process can import.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
-import socket
 import subprocess
 import sys
-import time
 import unittest
 from collections.abc import Callable
 from functools import partial
@@ -20,27 +18,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from clkit.errors import ContractError
-from clkit.testing._compare import require, same
-from clkit.testing._runs import isolated
+from clkit.callbacks import NMC
+from clkit.errors import ClkitError, ContractError
+from clkit.testing._compare import far, leaves, require, same
+from clkit.testing._runs import EXACT, Setting, Trial, isolated, settings, snapshot
 from clkit.testing.entries import Entry
 
-__all__ = ["agreed", "run", "work"]
+__all__ = ["agreed", "run", "two_processes_equal_one", "work"]
 
 PROCESSES = 2
 LIMIT = 120.0  # seconds; a process whose partner failed would wait for ever
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--local-addr=127.0.0.1",
+    f"--nproc-per-node={PROCESSES}",
+    "--no-python",
+]
+WORK = "import pathlib, sys; from clkit.testing.processes import work; work(pathlib.Path(sys.argv[1]))"
 
 Learn = Callable[[Entry, Path, int, int], dict[str, Any]]
 
 
 def run(entry: Entry, folder: Path, learn: Learn) -> list[dict[str, Any]]:
-    """Have two processes do their part of a check.
+    """Return what ``learn(entry, folder, rank, processes)`` gives on each of two processes.
 
-    Args:
-        entry: The method.
-        folder: Where they leave their files; nothing is done again where these are there.
-        learn: Does the part of one process: ``learn(entry, folder, rank, processes)``. What it returns is reported.
+    They leave their files in the folder; nothing is done again where these are there.
 
     Raises:
         unittest.SkipTest: If the entry cannot be sent to another process.
@@ -49,31 +55,29 @@ def run(entry: Entry, folder: Path, learn: Learn) -> list[dict[str, Any]]:
     reports = [folder / f"rank{rank}.pt" for rank in range(PROCESSES)]
     if not all(report.exists() for report in reports):
         (folder / "task.pkl").write_bytes(_pickled(entry, learn))
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        started = [_start(folder, rank, port) for rank in range(PROCESSES)]
-        try:
-            _wait(started, folder)
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
+        path = os.pathsep.join(path for path in sys.path if path)
+        done = subprocess.run(
+            [sys.executable, *TORCHRUN, sys.executable, "-W", "ignore", "-c", WORK, str(folder)],
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ContractError(
+                f"one of {PROCESSES} processes failed, or waited {LIMIT:.0f} s for an exchange that the other never "
+                f"reached; every process must take part in every exchange:\n{done.stderr[-6000:]}"
+            )
     return [torch.load(report, weights_only=True) for report in reports]
 
 
 def agreed(entry: Entry, reports: list[dict[str, Any]]) -> bool:
     """Require that the processes ended with the same, or refused where the entry says so.
 
-    Args:
-        entry: The method.
-        reports: Of each process: why it ``"refused"``, if it did, else what it holds at the ``"end"``.
+    A report says why the process ``"refused"``, if it did, else what it holds at the ``"end"``.
 
     Returns:
         Whether there is an end to compare with that of one process.
-
-    Raises:
-        ContractError: If it is not so.
     """
     reasons = [report["refused"] for report in reports]
     if entry.processes == "refused":
@@ -115,33 +119,59 @@ def _pickled(entry: Entry, learn: Learn) -> bytes:
         ) from error
 
 
-def _start(folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(PROCESSES),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-    }
-    code = f"from pathlib import Path; from clkit.testing.processes import work; work(Path({str(folder)!r}))"
-    with (folder / f"rank{rank}.txt").open("w", encoding="utf-8") as output:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], env=environment, stdout=output, stderr=output, text=True
+# ---- the rule for callbacks and strategies
+
+
+def two_processes_equal_one(setting: Setting) -> None:
+    """Two processes (gloo) on shares of the stream end with the same state, that of one process, and save it once."""
+    entry = setting.entry
+    reports = run(entry, setting.folder, _learn_in_a_process)
+    ends = [report[str(setting.strategy)] for report in reports]
+    exact, one = agreed(entry, ends), ends[0]
+    if one["refused"] is not None:
+        return
+    alone = setting.run(module=setting.fixed_module(), precision=EXACT)
+    if one["saved"] is not None:
+        fresh = NMC() if entry.kind == "strategy" else entry.make()
+        fresh.load_state_dict(one["saved"])
+        held = snapshot(fresh, entry.volatile, followed=False)
+        seen = "the file of two processes holds another state than they do"
+        same(one["end"]["learned"], held, seen, "sum over processes in state_dict()")
+    if exact:
+        apart = far(_essence(_end(alone)), _essence(one["end"]), entry.tolerance)
+        require(
+            not apart,
+            f"two processes learned something else than one, at {', '.join(apart)}",
+            "sum over processes once; what differs by rounding alone goes by the entry's tolerance",
         )
 
 
-def _wait(started: list[subprocess.Popen[str]], folder: Path) -> None:
-    """Wait for all; each ends itself after the limit and says then where it stood."""
-    while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
-        time.sleep(0.05)
-    for rank, process in enumerate(started):
-        if process.poll():
-            text = (folder / f"rank{rank}.txt").read_text(encoding="utf-8")
-            raise ContractError(
-                f"process {rank} of {PROCESSES} failed, or waited {LIMIT:.0f} s for an exchange that the other never "
-                f"reached; every process must take part in every exchange:\n{text[-3000:]}"
-            )
+def _end(trial: Trial) -> dict[str, Any]:
+    return {"weights": trial.weights(), "learned": trial.learned(followed=False)}
+
+
+def _essence(end: dict[str, Any]) -> dict[str, Any]:
+    """Give weights, and what is predicted and counted where it predicts (the same sums can be held in many ways)."""
+    learned = end["learned"]
+    if "scores(features)" in learned:
+        learned = {
+            path: leaf
+            for path, leaf in leaves(learned).items()
+            if path == "/scores(features)" or not (isinstance(leaf, Tensor) and leaf.is_floating_point())
+        }
+    return {**end, "learned": learned}
+
+
+def _learn_in_a_process(entry: Entry, folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Do one process's part of :func:`two_processes_equal_one`, in all settings."""
+    report: dict[str, Any] = {}
+    for setting in settings(entry, folder):
+        options = {"strategy": "ddp"} if setting.strategy == "auto" else {}
+        try:
+            trial = setting.run(module=setting.fixed_module(), devices=world, precision=EXACT, **options)
+        except ClkitError as error:
+            report[str(setting.strategy)] = {"refused": str(error)}
+            continue
+        saved = trial.saved()["callbacks"].get(trial.callback.state_key)
+        report[str(setting.strategy)] = {"refused": None, "end": _end(trial), "saved": saved}
+    return report
