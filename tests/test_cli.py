@@ -17,9 +17,8 @@ import yaml
 
 import clkit
 from clkit.cli.main import main
-from clkit.runs._messages import line_for_settings
 from clkit.runs.recipes import read_recipe, recipe_names
-from clkit.runs.settings import StreamCLI
+from clkit.runs.settings import StreamCLI, line_for_settings
 
 Change = Callable[[dict[str, Any]], object]
 

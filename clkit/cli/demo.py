@@ -25,14 +25,8 @@ __all__ = ["run_demo"]
 EPOCHS = 8
 STREAM = ClassIncremental(first_experience_classes=4, classes_per_experience=2)
 
-NOTES = {
-    "fine-tuning": "trains on",
-    "nearest mean": "frozen, no gradient",
-    "ridge": "frozen, no gradient",
-    "AEF-OCL": "frozen, no gradient",
-    "LDA": "frozen, no gradient",
-    "joint": "all data at once",
-}
+HEADS = {"nearest mean": "nmc", "ridge": "ridge", "AEF-OCL": "aef_ocl", "LDA": "lda"}  # name of the callback by row
+NOTES = {"fine-tuning": "trains on", **dict.fromkeys(HEADS, "frozen, no gradient"), "joint": "all data at once"}
 
 
 def run_demo(folder: str | Path = "runs/demo") -> int:
@@ -54,7 +48,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     console.print("2/3  gradient-free: the first stage trains the network, then only heads learn", highlight=False)
     heads = [NMC(), AEFOCL(balance="none", name="ridge"), AEFOCL(), LDA()]
     evaluation = _run(root / "gradient_free", STREAM, 1, GradientFreeStrategy(warmup_epochs=EPOCHS), heads)
-    for row, name in (("nearest mean", "nmc"), ("ridge", "ridge"), ("AEF-OCL", "aef_ocl"), ("LDA", "lda")):
+    for row, name in HEADS.items():
         curves[row] = evaluation.results[name]["accuracy_seen"]
     stages = [experience.classes for experience in _stream(STREAM, 1).experiences]
 
@@ -66,11 +60,8 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     (root / "comparison.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
     console.print()
     console.print(comparison_table(curves, "all classes seen so far; stages bring digits 0-3, 4-5, 6-7, 8-9", NOTES))
-    console.print(
-        f"{time.perf_counter() - start:.0f} s; results, tables and figures of each run: {root}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    said = f"{time.perf_counter() - start:.0f} s; results, tables and figures of each run: {root}"
+    console.print(said, highlight=False, soft_wrap=True)
     return 0
 
 

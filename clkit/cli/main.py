@@ -49,13 +49,7 @@ FILE_NOTES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what follows ``clkit`` on a command line, by default that of the process; return the exit status.
-
-    Example:
-        >>> main(["recipes"]) == 0  # doctest: +ELLIPSIS
-        aef_ocl ...
-        True
-    """
+    """Run what follows ``clkit`` on a command line, by default that of the process; return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in TRAINER_COMMANDS:
         from clkit.runs.settings import run

@@ -22,7 +22,7 @@ from clkit.errors import ConfigurationError
 from clkit.runs.settings import run
 from clkit.strategies import GradientFreeStrategy
 
-__all__ = ["RunSettings", "gives_task_id", "reason_of", "shown"]
+__all__ = ["RunSettings", "arguments_of", "gives_task_id", "reason_of", "shown"]
 
 
 class RunSettings:
@@ -54,25 +54,20 @@ class RunSettings:
                 f"{name}: its data are a {kind}, which is no StreamDataModule; what is compared is a stream"
             )
         settings = cls(tree)
-        settings._prepare()
-        return settings
-
-    def _prepare(self) -> None:
-        """Set what a run that can be resumed needs; its folder is not among the settings."""
-        for name in ("ckpt_path", "weights_only"):
-            self.tree.pop(name, None)
-        self.trainer |= {"logger": False, "default_root_dir": None}
-        self.trainer |= {"enable_checkpointing": True, "enable_progress_bar": False}
-        if self.trainer["strategy"] in list(STRATEGIES):  # a name alone has no place for a seed
-            path = STRATEGIES[self.trainer["strategy"]]
+        for option in ("ckpt_path", "weights_only"):
+            tree.pop(option, None)
+        settings.trainer |= {"logger": False, "enable_checkpointing": True, "enable_progress_bar": False}
+        settings.trainer["default_root_dir"] = None  # the folder is not among the settings
+        if settings.trainer["strategy"] in list(STRATEGIES):  # a name alone has no place for a seed
+            path = STRATEGIES[settings.trainer["strategy"]]
             arguments = {"seed": 0} if "seed" in inspect.signature(resolve_name(path)).parameters else {}
-            self.trainer["strategy"] = {"class_path": path, "init_args": arguments}
-        self.callbacks[:] = [
-            each for each in self.callbacks if not issubclass(resolve_name(each["class_path"]), ProgressBar)
-        ]
-        self._callback(StreamEvaluation)["init_args"] |= {"files": True}
-        checkpoint = self._callback(ModelCheckpoint)["init_args"]
+            settings.trainer["strategy"] = {"class_path": path, "init_args": arguments}
+        bars = [each for each in settings.callbacks if issubclass(resolve_name(each["class_path"]), ProgressBar)]
+        settings.callbacks[:] = [each for each in settings.callbacks if each not in bars]
+        settings._callback(StreamEvaluation)["init_args"] |= {"files": True}
+        checkpoint = settings._callback(ModelCheckpoint)["init_args"]
         checkpoint |= {"dirpath": None, "save_weights_only": False, "save_last": checkpoint.get("save_last") or True}
+        return settings
 
     def _callback(self, kind: type) -> dict[str, Any]:
         """Return the first callback of a kind; append one where there is none."""
@@ -88,7 +83,7 @@ class RunSettings:
         seeded = copy.deepcopy(self)
         seeded.tree["seed_everything"] = seed
         for each in (seeded.tree["model"], seeded.tree["data"], seeded.trainer["strategy"], *seeded.callbacks):
-            arguments = _arguments(each)
+            arguments = arguments_of(each)
             for name, value in arguments.items():
                 if (name == "seed" or name.endswith("_seed")) and isinstance(value, int):
                     arguments[name] = seed
@@ -116,7 +111,7 @@ class RunSettings:
     @property
     def training_epochs(self) -> int:
         """Epochs that train the network on an experience, or in a warm-up where that is longer."""
-        warmup = _arguments(self.trainer["strategy"]).get("warmup_epochs", 0)
+        warmup = arguments_of(self.trainer["strategy"]).get("warmup_epochs", 0)
         return max(int(self.data.get("epochs_per_experience", 1)), int(warmup))
 
     @property
@@ -124,11 +119,6 @@ class RunSettings:
         """Whether the strategy leaves the network as it is, once a warm-up is over."""
         strategy = self.trainer["strategy"]
         return isinstance(strategy, dict) and issubclass(resolve_name(strategy["class_path"]), GradientFreeStrategy)
-
-    @property
-    def grafts(self) -> bool:
-        """Whether a callback puts its head in the place of the network's classifier."""
-        return any(_arguments(each).get("graft", "never") != "never" for each in self.callbacks)
 
     def difference(self, other: RunSettings, key: str = "") -> tuple[str, str, str, str] | None:
         """Return the first difference, below a key: its dotted path, both values, how many more; or ``None``."""
@@ -145,7 +135,8 @@ def reason_of(said: str) -> str:
     return (ours or lines[-1:] or ["it said nothing"])[0]
 
 
-def _arguments(entry: Any) -> dict[str, Any]:
+def arguments_of(entry: Any) -> dict[str, Any]:
+    """Return the arguments of a class in YAML."""
     return entry.get("init_args") or {} if isinstance(entry, dict) else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from clkit.errors import ArgumentError, ConfigurationError, ProcessLostError, St
 from clkit.files import atomic_write
 from clkit.report.comparison import METRICS, ComparisonRow, joint_metrics, write_comparison
 from clkit.report.tables import seeds_table
-from clkit.runs._run_settings import RunSettings, gives_task_id, reason_of, shown
+from clkit.runs._run_settings import RunSettings, arguments_of, gives_task_id, reason_of, shown
 from clkit.runs.recipes import recipe_folder, recipe_names
 
 __all__ = ["compare"]
@@ -79,26 +80,25 @@ class _Run:
 
 
 def compare(recipes: Sequence[str], seeds: int, root: Path, outer: bool, overrides: Sequence[str]) -> None:
-    """Run recipes, with settings of ``clkit fit`` that all of them get, and the outer rows; print and write the table.
-
-    Raises:
-        ClkitError: If something was refused, or a run failed.
-    """
+    """Run recipes, with settings of ``clkit fit`` that all get, and the outer rows; print and write the table."""
     console, start = Console(), time.perf_counter()
     files = _recipe_files(recipes, outer)
     methods = [_Method(name, RunSettings.of_recipe(name, file, overrides)) for name, file in files.items()]
-    _check_same_stream(methods)
+    for each in methods[1:]:
+        if found := methods[0].settings.with_seed(0).difference(each.settings.with_seed(0), "data"):
+            path, one, two, more = found
+            raise ConfigurationError(
+                f"{methods[0].name} and {each.name} run different streams: {path} is {one} in {methods[0].name} and "
+                f"{two} in {each.name}{more}; set it for all, with --{path} or a file of settings by --config"
+            )
     if outer:
         first = methods[0].settings
         fine_tuning = _Method(FINE_TUNING, first.fine_tuning(), outer=True)
         methods = [fine_tuning, *methods, _Method(JOINT, first.joint(), outer=True)]
-    runs = []
-    for seed in range(
-        seeds
-    ):  # all methods with the first seed, then with the next: what is wrong with one is seen early
-        for method in methods:
-            folder = root / (method.name.replace("-", "_") if method.outer else method.name) / f"seed_{seed}"
-            runs.append(_Run(method, seed, folder, method.settings.with_seed(seed)))
+    runs = []  # all methods with the first seed, then with the next: what is wrong with one is seen early
+    for seed, method in itertools.product(range(seeds), methods):
+        folder = root / (method.name.replace("-", "_") if method.outer else method.name) / f"seed_{seed}"
+        runs.append(_Run(method, seed, folder, method.settings.with_seed(seed)))
     root.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(root / ".lock", timeout=0).acquire()
@@ -140,21 +140,6 @@ def _recipe_files(recipes: Sequence[str], outer: bool) -> dict[str, Path]:
     return files
 
 
-def _check_same_stream(methods: Sequence[_Method]) -> None:
-    """Refuse recipes whose data differ in more than the seed."""
-    first = methods[0]
-    for each in methods[1:]:
-        if found := first.settings.with_seed(0).difference(each.settings.with_seed(0), "data"):
-            path, one, two, more = found
-            raise ConfigurationError(
-                f"{first.name} and {each.name} run different streams: {path} is {one} in {first.name} and {two} in "
-                f"{each.name}{more}; set it for all, with --{path} or a file of settings by --config"
-            )
-
-
-# ---- running
-
-
 def _fit(arguments: Sequence[str], log: Path) -> int:
     """Run ``clkit fit`` in a process of its own and add what it prints to a file; return its exit status."""
     with log.open("ab") as output:
@@ -175,10 +160,8 @@ def _complete(run: _Run) -> str:
     checkpoint = max(saved, key=lambda file: file.stat().st_mtime_ns, default=None)
     with atomic_write(folder / "settings.yaml") as draft:
         draft.write_text(yaml.safe_dump(run.settings.tree, sort_keys=False), encoding="utf-8")
-    logger = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(folder), "name": "", "version": ""},
-    }
+    place = {"save_dir": str(folder), "name": "", "version": ""}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": place}
     arguments = ["--config", str(folder / "settings.yaml"), "--trainer.default_root_dir", str(folder)]
     arguments += ["--trainer.logger", json.dumps(logger)]
     if checkpoint is not None:
@@ -208,9 +191,6 @@ def _complete(run: _Run) -> str:
     return f"{how}{time.perf_counter() - start:.1f} s"
 
 
-# ---- what is shown and written
-
-
 def _conclude(methods: Sequence[_Method], runs: Sequence[_Run], root: Path, console: Console) -> None:
     """Write the files and print the table."""
     finished = [(run, document) for run in runs if (document := run.results()) is not None]
@@ -234,7 +214,8 @@ def _rows(
 ) -> list[ComparisonRow]:
     """Return one row for each predictor of a method."""
     # a module that the stream does not train says nothing of the method
-    shows_module = not method.settings.freezes_network or method.settings.grafts
+    grafts = any(arguments_of(each).get("graft", "never") != "never" for each in method.settings.callbacks)
+    shows_module = grafts or not method.settings.freezes_network
     predictors = [name for name in finished[0][1]["predictors"] if name != MODULE or shows_module]
     if not predictors:
         raise ConfigurationError(
@@ -257,8 +238,8 @@ def _rows(
 def _notes(methods: Sequence[_Method], first: _Method, seeds: Sequence[int]) -> list[str]:
     """Return what a reader of the table must know."""
     n = len(seeds)
-    shown = ", ".join(map(str, seeds)) if n <= 5 else f"0 to {n - 1}"
-    interval = f"n = {n} seeds ({shown}): mean ± half-width of the 95 % t-interval."
+    listed = ", ".join(map(str, seeds)) if n <= 5 else f"0 to {n - 1}"
+    interval = f"n = {n} seeds ({listed}): mean ± half-width of the 95 % t-interval."
     notes = ["n = 1 seed (0), which gives no interval." if n == 1 else interval]
     if not methods[0].outer:
         return notes

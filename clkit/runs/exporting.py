@@ -63,8 +63,8 @@ def export(
 
     * ``.pt``: a dictionary of tensors and plain values, for :func:`torch.load` with ``weights_only=True``.
       ``state_dict`` has the network's own keys, with the head in the place of the classifier, and ``timm`` says how
-      :func:`timm.create_model` makes the network (``None`` for a network of your own, which takes the weights itself).
-      Only a head that is one linear layer of the features fits in there.
+      :func:`timm.create_model` makes the network (``None`` for a network of your own). Only a head that is one linear
+      layer of the features fits in there.
     * ``.pt2``: a program of :mod:`torch.export` for any batch size, with any head, for :func:`torch.export.load`.
 
     Before anything is written the exported network is run on ``example`` and compared with the head. Outputs are
@@ -177,7 +177,7 @@ def export_checkpoint(
     key = named[head]
     from clkit.runs.saved_run import SavedRun  # builds a whole run
 
-    run = SavedRun.of(path, config)
+    run = SavedRun(path, config)
     if key not in run.callbacks:
         raise ConfigurationError(f"{run.config} has no callback {key}, but {sorted(run.callbacks)}")
     inputs = run.prepare(key)

@@ -46,12 +46,11 @@ def forget_samples(
     Args:
         path: The checkpoint file.
         output: The file to write; its folder must exist.
-        features: (N, D), what the heads read at their place of the network, in any floating dtype: the very numbers
-            that were learned.
+        features: (N, D), the very numbers that the heads have learned, in any floating dtype.
         targets: (N,) class ids, as the heads have them (those of the batches, where the data relabels).
         ids: Row numbers in the training part of the run's data, instead of ``features`` and ``targets``. Their batches
-            are given to the network once more, as the run had them, so this needs the data, the run's settings, and
-            the gradient-free strategy, under which the network was the same all the time.
+            are given to the network once more, so this needs the data, the run's settings, and the gradient-free
+            strategy, under which the network was the same all the time.
         heads: Names of the heads that shall forget; all by default.
         config: The run's ``config.yaml``, for ``ids``; looked for beside the checkpoint by default.
         overwrite: Whether an existing file may be replaced.
@@ -95,7 +94,15 @@ def forget_samples(
     chosen = _chosen(checkpoint, Path(path), heads)
     samples: dict[str, Any] = dict.fromkeys(chosen, (features, targets))
     if ids is not None:
-        samples = _learned_again(checkpoint, Path(path), list(chosen), _checked_ids(ids), config)
+        if MERGED in checkpoint:
+            raise ConfigurationError(
+                f"{path} was merged from several runs, so which samples it has learned is not known; give features and "
+                "targets, or forget them in the run that learned them"
+            )
+        from clkit.runs.saved_run import SavedRun  # builds a whole run, which only this way of forgetting needs
+
+        rows = _checked_ids(ids)
+        samples = SavedRun(path, config).learned(checkpoint, list(chosen), rows)
     else:
         places = {key: str(checkpoint["callbacks"][key].get("tap")) for key in chosen}
         if len(set(places.values())) > 1:
@@ -179,17 +186,3 @@ def _chosen(checkpoint: dict[str, Any], path: Path, names: Sequence[str] | None)
     if not wanted or not there.keys() >= set(wanted):
         raise ArgumentError(f"heads={wanted}: {path} has the heads {sorted(there)}")
     return {there[name]: build_head(entries[there[name]]["head"], f"{path}: {there[name]}") for name in wanted}
-
-
-def _learned_again(
-    checkpoint: dict[str, Any], path: Path, keys: list[str], rows: npt.NDArray[np.int64], config: str | Path | None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return features and targets of some rows for each head, from their batches given to the network once more."""
-    from clkit.runs.saved_run import SavedRun  # builds a whole run, which only this way of forgetting needs
-
-    if MERGED in checkpoint:
-        raise ConfigurationError(
-            f"{path} was merged from several runs, so which samples it has learned is not known; give features and "
-            "targets, or forget them in the run that learned them"
-        )
-    return SavedRun.of(path, config).learned(checkpoint, keys, rows)

@@ -22,13 +22,7 @@ _OF_ONE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states", STRATE
 
 
 class HeadSummary(NamedTuple):
-    """What a head in a written checkpoint has learned.
-
-    Attributes:
-        head: The callback's key in the checkpoint, e.g. ``"NMC(nmc)"``.
-        samples: Number of samples.
-        classes: Number of classes.
-    """
+    """How many samples and classes a head in a written checkpoint has learned; ``head`` is its callback's key there."""
 
     head: str
     samples: int
@@ -57,7 +51,7 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
     Raises:
         ArgumentError: If there are fewer than two files, one is given twice, or ``output`` exists.
         StateError: If a file is damaged, holds no heads, or its heads cannot be added: other names, options, width or
-            place of the features, or a network with other weights, whose features mean something else.
+            place of the features, or a network with other weights.
         ConfigurationError: If a head keeps a solution and no sums (``solver="recursive"``).
         WriteError: If the file cannot be written.
 
@@ -109,9 +103,6 @@ def save_checkpoint(checkpoint: dict[str, Any], output: str | Path, heads: dict[
     return [HeadSummary(key, int(head.counts.sum()), len(head.classes)) for key, head in heads.items()]
 
 
-# ---- what fits together
-
-
 def _heads_of(checkpoint: dict[str, Any], file: Path) -> dict[str, Head]:
     heads = {key: build_head(entry["head"], f"{file}: {key}") for key, entry in head_entries(checkpoint).items()}
     if not heads:
@@ -134,10 +125,10 @@ def _add(
     """Add what the heads of another checkpoint have learned."""
     theirs, their_entries = _heads_of(other, file), head_entries(other)
     for key in sorted(heads.keys() ^ theirs.keys()):
-        has, lacks = (first, file) if key in heads else (file, first)
+        has, lacks, there = (first, file, theirs) if key in heads else (file, first, heads)
         raise StateError(
-            f"{key} is in {has} but not in {lacks}, which has {sorted(head_entries(other) if lacks is file else heads)}"
-            "; merge runs with the same heads under the same names"
+            f"{key} is in {has} but not in {lacks}, which has {sorted(there)}; merge runs with the same heads under "
+            "the same names"
         )
     for key, head in heads.items():
         for name, what in (("in_features", "features of width"), ("tap", "features read at")):
@@ -166,17 +157,13 @@ def _refuse_other_network(
         if key not in own or key not in other:
             has, lacks = (file, first) if key not in own else (first, file)
             raise StateError(f"{has} holds another network than {lacks}, which has no {key!r}: its features differ")
-        if not _same(own[key], other[key]):
+        one, two = own[key], other[key]  # a tensor, or what a module's own get_extra_state gave
+        tensors = isinstance(one, Tensor) and isinstance(two, Tensor)
+        if not (one.dtype == two.dtype and torch.equal(one, two) if tensors else one == two):
             raise StateError(
                 f"the networks of {first} and {file} differ in {key!r}, so their features cannot be compared; merge "
                 "runs that began with the same weights and left them frozen (the classifier alone may differ)"
             )
-
-
-def _same(mine: Any, theirs: Any) -> bool:
-    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-        return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-    return bool(mine == theirs)  # what a module's own get_extra_state gave
 
 
 def classifier_keys(state_dict: dict[str, Any], point: str) -> list[str]:
@@ -197,9 +184,6 @@ def classifier_keys(state_dict: dict[str, Any], point: str) -> list[str]:
     return keys
 
 
-# ---- what the new file says
-
-
 def _widen_position(merged: dict[str, Any], entries: dict[str, dict[str, Any]], other: dict[str, Any]) -> None:
     """Note how far learning came, for an evaluation: the further of the two where both walked one stream."""
     for key in [key for key, value in merged.items() if isinstance(value, dict) and "reached" in value]:
@@ -209,19 +193,15 @@ def _widen_position(merged: dict[str, Any], entries: dict[str, dict[str, Any]], 
             del merged[key]  # of different streams: all of the stream in hand is evaluated
         elif theirs["reached"] > mine["reached"]:
             merged[key] = theirs
-    if _index(other) > _index(merged):
+    # the experience that a run came to, -1 where its file does not say so
+    places = [((file.get(STREAM) or {}).get("experience") or {"index": -1})["index"] for file in (other, merged)]
+    if places[0] > places[1]:
         merged[STREAM] = other[STREAM]
     if STREAM in merged:  # random states and gradients are of one run
         merged[STREAM] = {**merged[STREAM], "running": False, "over": False, "random": [], "gradients": None}
     for key, entry in entries.items():
         if "batches" in entry:
             entry["batches"] += head_entries(other)[key]["batches"]
-
-
-def _index(checkpoint: dict[str, Any]) -> int:
-    """How far a checkpoint's run came in its stream, -1 where it does not say so."""
-    experience = (checkpoint.get(STREAM) or {}).get("experience")
-    return -1 if experience is None else int(experience["index"])
 
 
 def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:

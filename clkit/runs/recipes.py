@@ -15,12 +15,7 @@ def recipe_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Return the names of all recipes, e.g. ``"nmc"`` or ``"paper/nmc_cifar100"``.
-
-    Example:
-        >>> "nmc" in recipe_names()
-        True
-    """
+    """Return the names of all recipes, e.g. ``"nmc"`` or ``"paper/nmc_cifar100"``."""
     folder = recipe_folder()
     files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.relative_to(folder).parts), str(file)))
     return [file.relative_to(folder).with_suffix("").as_posix() for file in files]
@@ -31,10 +26,6 @@ def read_recipe(name: str) -> str:
 
     Raises:
         KeyError: If there is none of that name; the message lists the nearest.
-
-    Example:
-        >>> read_recipe("nmc").splitlines()[0]
-        '# Nearest class mean on handwritten digits: five stages of two classes, nothing is trained'
     """
     names = recipe_names()
     if name not in names:

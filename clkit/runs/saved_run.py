@@ -25,8 +25,7 @@ from clkit.callbacks import HeadCallback
 from clkit.callbacks.features import FeatureCallback, Stage
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
-from clkit.runs._messages import refusal
-from clkit.runs.settings import StreamCLI, read_settings
+from clkit.runs.settings import StreamCLI, read_settings, refusal
 from clkit.strategies import GradientFreeStrategy
 from clkit.stream._lightning import callbacks_of
 
@@ -41,13 +40,24 @@ _ELSEWHERE = {"accelerator": "cpu", "precision": None, "devices": 1, "num_nodes"
 
 
 class SavedRun:
-    """The module, the data and the head callbacks of a checkpoint's run, built from a file of its settings."""
+    """The module, the data and the head callbacks of a checkpoint's run, built from a file of its settings.
 
-    def __init__(self, path: Path, config: Path) -> None:
-        self.path = path
-        self.config = config
-        settings = read_settings(config)
-        cli = _built(config, settings)
+    The settings lie beside the checkpoint or in the folder above, if not said otherwise.
+    """
+
+    def __init__(self, path: str | Path, config: str | Path | None = None) -> None:
+        self.path = Path(path)
+        folder = self.path.resolve().parent
+        places = [folder / "config.yaml", folder.parent / "config.yaml"] if config is None else [Path(config)]
+        found = [place for place in places if place.is_file()]
+        if not found:
+            raise ArgumentError(
+                f"the settings of the run are not there: {' and '.join(map(str, places))}; give the config.yaml of the "
+                "run (--config), which clkit fit writes into its folder"
+            )
+        self.config = found[0]
+        settings = read_settings(self.config)
+        cli = _built(self.config, settings)
         self.module: pl.LightningModule = cli.model
         self.data: pl.LightningDataModule = cli.datamodule
         self.strategy = cli.trainer.strategy
@@ -59,32 +69,10 @@ class SavedRun:
         self.batches_are_limited = (limit is not None and repr(limit) != "1.0") or bool(trainer.get("overfit_batches"))
         self._computing = {"accelerator": trainer.get("accelerator", "auto"), "precision": trainer.get("precision")}
 
-    @classmethod
-    def of(cls, path: str | Path, config: str | Path | None = None) -> SavedRun:
-        """Return the run of a checkpoint; its settings lie beside it or in the folder above, if not said otherwise.
-
-        Raises:
-            ArgumentError: If there is no file of settings.
-            ConfigurationError: If it is no file of settings, or what it names cannot be built.
-        """
-        folder = Path(path).resolve().parent
-        places = [folder / "config.yaml", folder.parent / "config.yaml"] if config is None else [Path(config)]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise ArgumentError(
-                f"the settings of the run are not there: {' and '.join(map(str, places))}; give the config.yaml of the "
-                "run (--config), which clkit fit writes into its folder"
-            )
-        return cls(Path(path), found)
-
     def learned(self, checkpoint: dict[str, Any], keys: list[str], rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
         """Return features (N, D) and targets (N,) of some training rows, as the heads of some keys have learned them.
 
         A row stands there once for each time that it was learned.
-
-        Raises:
-            ConfigurationError: If the network was not the same all the time, or the data are no stream of clkit.
-            DataError: If a row was not learned, or there is none of that number.
         """
         instead = "give features and targets instead of ids"
         if not isinstance(self.strategy, GradientFreeStrategy):
@@ -115,7 +103,13 @@ class SavedRun:
         for group, last_experience in (([key for key in keys if key not in resets], False), (resets, True)):
             if group:
                 plan = stream.learned_batches(position, rows, last_experience=last_experience)
-                _refuse_unlearned(rows, plan, group)
+                unlearned = np.setdiff1d(rows, np.concatenate([rows[:0], *(batch for _, batch in plan)]))
+                if unlearned.size:
+                    shown, more = ", ".join(map(str, unlearned[:10])), len(unlearned) - 10
+                    raise DataError(
+                        f"the samples {shown}{f' and {more} more' if more > 0 else ''} were not learned by "
+                        f"{' and '.join(group)} before this checkpoint was saved; nothing was written"
+                    )
                 collectors = {
                     key: _Collector(self.callbacks[key], str(checkpoint["callbacks"][key]["tap"]), plan, rows)
                     for key in group
@@ -204,17 +198,6 @@ class _Collector(FeatureCallback):
             asked = torch.from_numpy(np.isin(self._plan[batch_idx][1], self._rows))
             self.features.append(self.observer.features().cpu()[asked])
             self.targets.append(self.observer.known_targets.cpu()[asked])
-
-
-def _refuse_unlearned(rows: Rows, plan: Plan, keys: list[str]) -> None:
-    learned = np.unique(np.concatenate([batch for _, batch in plan])) if plan else np.empty(0, dtype=np.int64)
-    unlearned = np.setdiff1d(rows, learned)
-    if unlearned.size:
-        shown, more = ", ".join(map(str, unlearned[:10])), len(unlearned) - 10
-        raise DataError(
-            f"the samples {shown}{f' and {more} more' if more > 0 else ''} were not learned by {' and '.join(keys)} "
-            "before this checkpoint was saved; nothing was written"
-        )
 
 
 def _built(config: Path, settings: dict[str, Any]) -> StreamCLI:

@@ -54,11 +54,7 @@ class Change(ABC):
         """Return tensors and plain values from which an equal change can be made, to be restored later."""
 
     def claim(self, module: nn.Module, path: str) -> nn.Module:
-        """Return the layer at ``path``.
-
-        Raises:
-            ConfigurationError: If another change holds it, a layer around it, or a layer inside it.
-        """
+        """Return the layer at ``path``, unless another change holds it, a layer around it, or a layer inside it."""
         for other in changes_of(module, path):
             if other is not self:
                 raise ConfigurationError(
@@ -79,12 +75,7 @@ class Change(ABC):
 
 
 def changes_of(module: nn.Module, path: str = "") -> list[Change]:
-    """Return the changes that stand in the layer at a dotted path, in a layer around it or in one inside it, each once.
-
-    Example:
-        >>> changes_of(nn.Linear(2, 2))
-        []
-    """
+    """Return the changes that stand in the layer at a dotted path, around it or inside it, each once."""
     steps = path.split(".")
     around = [module.get_submodule(".".join(steps[:length])) for length in range(len(steps))]
     marks = [getattr(layer, _MARK, None) for layer in (*around, *module.get_submodule(path).modules())]

@@ -44,22 +44,15 @@ class Graft(Change):
             raise StateError(f"{owner}: 'layer' of the saved graft is no linear layer: the file is damaged")
 
     def check(self, module: nn.Module, layer: str, make_head: Callable[[int], Any] | None = None) -> None:
-        """Check that a head that will be made for features read at ``layer`` can replace the classifier.
-
-        Raises:
-            ConfigurationError: If there is no classifier that the head can replace, or another change holds it.
-        """
+        """Refuse a classifier that a head for features read at ``layer`` cannot replace, or another change holds."""
         slot = self._slot(module, layer)
         if make_head is not None and isinstance(slot, nn.ModuleList):
             self._refuse_split(slot, make_head(sum(width_of(leaf) or 0 for leaf in slot)))
 
     def check_training(self, module: nn.Module, wrapped: Any, head: Any) -> None:
-        """Check that training can go on behind a graft: a classifier that is replaced gets no gradients any more.
+        """Refuse training behind a graft where DDP would wait for the classifier's gradients, or nothing has any.
 
         ``wrapped`` is what the strategy runs: the module that was checked, or DDP's wrapper around it.
-
-        Raises:
-            ConfigurationError: If DDP waits for these gradients, or nothing else would be trained.
         """
         classifier = module.get_submodule(self._path) if self._original is None else self._original
         if _is_copied(classifier, head):

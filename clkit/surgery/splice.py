@@ -100,13 +100,7 @@ class SplicedCopy:
         return nn.Sequential(self.network, layers)
 
     def compare(self, model: nn.Module, layers: nn.Sequential, rows: int | None = None) -> Tensor:
-        """Return a model's logits on some rows of the example, which must be those of the head, else it is refused.
-
-        Args:
-            model: What :meth:`fill` or :meth:`put` gave, or a program made of it.
-            layers: The head as layers in float64.
-            rows: How many rows; all by default.
-        """
+        """Return a model's logits on some rows of the example, which must be those of the head's layers in float64."""
         features, seen = self._features[:rows].double(), self._head.classes.cpu()
         with torch.no_grad():
             logits: Tensor = model(self.example[:rows])

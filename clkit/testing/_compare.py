@@ -17,11 +17,7 @@ PLAIN = (Tensor, int, float, str, bool, type(None))
 
 
 def require(holds: bool, seen: str, advice: str) -> None:
-    """Require what a check is about.
-
-    Raises:
-        ContractError: If it does not hold.
-    """
+    """Require what a check is about, or raise a ContractError that says what was seen and what to do."""
     if not holds:
         raise ContractError(f"{seen}; {advice}")
 
@@ -52,22 +48,14 @@ def changed(before: Any, after: Any) -> list[str]:
 
 
 def same(before: Any, after: Any, seen: str, advice: str) -> None:
-    """Require the same bits.
-
-    Raises:
-        ContractError: Naming the first paths that differ.
-    """
+    """Require the same bits; the error names the first paths that differ."""
     paths = changed(before, after)
     more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
     require(not paths, f"{seen} ({', '.join(paths[:4])}{more})", advice)
 
 
 def plain(state: Any, of: str) -> None:
-    """Require tensors and plain values in a state that a message calls ``of``.
-
-    Raises:
-        ContractError: Naming the first leaf that is something else.
-    """
+    """Require tensors and plain values in a state that a message calls ``of``."""
     for path, leaf in leaves(state).items():
         require(
             isinstance(leaf, PLAIN),

@@ -174,9 +174,6 @@ def isolated() -> Iterator[None]:
         restore_random_state(random_state)
 
 
-# ---- what a method runs with, and what a run ends with
-
-
 def snapshot(callback: Any, volatile: Sequence[str] = (), *, followed: bool = True) -> dict[str, Any]:
     """Copy what a callback has learned: its state, its place in the stream where ``followed``, and its scores."""
     left_out = {*volatile, *(FOLLOWED if isinstance(callback, StreamCallback) and not followed else ())}
@@ -194,11 +191,6 @@ class Setting:
     entry: Entry
     folder: Path  # for the files of its runs
     strategy: str | None = None  # that a callback runs under; none where the method is a strategy
-
-    @property
-    def first_steps(self) -> int:
-        """Steps of the first experience, a warm-up included."""
-        return BATCHES[0] * (1 + getattr(self.entry.make(), "warmup_epochs", 0))
 
     def trainer(self, method: Any, callbacks: Sequence[Any] = (), **options: Any) -> pl.Trainer:
         """Make a trainer with the method and these callbacks."""

@@ -26,9 +26,6 @@ WIDTH = 6
 IDS = (1, 4, 9)
 
 
-# ---- small heads that have learned a sample, and how they refuse what they cannot do
-
-
 def _sample(rows: int = 50, start: int = 0, ids: tuple[int, ...] = IDS) -> tuple[Tensor, Tensor]:
     """Make features (rows, 6) float64 and ids, a function of ``start``."""
     generator = torch.Generator().manual_seed(start)
@@ -92,9 +89,6 @@ def _require_close(expected: Any, found: Any, tolerance: float, seen: str, advic
     """Require that two heads give the same scores, but for rounding."""
     features, _ = _sample()
     require(not far(expected(features), found(features), tolerance), seen, advice)
-
-
-# ---- the rules
 
 
 def scores_have_a_column_for_each_class(entry: Entry) -> None:

@@ -22,9 +22,6 @@ from clkit.testing.processes import two_processes_equal_one
 __all__ = ["CHECKS", "all_callbacks_in_one_run_learn_what_they_learn_alone"]
 
 
-# ---- callbacks
-
-
 def order_of_callbacks_does_not_matter(setting: Setting) -> None:
     """First or last among others, it learns the same bits, those of a run of its own, and so do the others."""
     entry, folder, strategy = setting.entry, setting.folder, setting.strategy
@@ -113,9 +110,6 @@ def empty_and_single_row_batches_are_taken(setting: Setting) -> None:
         )
 
 
-# ---- strategies
-
-
 def a_run_can_be_repeated(setting: Setting) -> None:
     """The same seed gives the same bits."""
     same(
@@ -159,9 +153,6 @@ CHECKS: dict[str, list[Callable[[Setting], None]]] = {
     ],
     "strategy": [*SHARED, a_run_can_be_repeated, it_fits_again_and_evaluates, two_processes_equal_one],
 }
-
-
-# ---- together
 
 
 def all_callbacks_in_one_run_learn_what_they_learn_alone(

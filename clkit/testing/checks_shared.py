@@ -36,9 +36,6 @@ from clkit.testing._runs import (
 __all__ = ["CHECKS"]
 
 
-# ---- files
-
-
 def state_is_in_the_checkpoint(setting: Setting) -> None:
     """What it learned is in the file as plain values under its own key, beside the module's own keys, and is loaded."""
     entry, trial = setting.entry, setting.run()
@@ -73,10 +70,8 @@ def state_is_in_the_checkpoint(setting: Setting) -> None:
             )
     elif entry.learns:
         require(bool(own), "the checkpoint has nothing of the strategy's own", "save it in save_checkpoint()")
-    path = str(setting.folder / "end.ckpt")  # a plain Trainer takes it, too
-    trainer(setting.folder, []).validate(
-        small_module(), datamodule=stream(), ckpt_path=path, weights_only=True, verbose=False
-    )
+    plain_run, path = trainer(setting.folder, []), str(setting.folder / "end.ckpt")
+    plain_run.validate(small_module(), datamodule=stream(), ckpt_path=path, weights_only=True, verbose=False)
 
 
 def a_resumed_run_equals_an_uninterrupted_one(setting: Setting) -> None:
@@ -99,7 +94,7 @@ def a_resumed_run_equals_an_uninterrupted_one(setting: Setting) -> None:
         "saving checkpoints on the way changed what was learned",
         "let state_dict() and save_checkpoint() read only",
     )
-    first = setting.first_steps
+    first = BATCHES[0] * (1 + getattr(setting.entry.make(), "warmup_epochs", 0))  # steps of the first experience
     steps = first + sum(BATCHES[1:])
     for when in (f"step={first - 2}", f"step={first}", "end-epoch=0", f"step={first + 3}", f"step={steps}"):
         resumed = ended(resume=place / f"{when}.ckpt")
@@ -172,9 +167,6 @@ def _from_yaml(folder: Path, options: dict[str, Any]) -> pl.Trainer:
     return built
 
 
-# ---- the module, evaluation
-
-
 class _Failing(pl.Callback):
     """Fails in the second experience."""
 
@@ -230,10 +222,7 @@ def evaluating_changes_nothing(setting: Setting) -> None:
     same(end, watched.outcome(), "validate, test or predict changed what was learned", "learn in training hooks only")
 
 
-# ---- batches
-
-
-def hostile_batches() -> dict[str, tuple[Tensor, Tensor]]:
+def _hostile_batches() -> dict[str, tuple[Tensor, Tensor]]:
     """Make batches that nothing may be learned of, by what is wrong with them; most in the last row."""
     inputs, targets = batch_of(5, 40)
     spoiled, endless = inputs.clone(), inputs.clone()
@@ -257,7 +246,7 @@ def hostile_batches_are_refused_whole(setting: Setting) -> None:
         raise unittest.SkipTest("the entry says that it learns nothing of its own: batches go to the user's module")
     advice = "check the whole batch before the first number is changed"
     clean, expected = _after(setting, batch_of(5, 40) if entry.learns else None)
-    for what, bad in hostile_batches().items():
+    for what, bad in _hostile_batches().items():
         met, found = _after(setting, bad, what)
         same(expected, found, f"a batch with {what} changed weights or what was learned", advice)
     if entry.kind == "callback":
@@ -303,9 +292,6 @@ def _after(setting: Setting, last: Any, hostile: str | None = None) -> tuple[Any
     for key in ("cut", "cut_in_update"):  # of a strategy of clkit's base: one run ended, the other was ended
         own.get(STRATEGY, {}).pop(key, None)
     return method, {"weights": trial.weights(), "own": own}
-
-
-# ---- precision, compilation, devices
 
 
 def low_precision_is_taken(setting: Setting) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
@@ -40,16 +40,15 @@ class Entry:
             processes need one that can be pickled: a class, or :func:`functools.partial` of one, that can be imported.
         yaml: How it is written in a YAML file, ``{"class_path": …, "init_args": …}``; read from ``make`` by default.
         registered: Of a strategy: its name for ``Trainer(strategy="…")``, if it has one.
-        learns: Whether it learns from training batches. One that only watches (an evaluation, a progress bar) may keep
-            what it sees of others, and need not refuse a bad batch.
+        learns: Whether it learns from training batches. One that only watches may keep what it sees of others, and
+            need not refuse a bad batch.
         needs_gradients: Of a callback: whether it cannot run where the network is not trained.
         changes_training: Of a callback: whether it means to change how the network is trained.
         processes: What several processes give: ``"exact"``: what one process gives, within ``tolerance``; ``"agree"``:
             the same on every process; ``"refused"``: an error by name.
         merges: Of a head: whether it offers ``merge``.
         subtracts: Of a head: whether it offers ``subtract``.
-        tolerance: Largest relative difference where another order of additions is allowed to show (batches cut
-            otherwise, several processes).
+        tolerance: Largest relative difference where numbers are added in another order.
         volatile: Entries of the saved state that no two runs share, such as clock times.
 
     Raises:
@@ -76,10 +75,8 @@ class Entry:
     volatile: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for argument, value, allowed in (
-            ("kind", self.kind, ("head", "callback", "strategy")),
-            ("processes", self.processes, ("exact", "agree", "refused")),
-        ):
+        for argument, allowed in (("kind", get_args(Kind)), ("processes", get_args(Processes))):
+            value = getattr(self, argument)
             if value not in allowed:
                 raise ArgumentError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         if not callable(self.make):

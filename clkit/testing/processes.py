@@ -30,14 +30,7 @@ __all__ = ["agreed", "run", "two_processes_equal_one", "work"]
 
 PROCESSES = 2
 LIMIT = 120.0  # seconds; a process whose partner failed would wait for ever
-TORCHRUN = [
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--local-addr=127.0.0.1",
-    f"--nproc-per-node={PROCESSES}",
-    "--no-python",
-]
+TORCHRUN = f"-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node={PROCESSES} --no-python"
 WORK = "import pathlib, sys; from clkit.testing.processes import work; work(pathlib.Path(sys.argv[1]))"
 
 Learn = Callable[[Entry, Path, int, int], dict[str, Any]]
@@ -47,17 +40,13 @@ def run(entry: Entry, folder: Path, learn: Learn) -> list[dict[str, Any]]:
     """Return what ``learn(entry, folder, rank, processes)`` gives on each of two processes.
 
     They leave their files in the folder; nothing is done again where these are there.
-
-    Raises:
-        unittest.SkipTest: If the entry cannot be sent to another process.
-        ContractError: If a process fails, or they wait for each other.
     """
     reports = [folder / f"rank{rank}.pt" for rank in range(PROCESSES)]
     if not all(report.exists() for report in reports):
         (folder / "task.pkl").write_bytes(_pickled(entry, learn))
         path = os.pathsep.join(path for path in sys.path if path)
         done = subprocess.run(
-            [sys.executable, *TORCHRUN, sys.executable, "-W", "ignore", "-c", WORK, str(folder)],
+            [sys.executable, *TORCHRUN.split(), sys.executable, "-W", "ignore", "-c", WORK, str(folder)],
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -74,10 +63,8 @@ def run(entry: Entry, folder: Path, learn: Learn) -> list[dict[str, Any]]:
 def agreed(entry: Entry, reports: list[dict[str, Any]]) -> bool:
     """Require that the processes ended with the same, or refused where the entry says so.
 
-    A report says why the process ``"refused"``, if it did, else what it holds at the ``"end"``.
-
-    Returns:
-        Whether there is an end to compare with that of one process.
+    A report says why the process ``"refused"``, if it did, else what it holds at the ``"end"``. What is returned is
+    whether that is to be compared with the end of one process.
     """
     reasons = [report["refused"] for report in reports]
     if entry.processes == "refused":
@@ -117,9 +104,6 @@ def _pickled(entry: Entry, learn: Learn) -> bytes:
         raise unittest.SkipTest(
             f"make cannot be sent to another process ({error}); use a class of a module, or functools.partial of one"
         ) from error
-
-
-# ---- the rule for callbacks and strategies
 
 
 def two_processes_equal_one(setting: Setting) -> None:
