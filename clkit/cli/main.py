@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClkitError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        sys.stderr.write("clkit: interrupted; the same command goes on from here\n")
+        sys.stderr.write("clkit: interrupted; give the same command again\n")
         return 130
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
