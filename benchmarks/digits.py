@@ -23,7 +23,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
-from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, NMC, PseudoFeatures, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, Source, StreamDataModule
 from clkit.methods import AnalyticHead
 from clkit.models import TimmClassifier
@@ -108,7 +108,9 @@ def long_tailed(console: Console) -> bool:
         "reweight": AEFOCL(balance="reweight", name="reweight"),
         "NMC euclidean": NMC("euclidean", name="euclidean"),
         "NMC janson": NMC(name="janson"),
-        **{f"pfg{seed}": AEFOCL(pfg_seed=seed, name=f"pfg{seed}") for seed in range(20)},
+        **{
+            f"pfg{seed}": AEFOCL(pseudo_features=PseudoFeatures(pfg_seed=seed), name=f"pfg{seed}") for seed in range(20)
+        },
     }
     evaluation = run(source, heads)
     accuracy = {

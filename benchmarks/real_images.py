@@ -37,7 +37,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch.nn.functional import interpolate
 
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation
 from clkit.callbacks.head import HeadCallback
 from clkit.data import ClassIncremental, NpzImages, Preprocessing, Source, StreamDataModule
 from clkit.data.sources.base import data_root
@@ -241,8 +241,8 @@ def learners(lift: int) -> dict[str, HeadCallback]:
     found: dict[str, HeadCallback] = {
         "ridge": AEFOCL(balance="none", name="ridge"),
         "AEF-OCL (ridge + PFG)": AEFOCL(balance="pfg"),
-        f"ridge, lift {lift}": AEFOCL(LIFT_GAMMA, lift, balance="none", name="ridge_lift"),
-        f"AEF-OCL, lift {lift}": AEFOCL(LIFT_GAMMA, lift, balance="pfg", name="aef_ocl_lift"),
+        f"ridge, lift {lift}": AEFOCL(LIFT_GAMMA, Lift(lift), balance="none", name="ridge_lift"),
+        f"AEF-OCL, lift {lift}": AEFOCL(LIFT_GAMMA, Lift(lift), balance="pfg", name="aef_ocl_lift"),
         "NMC (janson)": NMC(name="nmc"),
         "NMC (euclidean)": NMC("euclidean", name="nmc_euclidean"),
         "NMC (icarl)": NMC("icarl", name="nmc_icarl"),

@@ -26,10 +26,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-import clkit.callbacks.base
-import clkit.data.stream
-import clkit.stream.boundaries
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamCallback, StreamEvaluation
+import clkit.stream.resume
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamCallback, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.methods import OnProLosses
 from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
@@ -315,14 +313,11 @@ def break_clkit(part: str) -> None:
         return 0
 
     broken: dict[str, list[tuple[Any, str, Any]]] = {
-        "loops": [
-            (clkit.callbacks.base, "make_loops_whole", nothing),
-            (clkit.data.stream, "make_loops_whole", nothing),
-        ],
-        "random": [(clkit.stream.boundaries, "restore_random_state", nothing)],
+        "loops": [(clkit.stream.resume, "_make_loops_whole", nothing)],
+        "random": [(clkit.stream.resume, "restore_random_state", nothing)],
         "position": [(StreamDataModule, "_start_of", none_done)],
         "row": [(StreamEvaluation, "_flush", nothing)],
-        "gradients": [(clkit.stream.boundaries, "restore_gradients", nothing)],
+        "gradients": [(clkit.stream.resume, "_restore_gradients", nothing)],
         "graft": [(Graft, "restore", Graft.apply)],
         "end": [(StreamCallback, "on_fit_end", nothing)],
         "memory": [(OnProStrategy, "load_stream_state", nothing)],
@@ -364,7 +359,7 @@ def make_heads(kind: str) -> list[Any]:
         return [AEFOCL(reset_each_task=True), NMC(reset_each_task=True), LDA(reset_each_task=True)]
     if kind == "other":
         return [
-            AEFOCL(0.1, 20, balance="none", name="lift"),
+            AEFOCL(0.1, Lift(20), balance="none", name="lift"),
             AEFOCL(balance="reweight", name="reweight", forward="shared"),
             NMC("icarl"),
             LDA(),

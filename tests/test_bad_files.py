@@ -1026,7 +1026,7 @@ def test_a_run_that_finds_no_room_goes_on_from_its_last_checkpoint(tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert trainer.global_step == 10
-    assert trainer.callbacks[0]._observer is None
+    assert not hasattr(trainer.callbacks[0], "observer")
     resumed, whole = make(tmp_path), make(tmp_path)
     resumed.fit(module(), datamodule=stream(), ckpt_path=str(tmp_path / "last.ckpt"))
     whole.fit(module(), datamodule=stream())

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import clkit
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, StateError
 from clkit.files import read_checkpoint
@@ -39,7 +39,7 @@ def stream(**options: Any) -> StreamDataModule:
 def learners() -> list[Any]:
     return [
         AEFOCL(),
-        AEFOCL(0.1, 70, balance="none", name="lift"),
+        AEFOCL(0.1, Lift(70), balance="none", name="lift"),
         AEFOCL(balance="none", solver="recursive", name="recursive"),
         AEFOCL(balance="reweight", name="reweight"),
         NMC(),

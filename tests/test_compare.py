@@ -97,7 +97,7 @@ def heads(settings: dict[str, Any]) -> None:
     """Two heads and no gradient, with a checkpoint and a bar of the recipe's own."""
     settings["trainer"]["strategy"] = "gradient_free"
     settings["trainer"]["callbacks"] = [
-        {"class_path": "AEFOCL", "init_args": {"expansion_dim": 100}},
+        {"class_path": "AEFOCL", "init_args": {"lift": {"expansion_dim": 100}}},
         {"class_path": "NMC"},
         {"class_path": "StreamEvaluation", "init_args": {"figures": False, "module": True}},
         {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "dirpath": "elsewhere"}},
@@ -258,7 +258,8 @@ def test_seeds_differ_in_all_that_draws_and_the_stream_is_the_same(compared: tup
         lift = yaml.safe_load((folder / "heads" / f"seed_{seed}" / "config.yaml").read_text())["trainer"]["callbacks"][
             0
         ]
-        assert lift["init_args"]["projection_seed"] == lift["init_args"]["pfg_seed"] == seed
+        settings = lift["init_args"]
+        assert settings["lift"]["projection_seed"] == settings["pseudo_features"]["pfg_seed"] == seed
     first, second = (predictors(folder / "linear" / f"seed_{seed}") for seed in (0, 1))
     assert first != second
 

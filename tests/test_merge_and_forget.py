@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from clkit import forget_samples, load_head, merge_checkpoints
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation
 from clkit.cli.main import main
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[Callable[[str], Any], Callable[[int], Any]]] = {
     "expected": (lambda n: AEFOCL(balance="expected", name=n), lambda d: AnalyticHead(d, balance="expected")),
     "reweight": (lambda n: AEFOCL(balance="reweight", name=n), lambda d: AnalyticHead(d, balance="reweight")),
     "lifted": (
-        lambda n: AEFOCL(0.1, 40, balance="pfg", name=n),
+        lambda n: AEFOCL(0.1, Lift(40), balance="pfg", name=n),
         lambda d: AnalyticHead(d, gamma=0.1, expansion_dim=40, balance="pfg"),
     ),
     "janson": (lambda n: NMC(name=n), NearestMeanHead),

@@ -81,8 +81,7 @@ def test_features_are_detached(make_trainer: Make, lit_small: Make) -> None:
 
     class Watching(NMC):
         def on_train_batch_end(self, *args: Any) -> None:
-            assert self._observer is not None
-            seen.append(self._observer.features().requires_grad)
+            seen.append(self.observer.features().requires_grad)
             super().on_train_batch_end(*args)
 
     make_trainer(callbacks=[Watching()]).fit(lit_small(), datamodule=stream(stop_after=1))

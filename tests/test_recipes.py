@@ -317,7 +317,7 @@ def test_soda10m_runs_on_its_layout(tmp_path: Path) -> None:
     for label in counts:
         for number in range(3):
             photo(tmp_path / "data" / "soda10m" / "test" / "all" / str(label) / f"{number}.jpg", 40 * label, noise)
-    results = run("paper/soda10m", tmp_path, {}, AEFOCL={"expansion_dim": 64})
+    results = run("paper/soda10m", tmp_path, {}, AEFOCL={"lift": {"expansion_dim": 64}})
     stages = results["stream"]["experiences"]
     assert [stage["name"] for stage in stages] == periods
     assert stages[0]["classes"] == [1, 2, 3, 4, 5, 6]
@@ -340,7 +340,7 @@ def test_cifar100_runs_on_images_of_its_form(recipe: str, tmp_path: Path) -> Non
     data = {"source": "npz:cifar"}
     if recipe == "paper/nmc_cifar100":
         data["preprocessing"] = {"class_path": "Preprocessing", "init_args": {"size": 32, "interpolation": "bilinear"}}
-    results = run(recipe, tmp_path, data, AEFOCL={"expansion_dim": 64})
+    results = run(recipe, tmp_path, data, AEFOCL={"lift": {"expansion_dim": 64}})
     stages = results["stream"]["experiences"]
     assert stages[0]["classes"] == sorted(published_order("cifar100_icarl")[:10])
     for predictor in results["predictors"].values():

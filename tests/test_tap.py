@@ -145,7 +145,7 @@ def perturbed(name: str, **options: Any) -> nn.Module:
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.8, 1.2)
-        for head in FeatureTap(network)._place.branches:
+        for head in FeatureTap(network).branches:
             for layer in head:
                 for parameter in layer.parameters():
                     parameter.normal_(0, 0.1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from two_ranks import drive, driven
 
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, Joint, StreamDataModule
 from clkit.data.loader import cut_batches
 from clkit.errors import ClkitError, StateError
@@ -75,7 +75,7 @@ def learners(**options: Any) -> list[Any]:
     return [
         AEFOCL(balance="none", **options),
         AEFOCL(name="pfg"),
-        AEFOCL(0.1, 12, balance="reweight", name="lift"),
+        AEFOCL(0.1, Lift(12), balance="reweight", name="lift"),
         NMC(),
         LDA(),
     ]

@@ -2,10 +2,9 @@
 
 # whoever has a callback may also write Trainer(strategy="gradient_free")
 from clkit._registry import register_strategies
-from clkit.callbacks.aef_ocl import AEFOCL
-from clkit.callbacks.base import Predictor, StreamCallback
+from clkit.callbacks.aef_ocl import AEFOCL, Lift, PseudoFeatures
+from clkit.callbacks.base import FeatureCallback, Predictor, StreamCallback
 from clkit.callbacks.evaluation import StreamEvaluation
-from clkit.callbacks.features import FeatureCallback
 from clkit.callbacks.head import HeadCallback
 from clkit.callbacks.lda import LDA
 from clkit.callbacks.nmc import NMC
@@ -18,7 +17,9 @@ __all__ = [
     "NMC",
     "FeatureCallback",
     "HeadCallback",
+    "Lift",
     "Predictor",
+    "PseudoFeatures",
     "StreamCallback",
     "StreamEvaluation",
     "StreamProgressBar",

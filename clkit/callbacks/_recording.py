@@ -9,39 +9,24 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from clkit.callbacks.base import MODULE, Predictor, scores_of
+from clkit.callbacks.base import MODULE, Predictor
 from clkit.distributed import gather_objects
 from clkit.errors import BatchError, ConfigurationError
 from clkit.features.observer import BatchObserver
 from clkit.report.results import Recorded
 from clkit.stream._lightning import callbacks_of, datamodule_of
-from clkit.stream.boundaries import Boundaries
 
-__all__ = ["ModulePredictor", "Recorder", "batch_key", "loader_of", "place_of"]
-
-
-class ModulePredictor:
-    """The user's module as a predictor: its own logits, whatever features are asked about."""
-
-    name = MODULE
-
-    def __init__(self, observer: BatchObserver) -> None:
-        self._observer = observer
-
-    def scores(self, features: Tensor) -> Tensor:
-        logits = self._observer.logits
-        assert logits is not None
-        return logits
+__all__ = ["Recorder"]
 
 
 class Recorder:
     """Collects on the host what each predictor says in one evaluation, and the columns that callbacks offer.
 
-    The stream may relabel classes, whose own ids are recorded, and give task ids, which restrict a prediction to the
-    classes of the experience.
+    Ids are those of the user where the stream relabels classes; task ids restrict a prediction to the classes of the
+    experience.
 
     Args:
-        trainer: The trainer, among whose callbacks are predictors and those that have ``sample_columns(batch)``.
+        trainer: The trainer with its callbacks.
         observer: What shows the batches.
         module: Whether the user's own classifier is a predictor.
 
@@ -54,21 +39,15 @@ class Recorder:
         self._batches: list[Recorded] = []
         self._observer = observer
         callbacks, datamodule = list(callbacks_of(trainer)), datamodule_of(trainer)
-        self._predictors: list[Predictor] = [callback for callback in callbacks if isinstance(callback, Predictor)]
-        if module:
-            self._predictors.insert(0, ModulePredictor(observer))
+        self._predictors: dict[str, Predictor | None] = {MODULE: None} if module else {}  # None: the module itself
+        self._predictors |= {callback.name: callback for callback in callbacks if isinstance(callback, Predictor)}
         self._offering = [callback for callback in callbacks if hasattr(callback, "sample_columns")]
         original = getattr(datamodule, "original_ids", None)
         self._original = None if original is None else torch.tensor([*original, -1])
         self._tasks = datamodule.experiences if getattr(datamodule, "gives_task_id", False) else None
 
     def add(self, batch: Any, experience: int, rows: Any = None) -> None:
-        """Record the batch that the observer has open.
-
-        Args:
-            batch: The batch, as Lightning gives it to callbacks.
-            experience: Index of the experience that it belongs to.
-            rows: Which rows of the data set they are, or ``None`` for the next ones.
+        """Record the batch that the observer has open, its experience's index, and its rows of the data set if known.
 
         Raises:
             BatchError: If a column of a callback is not a (B,) tensor of numbers.
@@ -81,20 +60,19 @@ class Recorder:
             targets=torch.full((size,), -1) if observer.targets is None else observer.targets.long().cpu(),
             rows=torch.arange(seen, seen + size) if rows is None else torch.as_tensor(rows),
         )
-        for predictor in self._predictors:
-            if predictor.name == MODULE and observer.logits is None:
+        for name, predictor in self._predictors.items():
+            scores = observer.logits if predictor is None else observer.scores(predictor)
+            if scores is None or scores.shape[1] == 0:  # it has learned nothing: not evaluated, rather than all wrong
                 continue
-            scores = scores_of(observer, predictor).cpu()
-            if scores.shape[1] == 0:  # it has learned nothing: not evaluated, rather than all wrong
-                continue
+            scores = scores.double().cpu()
             if self._tasks is not None:
                 classes = torch.tensor(list(self._tasks[experience].classes))
                 allowed = torch.isin(self._own_ids(torch.arange(scores.shape[1])), classes)
                 scores = torch.where(allowed, scores, -torch.inf)
             best = scores.max(dim=1)
             known = best.values.isfinite()
-            recorded.predicted[predictor.name] = torch.where(known, best.indices, -1)
-            recorded.scores[predictor.name] = torch.where(known, best.values, torch.nan)
+            recorded.predicted[name] = torch.where(known, best.indices, -1)
+            recorded.scores[name] = torch.where(known, best.values, torch.nan)
         for callback in self._offering:
             self._add_columns(recorded.columns, callback, batch, size)
         self._batches.append(recorded)
@@ -120,8 +98,8 @@ class Recorder:
     def _add_columns(self, columns: dict[str, Tensor], callback: Any, batch: Any, size: int) -> None:
         owner = f"sample_columns of {type(callback).__name__}"
         taken = {"row", "target", "target_name", *columns}
-        for predictor in self._predictors:
-            taken |= {predictor.name, f"{predictor.name}_name", f"{predictor.name}_score"}
+        for name in self._predictors:
+            taken |= {name, f"{name}_name", f"{name}_score"}
         for name, values in callback.sample_columns(batch).items():
             if name in taken:
                 raise ConfigurationError(f"{owner} has {name!r}, which another column is called; give it another name")
@@ -130,25 +108,3 @@ class Recorder:
                 raise BatchError(f"{owner} gives {seen} for {name!r}: it must be a tensor of {size} real numbers")
             wide = torch.float64 if values.is_floating_point() else torch.int64
             columns[name] = values.detach().cpu().to(torch.bool if values.dtype == torch.bool else wide)
-
-
-def loader_of(loaders: Any, index: int) -> Any:
-    """Return one of the loaders that Lightning runs, of which it gives a single one without a list."""
-    return loaders[index] if isinstance(loaders, list | tuple) else loaders
-
-
-def place_of(trainer: pl.Trainer, loaders: Any, batch_idx: int, dataloader_idx: int) -> tuple[int, Any]:
-    """Return the experience that a batch belongs to, and its rows of the data set where the loader tells them."""
-    loader = loader_of(loaders, dataloader_idx)
-    if hasattr(loader, "experience_of"):
-        experience, rows = loader.batches[batch_idx]
-        return experience, rows
-    # plain loaders: one for each experience, or one for the current experience alone
-    several = isinstance(loaders, list | tuple) and len(loaders) > 1
-    current = Boundaries.of(trainer).current
-    return dataloader_idx if several or current is None else current.index, None
-
-
-def batch_key(experience: int, rows: Any) -> tuple[int, ...] | None:
-    """Return what tells an evaluation batch by its samples, or ``None`` where the loader does not tell its rows."""
-    return None if rows is None else (experience, len(rows), int(rows[0]), int(rows[-1]))

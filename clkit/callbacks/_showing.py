@@ -13,9 +13,8 @@ import lightning.pytorch as pl
 from clkit.metrics.functional import METRICS
 from clkit.report.results import Recorded, Results, RunResults, results_document, write_predictions, write_results
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
-from clkit.stream.boundaries import Boundaries
 
-__all__ = ["RunFolder", "has_matplotlib", "log_metrics", "show", "show_stage"]
+__all__ = ["RunFolder", "has_matplotlib", "log_metrics", "show"]
 
 
 class RunFolder:
@@ -29,6 +28,7 @@ class RunFolder:
     def __init__(self, trainer: pl.Trainer, files: bool) -> None:
         self.path = Path(trainer.log_dir or trainer.default_root_dir)
         self._trainer = trainer
+        self._data = datamodule_of(trainer)
         self._files = files and trainer.is_global_zero
         self.writes = self._files and not is_fast_dev_run(trainer)
 
@@ -37,15 +37,16 @@ class RunFolder:
         start = time.perf_counter()
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            document = results_document(measured, datamodule_of(self._trainer), config, seconds)
-            write_results(self.path, document, measured.class_tables(), self._class_names())
+            document = results_document(measured, self._data, config, seconds)
+            names = getattr(self._data, "class_names", None) or {}
+            write_results(self.path, document, measured.class_tables(), names)
         return time.perf_counter() - start
 
     def write_predictions(self, recorded: Recorded) -> None:
         """Write ``predictions.csv``, also in a ``fast_dev_run``."""
         if self._files:
             path = self.path / "predictions.csv"
-            write_predictions(path, recorded, self._class_names())
+            write_predictions(path, recorded, getattr(self._data, "class_names", None) or {})
             show(self._trainer, f"predictions: {path}")
 
     def draw(self, results: Results | None) -> None:
@@ -58,9 +59,6 @@ class RunFolder:
             save_figures(self.path, [self._trainer.strategy, *callbacks_of(self._trainer)])
         else:
             draw_figures(self.path, results)
-
-    def _class_names(self) -> Mapping[int, str]:
-        return getattr(datamodule_of(self._trainer), "class_names", None) or {}
 
 
 def has_matplotlib() -> bool:
@@ -83,15 +81,6 @@ def log_metrics(trainer: pl.Trainer, module: pl.LightningModule | None, results:
     else:
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-
-
-def show_stage(trainer: pl.Trainer, results: Results, stage: int) -> None:
-    """Print the table of a stage."""
-    from clkit.report.tables import stage_table
-
-    experience = Boundaries.of(trainer).current
-    title = f"after experience {stage}" + ("" if experience is None else f": {experience.name}")
-    show(trainer, stage_table(results, title=title))
 
 
 def show(trainer: pl.Trainer, what: Any) -> None:

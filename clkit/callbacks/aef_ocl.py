@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from clkit.callbacks.head import GraftWhen, HeadCallback
-from clkit.features.batch import BatchReader
-from clkit.features.observer import FeaturesFrom
+from clkit.callbacks.head import HeadCallback
+from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead
 
-__all__ = ["AEFOCL"]
+__all__ = ["AEFOCL", "Lift", "PseudoFeatures"]
+
+
+@dataclass(frozen=True)
+class Lift:
+    """A fixed random layer that lifts features to more dimensions before the regression.
+
+    Args:
+        expansion_dim: Width D behind it, at least 1. Memory grows with D².
+        activation: ``"relu"``, ``"tanh"`` or ``"sigmoid"``.
+        projection_init: ``"uniform"`` as in the authors' code, ``"normal"`` as in RanPAC.
+        projection_seed: Seed of the layer.
+    """
+
+    expansion_dim: int
+    activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+    projection_init: Literal["uniform", "normal"] = "uniform"
+    projection_seed: int = 0
+
+
+@dataclass(frozen=True)
+class PseudoFeatures:
+    """How the pseudo-features are drawn that balance classes.
+
+    Args:
+        noise: Scale (≥ 0) of their standard deviation.
+        clamp_min: Their lower bound, 0 for backbones that end in a ReLU; ``None`` for none.
+        pfg_max_per_class: At most so many are drawn a class, and weighted up; ``None`` for no limit.
+        pfg_seed: Seed of the draws.
+    """
+
+    noise: float = 1.0
+    clamp_min: float | None = None
+    pfg_max_per_class: int | None = None
+    pfg_seed: int = 0
 
 
 class AEFOCL(HeadCallback):
@@ -26,32 +60,23 @@ class AEFOCL(HeadCallback):
 
     Args:
         gamma: Ridge strength, > 0; an absolute amount, so its effect shrinks as data arrive.
-        expansion_dim: Width D of the random lift; ``None`` for no lift. Memory grows with D².
-        activation: Of the lift.
-        projection_init: ``"uniform"`` as in the authors' code, ``"normal"`` as in RanPAC.
+        lift: The :class:`Lift` of the features; ``None`` for none.
         balance: ``"pfg"`` adds Gaussian pseudo-features for the minority classes, ``"expected"`` their expectation
             (without a lift only), ``"reweight"`` weighs classes by 1/n (a Gram matrix per class), ``"none"`` nothing.
+        pseudo_features: The :class:`PseudoFeatures` of ``"pfg"`` and ``"expected"``.
         solver: ``"gram"`` accumulates and solves when asked; ``"recursive"`` keeps the solution up to date.
-        noise: Scale (≥ 0) of the pseudo-features' standard deviation.
-        pfg_seed: Seed of the pseudo-features.
-        pfg_max_per_class: At most so many pseudo-features a class, weighted up; ``None`` for no limit.
-        clamp_min: Lower bound of pseudo-features, 0 for backbones that end in a ReLU; ``None`` for none.
         bias: Whether a constant feature is appended (and regularised).
-        projection_seed: Seed of the random lift.
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
-        layer: Where features are read; see :class:`~clkit.FeatureTap`.
-        forward: ``"auto"``, ``"shared"`` or ``"eval"``: which pass the features come from.
-        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
-        graft: ``"never"``, ``"experience_end"`` or ``"fit_end"``: when the head replaces the user's classifier.
-        reset_each_task: Whether to start anew with each experience.
+        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft`` and
+            ``reset_each_task``.
 
     Raises:
         ArgumentError: If an argument is out of its range; the head's own checks run here, before any training.
 
     Example:
-        >>> from clkit.callbacks import AEFOCL
-        >>> AEFOCL(gamma=0.1).state_key
+        >>> from clkit.callbacks import AEFOCL, Lift
+        >>> AEFOCL(gamma=0.1, lift=Lift(500)).state_key
         'AEFOCL(aef_ocl)'
 
     Reference:
@@ -64,64 +89,31 @@ class AEFOCL(HeadCallback):
     def __init__(
         self,
         gamma: float = 1.0,
-        expansion_dim: int | None = None,
+        lift: Lift | None = None,
         *,
-        activation: Literal["relu", "tanh", "sigmoid"] = "relu",
-        projection_init: Literal["uniform", "normal"] = "uniform",
         balance: Literal["none", "pfg", "reweight", "expected"] = "pfg",
+        pseudo_features: PseudoFeatures = PseudoFeatures(),
         solver: Literal["gram", "recursive"] = "gram",
-        noise: float = 1.0,
-        pfg_seed: int = 0,
-        pfg_max_per_class: int | None = None,
-        clamp_min: float | None = None,
         bias: bool = False,
-        projection_seed: int = 0,
         max_classes: int = 65_536,
         name: str = "aef_ocl",
-        layer: str = "auto",
-        forward: FeaturesFrom = "auto",
-        batch_reader: BatchReader | None = None,
-        graft: GraftWhen = "never",
-        reset_each_task: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name=name,
-            layer=layer,
-            forward=forward,
-            batch_reader=batch_reader,
-            graft=graft,
-            reset_each_task=reset_each_task,
-        )
-        self.gamma = gamma
-        self.expansion_dim = expansion_dim
-        self.activation = activation
-        self.projection_init = projection_init
-        self.balance = balance
-        self.solver = solver
-        self.noise = noise
-        self.pfg_seed = pfg_seed
-        self.pfg_max_per_class = pfg_max_per_class
-        self.clamp_min = clamp_min
-        self.bias = bias
-        self.projection_seed = projection_seed
+        super().__init__(name=name, **options)
+        if not isinstance(lift, Lift | None):
+            raise ArgumentError(f"lift must be a Lift or None, got {lift!r}; write lift=Lift(500) for 500 dimensions")
         self.max_classes = max_classes
+        self._head_options: dict[str, Any] = {
+            **({} if lift is None else asdict(lift)),
+            **asdict(pseudo_features),
+            "gamma": gamma,
+            "balance": balance,
+            "solver": solver,
+            "bias": bias,
+            "max_classes": max_classes,
+        }
         self.make_head(1)  # a wrong argument is an error now, not after the first batch
 
     def make_head(self, in_features: int) -> AnalyticHead:
         """Return a ridge head of these settings."""
-        return AnalyticHead(
-            in_features,
-            gamma=self.gamma,
-            expansion_dim=self.expansion_dim,
-            activation=self.activation,
-            projection_init=self.projection_init,
-            balance=self.balance,
-            solver=self.solver,
-            noise=self.noise,
-            pfg_seed=self.pfg_seed,
-            pfg_max_per_class=self.pfg_max_per_class,
-            clamp_min=self.clamp_min,
-            bias=self.bias,
-            projection_seed=self.projection_seed,
-            max_classes=self.max_classes,
-        )
+        return AnalyticHead(in_features, **self._head_options)

@@ -1,37 +1,42 @@
-"""What all callbacks share: following a stream, and a state that survives a resume at any batch."""
+"""The two bases of callbacks: one follows a stream and survives a resume, one also reads the features of each batch."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit.distributed import share_buffers
-from clkit.errors import ConfigurationError, StateError
-from clkit.features.observer import BatchObserver
-from clkit.schema import check_format, saved_entry
+from clkit.errors import BatchError, StateError
+from clkit.features.batch import BatchReader
+from clkit.features.observer import BatchObserver, FeaturesFrom
+from clkit.methods._checks import check_batch
+from clkit.schema import MERGED, check_format, saved_entry
 from clkit.stream import resume
-from clkit.stream._lightning import callbacks_of, trained_batches
+from clkit.stream._lightning import trained_batches
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
 from clkit.stream.checkpoint_io import protect_checkpoints
 
-__all__ = [
-    "MODULE",
-    "Predictor",
-    "StreamCallback",
-    "check_names",
-    "reduction_device",
-    "scores_of",
-]
+__all__ = ["MODULE", "FeatureCallback", "Predictor", "Stage", "StreamCallback"]
 
 MODULE = "module"
 """The name under which the user's own classifier is evaluated."""
 
 FORMAT = 1
+
+Stage = Literal["train", "validate", "test", "predict"]
+
+_STAGES: dict[Any, Stage] = {
+    RunningStage.SANITY_CHECKING: "validate",
+    RunningStage.VALIDATING: "validate",
+    RunningStage.TESTING: "test",
+    RunningStage.PREDICTING: "predict",
+}
 
 
 @runtime_checkable
@@ -69,7 +74,7 @@ class StreamCallback(pl.Callback):
     # ---- following
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Brings the position that an earlier fit left, where each experience is a fit of its own."""
+        """Bring the position that an earlier fit left, where each experience is a fit of its own."""
         protect_checkpoints(trainer.strategy)
         self._trained = False
         self._boundaries = Boundaries.join(trainer, self._boundaries)
@@ -83,7 +88,7 @@ class StreamCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Pass the moment on."""
+        """Notice the start of an experience."""
         self._boundaries.on_train_batch_start(trainer, pl_module)
 
     def on_train_batch_end(
@@ -93,23 +98,21 @@ class StreamCallback(pl.Callback):
         self._batches += 1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the moment on, once all processes have the same network to evaluate."""
-        share_buffers(trainer.strategy.model)
+        """Notice the end of an experience, once all processes have the same network to evaluate."""
+        if trainer.world_size > 1:
+            share_buffers(trainer.strategy.model)
         self._boundaries.on_validation_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the moment on."""
+        """Notice the end of an experience."""
         self._boundaries.on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the moment on."""
+        """Notice the end of an experience."""
         self._boundaries.on_train_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do what the end of training owes where Lightning skips training.
-
-        It does so when a run was killed between its last step and its end, and goes on from that step's checkpoint.
-        """
+        """Do what the end of training owes in a run that goes on from its last step, where Lightning skips training."""
         if self._trained:
             return
         device = pl_module.device  # the strategy has let go of the module
@@ -119,7 +122,7 @@ class StreamCallback(pl.Callback):
         pl_module.to(device)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets go of the module: Lightning calls no ``teardown`` of callbacks when a run fails."""
+        """Let go of the module: Lightning calls no ``teardown`` of callbacks when a run fails."""
         self.teardown(trainer, pl_module, str(trainer.state.fn))
 
     # ---- state
@@ -143,7 +146,7 @@ class StreamCallback(pl.Callback):
         """Take up a saved state.
 
         Raises:
-            StateError: If it was written by a newer format, or does not fit this callback.
+            StateError: If it is of another format, or does not fit this callback.
         """
         check_format(state_dict, FORMAT, self.state_key)
         batches = saved_entry(state_dict, "batches", int, self.state_key)
@@ -159,75 +162,202 @@ class StreamCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Make the saved progress whole and checks that nothing of this callback is missing.
+        """Make the saved progress whole and check that nothing of this callback is missing.
 
         Raises:
             StateError: If the checkpoint was saved before this callback had learned its last batch, holds a state of
                 this class under other names only, or was merged of several and a fit is to go on from it.
         """
-        self._refuse_merged(trainer, checkpoint)
-        self._check_entry(checkpoint)
-        resume.load(trainer, checkpoint)
-        self._check_lost_batch(checkpoint)
-
-    def _refuse_merged(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        files = checkpoint.get("clkit_merged")
+        files = checkpoint.get(MERGED)
         if files and trainer.state.fn == "fit":
             raise StateError(
                 f"no fit can go on from this checkpoint: it was merged from {', '.join(files)}, whose runs were at "
                 "different places; validate, test, predict and export work with it. Resume one of its parts instead"
             )
-
-    def _check_entry(self, checkpoint: dict[str, Any]) -> None:
         entries = checkpoint.get("callbacks", {})
-        if self.state_key in entries:
-            return
         kin = sorted(str(key) for key in entries if str(key).split("(")[0] == type(self).__qualname__)
-        if kin:
+        if self.state_key not in entries and kin:
             raise StateError(
                 f"the checkpoint has no state for {self.state_key}, but for {', '.join(kin)}; "
                 "give the callback the `name` under which it was saved"
             )
-        rank_zero_warn(f"the checkpoint has no state for {self.state_key}: it starts with nothing learned")
-
-    def _check_lost_batch(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        loops = checkpoint.get("loops")
-        if saved is None or not loops:
-            return
-        trained = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
-        batches = saved_entry(saved, "batches", int, self.state_key)
-        if batches < trained:
-            raise StateError(
-                f"{self.state_key} had learned {batches} of {trained} batches when the checkpoint was saved: "
-                "a callback before it in the list saved or failed in `on_train_batch_end`; move that callback behind it"
-            )
+        resume.load(trainer, checkpoint)
+        if self.state_key not in entries:
+            rank_zero_warn(f"the checkpoint has no state for {self.state_key}: it starts with nothing learned")
+        elif loops := checkpoint.get("loops"):
+            trained = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+            batches = saved_entry(entries[self.state_key], "batches", int, self.state_key)
+            if batches < trained:
+                raise StateError(
+                    f"{self.state_key} had learned {batches} of {trained} batches when the checkpoint was saved: a "
+                    "callback before it in the list saved or failed in `on_train_batch_end`; move that callback "
+                    "behind it"
+                )
 
 
-def check_names(trainer: pl.Trainer) -> None:
-    """Predictors are told apart by name in logs, files and results.
+class FeatureCallback(StreamCallback):
+    """A callback that reads the features of each batch; the start of a method of your own.
 
-    Raises:
-        ConfigurationError: If two callbacks of a trainer have one name.
+    A subclass that learns says in :meth:`learn` what it does with a training batch, and keeps what it learned by
+    :meth:`~clkit.callbacks.StreamCallback.stream_state` and :meth:`~clkit.callbacks.StreamCallback.load_stream_state`.
+    Here is the rest: which pass the features come from, the check of the batch, rows without a label, batches of a
+    warm-up (which are not learned), and taking every hook off at the end. For a head in the form of
+    :mod:`clkit.methods` use :class:`~clkit.callbacks.HeadCallback`.
+
+    A subclass that also looks at batches of an evaluation names the stages in ``stages`` and overrides
+    :meth:`on_batch`, and :meth:`on_evaluation_start` and :meth:`on_evaluation_epoch_end` where it needs them.
+
+    Args:
+        layer: Where features are read; see :class:`~clkit.FeatureTap`.
+        forward: ``"auto"``, ``"shared"`` or ``"eval"``: which pass the features of training batches come from.
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+
+    Attributes:
+        max_classes: Ids at or above are refused.
+        stages: The stages whose batches are read.
+        needs_graph: Whether training features are asked for with their graph, for a loss that is added in
+            ``on_before_backward``: ``self.observer.features(graph=True)``.
+        observer: What the batch in work shows: its features, logits and targets. There is one while a run goes on.
+
+    Example:
+        >>> class Count(FeatureCallback):
+        ...     seen = 0
+        ...     def learn(self, features, targets):
+        ...         self.seen += len(features)
+        >>> Count().state_key
+        'Count'
     """
-    names = [callback.name for callback in callbacks_of(trainer) if isinstance(callback, Predictor)]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigurationError(f"two callbacks have the name {name!r}; give one another: name='…'")
 
+    max_classes: int = 65_536
+    stages: ClassVar[frozenset[Stage]] = frozenset({"train"})
+    needs_graph: ClassVar[bool] = False
+    observer: BatchObserver
 
-def scores_of(observer: BatchObserver, predictor: Predictor) -> Tensor:
-    """Scores (B, C), float64, that a predictor gives for the open batch; computed once, whoever asks first."""
+    def __init__(
+        self, *, layer: str = "auto", forward: FeaturesFrom = "auto", batch_reader: BatchReader | None = None
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.forward = forward
+        self.batch_reader = batch_reader
+        self._reads = False  # whether the training batch in work is read
+        self._stage: Stage = "validate"  # of the last evaluation
 
-    def compute() -> Tensor:
-        features = observer.features()
-        # in float64, so that two classes that differ by less than float32 can tell are still told apart
-        return predictor.scores(features if features.device.type == "mps" else features.double()).double()
+    # ---- what a subclass says
 
-    result: Tensor = observer.remember(("scores", predictor.name), compute)
-    return result
+    def learn(self, features: Tensor, targets: Tensor) -> None:
+        """Learn a batch.
 
+        Args:
+            features: (n, D) float64, finite, detached; n is at least 1.
+            targets: (n,) int64 ids in [0, ``max_classes``), on the features' device.
+        """
+        # Lightning's callbacks are no abstract classes, so a subclass without it is found out here
+        raise NotImplementedError(f"{type(self).__name__} has no learn(features, targets)")
 
-def reduction_device(trainer: pl.Trainer) -> torch.device:
-    """Where counts must lie to be summed over processes."""
-    return trainer.strategy.root_device if trainer.world_size > 1 else torch.device("cpu")
+    def learns(self, trainer: pl.Trainer) -> bool:
+        """Whether the training batch in work is learned; those of a warm-up are not."""
+        current = self._boundaries.current
+        return current is None or current.phase == "learn"
+
+    def on_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Handle a batch that was read, after its step; by default a training batch is checked and learned.
+
+        Raises:
+            BatchError: If the batch is malformed; nothing is learned of it.
+        """
+        if stage != "train":
+            return
+        features, targets = self.observer.features(self.forward), self.observer.known_targets
+        limits: dict[str, Any] = {"below": self.max_classes, "limit_name": "max_classes"}
+        checked = check_batch(features, targets, features.shape[1], device=features.device, **limits)
+        if checked.finite is not None and not bool(checked.finite):
+            raise BatchError("features of the batch are not finite; it was refused, nothing was changed")
+        if len(checked.features):
+            self.learn(checked.features, torch.from_numpy(checked.ids).to(features.device)[checked.inverse])
+
+    def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Prepare an evaluation; ``stage`` is ``"validate"``, ``"test"`` or ``"predict"``."""
+
+    def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Conclude an evaluation; values may be logged by ``module.log`` except for ``"predict"``."""
+
+    # ---- one run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tap the user's network before it may be compiled or wrapped."""
+        super().setup(trainer, pl_module, stage)
+        self.observer = BatchObserver.attach(trainer, pl_module, self.layer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take every hook off the user's network."""
+        if hasattr(self, "observer"):
+            self.observer.detach(trainer)
+            del self.observer
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look for the classifier again: it may have been replaced since."""
+        self.observer.refresh()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Open the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._reads = "train" in self.stages and self.learns(trainer)
+        if self._reads:
+            key = ("train", trainer.current_epoch, batch_idx)
+            reading: dict[str, Any] = {"source": self.forward, "reader": self.batch_reader, "graph": self.needs_graph}
+            self.observer.open(trainer, pl_module, batch, key, **reading)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Handle the batch."""
+        if self._reads:
+            self.on_batch(trainer, pl_module, "train", batch_idx, 0)
+            if self.needs_graph:
+                self.observer.release_graph()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    # ---- evaluations: Lightning's hooks of three stages, which all do the same
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin an evaluation, once the end of an experience was noticed."""
+        super().on_validation_start(trainer, pl_module)
+        self.observer.refresh((trainer.state.stage, trainer.global_step))
+        self._stage = _STAGES[trainer.state.stage]
+        self.on_evaluation_start(trainer, pl_module, self._stage)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Open a batch before its step."""
+        if self._stage in self.stages:
+            key = (trainer.state.stage, trainer.global_step, trainer.current_epoch, dataloader_idx, batch_idx)
+            reading: dict[str, Any] = {"reader": self.batch_reader, "needs_targets": self._stage != "predict"}
+            self.observer.open(trainer, pl_module, batch, key, **reading)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Handle a batch after its step."""
+        if self._stage in self.stages:
+            self.on_batch(trainer, pl_module, self._stage, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Conclude an evaluation."""
+        self.on_evaluation_epoch_end(trainer, pl_module, self._stage)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

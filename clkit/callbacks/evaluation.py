@@ -10,10 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from clkit.callbacks._recording import Recorder, batch_key, loader_of, place_of
-from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show, show_stage
-from clkit.callbacks.base import MODULE
-from clkit.callbacks.features import FeatureCallback, Stage
+from clkit.callbacks._recording import Recorder
+from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show
+from clkit.callbacks.base import MODULE, FeatureCallback, Stage
 from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.batch import BatchReader
@@ -22,7 +21,7 @@ from clkit.features.observer import evaluating, forward
 from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of
-from clkit.stream.boundaries import Boundaries, BoundaryPhase
+from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
 __all__ = ["StreamEvaluation"]
@@ -31,18 +30,16 @@ __all__ = ["StreamEvaluation"]
 class StreamEvaluation(FeatureCallback):
     """Fills the accuracy matrix of every predictor and shows it: table, files, figures, logs.
 
-    Predictors are the module's own classifier, read at its output in the same pass, and every callback that answers
-    ``scores(features)``. After each experience one pass over the validation loader fills one row R[i, :] for all of
-    them: Lightning's own validation where one comes, a pass of this callback's own otherwise.
+    Predictors are the module's own classifier and every callback that answers ``scores(features)``. After each
+    experience one pass over the validation loader fills one row R[i, :] for all of them: Lightning's own validation
+    where one comes, a pass of this callback's own otherwise.
 
-    Logged as ``<predictor>/<metric>``: ``accuracy_seen``, ``average_incremental_accuracy``, ``average_accuracy``,
-    ``forgetting``, ``backward_transfer``, ``forward_transfer``, ``amca``; their definitions are those of
-    :mod:`clkit.metrics`. Written to the run's folder (``trainer.log_dir``): ``results.json``, ``accuracy.csv``,
-    ``per_class.csv``, ``confusion_<predictor>.csv``, the two figures, those of the strategy and of other callbacks that
-    have some (a method ``run_figures()`` that gives matplotlib figures by name), and, by ``predict``,
-    ``predictions.csv``. A callback may have further numbers of each sample, such as how sure it is: a method
-    ``sample_columns(batch)`` that gives (B,) tensors by name. Their means by experience are in ``results.json``, and
-    they are columns of ``predictions.csv``.
+    Logged as ``<predictor>/<metric>``, as :mod:`clkit.metrics` defines them: ``accuracy_seen``,
+    ``average_incremental_accuracy``, ``average_accuracy``, ``forgetting``, ``backward_transfer``, ``forward_transfer``,
+    ``amca``. Written to the run's folder (``trainer.log_dir``): ``results.json``, ``accuracy.csv``, ``per_class.csv``,
+    ``confusion_<predictor>.csv``, two figures and those that ``run_figures()`` of the strategy or of a callback gives
+    by name, and, by ``predict``, ``predictions.csv``. What ``sample_columns(batch)`` of a callback gives, (B,) tensors
+    by name, are columns of ``predictions.csv``, and their means by experience are in ``results.json``.
 
     Args:
         module: Whether the module's own classifier is a predictor; ``"auto"`` leaves it out where a strategy does not
@@ -94,7 +91,8 @@ class StreamEvaluation(FeatureCallback):
         self._measured = RunResults()
         self._pending: Experience | None = None
         self._seconds = {"fit": 0.0, "evaluate": 0.0}
-        self._active = ExitStack()  # what other callbacks keep up for the experience of the batch in work
+        self._switching: list[Any] = []  # callbacks that change the network for each experience
+        self._active = ExitStack()  # what they keep up for the experience of the batch in work
         self._kept = KeptFeatures(keep_features * 2**20)
         self._recorder: Recorder | None = None
         self._batch: tuple[Any, int, Any] = (None, 0, None)  # the one in work, its experience and rows
@@ -157,7 +155,7 @@ class StreamEvaluation(FeatureCallback):
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
         folder = RunFolder(trainer, self.files)
         if self._measured.counts:
-            self._write(folder)
+            folder.write(self._measured, self.config, self._seconds)
             if self.figures:
                 folder.draw(self.results)
             if self.table and folder.writes:
@@ -171,28 +169,29 @@ class StreamEvaluation(FeatureCallback):
         """Begin recording."""
         self._clock = time.perf_counter()
         self._recorder = None  # made at the first batch, when everyone else is ready
-        # where a callback changes the network for each experience, its features tell nothing of the next evaluation
-        if stage == "validate" and not any(hasattr(callback, "activated") for callback in callbacks_of(trainer)):
+        self._switching = [callback for callback in callbacks_of(trainer) if hasattr(callback, "activated")]
+        if stage == "validate" and not self._switching:  # else features tell nothing of the next evaluation
             self._kept.begin(module, self.observer.tap)
 
-    def open_batch(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        stage: Stage,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Open a batch with everything in place that belongs to its experience."""
-        super().open_batch(trainer, module, stage, batch, batch_idx, dataloader_idx)
-        self._opened(trainer, _loaders(trainer, stage), batch, batch_idx, dataloader_idx)
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        loaders = getattr(trainer, f"{'val' if self._stage == 'validate' else self._stage}_dataloaders")
+        self._opened(loaders, batch, batch_idx, dataloader_idx)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Record what each predictor says."""
-        self._record(trainer)
+        self._kept.after_batch()
+        self._recorder = self._recorder or Recorder(trainer, self.observer, self._module_predicts(trainer))
+        self._recorder.add(*self._batch)
+        self._batch = (None, 0, None)
+        self._active.close()
 
     def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Fill the pending row, show an evaluation that the user asked for, or write ``predictions.csv``."""
@@ -203,43 +202,36 @@ class StreamEvaluation(FeatureCallback):
         elif trainer.state.fn != "fit":
             self._show_evaluation(trainer, module, stage)
         elif self._pending is not None and not trainer.sanity_checking:
-            complete = self._complete(trainer.val_dataloaders, trainer.num_val_batches)
-            self._fill(trainer, module, self._pending.index + 1, complete)
+            self._fill(trainer, module, self._pending.index + 1, self._complete(trainer))
             self._pending = None
 
     def on_backbone_changed(self, trainer: pl.Trainer, module: pl.LightningModule, reason: str) -> None:
         """Let go of features that were kept of the network as it was."""
         self._kept.clear()
 
-    def _opened(self, trainer: pl.Trainer, loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def _opened(self, loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Have everything in place that belongs to the batch: its kept features, and who changes by its experience."""
-        experience, rows = place_of(trainer, loaders, batch_idx, dataloader_idx)
+        is_list = isinstance(loaders, list | tuple)  # Lightning gives a single one without a list
+        loader, rows, current = loaders[dataloader_idx] if is_list else loaders, None, self._boundaries.current
+        if hasattr(loader, "experience_of"):
+            experience, rows = loader.batches[batch_idx]
+        else:  # plain loaders: one for each experience, or one for the current experience alone
+            several = is_list and len(loaders) > 1
+            experience = dataloader_idx if several or current is None else current.index
         self._batch = batch, experience, rows
         self._active.close()
-        for callback in callbacks_of(trainer):
-            if hasattr(callback, "activated"):
-                self._active.enter_context(callback.activated(experience))
-        self._kept.before_batch(batch_key(experience, rows))
-
-    def _record(self, trainer: pl.Trainer) -> None:
-        self._kept.after_batch()
-        self._recorder = self._recorder or self._new_recorder(trainer)
-        self._recorder.add(*self._batch)
-        self._batch = (None, 0, None)
-        self._active.close()
-
-    def _new_recorder(self, trainer: pl.Trainer) -> Recorder:
-        return Recorder(trainer, self.observer, self._module_predicts(trainer))
+        for callback in self._switching:
+            self._active.enter_context(callback.activated(experience))
+        self._kept.before_batch(experience, rows)
 
     def _recorded(self, trainer: pl.Trainer) -> Recorded:
         """Return what all processes recorded in this evaluation; a call on all of them."""
-        return (self._recorder or self._new_recorder(trainer)).gathered()
+        self._recorder = self._recorder or Recorder(trainer, self.observer, self._module_predicts(trainer))
+        return self._recorder.gathered()
 
     def _module_predicts(self, trainer: pl.Trainer) -> bool:
-        if self.module != "auto":
+        if self.module != "auto" or getattr(trainer.strategy, "trains_module", True):
             return bool(self.module)
-        if getattr(trainer.strategy, "trains_module", True):
-            return True
         # grafted only at a fit's end it would be a row with one entry, the same as that of the head
         measured = self._measured.counts
         fitting = trainer.state.fn == "fit" and bool(measured) and MODULE not in measured
@@ -247,13 +239,13 @@ class StreamEvaluation(FeatureCallback):
 
     # ---- rows
 
-    def _complete(self, loaders: Any, batches_run: list[int | float]) -> bool:
+    def _complete(self, trainer: pl.Trainer) -> bool:
         """Return whether this process saw every sample that the loader was to give (a resumed validation may not)."""
-        loader = loader_of(loaders, 0)
-        if not hasattr(loader, "expected_samples"):
-            return True
+        loaders: Any = trainer.val_dataloaders
+        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
         samples = {} if self._recorder is None else self._recorder.samples
-        return bool(samples == loader.expected_samples(int(batches_run[0])))
+        expects = hasattr(loader, "expected_samples")
+        return not expects or bool(samples == loader.expected_samples(int(trainer.num_val_batches[0])))
 
     def _flush(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._pending is None:
@@ -263,7 +255,8 @@ class StreamEvaluation(FeatureCallback):
         self._pending = None  # with plain loaders the rows come from the user's own validations
 
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
-        share_buffers(trainer.strategy.model)
+        if trainer.world_size > 1:
+            share_buffers(trainer.strategy.model)
         self.observer.refresh()
         self.on_evaluation_start(trainer, module, "validate")
         loader = datamodule_of(trainer).evaluation_loader(max(stage - 1, 0))
@@ -272,9 +265,9 @@ class StreamEvaluation(FeatureCallback):
                 converted = trainer.precision_plugin.convert_input(host_batch)
                 batch = trainer.strategy.batch_to_device(converted)
                 self.observer.open(trainer, module, batch, ("own", stage, batch_idx), reader=self.batch_reader)
-                self._opened(trainer, loader, batch, batch_idx)
+                self._opened(loader, batch, batch_idx)
                 forward(module, self.observer.tap.network, self.observer.inputs)
-                self._record(trainer)
+                self.on_batch(trainer, module, "validate", batch_idx, 0)
         self._kept.end()
         self.observer.forget()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
@@ -291,19 +284,19 @@ class StreamEvaluation(FeatureCallback):
             return
         log_metrics(trainer, module if log_with_module else None, self.results)
         if self.table:
-            show_stage(trainer, self.results, stage)
+            from clkit.report.tables import stage_table
+
+            name = "" if self._boundaries.current is None else f": {self._boundaries.current.name}"
+            show(trainer, stage_table(self.results, title=f"after experience {stage}{name}"))
         folder = RunFolder(trainer, self.files)  # before a decision that each process takes by its own clock
         last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
         if time.perf_counter() - last >= 10 * cost:
-            self._write(folder)
-
-    def _write(self, folder: RunFolder) -> None:
-        cost = folder.write(self._measured, self.config, self._seconds)
-        self._written = time.perf_counter(), cost
+            cost = folder.write(self._measured, self.config, self._seconds)
+            self._written = time.perf_counter(), cost
 
     def _show_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule, what: str) -> None:
         recorded = self._recorded(trainer)
-        current = Boundaries.of(trainer).current
+        current = self._boundaries.current
         if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
             self._measured.measure(current.index + 1, recorded)  # plain loaders: this is how a row of R is measured
         shown = RunResults()
@@ -331,11 +324,3 @@ class StreamEvaluation(FeatureCallback):
         seconds = {name: float(saved_entry(clocks, name, int | float, self.state_key)) for name in self._seconds}
         self._pending = saved_experience(state, "pending", self.state_key)
         self._measured, self._seconds = measured, seconds
-
-
-def _loaders(trainer: pl.Trainer, stage: Stage) -> Any:
-    return {
-        "validate": trainer.val_dataloaders,
-        "test": trainer.test_dataloaders,
-        "predict": trainer.predict_dataloaders,
-    }[stage]

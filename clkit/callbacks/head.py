@@ -13,12 +13,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit.callbacks.base import MODULE, check_names, reduction_device, scores_of
-from clkit.callbacks.features import FeatureCallback, Stage
+from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
+from clkit.methods._checks import check_choice
 from clkit.methods.heads.base import Head
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
@@ -33,10 +33,7 @@ GraftWhen = Literal["never", "experience_end", "fit_end"]
 
 
 class HeadCallback(FeatureCallback):
-    """A callback that learns a head from the features of the user's network.
-
-    Subclasses say how a head is made. Everything else is here: which features, when to learn, the running accuracy,
-    the state, the sum over processes, and the graft into the user's module.
+    """A callback that learns a head, made by a subclass, from the features of the user's network.
 
     Args:
         name: Prefix of everything that is logged, and part of the key in checkpoints.
@@ -52,7 +49,7 @@ class HeadCallback(FeatureCallback):
     stages = frozenset({"train", "validate", "test"})
 
     counts_epochs: bool = False
-    """Whether a second epoch over the same samples changes the head (sums that count twice, not means)."""
+    """Whether a second epoch over the same samples changes the head."""
 
     def __init__(
         self,
@@ -72,12 +69,9 @@ class HeadCallback(FeatureCallback):
             )
         if not isinstance(layer, str):
             raise ArgumentError(f"layer must be 'auto', 'output' or the dotted path of a layer, got {layer!r}")
-        if forward not in ("auto", "shared", "eval"):
-            raise ArgumentError(f"forward must be 'auto', 'shared' or 'eval', got {forward!r}")
-        if graft not in ("never", "experience_end", "fit_end"):
-            raise ArgumentError(f"graft must be 'never', 'experience_end' or 'fit_end', got {graft!r}")
+        check_choice("forward", forward, ("auto", "shared", "eval"))
         self.name = name
-        self.graft_when = graft
+        self.graft_when = check_choice("graft", graft, ("never", "experience_end", "fit_end"))
         self.reset_each_task = reset_each_task
         self._head: Head | None = None
         self._evaluated_head: Head | None = None  # a copy summed over ranks, while an evaluation runs
@@ -86,6 +80,7 @@ class HeadCallback(FeatureCallback):
         self._correct = 0
         self._counted = 0
         self._device: torch.device | None = None
+        self._processes = 1
         self._first_epoch: int | None = None  # in which the running experience was first learned
         self._learned_in_fit = False
         self._said: set[str] = set()
@@ -126,10 +121,13 @@ class HeadCallback(FeatureCallback):
                 f"{self.state_key} cannot read features under {type(trainer.strategy).__name__}, which splits the "
                 'network over processes; use strategy="ddp", "gradient_free" or a single device'
             )
-        check_names(trainer)
+        names = [callback.name for callback in callbacks_of(trainer) if isinstance(callback, Predictor)]
+        if names.count(self.name) > 1:
+            raise ConfigurationError(f"two callbacks have the name {self.name!r}; give one another: name='…'")
         if stage == "fit" and self.graft_when == "fit_end":  # before the optimizer collects parameters
             self.ungraft(pl_module)
         super().setup(trainer, pl_module, stage)
+        self._processes = trainer.world_size
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
@@ -137,19 +135,27 @@ class HeadCallback(FeatureCallback):
         self._evaluated_head = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look for the classifier again, puts a restored graft back, and checks what could fail at the end."""
+        """Look for the classifier again, put a restored graft back, and check what could fail at the end."""
         super().on_fit_start(trainer, pl_module)
         self._restore_graft(pl_module)
         self._learned_in_fit = False
         if self.graft_when != "never":
-            self._look_for_rivals(trainer)
+            for other in callbacks_of(trainer):
+                if isinstance(other, HeadCallback) and other is not self and other.graft_when != "never":
+                    raise ConfigurationError(
+                        f"{self.state_key} and {other.state_key} would both replace the module's classifier; set "
+                        'graft="never" for one of them'
+                    )
             graft = self._graft or Graft(self.state_key)
             graft.check(pl_module, self.layer, self.make_head)
-            if self.graft_when == "experience_end" and self._trains_beside(trainer):
+            strategy = trainer.strategy
+            trains = getattr(strategy, "trains_module", True) and not getattr(strategy, "warmup_epochs", 0)
+            several = len(getattr(datamodule_of(trainer), "experiences", ())) > 1
+            if self.graft_when == "experience_end" and trains and several:  # gradients go on after a boundary
                 graft.check_training(pl_module, trainer.strategy.model, self.make_head(1))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training goes on with the user's own classifier, where the head shall take over only at its end."""
+        """Go on with the user's own classifier, where the head shall take over only at the end."""
         super().on_train_start(trainer, pl_module)
         if self.graft_when == "fit_end":
             self.ungraft(pl_module)
@@ -162,23 +168,27 @@ class HeadCallback(FeatureCallback):
         targets = observer.targets
         assert targets is not None
         if stage == "train":
-            if trainer.current_epoch != self._first_epoch:
-                self._look_at_epoch(trainer)
-            features = observer.features(self.forward)
+            if self._first_epoch is None:
+                self._first_epoch = trainer.current_epoch
+            elif self.counts_epochs and trainer.current_epoch > self._first_epoch:
+                self._say(
+                    "a second epoch over an experience counts each sample again, as if the ridge strength were "
+                    "smaller; one epoch an experience is enough"
+                )
+            source, features = observer.source(self.forward), observer.features(self.forward)
             head = self._ensure_head(features, observer.tap.point)
-            # what is wrong with a batch is asked once for all heads
-            key = ("checked", observer.source(self.forward), head.statistics.device)
+            key = ("checked", source, head.statistics.device)  # what is wrong with a batch is asked once for all heads
             head.learn(observer.remember(key, lambda: head.checked(features, targets)))
             self._learned_in_fit = True
             return
-        scores = scores_of(observer, self)
+        scores = observer.scores(self)
         labelled = targets >= 0
         self._counted += int(labelled.sum())
         if scores.shape[1]:
             self._correct += int(((scores.argmax(dim=1).to(targets.device) == targets) & labelled).sum())
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Forgets the last experience where the user asked for that."""
+        """Forget the last experience where the user asked for that."""
         self._first_epoch = None
         if experience.index == 0 and self._head is not None and self._head.classes.numel():
             self._say(
@@ -186,11 +196,14 @@ class HeadCallback(FeatureCallback):
             )
         if self.reset_each_task and self._head is not None and experience.index > 0:
             self._head.reset()
-        elif experience.index > 0 and self._backbone_trains():
-            self._say(
-                "the backbone still trains, so what was learned of earlier experiences no longer fits its features; "
-                "freeze it, use strategy='gradient_free', or pass reset_each_task=True"
-            )
+        elif experience.index > 0:
+            tap = self.observer.tap
+            own = set() if tap.classifier is None else {id(parameter) for parameter in tap.classifier.parameters()}
+            if any(parameter.requires_grad and id(parameter) not in own for parameter in tap.network.parameters()):
+                self._say(
+                    "the backbone still trains, so what was learned of earlier experiences no longer fits its "
+                    "features; freeze it, use strategy='gradient_free', or pass reset_each_task=True"
+                )
 
     def on_backbone_changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
         """Say that what was learned of the features from before may no longer fit."""
@@ -198,22 +211,21 @@ class HeadCallback(FeatureCallback):
             self._say(f"the backbone changed: {reason}; what was learned before may no longer fit its features")
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Sum over processes, and grafts where the user asked for that."""
-        if self._head is None:
-            return
-        self._head.synchronize()
+        """Sum over processes, and graft where the user asked for that."""
         last = trainer.max_epochs == trainer.current_epoch + 1  # before the last evaluation and checkpoint
-        if self.graft_when == "experience_end" or (self.graft_when == "fit_end" and last):
-            self.graft(pl_module)
+        self._conclude(pl_module, self.graft_when == "experience_end" or (self.graft_when == "fit_end" and last))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum over processes, and grafts where the user asked for that."""
+        """Sum over processes, and graft where the user asked for that."""
         super().on_train_end(trainer, pl_module)
-        if self._head is None:
-            return
-        self._head.synchronize()
-        if self.graft_when != "never" and (self.graft_when == "fit_end" or self._graft is not None):
-            self.graft(pl_module)
+        again = self.graft_when == "experience_end" and self._graft is not None
+        self._conclude(pl_module, again or self.graft_when == "fit_end")
+
+    def _conclude(self, module: pl.LightningModule, graft: bool) -> None:
+        if self._head is not None:
+            self._head.synchronize()
+            if graft:
+                self.graft(module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of a fit that taught nothing, most often a mistake in its settings."""
@@ -223,26 +235,6 @@ class HeadCallback(FeatureCallback):
                 "this fit learned no batch; max_epochs may be reached already (a second fit of one trainer needs "
                 "more), or hold the warm-up alone"
             )
-
-    def _look_at_epoch(self, trainer: pl.Trainer) -> None:
-        if self._first_epoch is None:
-            self._first_epoch = trainer.current_epoch
-        elif self.counts_epochs and trainer.current_epoch > self._first_epoch:
-            self._say(
-                "a second epoch over an experience counts each sample again, as if the ridge strength were smaller; "
-                "one epoch an experience is enough"
-            )
-
-    def _trains_beside(self, trainer: pl.Trainer) -> bool:
-        """Whether gradients go on after a boundary."""
-        strategy = trainer.strategy
-        trains = getattr(strategy, "trains_module", True) and not getattr(strategy, "warmup_epochs", 0)
-        return trains and len(getattr(datamodule_of(trainer), "experiences", ())) > 1
-
-    def _backbone_trains(self) -> bool:
-        tap = self.observer.tap
-        own = set() if tap.classifier is None else {id(parameter) for parameter in tap.classifier.parameters()}
-        return any(parameter.requires_grad and id(parameter) not in own for parameter in tap.network.parameters())
 
     def _say(self, message: str) -> None:
         if message not in self._said:
@@ -264,18 +256,6 @@ class HeadCallback(FeatureCallback):
             self._device = features.device
         return self._head
 
-    def _look_for_rivals(self, trainer: pl.Trainer) -> None:
-        for other in callbacks_of(trainer):
-            if isinstance(other, HeadCallback) and other is not self and other.graft_when != "never":
-                raise ConfigurationError(
-                    f"{self.state_key} and {other.state_key} would both replace the module's classifier; set "
-                    'graft="never" for one of them'
-                )
-
-    def _look_for_knowledge(self, trainer: pl.Trainer) -> None:
-        if trainer.state.fn != "fit" and (self._head is None or not self._head.classes.numel()):
-            self._say("it has learned nothing, so it is left out; pass ckpt_path, the checkpoint of a fit")
-
     def _restore_graft(self, module: pl.LightningModule) -> None:
         if self._graft is not None and not self._graft.applied and self._head is not None:
             self._graft.restore(module, self.layer, self._head)
@@ -286,14 +266,14 @@ class HeadCallback(FeatureCallback):
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Put a loaded graft back, and begin the running accuracy."""
         self._restore_graft(module)
-        self._look_for_knowledge(trainer)
+        if trainer.state.fn != "fit" and (self._head is None or not self._head.classes.numel()):
+            self._say("it has learned nothing, so it is left out; pass ckpt_path, the checkpoint of a fit")
         if stage == "predict":
             return
         self._correct = self._counted = 0
         self._evaluated_head = self._head
         if trainer.world_size > 1 and self._head is not None:
-            # between boundaries each process has its own share; the sum is taken on a copy, so that evaluating
-            # changes nothing that is learned
+            # each process has its own share; the sum is taken on a copy, so that evaluating changes nothing learned
             self._evaluated_head = copy.deepcopy(self._head)
             self._evaluated_head.synchronize()
 
@@ -301,9 +281,11 @@ class HeadCallback(FeatureCallback):
         """Log ``<name>/accuracy``."""
         if stage == "predict":
             return
-        counts = torch.tensor([self._correct, self._counted], dtype=torch.float64, device=reduction_device(trainer))
-        with report_lost_process("their accuracies"):
-            correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        correct, counted = float(self._correct), float(self._counted)
+        if trainer.world_size > 1:
+            counts = torch.tensor([correct, counted], dtype=torch.float64, device=trainer.strategy.root_device)
+            with report_lost_process("their accuracies"):
+                correct, counted = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         if counted and self._evaluated_head is not None:
             module.log(f"{self.name}/accuracy", correct / counted, rank_zero_only=False)
         self._evaluated_head = None
@@ -320,16 +302,16 @@ class HeadCallback(FeatureCallback):
         if self._graft is None:
             self._graft = Graft(self.state_key)
         self._graft.apply(pl_module, self.layer, self.head)
-        if self._observer is not None:
-            self._observer.refresh()
+        if hasattr(self, "observer"):
+            self.observer.refresh()
 
     def ungraft(self, pl_module: pl.LightningModule) -> None:
         """Give the user's classifier back as it was."""
         if self._graft is not None:
             self._graft.undo(pl_module)
             self._graft = None
-        if self._observer is not None:
-            self._observer.refresh()
+        if hasattr(self, "observer"):
+            self.observer.refresh()
 
     # ---- state
 
@@ -338,38 +320,35 @@ class HeadCallback(FeatureCallback):
         graft = None if self._graft is None else self._graft.state()
         if self._head is None:
             return {"head": None, "in_features": None, "tap": None, "graft": graft}
-        self._head.synchronize()
-        return {
-            "head": dict(self._head.state_dict()),
-            "in_features": self._head.in_features,
-            "tap": self._tap_point,
-            "graft": graft,
-        }
+        if self._processes > 1:
+            self._head.synchronize()
+        saved = dict(self._head.state_dict())
+        return {"head": saved, "in_features": self._head.in_features, "tap": self._tap_point, "graft": graft}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
-        """Build a head of the saved width and fills it."""
-        grafted = saved_entry(state, "graft", dict | None, self.state_key)
-        graft = None if grafted is None else Graft(self.state_key, grafted)
-        tap = saved_entry(state, "tap", str | None, self.state_key)
-        saved = saved_entry(state, "head", dict | None, self.state_key)
+        """Build a head of the saved width and fill it."""
+        kinds: dict[str, Any] = {
+            "graft": dict | None,
+            "tap": str | None,
+            "head": dict | None,
+            "in_features": int | None,
+        }
+        saved = {name: saved_entry(state, name, kind, self.state_key) for name, kind in kinds.items()}
+        graft = None if saved["graft"] is None else Graft(self.state_key, saved["graft"])
         head = None
-        if saved is not None:
-            head = self._made_for(saved_entry(state, "in_features", int, self.state_key))
+        if saved["head"] is not None:
             try:
-                head.load_state_dict(saved)
+                head = self.make_head(min(saved["in_features"] or 0, _WIDEST))
+                head.load_state_dict(saved["head"])
             except StateError as error:
                 raise StateError(f"{self.state_key}: {error}") from error
+            except (ArgumentError, RuntimeError, MemoryError) as error:  # torch says by RuntimeError: memory is short
+                width, reason = saved["in_features"], str(error).splitlines()[0]
+                raise StateError(
+                    f"{self.state_key}: no head can be made for the saved in_features={width}: {reason}"
+                ) from error
         self._graft = graft
-        self._tap_point, self._head, self._device = tap, head, None
-
-    def _made_for(self, saved_width: int) -> Head:
-        try:
-            return self.make_head(min(saved_width, _WIDEST))
-        except (ArgumentError, RuntimeError, MemoryError) as error:  # torch says by RuntimeError that memory is short
-            reason = str(error).splitlines()[0]
-            raise StateError(
-                f"{self.state_key}: no head can be made for the saved in_features={saved_width}: {reason}"
-            ) from error
+        self._tap_point, self._head, self._device = saved["tap"], head, None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

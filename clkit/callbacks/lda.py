@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from clkit.callbacks.head import GraftWhen, HeadCallback
-from clkit.features.batch import BatchReader
-from clkit.features.observer import FeaturesFrom
+from typing import Any
+
+from clkit.callbacks.head import HeadCallback
 from clkit.methods import LDAHead
 
 __all__ = ["LDA"]
@@ -23,11 +23,8 @@ class LDA(HeadCallback):
         shrinkage: ε in [0, 1].
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
-        layer: Where features are read; see :class:`~clkit.FeatureTap`.
-        forward: ``"auto"``, ``"shared"`` or ``"eval"``: which pass the features come from.
-        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
-        graft: ``"never"``, ``"experience_end"`` or ``"fit_end"``: when the head replaces the user's classifier.
-        reset_each_task: Whether to start anew with each experience.
+        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft`` and
+            ``reset_each_task``.
 
     Raises:
         ArgumentError: If an argument is out of its range.
@@ -43,25 +40,9 @@ class LDA(HeadCallback):
     """
 
     def __init__(
-        self,
-        shrinkage: float = 1e-4,
-        *,
-        max_classes: int = 65_536,
-        name: str = "lda",
-        layer: str = "auto",
-        forward: FeaturesFrom = "auto",
-        batch_reader: BatchReader | None = None,
-        graft: GraftWhen = "never",
-        reset_each_task: bool = False,
+        self, shrinkage: float = 1e-4, *, max_classes: int = 65_536, name: str = "lda", **options: Any
     ) -> None:
-        super().__init__(
-            name=name,
-            layer=layer,
-            forward=forward,
-            batch_reader=batch_reader,
-            graft=graft,
-            reset_each_task=reset_each_task,
-        )
+        super().__init__(name=name, **options)
         self.shrinkage = shrinkage
         self.max_classes = max_classes
         self.make_head(1)  # a wrong argument is an error now, not after the first batch

@@ -6,15 +6,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from clkit.callbacks.features import Stage
-from clkit.callbacks.head import GraftWhen, HeadCallback
+from clkit.callbacks.base import Stage
+from clkit.callbacks.head import HeadCallback
 from clkit.distributed import gather_objects, share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
-from clkit.features.batch import BatchReader
-from clkit.features.observer import FeaturesFrom
 from clkit.methods import NearestMeanHead
 from clkit.stream._lightning import trained_batches
-from clkit.stream.boundaries import Boundaries
 from clkit.stream.experience import Experience
 
 __all__ = ["NMC"]
@@ -25,10 +22,9 @@ _ROWS = 256  # of the memory in one pass
 class NMC(HeadCallback):
     r"""Keeps one mean feature a class and predicts the class of the nearest mean: the floor to beat.
 
-    Choose it as the baseline of every continual run on a pretrained backbone: it costs one product a batch, needs no
-    setting, and is not disturbed by class imbalance. Extra epochs over the same data leave the means as they are. Not
-    where features of a class are far from round; see :class:`~clkit.callbacks.LDA` and
-    :class:`~clkit.callbacks.AEFOCL`.
+    Choose it as the baseline of every continual run on a pretrained backbone: it needs no setting and is not disturbed
+    by class imbalance or extra epochs. Not where features of a class are far from round; see
+    :class:`~clkit.callbacks.LDA` and :class:`~clkit.callbacks.AEFOCL`.
 
     .. math:: \hat y(x) = \arg\min_c \lVert g(x) - M_c \rVert_2, \qquad M_c = \frac{1}{n_c} \sum_{y_i = c} g(x_i)
 
@@ -37,9 +33,7 @@ class NMC(HeadCallback):
     Means of a network that still trains grow old. Where the strategy replays a memory of the stream, choose
     ``memory="replay"``: no batch is learned, the means are those of the memory's rows, read anew with the network as it
     is at the end of each experience, and for an evaluation in between. This is the read-out of SCR and of other
-    contrastive learners, whose classifier is not trained. It costs one pass over the memory each time, and nothing a
-    batch. With several processes each must have the same memory, or, with ``memory_scope="sharded"``, a part of it:
-    then the sums are of all parts.
+    contrastive learners, whose classifier is not trained.
 
     Args:
         metric: ``"janson"``; ``"euclidean"``: nothing is normalised; ``"icarl"``: the means are normalised too;
@@ -48,11 +42,8 @@ class NMC(HeadCallback):
             memory, ``strategy.memory``.
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
-        layer: Where features are read; see :class:`~clkit.FeatureTap`.
-        forward: ``"auto"``, ``"shared"`` or ``"eval"``: which pass the features come from.
-        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
-        graft: ``"never"``, ``"experience_end"`` or ``"fit_end"``: when the head replaces the user's classifier.
-        reset_each_task: Whether to start anew with each experience.
+        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft`` and
+            ``reset_each_task``.
 
     Raises:
         ArgumentError: If an argument is out of its range, or says how to learn batches beside ``memory="replay"``.
@@ -76,26 +67,15 @@ class NMC(HeadCallback):
         memory: Literal["replay"] | None = None,
         max_classes: int = 65_536,
         name: str = "nmc",
-        layer: str = "auto",
-        forward: FeaturesFrom = "auto",
-        batch_reader: BatchReader | None = None,
-        graft: GraftWhen = "never",
-        reset_each_task: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name=name,
-            layer=layer,
-            forward=forward,
-            batch_reader=batch_reader,
-            graft=graft,
-            reset_each_task=reset_each_task,
-        )
+        super().__init__(name=name, **options)
         if memory not in (None, "replay"):
             raise ArgumentError(f"memory must be None or 'replay', got {memory!r}")
-        if memory and (forward != "auto" or reset_each_task):
+        if memory and (self.forward != "auto" or self.reset_each_task):
             raise ArgumentError(
-                f"memory='replay' learns no batches, so forward={forward!r} and reset_each_task={reset_each_task!r} "
-                "would say nothing; leave them out"
+                f"memory='replay' learns no batches, so forward={self.forward!r} and "
+                f"reset_each_task={self.reset_each_task!r} would say nothing; leave them out"
             )
         self.metric = metric
         self.memory = memory
@@ -113,24 +93,28 @@ class NMC(HeadCallback):
         """Look for the strategy's memory, where the means shall be those of its rows."""
         super().setup(trainer, pl_module, stage)
         self._read_at = None
-        if self.memory and stage == "fit":
-            _check_memory(trainer, self.state_key)
+        memory = getattr(trainer.strategy, "memory", None)
+        if self.memory and stage == "fit" and not all(hasattr(memory, name) for name in ("sample", "class_counts")):
+            raise ConfigurationError(
+                f"{self.state_key} with memory='replay' reads the replay memory of the strategy, and "
+                f"{type(trainer.strategy).__name__} has none; use a strategy that replays with a capacity of at least "
+                "1, or leave memory out to learn the means of the stream"
+            )
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Forgets the last experience where the user asked for that; means of a memory are made anew anyway."""
+        """Forget the last experience where the user asked for that; means of a memory are made anew anyway."""
         if not self.memory:
             super().on_experience_start(trainer, pl_module, experience)
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Sum over processes or reads the memory, and grafts where the user asked for that."""
-        if self.memory:
-            self._learn_memory(trainer, pl_module)
+        """Sum over processes or read the memory, and graft where the user asked for that."""
+        self._learn_memory(trainer, pl_module)
         super().on_experience_end(trainer, pl_module, experience)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum over processes or reads the memory, and grafts where the user asked for that."""
-        Boundaries.of(trainer).on_train_end(trainer, pl_module)  # an end that nothing noticed comes first
-        if self._is_out_of_date(trainer):
+        """Sum over processes or read the memory, and graft where the user asked for that."""
+        self._boundaries.on_train_end(trainer, pl_module)  # an end that nothing noticed comes first
+        if self._read_at != trained_batches(trainer):
             self._learn_memory(trainer, pl_module)
         super().on_train_end(trainer, pl_module)
 
@@ -141,14 +125,13 @@ class NMC(HeadCallback):
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Begin the running accuracy; where a memory has changed since it was read, read it anew."""
         super().on_evaluation_start(trainer, module, stage)
-        if trainer.state.fn == "fit" and self._is_out_of_date(trainer):
+        if self.memory and trainer.state.fn == "fit" and self._read_at != trained_batches(trainer):
             # for this evaluation alone: what is learned does not depend on how often somebody looks
             self._evaluated_head = self._head_of_memory(trainer, module)
 
-    def _is_out_of_date(self, trainer: pl.Trainer) -> bool:
-        return self.memory is not None and self._read_at != trained_batches(trainer)
-
     def _learn_memory(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not self.memory:
+            return
         self._head = self._head_of_memory(trainer, module)
         self._read_at = trained_batches(trainer)
         self._learned_in_fit = self._learned_in_fit or self._head is not None
@@ -181,18 +164,3 @@ class NMC(HeadCallback):
         whole = self.make_head(head.in_features).to(features.device)
         whole.load_state_dict(head.state_dict())
         return whole
-
-
-def _check_memory(trainer: pl.Trainer, owner: str) -> None:
-    strategy = trainer.strategy
-    memory = getattr(strategy, "memory", None)
-    if all(hasattr(memory, name) for name in ("sample", "class_counts", "data")):
-        return
-    reason = "is None (capacity=0?)" if hasattr(strategy, "memory") and memory is None else "is no replay memory"
-    if not hasattr(strategy, "memory"):
-        reason = "does not exist"
-    raise ConfigurationError(
-        f"{owner} with memory='replay' reads the replay memory of the strategy, and {type(strategy).__name__}.memory "
-        f"{reason}; use a strategy that replays with a capacity of at least 1, or leave memory out to learn the means "
-        "of the stream"
-    )

@@ -13,7 +13,7 @@ from clkit._version import __version__
 from clkit.runs.recipes import read_recipe, recipe_lines
 
 if TYPE_CHECKING:
-    from clkit.runs.merging import Learned
+    from clkit.runs.merging import HeadSummary
 
 __all__ = ["main"]
 
@@ -243,7 +243,7 @@ def _export(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _lines(learned: list[Learned]) -> list[str]:
+def _lines(learned: list[HeadSummary]) -> list[str]:
     return [
         f"  {head}: {_count(samples, 'sample')} of {_count(classes, 'class')}" for head, samples, classes in learned
     ]

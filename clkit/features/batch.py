@@ -15,6 +15,7 @@ BatchReader = Callable[[Any], tuple[Any, Tensor]]
 
 INPUT_KEYS = ("image", "inputs", "x")
 TARGET_KEYS = ("label", "labels", "target", "y")
+_ADVICE = "pass `batch_reader=`, a function batch -> (inputs, targets)"
 
 
 def read_batch(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tensor]:
@@ -44,27 +45,14 @@ def read_batch(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tens
     elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) >= 2:
         inputs, targets = batch[0], batch[1]
     else:
-        raise BatchError(
-            f"a batch must be (inputs, targets, …) or a mapping, got {type(batch).__name__}; "
-            "pass `batch_reader=`, a function batch -> (inputs, targets)"
-        )
+        raise BatchError(f"a batch must be (inputs, targets, …) or a mapping, got {type(batch).__name__}; {_ADVICE}")
     if not isinstance(targets, Tensor):
-        raise BatchError(
-            f"the targets of a batch must be a tensor, got {type(targets).__name__}; "
-            "pass `batch_reader=`, a function batch -> (inputs, targets)"
-        )
+        raise BatchError(f"the targets of a batch must be a tensor, got {type(targets).__name__}; {_ADVICE}")
     return inputs, targets
 
 
 def read_inputs(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tensor | None]:
-    """Find inputs, and targets where there are any: prediction needs none.
-
-    Args:
-        batch: What :func:`read_batch` reads, or inputs alone (a tensor).
-        reader: The user's own reader, if any.
-
-    Returns:
-        The inputs, and the targets (B,) or ``None``.
+    """Find inputs, and targets (B,) or ``None``, in what :func:`read_batch` reads or in inputs alone (a tensor).
 
     Example:
         >>> import torch
@@ -85,7 +73,5 @@ def _pick(batch: Mapping[Any, Any], keys: tuple[str, ...], what: str) -> Any:
     for key in keys:
         if key in batch:
             return batch[key]
-    raise BatchError(
-        f"found no {what} in a batch with keys {sorted(map(str, batch))}; expected one of {list(keys)}, "
-        "or pass `batch_reader=`, a function batch -> (inputs, targets)"
-    )
+    seen = sorted(map(str, batch))
+    raise BatchError(f"found no {what} in a batch with keys {seen}; expected one of {list(keys)}, or {_ADVICE}")

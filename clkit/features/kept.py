@@ -1,13 +1,9 @@
 """Evaluation features kept while the network stays as it is.
 
-Evaluating after each of T experiences runs the network on T(T+1)/2 shares of the test data. With a frozen network the
-features of a share never change, so they are kept, and in later evaluations the network's ``forward`` answers with
-``classifier(kept features)`` for the length of one step. The user's own ``validation_step`` and metrics see the same
-bits. This is one of two places where clkit overrides something of the user's, for a stated moment and undone.
-
-A changed weight or buffer is noticed by its version, and whoever changes the network otherwise announces it
-(:func:`clkit.stream.boundaries.backbone_changed`). For what nobody announces, such as a plain attribute that switches
-an adapter, a few rows of each experience are computed afresh in each evaluation and compared.
+In later evaluations the network's ``forward`` answers with ``classifier(kept features)`` for the length of one step, so
+the user's own ``validation_step`` and metrics see the same bits. A changed weight or buffer is noticed by its version,
+and whoever changes the network otherwise announces it (:func:`clkit.stream.boundaries.backbone_changed`). For what
+nobody announces, a few rows of each experience are computed afresh in each evaluation and compared.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from clkit.features.tap import FeatureTap, Handle, Tapped
+from clkit.features.tap import FeatureTap, Tapped
 
 __all__ = ["KeptFeatures"]
 
@@ -28,10 +24,7 @@ _COMPARED = 4  # rows of a batch
 
 
 class KeptFeatures:
-    """Keeps the features of evaluation batches and lets the network answer with them.
-
-    Args:
-        limit: Most bytes that are kept; batches beyond are computed each time.
+    """Keeps at most ``limit`` bytes of features of evaluation batches and lets the network answer with them.
 
     Attributes:
         served: Batches that were answered from what was kept.
@@ -48,8 +41,7 @@ class KeptFeatures:
         self._warned = False
         self._compared: set[Hashable] = set()  # experiences of which rows were compared in this evaluation
         self._tap: FeatureTap | None = None
-        self._handle: Handle | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hooks: list[Any] = []
         self._heard: Tapped | None = None
         self._overridden: nn.Module | None = None
         self._key: Hashable = None
@@ -57,7 +49,7 @@ class KeptFeatures:
     # ---- one evaluation
 
     def begin(self, module: pl.LightningModule, tap: FeatureTap) -> None:
-        """Before the first batch: forgets everything if the network is not the one that made it."""
+        """Begin an evaluation, with nothing kept if the network is not the one that made it."""
         self._tap = tap if self.limit and _can_answer(module, tap) else None
         if self._tap is None:
             return
@@ -65,46 +57,36 @@ class KeptFeatures:
         if made_by != self._made_by:
             self.clear()
             self._made_by = made_by
-        self._handle = tap.listen(self._hear)
-        self._hook = tap.network.register_forward_hook(self._see)
+        self._hooks = [tap.listen(self._hear), tap.network.register_forward_hook(self._see)]
         self._compared.clear()
 
     def end(self) -> None:
-        """After the last batch, or where something went wrong: the network is the user's own again."""
+        """Give the network back: after the last batch, or where something went wrong."""
         self.after_batch()
-        if self._handle is not None:
-            self._handle.remove()
-        if self._hook is not None:
-            self._hook.remove()
-        self._tap = self._handle = self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._tap, self._hooks = None, []
 
     # ---- one batch
 
-    def before_batch(self, key: tuple[int, ...] | None) -> None:
-        """Have the network answer with what was kept for this batch, if anything was.
-
-        Args:
-            key: What tells the batch by its samples, the index of its experience first.
-        """
-        self._key, self._heard = key, None
-        if self._tap is None or key is None or key not in self._features:
+    def before_batch(self, experience: int, rows: Any) -> None:
+        """Have the network answer with what was kept of these rows of an experience, if known and if anything was."""
+        self._key = None if rows is None else (experience, len(rows), int(rows[0]), int(rows[-1]))
+        self._heard = None
+        if self._tap is None or self._key is None or self._key not in self._features:
             return
-        self._overridden = self._tap.network
-        self._override(key, self._features[key])
-
-    def _override(self, key: tuple[int, ...], kept: Tensor) -> None:
-        assert self._tap is not None
-        tap, network = self._tap, self._tap.network
+        tap, network, kept = self._tap, self._tap.network, self._features[self._key]
 
         def answer(*args: Any, **kwargs: Any) -> Any:
-            if key[0] not in self._compared:
-                self._compared.add(key[0])
+            if experience not in self._compared:
+                self._compared.add(experience)
                 if not self._is_fresh(kept, args, kwargs):
                     self._drop()
                     return type(network).forward(network, *args, **kwargs)
                 network.forward = answer
             return _classified(tap.classifier, kept)
 
+        self._overridden = network
         network.forward = answer
 
     def _is_fresh(self, kept: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -119,7 +101,6 @@ class KeptFeatures:
         return torch.allclose(fresh, kept[:few], rtol=tolerance, atol=tolerance * float(kept.abs().max()))
 
     def _drop(self) -> None:
-        """Let go of everything: the network changed in a way that nobody announced."""
         self._features.clear()
         self._bytes = 0
         if not self._warned:
@@ -131,7 +112,7 @@ class KeptFeatures:
             )
 
     def after_batch(self) -> None:
-        """Give the network its own forward back, and keeps what a real one gave."""
+        """Give the network its own forward back, and keep what a real one gave."""
         if self._overridden is not None:
             served = "forward" in vars(self._overridden)
             if served:
@@ -143,7 +124,7 @@ class KeptFeatures:
         self._key = self._heard = None
 
     def clear(self) -> None:
-        """Lets go of everything."""
+        """Let go of everything."""
         self._features.clear()
         self._bytes, self._usable, self._made_by = 0, True, ()
 
@@ -189,9 +170,7 @@ def _can_answer(module: pl.LightningModule, tap: FeatureTap) -> bool:
 
 def _fingerprint(tap: FeatureTap) -> tuple[tuple[int, int], ...]:
     """Change when a parameter or buffer outside the classifier is replaced or written to."""
-    own = set()
-    if tap.classifier is not None:
-        own = {id(tensor) for tensor in [*tap.classifier.parameters(), *tap.classifier.buffers()]}
+    own = set() if tap.classifier is None else {id(tensor) for tensor in _tensors(tap.classifier)}
     return tuple((id(tensor), tensor._version) for tensor in _tensors(tap.network) if id(tensor) not in own)
 
 
@@ -211,7 +190,5 @@ def _classified(classifier: nn.Module | None, features: Tensor) -> Tensor:
 
 def _answers(classifier: nn.Module | None, features: Tensor, output: Any) -> bool:
     """Whether classifier(features) is the network's output, bit for bit."""
-    if not isinstance(output, Tensor):
-        return False
     answer = _classified(classifier, features)
-    return answer.shape == output.shape and answer.dtype == output.dtype and bool(torch.equal(answer, output))
+    return isinstance(output, Tensor) and answer.dtype == output.dtype and torch.equal(answer, output)

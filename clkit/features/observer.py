@@ -1,28 +1,25 @@
 """What a batch shows: features and logits read once for all callbacks of a trainer.
 
-Seven callbacks cost one pass through the backbone: the first one that hears of a batch opens the observation, the tap
-fills it during the forward that happens anyway, and all of them read it. Within a batch the tap only reads and
-``on_train_batch_end`` only writes, so a reader never meets a head that has already learned the batch.
+The first callback that hears of a batch opens the observation, the tap fills it during the forward that happens anyway,
+and all of them read it. Within a batch the tap only reads and ``on_train_batch_end`` only writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import ExitStack
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
 from clkit.features.batch import BatchReader, read_batch, read_inputs
-from clkit.features.tap import FeatureTap, Tapped
+from clkit.features.tap import FeatureTap, Tapped, evaluating
 
-__all__ = ["BatchObserver", "FeaturesFrom"]
+__all__ = ["BatchObserver", "FeaturesFrom", "evaluating", "forward"]
 
 FeaturesFrom = Literal["auto", "shared", "eval"]
 
@@ -49,7 +46,7 @@ class BatchObserver:
         self._shared: Tapped | None = None
         self._live: Tensor | None = None  # features with their graph, until the batch is done
         self._wants_graph = False
-        self._evaluated: Tapped | None = None
+        self._evaluated: Tensor | None = None  # features of the extra pass
         self._memo: dict[Hashable, Any] = {}
         self._strategy: Any = None
         self._told = False
@@ -76,16 +73,10 @@ class BatchObserver:
         self._handle.remove()
         self.tap.close()
         self.forget()
-        observers = self._of_trainer.get(trainer, {})
-        for layer in [name for name, observer in observers.items() if observer is self]:
-            del observers[layer]
+        self._of_trainer.get(trainer, {}).pop(self.tap.layer, None)
 
     def refresh(self, moment: Hashable = None) -> None:
-        """Look for the classifier again, at each start of fitting or evaluating and after it was replaced.
-
-        Args:
-            moment: What tells this moment from others; of several calls with the same one the first looks.
-        """
+        """Look for the classifier again; of several calls with the same ``moment`` the first looks."""
         if moment is not None and moment == self._refreshed:
             return
         self._refreshed = moment
@@ -114,11 +105,10 @@ class BatchObserver:
             module: The user's module.
             batch: The batch, on the module's device.
             key: What tells this batch from the last one.
-            source: Where features should come from. ``"auto"`` takes the pass that happens anyway when it gives
-                eval-mode features and pays one extra pass before the step otherwise; ``"shared"`` never pays;
-                ``"eval"`` always does.
+            source: ``"auto"`` reads the pass that happens anyway where it gives eval-mode features and pays one extra
+                pass before the step otherwise; ``"shared"`` never pays; ``"eval"`` always does.
             reader: The user's batch reader, if any.
-            needs_targets: Whether a batch without targets is an error; prediction needs none.
+            needs_targets: Whether a batch without targets is an error.
             graph: Whether features will be asked for with their graph.
         """
         if key != self._batch:
@@ -129,20 +119,28 @@ class BatchObserver:
             self._memo.clear()
             self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
             self._strategy = trainer.strategy
-            skips = trainer.training and getattr(self._strategy, "skips_unlabelled", False)
-            self._left_out = skips and self.targets is not None and self._leaves_out(self.targets)
+            self._left_out = False
+            if trainer.training and getattr(self._strategy, "skips_unlabelled", False) and self.targets is not None:
+                self._left_out = not len(self.targets) or bool((self.targets == -1).any())
         self._wants_graph |= graph
-        if self._evaluated is None and (source == "eval" or (source == "auto" and (self._left_out or self._differs()))):
-            if source == "auto" and not self._told and not self._left_out:
+        if source == "shared" or self._evaluated is not None:
+            return
+        if source == "auto" and not self._left_out:
+            augments = getattr(self._strategy, "augments_stream", False)
+            if not augments and not any(module.training for module in self._sensitive):
+                return  # the pass that happens anyway gives the same features
+            if not self._told:
                 self._told = True
                 rank_zero_info(
                     "clkit: the network trains with batch statistics, dropout or augmented images, so heads pay one "
                     'extra eval-mode forward a batch; pass forward="shared" to learn from the training features instead'
                 )
-            self._evaluated = self._extra_pass(trainer, module)
+        if trainer.world_size > 1:
+            share_buffers(trainer.strategy.model)
+        self._evaluated = self.extract(trainer, module, self.inputs)
 
     def source(self, wanted: FeaturesFrom) -> Literal["shared", "eval"]:
-        """Which pass answers: the extra one, where there was one and it is wanted, or that which happens anyway."""
+        """Which pass answers: the extra one where there was one and it is wanted, else that which happens anyway."""
         return "eval" if wanted != "shared" and self._evaluated is not None else "shared"
 
     @property
@@ -160,8 +158,8 @@ class BatchObserver:
                 the pass that happens anyway. Detached otherwise.
 
         Raises:
-            TapError: If nothing passed the tap, or another number of rows than the batch has; or for ``graph=True``
-                where the batch was opened without, or is done.
+            BatchError: If another number of rows passed the tap than the batch has, or some were left out.
+            TapError: If nothing passed it; or for ``graph=True`` where the batch was opened without, or is done.
         """
         if graph:
             if self._live is None:
@@ -176,13 +174,14 @@ class BatchObserver:
                 "the batch has rows without a label, which the step of this strategy leaves out of its forward; "
                 'pass forward="auto", which runs such a batch once more'
             )
-        tapped = self._evaluated if evaluated else self._shared
-        if tapped is None:
+        rows = self._evaluated
+        if not evaluated:
+            rows = None if self._shared is None else self._shared.features
+        if rows is None:
             raise TapError(
                 f"no features passed the tap at {self.tap.point!r} in this batch: the step did not run the tapped "
                 "network; pass `layer=`, the dotted path of a layer that it does run"
             )
-        rows = tapped.features
         return rows if self.targets is None or len(rows) == len(self.targets) else self._rows(rows)
 
     @property
@@ -193,9 +192,9 @@ class BatchObserver:
         return self._rows(self._shared.logits)
 
     def extract(self, trainer: pl.Trainer, module: pl.LightningModule, inputs: Any) -> Tensor:
-        """Features (B, D) of inputs of one's own, in eval mode and without gradients; the open batch stays as it is.
+        """Features (B, D) of other inputs, in eval mode and without gradients; the open batch stays as it is.
 
-        Call :func:`~clkit.distributed.share_buffers` before the first, with several processes.
+        With several processes call :func:`~clkit.distributed.share_buffers` before the first.
         """
         with evaluating(module), trainer.precision_plugin.forward_context():
             return self.tap.extract(inputs, lambda given: forward(module, self.tap.network, given))
@@ -210,8 +209,19 @@ class BatchObserver:
             self._memo[key] = make()
         return self._memo[key]
 
+    def scores(self, predictor: Any) -> Tensor:
+        """Return the scores (B, C), float64, that a predictor gives for the open batch."""
+        key = ("scores", predictor.name)
+        if key not in self._memo:
+            features = self.features()
+            # in float64, so that two classes that differ by less than float32 can tell are still told apart
+            wide = features if features.device.type == "mps" else features.double()
+            self._memo[key] = predictor.scores(wide).double()
+        scores: Tensor = self._memo[key]
+        return scores
+
     def forget(self) -> None:
-        """Lets go of the batch, so that nothing outlives a run."""
+        """Let go of the batch, so that nothing outlives a run."""
         self._batch, self._armed = None, False
         self._shared = self._evaluated = self._live = None
         self._memo.clear()
@@ -222,16 +232,9 @@ class BatchObserver:
     def _hear(self, tapped: Tapped) -> None:
         if self._armed:  # of several forwards in a batch the first counts
             self._armed = False
-            self._shared = _detached(tapped)
+            logits = None if tapped.logits is None else tapped.logits.detach()
+            self._shared = Tapped(tapped.features.detach(), logits)
             self._live = tapped.features if self._wants_graph else None
-
-    @staticmethod
-    def _leaves_out(targets: Tensor) -> bool:
-        return not len(targets) or bool((targets == -1).any())
-
-    def _differs(self) -> bool:
-        augments = getattr(self._strategy, "augments_stream", False)
-        return augments or any(module.training for module in self._sensitive)
 
     def _rows(self, tensor: Tensor) -> Tensor:
         if self.targets is None or tensor.shape[0] == self.targets.shape[0]:
@@ -244,45 +247,8 @@ class BatchObserver:
             "runs more rows must say which are the stream's by `stream_rows`"
         )
 
-    def _extra_pass(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tapped:
-        share_buffers(trainer.strategy.model)
-        heard: list[Tapped] = []
-        listener = self.tap.listen(lambda tapped: heard.append(_detached(tapped)))
-        armed, self._armed = self._armed, False  # this pass is not the one that happens anyway
-        try:
-            with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
-                forward(module, self.tap.network, self.inputs)
-        finally:
-            listener.remove()
-            self._armed = armed
-        if not heard:
-            raise TapError(
-                f"no features passed the tap at {self.tap.point!r} in an evaluation forward; pass `layer=`, the dotted "
-                "path of a layer that the module's forward runs"
-            )
-        return heard[0]
-
 
 def forward(module: pl.LightningModule, network: nn.Module, inputs: Any) -> Any:
     """Return the user's own ``forward``, or the tapped network where the module defines none."""
     own = type(module).forward is not pl.LightningModule.forward
     return module(inputs) if own else network(inputs)
-
-
-class evaluating(ExitStack):  # noqa: N801  a context manager, named as torch.no_grad is
-    """Puts a module into eval mode and gives every submodule its own mode back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._training = [part for part in module.modules() if part.training]
-        self.callback(self._restore)
-        module.eval()
-
-    def _restore(self) -> None:
-        for part in self._training:
-            part.training = True
-
-
-def _detached(tapped: Tapped) -> Tapped:
-    logits = None if tapped.logits is None else tapped.logits.detach()
-    return Tapped(tapped.features.detach(), logits)

@@ -1,17 +1,13 @@
 """The feature tap: what goes into a network's classifier, read from the forward pass that happens anyway.
 
 One file, though a long one: every rule of where a network's features are stands beside the others.
-
-A :class:`FeatureTap` finds the classifier of any timm network (or of a network of the user's own), listens with
-forward hooks, and hands ``(features, logits)`` of each forward to whoever listens. It copies nothing, keeps nothing
-and costs next to nothing while nobody listens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -32,10 +28,9 @@ class Tapped(NamedTuple):
     """What one forward gave.
 
     Attributes:
-        features: (B, D), the tensor that the classifier read: not copied and not detached, whatever its dtype. Detach
-            before keeping it, or the step's graph stays alive.
-        logits: (B, C), what the classifier gave. ``None`` where there is no classifier, or where it gave something
-            else than one such tensor (timm's distilled networks return two while they are distilled).
+        features: (B, D), the tensor that the classifier read, neither copied nor detached: detach before keeping it, or
+            the step's graph stays alive.
+        logits: (B, C), what the classifier gave; ``None`` where there is none, or where it gave something else.
     """
 
     features: Tensor
@@ -43,6 +38,18 @@ class Tapped(NamedTuple):
 
 
 Listener = Callable[[Tapped], None]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a block, and give every submodule its own mode back."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class Handle:
@@ -58,11 +65,10 @@ class Handle:
 
 
 class FeatureTap:
-    r"""Reads the features of a network at its classifier's input.
+    r"""Reads the features of a network at its classifier's input, by forward hooks, for whoever listens.
 
-    Use it wherever features are needed beside a forward that runs anyway; for one-off extraction without any trainer
-    there is :meth:`extract`. With the classifier :math:`c` and the network :math:`c(g(x))` the features are
-    :math:`f = g(x)`, shape (B, D), and the logits :math:`c(f)`, shape (B, C).
+    With the classifier :math:`c` and the network :math:`c(g(x))` the features are :math:`f = g(x)`, shape (B, D), and
+    the logits :math:`c(f)`, shape (B, C). For one-off extraction there is :meth:`extract`.
 
     Where ``layer="auto"`` reads:
 
@@ -75,13 +81,11 @@ class FeatureTap:
       follows it, name that by its path.
     * Otherwise: the input of the last ``nn.Linear`` in order of definition.
 
-    A single classifier is listened to directly, so that features arrive also where the network's own ``forward`` is
-    bypassed (``forward_features`` and ``forward_head``); several are collected during the network's forward. Each
-    forward delivers; with several in one step the listener chooses.
+    Each forward delivers, also ``forward_features`` with ``forward_head`` where there is a single classifier.
 
     Under ``torch.compile`` make the tap before the first call: hooks added later are not seen by compiled code. A
-    listener is then compiled with the network. Let it do no more than detach and store, and read nothing that takes a
-    new value at each step (a counter): the network would be compiled anew for each.
+    listener is compiled with the network: let it do no more than detach and store, and read nothing that takes a new
+    value at each step (a counter), for which the network would be compiled anew.
 
     Args:
         module: The network, or a module that holds it (a ``LightningModule``, a wrapper).
@@ -91,6 +95,15 @@ class FeatureTap:
 
     Attributes:
         layer: As given.
+        network: What an extra forward calls: the timm network (its compiled form if there is one), else the user's
+            module.
+        point: Where features are read, as a name inside the network: ``"fc:in"``, ``"head.0+head.1:in"``, ``"output"``;
+            ``+`` joins inputs that are put side by side, ``|`` classifiers of which the common or mean input is taken.
+            Save it beside what was learned: the same network read at another point gives other features.
+        classifier: What maps features to logits: one layer or head, or a ``ModuleList`` of several side by side;
+            ``None`` where there is none, or where logits are the mean of a distilled pair.
+        branches: The layers whose input is read: in each branch side by side, and several branches for a distilled
+            pair; none where an output is read.
 
     Raises:
         TapError: If no such place is found, or more than one. While listening: if what is read there has not the
@@ -116,39 +129,9 @@ class FeatureTap:
         self._register()
 
     @property
-    def network(self) -> nn.Module:
-        """What an extra forward calls: the timm network (its compiled form if there is one), else the user's module."""
-        return self._place.network
-
-    @property
-    def point(self) -> str:
-        """Where features are read, as a name inside the network: ``"fc:in"``, ``"head.0+head.1:in"``, ``"output"``.
-
-        ``+`` joins inputs that are put side by side, ``|`` classifiers of which the common or mean input is taken.
-        Save it beside what was learned: the same network read at another point gives other features.
-        """
-        return self._place.point
-
-    @property
-    def classifier(self) -> nn.Module | None:
-        """The module that maps features to logits: one layer or head, or a ``ModuleList`` of several side by side.
-
-        ``None`` where there is none, or where logits are the mean of a distilled pair.
-        """
-        return self._place.classifier
-
-    @property
     def classifier_path(self) -> str | None:
-        """The dotted path from the user's module to :attr:`classifier`, as ``get_submodule`` takes it."""
+        """The dotted path from the user's module to ``classifier``, as ``get_submodule`` takes it."""
         return None if self.classifier is None else path_of(self._module, self.classifier)
-
-    @property
-    def branches(self) -> tuple[tuple[nn.Module, ...], ...]:
-        """The layers whose input is read: in each branch side by side, and several branches for a distilled pair.
-
-        Nothing where an output is read.
-        """
-        return self._place.branches
 
     @property
     def width(self) -> int | None:
@@ -167,10 +150,9 @@ class FeatureTap:
         return Handle(self._relay.listeners, listener)
 
     def resolve(self) -> None:
-        """Look again: after a classifier was replaced, or on a tap that was closed. Listeners stay.
+        """Look again: after a classifier was replaced, with which its hooks are gone, or on a tap that was closed.
 
-        Hooks die with the layer that they sit on (``net.fc = nn.Linear(...)``), so call this wherever the user may
-        have replaced something. Nothing is touched if nothing changed.
+        Listeners stay, and nothing is touched if nothing changed.
 
         Raises:
             TapError: If there is no place to read any more; the tap then stays as it was.
@@ -183,13 +165,11 @@ class FeatureTap:
         self._register()
 
     def extract(self, inputs: Any, run: Callable[[Any], Any] | None = None) -> Tensor:
-        """Features (B, D) of one batch: evaluation mode, no gradients, the training flags as they were afterwards.
-
-        Other listeners do not hear of this pass.
+        """Features (B, D) of one batch, in evaluation mode and without gradients; other listeners do not hear of it.
 
         Args:
             inputs: What the network's ``forward`` takes.
-            run: What to call with them instead of the network: something that prepares them and calls it.
+            run: What to call with them instead of the network.
 
         Raises:
             TapError: If the tap was closed, or nothing passed it.
@@ -204,17 +184,12 @@ class FeatureTap:
         heard: list[Tapped] = []
         listeners = self._relay.listeners
         others, listeners[:] = listeners[:], []
-        flags = [(module, module.training) for module in self.network.modules()]
         try:
-            handle = self.listen(heard.append)
-            self.network.eval()
-            with torch.no_grad():
+            self.listen(heard.append)
+            with evaluating(self.network), torch.no_grad():
                 (run or self.network)(inputs)
-            handle.remove()
         finally:
             listeners[:] = others
-            for module, flag in flags:
-                module.training = flag
         if not heard:
             raise TapError(
                 f"layer={self.layer!r}: the forward never reached {self.point!r}; name a layer that it runs through, "
@@ -225,10 +200,9 @@ class FeatureTap:
     def mode_sensitive(self) -> list[nn.Module]:
         """Return the layers whose forward differs between training and evaluation mode, in order of definition.
 
-        Features read in training mode equal those of evaluation mode if none of these is in training mode. They are
-        layers with running statistics, dropout of any kind with a rate above 0 (also functional, in attention, in
-        recurrent layers and in timm's networks; also classes of your own whose name has "drop" in it), and the random
-        layers of PyTorch.
+        They are layers with running statistics, dropout of any kind with a rate above 0 (also functional, in attention,
+        in recurrent layers and in timm's networks; also classes of your own whose name has "drop" in it), and the
+        random layers of PyTorch.
 
         Example:
             >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.0), nn.Dropout(0.1), nn.ReLU())
@@ -245,26 +219,20 @@ class FeatureTap:
     def __enter__(self) -> FeatureTap:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # ---- where to read
 
     def _locate(self) -> _Place:
-        if self.layer == "auto":
-            return self._automatic()
-        if self.layer == "output":
-            found = self._one_network()
-            return _output_of(self._module if found is None else found, "output")
-        path, _, side = self.layer.partition(":")
-        if side not in ("", "in", "out"):
-            raise TapError(f"layer={self.layer!r}: after the colon stands 'in' or 'out', not {side!r}")
-        return self._explicit(path, side)
-
-    def _automatic(self) -> _Place:
+        if self.layer not in ("auto", "output"):
+            path, _, side = self.layer.partition(":")
+            if side not in ("", "in", "out"):
+                raise TapError(f"layer={self.layer!r}: after the colon stands 'in' or 'out', not {side!r}")
+            return self._explicit(path, side)
         found = self._one_network()
+        if self.layer == "output":
+            return _output_of(self._module if found is None else found, "output")
         if found is not None:
             return _classifier_place(found)
         if self._fallback is None or not _has_submodule(self._module, self._fallback):
@@ -273,7 +241,7 @@ class FeatureTap:
         return self._explicit(self._fallback, "in")
 
     def _one_network(self) -> nn.Module | None:
-        found = list(_networks(self._module))
+        found = _networks(self._module)
         if len(found) > 1:
             paths = [path_of(self._module, network) for network in found]
             raise TapError(
@@ -288,8 +256,8 @@ class FeatureTap:
             hint = did_you_mean(path, names) or f"; its last ones are {', '.join(names[-3:])}"
             raise TapError(f"layer={self.layer!r}: the module has no layer {path!r}{hint}")
         target = self._module.get_submodule(path)
-        found = list(_networks(self._module))
-        around = [network for network in found if any(inner is target for inner in network.modules())]
+        networks = _networks(self._module)
+        around = [network for network in networks if any(inner is target for inner in network.modules())]
         network = around[0] if around else _runnable(self._module, path)
         if not side and around and _unwrapped(network) is _unwrapped(target):
             return _classifier_place(network)
@@ -306,7 +274,7 @@ class FeatureTap:
         encoders = [
             name or type(module).__name__
             for name, module in self._module.named_modules()
-            if _is_timm(module) and hasattr(module, "feature_info")
+            if _is_of(module, "timm") and hasattr(module, "feature_info")
         ]
         if encoders:
             raise TapError(
@@ -325,6 +293,7 @@ class FeatureTap:
 
     def _register(self) -> None:
         place, relay = self._place, self._relay
+        self.network, self.point, self.classifier, self.branches = place[:4]
         relay.start(place, self.layer)
         if place.output_of is not None:
             self._hooks.append(place.output_of.register_forward_hook(relay.hear_output))
@@ -350,17 +319,14 @@ class _Place(NamedTuple):
 
     network: nn.Module
     point: str
+    classifier: nn.Module | None = None
     branches: tuple[tuple[nn.Module, ...], ...] = ()  # inputs side by side, in each of the branches to average
     output_of: nn.Module | None = None
-    classifier: nn.Module | None = None
     width: int | None = None
 
 
 class _Relay:
-    """The hooks' side of a tap: knows no module, so that a copy of a tapped network drags nothing along.
-
-    A deep copy (an averaged model, a teacher) or a pickled one gets the hooks too; theirs are silent.
-    """
+    """The hooks' side of a tap: knows no module, and is silent in a copy of a network, which gets the hooks too."""
 
     def __init__(self) -> None:
         self.listeners: list[Listener] = []
@@ -423,12 +389,9 @@ class _Relay:
             listener(tapped)
 
     def _refuse(self, value: Any) -> NoReturn:
+        seen = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         if value is None:
             seen = "nothing: the forward did not run through all of it"
-        elif isinstance(value, Tensor):
-            seen = f"shape {tuple(value.shape)}"
-        else:
-            seen = f"a {type(value).__name__}"
         raise TapError(
             f"layer={self._layer!r}: read at {self._point!r} was {seen}, but features are one tensor of shape (B, D); "
             "pass layer='output' if the network returns that, or the dotted path of a layer that has it"
@@ -463,12 +426,8 @@ def _joined(branches: list[list[Tensor]]) -> Tensor:
 # ---- modules
 
 
-def _is_timm(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] == "timm"
-
-
-def _is_clkit(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] == "clkit"
+def _is_of(module: nn.Module, package: str) -> bool:
+    return type(module).__module__.partition(".")[0] == package
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -477,37 +436,33 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else _unwrapped(inner)
 
 
-def _networks(module: nn.Module) -> Iterator[nn.Module]:
-    """Return the outermost modules with ``get_classifier`` (in their compiled form), each once."""
+def _networks(module: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules with ``get_classifier`` (in their compiled form), each once, in order."""
     seen: set[int] = set()
-
-    def walk(outer: nn.Module) -> Iterator[nn.Module]:
+    found, waiting = [], [module]
+    while waiting:
+        outer = waiting.pop()
         core = _unwrapped(outer)
         if id(core) in seen:
-            return
+            continue
         seen.add(id(core))
         if callable(getattr(core, "get_classifier", None)):
-            yield outer
-            return
-        for child in core.children():
-            yield from walk(child)
-
-    return walk(module)
+            found.append(outer)
+        else:
+            waiting.extend(reversed(list(core.children())))
+    return found
 
 
 def _linear_heads(module: nn.Module, path: str) -> Iterator[str]:
-    """Paths of the layers that may be a classifier, in order of definition.
-
-    Modules of this library that a strategy attached (a projector, an editor) are none. Its heads are, and so are the
-    layers that a graft has put in a classifier's place.
-    """
+    """Paths of the layers that may be a classifier, in order of definition: no part that a strategy attached is one."""
     if isinstance(module, NonDynamicallyQuantizableLinear):  # of nn.MultiheadAttention, which never calls it
         return
     grafted = getattr(getattr(module, "clkit_change", None), "noun", None) == "graft"
-    if isinstance(module, nn.Linear) or grafted or (_is_clkit(module) and type(module).__name__.endswith("Head")):
+    own = _is_of(module, "clkit")
+    if isinstance(module, nn.Linear) or grafted or (own and type(module).__name__.endswith("Head")):
         yield path
         return
-    if _is_clkit(module) and path:
+    if own and path:
         return
     for name, child in module.named_children():
         yield from _linear_heads(child, f"{path}.{name}" if path else name)
@@ -516,17 +471,12 @@ def _linear_heads(module: nn.Module, path: str) -> Iterator[str]:
 def _runnable(module: nn.Module, path: str) -> nn.Module:
     """Return the outermost module on the way to ``path`` that has a ``forward``: a module may have none."""
     for name in path.split("."):
-        if _has_forward(module):
+        owner: str = type(module).forward.__module__
+        has_none = owner == nn.Module.__module__ or owner.partition(".")[0] in ("lightning", "pytorch_lightning")
+        if "forward" in vars(module) or not has_none:  # set on the object, as torch.compile does, or by its class
             return module
         module = module.get_submodule(name)
     return module
-
-
-def _has_forward(module: nn.Module) -> bool:
-    if "forward" in vars(module):  # set on the object, as torch.compile does
-        return True
-    owner: str = type(module).forward.__module__
-    return owner != nn.Module.__module__ and owner.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def _has_submodule(module: nn.Module, path: str) -> bool:
@@ -603,7 +553,7 @@ def _branches(classifier: Any) -> list[list[nn.Module]]:
 
 def _last_layer(module: nn.Module) -> nn.Module:
     """Inside timm's heads that pool or have hidden layers, the layer that gives the logits: ``fc2`` or ``fc``."""
-    while _is_timm(module):
+    while _is_of(module, "timm"):
         children = dict(module.named_children())
         inner = children.get("fc2", children.get("fc"))
         if inner is None:
@@ -614,7 +564,7 @@ def _last_layer(module: nn.Module) -> nn.Module:
 
 def _is_empty(module: nn.Module) -> bool:
     """Where timm has put no classifier: an identity, or a head with nothing in it."""
-    return isinstance(module, nn.Identity) or (_is_timm(module) and not list(module.parameters()))
+    return isinstance(module, nn.Identity) or (_is_of(module, "timm") and not list(module.parameters()))
 
 
 def _reads_input(module: nn.Module, network: nn.Module) -> bool:
@@ -655,20 +605,12 @@ def _output_of(network: nn.Module, point: str, layer: nn.Module | None = None) -
 
 
 def _is_mode_sensitive(module: nn.Module) -> bool:
-    return _keeps_statistics(module) or _is_random(module) or _drops(module)
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    if "frozen" in type(module).__name__.lower():
-        return False
-    return any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
-
-
-def _is_random(module: nn.Module) -> bool:
-    return isinstance(module, (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d))
-
-
-def _drops(module: nn.Module) -> bool:
+    if isinstance(module, (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)):
+        return True
+    if "frozen" not in type(module).__name__.lower():
+        for name in ("running_mean", "running_var"):
+            if isinstance(getattr(module, name, None), Tensor):
+                return True
     if isinstance(module, nn.RNNBase):
         return module.num_layers > 1 and _any_rate(module, ("dropout",))  # applied between layers
     if isinstance(module, nn.MultiheadAttention):
@@ -676,7 +618,7 @@ def _drops(module: nn.Module) -> bool:
     ancestry = [kind.__name__.lower() for kind in type(module).__mro__]
     if any(part in name for part in _DROPS for name in ancestry) and _any_rate(module, _DROP_RATES):
         return True
-    return _is_timm(module) and (
+    return _is_of(module, "timm") and (
         _any_rate(module, _TIMM_RATES)
         or _any_rate(getattr(module, "attn_drop", None), ("p",))  # handed to the fused attention
         or getattr(module, "aug_active", False) is True  # rotary embeddings that shift and scale positions

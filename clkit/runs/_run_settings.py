@@ -83,10 +83,7 @@ class RunSettings:
         seeded = copy.deepcopy(self)
         seeded.tree["seed_everything"] = seed
         for each in (seeded.tree["model"], seeded.tree["data"], seeded.trainer["strategy"], *seeded.callbacks):
-            arguments = arguments_of(each)
-            for name, value in arguments.items():
-                if (name == "seed" or name.endswith("_seed")) and isinstance(value, int):
-                    arguments[name] = seed
+            _set_seeds(arguments_of(each), seed)
         return seeded
 
     def fine_tuning(self) -> RunSettings:
@@ -138,6 +135,15 @@ def reason_of(said: str) -> str:
 def arguments_of(entry: Any) -> dict[str, Any]:
     """Return the arguments of a class in YAML."""
     return entry.get("init_args") or {} if isinstance(entry, dict) else {}
+
+
+def _set_seeds(arguments: dict[str, Any], seed: int) -> None:
+    """Set each seed among arguments and groups of settings in them, but not of objects with arguments of their own."""
+    for name, value in arguments.items():
+        if (name == "seed" or name.endswith("_seed")) and isinstance(value, int):
+            arguments[name] = seed
+        elif isinstance(value, dict) and "class_path" not in value:
+            _set_seeds(value, seed)
 
 
 def gives_task_id(entry: Any) -> bool:

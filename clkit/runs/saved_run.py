@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from clkit.callbacks import HeadCallback
-from clkit.callbacks.features import FeatureCallback, Stage
+from clkit.callbacks.base import FeatureCallback, Stage
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
 from clkit.runs.settings import StreamCLI, read_settings, refusal

@@ -1,8 +1,6 @@
 """The few places where clkit touches what Lightning does not promise to keep.
 
-Everything here reads or sets an attribute that is not documented. Each function first checks that the attribute has
-the form that was seen in Lightning 2.6 and raises a :class:`~clkit.errors.ConfigurationError` that names it otherwise,
-so a future release that changes it fails loudly and in one file.
+A release of Lightning that lacks one of these attributes is named in a :class:`~clkit.errors.ConfigurationError`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ __all__ = [
     "keep_samplers",
     "loaded_checkpoint",
     "longest_validation_interval",
-    "processed_batches",
     "reload_loaders_every_epoch",
     "started_epochs",
     "stream_position",
@@ -34,7 +31,7 @@ __all__ = [
 
 
 def _seen(owner: object, path: str) -> Any:
-    """Follows a dotted path of attributes, with an error that names the missing one."""
+    """Follow a dotted path of attributes, with an error that names the missing one."""
     value: Any = owner
     for part in path.split("."):
         if not hasattr(value, part):
@@ -46,7 +43,7 @@ def _seen(owner: object, path: str) -> Any:
     return value
 
 
-# Public attributes of a trainer that Lightning sets where type checkers do not see them.
+# Public attributes of a trainer that type checkers do not see.
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:
@@ -56,12 +53,12 @@ def datamodule_of(trainer: pl.Trainer) -> Any:
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """Return the trainer's callbacks, in Lightning's order."""
-    return list(_seen(trainer, "callbacks"))
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def is_fast_dev_run(trainer: pl.Trainer) -> bool:
     """Whether the trainer only tries whether the code runs."""
-    return bool(_seen(trainer, "fast_dev_run"))
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 # What Lightning does not promise to keep.
@@ -72,18 +69,11 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
     return bool(_seen(trainer, "fit_loop.epoch_loop.batch_progress.is_last_batch"))
 
 
-def processed_batches(trainer: pl.Trainer) -> int:
-    """How many batches of the current training epoch are done.
-
-    Batches *handed out* are not the same: an exception inside a step would lose one.
-    """
-    return int(_seen(trainer, "fit_loop.epoch_loop.batch_progress.current.processed"))
-
-
 def accumulates(trainer: pl.Trainer) -> bool:
     """Whether the gradients of the batches that are done wait for further ones before the optimizer steps."""
-    waits = bool(processed_batches(trainer) % trainer.accumulate_grad_batches)
-    return waits and (in_step(trainer) or not is_last_batch(trainer))
+    progress = _seen(trainer, "fit_loop.epoch_loop.batch_progress")
+    waits = bool(progress.current.processed % trainer.accumulate_grad_batches)
+    return waits and (in_step(trainer) or not progress.is_last_batch)
 
 
 def in_step(trainer: pl.Trainer) -> bool:
@@ -98,20 +88,14 @@ def started_epochs(trainer: pl.Trainer) -> int:
 
 
 def stream_position(trainer: pl.Trainer) -> tuple[int, int]:
-    """Return the training epoch in which a resume goes on, and how many of its batches are done.
-
-    After an epoch's end Lightning keeps its count of batches until the next begins, and it counts an epoch that
-    ``max_steps`` cut as done.
-    """
-    started, batches = started_epochs(trainer), _seen(trainer, "fit_loop.epoch_loop.batch_progress.current")
-    if trainer.current_epoch < started:
-        begun = (
-            _seen(trainer, "fit_loop.epoch_progress.current.started") == started
-        )  # else the count is the last epoch's
-        return trainer.current_epoch, processed_batches(trainer) if begun else 0
-    if batches.ready == 0 or is_last_batch(trainer):
-        return started, 0
-    return started - 1, processed_batches(trainer)
+    """Return the training epoch in which a resume goes on, and how many of its batches are done."""
+    epochs = _seen(trainer, "fit_loop.epoch_progress.current")
+    batches = _seen(trainer, "fit_loop.epoch_loop.batch_progress")
+    if trainer.current_epoch < epochs.ready:  # the count of batches stays that of the last epoch until the next begins
+        return trainer.current_epoch, batches.current.processed if epochs.started == epochs.ready else 0
+    if batches.current.ready == 0 or batches.is_last_batch:
+        return epochs.ready, 0
+    return epochs.ready - 1, batches.current.processed  # also where `max_steps` cut the epoch
 
 
 def trained_batches(trainer: pl.Trainer) -> int:
@@ -120,7 +104,7 @@ def trained_batches(trainer: pl.Trainer) -> int:
 
 
 def reload_loaders_every_epoch(trainer: pl.Trainer) -> None:
-    """Has Lightning ask for new loaders in every epoch, so that the experience can follow the epoch."""
+    """Have Lightning ask for new loaders in every epoch, so that the experience can follow the epoch."""
     _seen(trainer, "reload_dataloaders_every_n_epochs")
     setattr(trainer, "reload_dataloaders_every_n_epochs", 1)  # noqa: B010  the attribute is not declared
 
@@ -143,9 +127,6 @@ def longest_validation_interval(trainer: pl.Trainer, batches: int) -> int:
 
 
 def keep_samplers(trainer: pl.Trainer) -> None:
-    """Has Lightning leave the samplers of the user's loaders alone.
-
-    It replaces them for every DDP strategy, by one that shuffles, even where that runs a single process.
-    """
+    """Have Lightning leave the samplers of the user's loaders alone, which it replaces for every DDP strategy."""
     _seen(trainer, "_accelerator_connector.use_distributed_sampler")
     trainer._accelerator_connector.use_distributed_sampler = False

@@ -1,17 +1,13 @@
 """Experience boundaries: noticed by whichever part sees one first, announced once to every part of the trainer.
 
-Lightning knows epochs, not experiences. Each clkit callback and strategy passes the hooks it gets to the trainer's one
-:class:`Boundaries`, which compares them with the stream's schedule and, at a boundary, calls
-``on_experience_start``, ``on_experience_phase`` and ``on_experience_end`` of the strategy and of every callback that
-has them, in the fixed order of :class:`BoundaryPhase`. So the order of the callbacks in the list never matters, and a
-callback of the user's hears of boundaries by merely having a method of that name.
-
-Where no data module gives a schedule (plain loaders), one ``fit`` is one experience.
+Each clkit callback and strategy passes the hooks it gets to the trainer's one :class:`Boundaries`, which compares them
+with the stream's schedule and, at a boundary, calls ``on_experience_start``, ``on_experience_phase`` and
+``on_experience_end`` of the strategy and of every callback that has them, in the fixed order of :class:`BoundaryPhase`,
+whatever their order in the list. Where no data module gives a schedule (plain loaders), one ``fit`` is one experience.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -20,7 +16,7 @@ import lightning.pytorch as pl
 
 from clkit.errors import StateError
 from clkit.schema import saved_entry
-from clkit.stream._lightning import callbacks_of, datamodule_of, is_last_batch
+from clkit.stream._lightning import callbacks_of, is_last_batch
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule", "backbone_changed"]
@@ -31,10 +27,8 @@ _OWNER = "the position in the stream"
 class BoundaryPhase(IntEnum):
     """When a part hears of a boundary, relative to the others: small numbers first.
 
-    Of an experience's start, parts in ``EVALUATE`` hear before all others: what they still have to measure belongs to
-    the experience before.
-
-    A part says so by an attribute ``boundary_phase``; without it, it hears in ``LEARN``.
+    A part says so by an attribute ``boundary_phase``; without it, it hears in ``LEARN``. Of an experience's start,
+    parts in ``EVALUATE`` hear first: what they still have to measure belongs to the experience before.
     """
 
     LEARN = 10  # sum over ranks, solve
@@ -46,7 +40,7 @@ class BoundaryPhase(IntEnum):
 
 @runtime_checkable
 class StreamSchedule(Protocol):
-    """What a data module offers so that boundaries follow its stream: two questions about an epoch."""
+    """What a data module offers so that boundaries follow its stream."""
 
     def experience_at(self, epoch: int) -> Experience | None:
         """Return the experience trained in an epoch (counted from 0), ``None`` after the stream's end."""
@@ -81,12 +75,7 @@ class Boundaries:
 
     @classmethod
     def join(cls, trainer: pl.Trainer, earlier: Boundaries) -> Boundaries:
-        """Return the object of a trainer, at the position of an earlier one where each experience is a fit of its own.
-
-        Args:
-            trainer: The trainer of this run.
-            earlier: What a part followed before.
-        """
+        """Return the object of a trainer, at the position of an earlier one where each experience is its own fit."""
         own = cls.of(trainer)
         if own.current is None:
             own.current, own.running = earlier.current, earlier.running
@@ -98,10 +87,7 @@ class Boundaries:
         scheduled = None if schedule is None else schedule.experience_at(trainer.current_epoch)
         if scheduled is not None:
             return scheduled
-        if self.running and self.current is not None:
-            index = self.current.index
-        else:
-            index = 0 if self.current is None else self.current.index + 1
+        index = 0 if self.current is None else self.current.index + (not self.running)
         warm = index == 0 and trainer.current_epoch < getattr(trainer.strategy, "warmup_epochs", 0)
         return Experience(index=index, name=f"fit {index + 1}", phase="warmup" if warm else "learn")
 
@@ -111,15 +97,13 @@ class Boundaries:
         """Announce the end of an experience whose hooks a resumed run has lost."""
         self._epoch = None
         schedule = _schedule(trainer)
-        was_over, self._was_over = self._was_over, False
+        over, self._was_over = self._was_over, False
         if not self.running or self.current is None:
             return
-        if schedule is None:  # one fit was one experience, and this is another fit
-            if was_over:
-                self._end(trainer, module)
-            return
-        now = schedule.experience_at(trainer.current_epoch)
-        if now is None or now.index > self.current.index:
+        if schedule is not None:  # else one fit was one experience, and this is another fit
+            now = schedule.experience_at(trainer.current_epoch)
+            over = now is None or now.index > self.current.index
+        if over:
             self._end(trainer, module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -141,33 +125,30 @@ class Boundaries:
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Announce an end before the validation that measures the finished experience."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.is_over(trainer):
+        if self.running and trainer.state.fn == "fit" and not trainer.sanity_checking and self.is_over(trainer):
             self._end(trainer, module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Announce an end where no validation ran."""
-        if self.is_over(trainer):
+        if self.running and self.is_over(trainer):
             self._end(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Announce an end that nothing noticed: a strategy alone hears of no epoch's end and has no next batch.
-
-        With plain loaders a fit that stopped at an epoch's end (early stopping, say) was one experience.
-        """
-        if not self.running or not is_last_batch(trainer):
-            return
-        schedule = _schedule(trainer)
-        if schedule is None or schedule.is_last_epoch(trainer.current_epoch - 1):  # the epoch counts as done by now
-            self._end(trainer, module)
+        """Announce an end that nothing noticed: a strategy alone hears of no epoch's end and has no next batch."""
+        # with plain loaders a fit that stopped at an epoch's end (early stopping, say) was one experience
+        if self.running and is_last_batch(trainer):
+            schedule = _schedule(trainer)
+            if schedule is None or schedule.is_last_epoch(trainer.current_epoch - 1):  # the epoch counts as done by now
+                self._end(trainer, module)
 
     def is_over(self, trainer: pl.Trainer) -> bool:
-        """Whether the running experience has had its last batch."""
-        if not self.running or not is_last_batch(trainer):
+        """Whether the experience that runs has had its last batch."""
+        if not is_last_batch(trainer):
             return False
         schedule = _schedule(trainer)
         if schedule is not None:
             return schedule.is_last_epoch(trainer.current_epoch)
-        return trainer.max_epochs is not None and trainer.max_epochs == trainer.current_epoch + 1
+        return trainer.max_epochs == trainer.current_epoch + 1
 
     # ---- state: plain types
 
@@ -176,11 +157,7 @@ class Boundaries:
         return {"experience": experience_state(self.current), "running": self.running}
 
     def load_state_dict(self, state: dict[str, Any], *, over: bool = False) -> None:
-        """Take the position that :meth:`state_dict` gave.
-
-        Args:
-            state: A dictionary with its entries.
-            over: Whether it was saved after the last batch of the experience that it says runs.
+        """Take the position that :meth:`state_dict` gave, saved after the experience's last batch if it is ``over``.
 
         Raises:
             StateError: If it is none; nothing is changed then.
@@ -189,8 +166,6 @@ class Boundaries:
         if running and current is None:
             raise StateError(f"{_OWNER}: the saved state says that an experience runs, and names none")
         self.current, self.running, self._was_over = current, running, over
-
-    # ----
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self.current is not None
@@ -201,9 +176,9 @@ class Boundaries:
 def backbone_changed(trainer: pl.Trainer, reason: str) -> None:
     """Announce that the network was changed other than by the optimizer, so that what was read of it grows stale.
 
-    Whoever switches a mask, edits a weight, replaces a model or freezes it calls this; the strategy and every callback
-    that has ``on_backbone_changed(trainer, pl_module, reason)`` hear of it, in the order of :class:`BoundaryPhase`.
-    Kept evaluation features are dropped, and heads say that what they learned may no longer fit.
+    The strategy and every callback that has ``on_backbone_changed(trainer, pl_module, reason)`` hear of it, in the
+    order of :class:`BoundaryPhase`. Kept evaluation features are dropped, and heads say that what they learned may no
+    longer fit.
 
     Args:
         trainer: The trainer of the run.
@@ -213,25 +188,18 @@ def backbone_changed(trainer: pl.Trainer, reason: str) -> None:
 
 
 def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:
-    # `datamodule_of(trainer)` exists only once something was attached
-    datamodule = datamodule_of(trainer)
-    # the protocol's form, asked directly: `isinstance` with a protocol costs as much as a small step
+    datamodule: Any = getattr(trainer, "datamodule", None)  # set only once something was attached
+    # `isinstance` with a protocol costs as much as a small step
     follows = hasattr(datamodule, "experience_at") and hasattr(datamodule, "is_last_epoch")
     return datamodule if follows else None
 
 
 def _announce(trainer: pl.Trainer, module: pl.LightningModule, what: str, news: Experience | str) -> None:
-    for part in _parts(trainer, what):
-        hear = getattr(part, what, None)
-        if hear is not None:
-            hear(trainer, module, news)
-
-
-def _parts(trainer: pl.Trainer, what: str) -> Iterator[Any]:
     def order(part: Any) -> tuple[bool, int]:
         phase = int(getattr(part, "boundary_phase", BoundaryPhase.LEARN))
         # what measures is first at a start: the experience before may not be measured yet, and others change or forget
         return what == "on_experience_start" and phase < BoundaryPhase.EVALUATE, phase
 
-    parts: list[Any] = [trainer.strategy, *callbacks_of(trainer)]
-    return iter(sorted(parts, key=order))
+    parts = [part for part in (trainer.strategy, *callbacks_of(trainer)) if getattr(part, what, None) is not None]
+    for part in sorted(parts, key=order):
+        getattr(part, what)(trainer, module, news)

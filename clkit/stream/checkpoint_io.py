@@ -18,25 +18,21 @@ __all__ = ["WholeCheckpointIO", "protect_checkpoints", "read_run"]
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's way of saving checkpoints, with the same files, made safe against bad files and full disks.
 
-    * Saving: Lightning writes a checkpoint in the folder for temporary files and moves it. Where that is another disk,
-      the move is a copy into the old file, and a full disk or a kill leaves neither the old checkpoint nor the new.
-      Here it is written in the checkpoint's own folder.
-    * Loading: tensors and plain values only, unless ``weights_only=False`` is asked for, with the checksums of the
-      file compared, which torch does not do.
-
-    Paths that are no local files are left to Lightning, with ``weights_only=True`` as the default.
+    A checkpoint is written in its own folder and moved in one step, so that a full disk or a kill leaves the old one.
+    Loading gives tensors and plain values only, unless ``weights_only=False`` is asked for, and compares the checksums
+    of the file. Paths that are no local files are left to Lightning, with ``weights_only=True`` as the default.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint beside the file of that name, and moves it there in one step.
+        """Write a checkpoint beside the file of that name, and move it there in one step.
 
         Raises:
             WriteError: If it cannot be written; the file of that name from before is unchanged.
         """
-        if storage_options is not None or not _is_local(path):
+        if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        write_checkpoint(checkpoint, path)
+        else:
+            write_checkpoint(checkpoint, path)
 
     def load_checkpoint(
         self,
@@ -44,25 +40,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            StateError: If it is damaged, is no checkpoint of a Lightning run, or holds objects other than tensors and
-                plain values.
-        """
+        """Read a checkpoint, as :func:`read_run` does; a file that does not exist is a ``FileNotFoundError``."""
         whole = weights_only is not False
-        if not _is_local(path) or not Path(path).exists():
+        if "://" in str(path) or not Path(path).exists():
             found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=whole)
             return found
         return read_run(path, map_location=map_location, weights_only=whole)
 
 
 def read_run(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """Return a checkpoint of a Lightning run, with its main parts in their place.
+    """Return a checkpoint that a trainer saved, with its main parts in their place.
 
     Args:
-        path: A file that a trainer saved.
+        path: The file.
         map_location: Where tensors go, as :func:`torch.load` takes it.
         weights_only: ``False`` trusts the file, whose objects may then execute anything.
 
@@ -74,8 +64,9 @@ def read_run(path: str | Path, *, map_location: Any = "cpu", weights_only: bool 
     checkpoint = read_checkpoint(path, map_location=map_location, weights_only=weights_only)
     for name, kind in (("pytorch-lightning_version", str), ("state_dict", dict)):
         if not isinstance(checkpoint.get(name), kind):
+            seen = ", ".join(repr(str(key)) for key in list(checkpoint)[:5]) + ", …" * (len(checkpoint) > 5)
             raise StateError(
-                f"{path} is no checkpoint of a Lightning run: it has no {name!r}, but {_shortened(checkpoint)}; "
+                f"{path} is no checkpoint of a Lightning run: it has no {name!r}, but {seen}; "
                 "ckpt_path takes what a trainer saved, not weights alone"
             )
     for name in ("callbacks", "loops", "hyper_parameters"):
@@ -85,23 +76,6 @@ def read_run(path: str | Path, *, map_location: Any = "cpu", weights_only: bool 
 
 
 def protect_checkpoints(strategy: Strategy) -> None:
-    """Has a strategy use :class:`WholeCheckpointIO`, unless the user gave it another way of saving.
-
-    Example:
-        >>> from lightning.pytorch.strategies import SingleDeviceStrategy
-        >>> strategy = SingleDeviceStrategy()
-        >>> protect_checkpoints(strategy)
-        >>> type(strategy.checkpoint_io).__name__
-        'WholeCheckpointIO'
-    """
+    """Have a strategy use :class:`WholeCheckpointIO`, unless the user gave it another way of saving."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = WholeCheckpointIO()
-
-
-def _is_local(path: str | Path) -> bool:
-    return "://" not in str(path)
-
-
-def _shortened(checkpoint: dict[str, Any], shown: int = 5) -> str:
-    keys = [str(key) for key in checkpoint]
-    return ", ".join(map(repr, keys[:shown])) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")

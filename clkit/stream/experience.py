@@ -1,7 +1,4 @@
-"""What a stream is made of: one :class:`Experience` after the other.
-
-Data modules make experiences, callbacks and strategies read them, and neither needs to import the other.
-"""
+"""What a stream is made of: one :class:`Experience` after the other."""
 
 from __future__ import annotations
 
@@ -22,8 +19,7 @@ class Experience:
         name: What a person reads in tables and progress bars, e.g. ``"classes 0-1"``.
         phase: ``"learn"``, or ``"warmup"`` while a strategy still trains the backbone by gradient on the first
             experience; heads ignore batches of a warm-up.
-        classes: Sorted class ids, as the user numbers them, of the training part. Empty where nobody can know them
-            beforehand (plain loaders).
+        classes: Sorted class ids, as the user numbers them, of the training part; empty for plain loaders.
         train_samples: Number of training samples, or ``None`` where it is not known beforehand.
         eval_samples: Number of evaluation samples, or ``None`` where it is not known beforehand.
 
@@ -56,20 +52,10 @@ def experience_state(experience: Experience | None) -> dict[str, Any] | None:
 
 
 def saved_experience(state: Any, name: str, owner: str) -> Experience | None:
-    """Return the experience that stands in a saved state.
-
-    Args:
-        state: The saved state.
-        name: The entry, as :func:`experience_state` gave it.
-        owner: Whose state it is, for the message.
+    """Return the experience in the entry ``name`` of a saved state of ``owner``, as :func:`experience_state` gave it.
 
     Raises:
         StateError: If it is none.
-
-    Example:
-        >>> state = {"pending": experience_state(Experience(index=0, name="first", classes=(1, 2)))}
-        >>> saved_experience(state, "pending", "the evaluation").classes
-        (1, 2)
     """
     entry = saved_entry(state, name, object, owner)
     saved = None if entry is None else read_state(entry, _FIELDS, f"{owner}: {name}")

@@ -1,15 +1,12 @@
 """Where a run stands, saved once a checkpoint, so that a run that goes on from it loses and repeats nothing.
 
-Lightning's own checkpoint lacks four things: the position in the stream, the global random states, gradients that wait
-for further batches (``accumulate_grad_batches``), and a fit loop that is either in the middle of an epoch or past it.
-The first three stand under one key of the checkpoint, whichever part of clkit comes first to save; the loop's saved
-progress is corrected when it is loaded.
+Position in the stream, global random states and gradients that wait for further batches stand under one key of the
+checkpoint, whichever part of clkit comes first to save; the fit loop's progress is corrected when it is loaded.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,101 +18,78 @@ from torch import Tensor
 
 from clkit.distributed import gather_objects
 from clkit.errors import StateError
-from clkit.schema import STREAM, check_format, saved_entry, saved_list
+from clkit.schema import STREAM, Instance, Many, OneOf, Table, read_entries, read_state, saved_entry
 from clkit.stream._lightning import accumulates, datamodule_of, in_step
 from clkit.stream.boundaries import Boundaries
 
-__all__ = [
-    "begin",
-    "capture_random_state",
-    "check_random_state",
-    "load",
-    "make_loops_whole",
-    "restore_random_state",
-    "save",
-]
+__all__ = ["begin", "capture_random_state", "load", "restore_random_state", "save"]
 
 FORMAT = 1
 
 _OWNER = "the saved place in the stream"
+_TABLE: Table = {
+    "format": OneOf((FORMAT,)),
+    "experience": Instance(object),
+    "running": Instance(bool),
+    "over": Instance(bool),
+    "random": Many(Instance(dict)),
+    "gradients": Instance(list | None),
+}
 _LOOPS = "the checkpoint's loops, which are not those of a Lightning release that clkit knows"
 
 
-@dataclass
-class _Waiting:
-    """What a loaded checkpoint holds for the moment at which training begins; one entry a process."""
-
-    random: list[dict[str, Any]]
-    gradients: list[dict[str, Tensor]]
-    lost: bool  # whether gradients waited when it was saved, and are not in it
-
-
-_waiting: WeakKeyDictionary[pl.Trainer, _Waiting] = WeakKeyDictionary()
+# what a loaded checkpoint holds for the moment at which training begins
+_waiting: WeakKeyDictionary[pl.Trainer, dict[str, Any]] = WeakKeyDictionary()
 
 
 def save(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Add where the run stands to a checkpoint; a call on all processes, of which only the first does anything.
-
-    Args:
-        trainer: The trainer that saves.
-        checkpoint: Its dictionary, changed in place.
-    """
+    """Add where the run stands to a checkpoint, once; a call on all processes."""
     if STREAM in checkpoint:
         return
     boundaries = Boundaries.of(trainer)
     checkpoint[STREAM] = {
         "format": FORMAT,
         **boundaries.state_dict(),
-        "over": trainer.state.fn == "fit" and boundaries.is_over(trainer),
+        "over": boundaries.running and trainer.state.fn == "fit" and boundaries.is_over(trainer),
         "random": gather_objects(capture_random_state(), "their random states"),
         "gradients": _waiting_gradients(trainer),
     }
 
 
 def load(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Take the place in the stream from a checkpoint and correct its loops; a second call changes nothing.
-
-    Args:
-        trainer: The trainer that loads.
-        checkpoint: Its dictionary; ``checkpoint["loops"]`` is changed in place.
+    """Take the place in the stream from a checkpoint and correct its loops in place; a second call changes nothing.
 
     Raises:
         StateError: If the saved state is damaged; nothing is changed then.
     """
-    make_loops_whole(trainer, checkpoint)
+    _make_loops_whole(trainer, checkpoint)
     state = checkpoint.get(STREAM)
-    if state is not None:
-        check_format(state, FORMAT, _OWNER)
-        over = saved_entry(state, "over", bool, _OWNER)
-        states = saved_list(state, "random", dict, _OWNER)
-        for each in states:
-            check_random_state(each)
-        gradients = saved_entry(state, "gradients", list | None, _OWNER)
-        for own in [] if gradients is None else saved_list(state, "gradients", dict, _OWNER):
-            for name in own:
-                saved_entry(own, name, Tensor, _OWNER)
-        Boundaries.of(trainer).load_state_dict(state, over=over)
-        if trainer.state.fn == "fit":
-            _waiting[trainer] = _Waiting(states, gradients or [], lost=gradients == [])
+    if state is None:
+        return
+    saved = read_state(state, _TABLE, _OWNER)
+    for each in saved["random"]:
+        _check_random_state(each)
+    for own in saved["gradients"] or []:
+        read_state(own, {name: Instance(Tensor) for name in read_entries(own, _OWNER)}, _OWNER)
+    Boundaries.of(trainer).load_state_dict(state, over=saved["over"])
+    if trainer.state.fn == "fit":
+        _waiting[trainer] = saved
 
 
 def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Begin training: random states and gradients of a loaded checkpoint are taken up, lost hooks are made up for.
-
-    Args:
-        trainer: The trainer, in ``on_train_start``.
-        module: The user's module.
+    """Take up random states and gradients of a loaded checkpoint, and make up for lost hooks, in ``on_train_start``.
 
     Raises:
         StateError: If saved gradients do not belong to the module.
     """
     waiting = _waiting.pop(trainer, None)
     if waiting is not None:
-        if len(waiting.random) == trainer.world_size:
-            restore_random_state(waiting.random[trainer.global_rank])
-        if len(waiting.gradients) == trainer.world_size:
-            _restore_gradients(module, waiting.gradients[trainer.global_rank])
-        if waiting.lost:
+        states, gradients = waiting["random"], waiting["gradients"]  # one entry a process
+        if len(states) == trainer.world_size:
+            restore_random_state(states[trainer.global_rank])
+        if gradients and len(gradients) == trainer.world_size:
+            _restore_gradients(module, gradients[trainer.global_rank])
+        if gradients == []:  # they waited when it was saved, and are not in it
             rank_zero_warn(
                 "the checkpoint was saved in the middle of a step, while gradients of earlier batches waited for it "
                 f"(accumulate_grad_batches={trainer.accumulate_grad_batches}): the next step of the optimizer is "
@@ -140,70 +114,48 @@ def capture_random_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     # the legacy global generator is what users' code draws from when it calls np.random.rand
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  users draw from it
+    words_of_numpy = torch.from_numpy(np.asarray(keys).astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
-        "numpy": [
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [str(name), words_of_numpy, int(position), int(has_gauss), float(cached)],
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Take up what :func:`capture_random_state` gave."""
-    torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(_python_state(state))
-    np.random.set_state(_numpy_state(state))  # noqa: NPY002  users' code draws from the legacy generator
+    _set_states(state, torch.default_generator, random, np.random)
 
 
-def check_random_state(state: dict[str, Any]) -> None:
-    """Refuses what :func:`capture_random_state` never gave, by trying it on generators that nobody uses.
-
-    Raises:
-        StateError: If it is none; no generator of the process is touched.
-
-    Example:
-        >>> check_random_state(capture_random_state())
-    """
+def _check_random_state(state: dict[str, Any]) -> None:
+    """Refuse what :func:`capture_random_state` never gave, by trying it on generators that nobody uses."""
     try:
-        torch.Generator().set_state(state["torch"])
         if not all(isinstance(each, torch.Tensor) and each.dtype == torch.uint8 for each in state["cuda"]):
             raise TypeError("states of CUDA devices must be tensors of bytes")
-        random.Random().setstate(_python_state(state))
-        np.random.RandomState().set_state(_numpy_state(state))
+        _set_states(state, torch.Generator(), random.Random(), np.random.RandomState())
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise StateError(f"the saved random state cannot be taken up ({error}): the file is damaged") from error
 
 
-def _python_state(state: dict[str, Any]) -> tuple[Any, ...]:
+def _set_states(state: dict[str, Any], of_torch: torch.Generator, of_python: Any, of_numpy: Any) -> None:
+    of_torch.set_state(state["torch"])
     version, words, gauss = state["python"]
-    return version, tuple(words.tolist()), gauss
-
-
-def _numpy_state(state: dict[str, Any]) -> tuple[Any, ...]:
+    of_python.setstate((version, tuple(words.tolist()), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    return name, keys.numpy().astype(np.uint32), position, has_gauss, cached
+    of_numpy.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
 
 
 # ---- gradients that wait for further batches
 
 
 def _waiting_gradients(trainer: pl.Trainer) -> list[dict[str, Tensor]] | None:
-    """Gather the gradients of each process; ``None`` where nothing waits.
-
-    Inside a step there are none to keep: they may have a part of the batch in work, which comes again. The list is
-    empty then, which says that they are lost.
-    """
+    """Gather the gradients of each process; ``None`` where nothing waits, an empty list where they are lost."""
     if trainer.state.fn != "fit" or not accumulates(trainer):
         return None
-    if in_step(trainer):
+    if in_step(trainer):  # they may have a part of the batch in work, which comes again
         return []
     own = {
         name: parameter.grad.detach().cpu()
@@ -217,45 +169,34 @@ def _restore_gradients(module: pl.LightningModule, own: dict[str, Tensor]) -> No
     parameters = dict(module.named_parameters())
     for name, gradient in own.items():
         if name not in parameters or parameters[name].shape != gradient.shape:
-            raise StateError(
-                f"the gradients of an accumulation: the module has no parameter {name!r} of shape "
-                f"{tuple(gradient.shape)}"
-            )
-    with torch.no_grad():
-        for name, gradient in own.items():
-            parameter = parameters[name]
-            parameter.grad = gradient.to(parameter.device, parameter.dtype, copy=True)
+            shape = tuple(gradient.shape)
+            raise StateError(f"the gradients of an accumulation: the module has no parameter {name!r} of shape {shape}")
+    for name, gradient in own.items():
+        parameter = parameters[name]
+        parameter.grad = gradient.to(parameter.device, parameter.dtype, copy=True)
 
 
 # ---- the loops
 
 
-def make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Rewrites the saved progress of the fit loop so that a resume loses and repeats nothing.
+def _make_loops_whole(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Rewrite the saved progress of the fit loop in place so that a resume loses and repeats nothing.
 
     Lightning saves a checkpoint while an epoch is neither running nor over: on its last batch, inside the validation
     after it, or where ``max_steps`` cut it. Resumed as it stands, such a checkpoint skips batches of the next epoch
     when that is longer, or counts a cut epoch as done. Here the progress is brought to the nearest state that Lightning
     resumes exactly: "the epoch is over" or "in the middle of the epoch". Applying it twice changes nothing.
-
-    Args:
-        trainer: The trainer that loads the checkpoint.
-        checkpoint: The checkpoint's dictionary; ``checkpoint["loops"]`` is changed in place.
-
-    Raises:
-        StateError: If the saved loops do not have the form that Lightning 2.6 writes.
     """
     loops = checkpoint.get("loops")
     if not loops:  # a weights-only file has no loops
         return
+    parts = ("epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress", "epoch_progress")
     fit = saved_entry(loops, "fit_loop", dict, _LOOPS)
-    batch = saved_entry(fit, "epoch_loop.batch_progress", dict, _LOOPS)
-    validation = _saved_progress(saved_entry(fit, "epoch_loop.val_loop.batch_progress", dict, _LOOPS), "current")
-    both = saved_entry(fit, "epoch_progress", dict, _LOOPS)
+    batch, validations, both = (saved_entry(fit, name, dict, _LOOPS) for name in parts)
+    validation = _saved_progress(validations, "current")
     epochs = [_saved_progress(both, "current"), _saved_progress(both, "total")]
-    inner = saved_entry(fit, "epoch_loop.state_dict", dict, _LOOPS)
     current, total = _saved_progress(batch, "current"), _saved_progress(batch, "total")
-    loader_states = saved_entry(fit, "state_dict", dict, _LOOPS)
+    inner, loader_states = (saved_entry(fit, name, dict, _LOOPS) for name in ("epoch_loop.state_dict", "state_dict"))
     saved_entry(batch, "is_last_batch", bool, _LOOPS)
     saved_entry(inner, "_batches_that_stepped", int, _LOOPS)
     epoch = epochs[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, StreamProgressBar
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
 from clkit.strategies import (
@@ -125,7 +125,14 @@ def clkit_entries() -> list[Entry]:
         head("NearestMeanHead-cosine", make=partial(NearestMeanHead, metric="cosine")),
         head("LDAHead", make=LDAHead, tolerance=1e-11),
         callback("AEFOCL", make=AEFOCL),
-        callback("AEFOCL-lift", make=partial(AEFOCL, expansion_dim=20, balance="none", name="lift")),
+        callback(
+            "AEFOCL-lift",
+            make=partial(AEFOCL, lift=Lift(20), balance="none", name="lift"),
+            yaml={
+                "class_path": "clkit.callbacks.AEFOCL",
+                "init_args": {"lift": {"expansion_dim": 20}, "balance": "none", "name": "lift"},
+            },
+        ),
         callback("AEFOCL-reweight", make=partial(AEFOCL, balance="reweight", name="reweight")),
         callback(
             "AEFOCL-recursive",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, PseudoFeatures, StreamEvaluation
 from clkit.errors import ArgumentError, BatchError, ClkitError, TapError
 from clkit.models import TimmClassifier
 from clkit.strategies import GradientFreeStrategy
@@ -154,16 +154,17 @@ def test_unusual_batches_are_read_by_the_users_own_reader(make_trainer: Make) ->
         (lambda: AEFOCL(gamma=float("nan")), r"gamma .*got nan"),
         (lambda: AEFOCL(balance="smote"), r"balance must be one of .*'pfg'.*got 'smote'"),
         (lambda: AEFOCL(solver="magic"), r"solver must be one of .*got 'magic'"),
-        (lambda: AEFOCL(expansion_dim=0), r"expansion_dim must be an integer of at least 1, got 0"),
-        (lambda: AEFOCL(10.0, 5.5), r"expansion_dim .*got 5.5"),
-        (lambda: AEFOCL(noise=-0.1), r"noise .*got -0.1"),
-        (lambda: AEFOCL(activation="gelu"), r"activation .*got 'gelu'"),
-        (lambda: AEFOCL(balance="expected", expansion_dim=10), r"expected.*expansion_dim"),
+        (lambda: AEFOCL(lift=Lift(0)), r"expansion_dim must be an integer of at least 1, got 0"),
+        (lambda: AEFOCL(10.0, Lift(5.5)), r"expansion_dim .*got 5.5"),
+        (lambda: AEFOCL(10.0, 500), r"lift must be a Lift or None, got 500; write lift=Lift"),
+        (lambda: AEFOCL(pseudo_features=PseudoFeatures(noise=-0.1)), r"noise .*got -0.1"),
+        (lambda: AEFOCL(lift=Lift(8, activation="gelu")), r"activation .*got 'gelu'"),
+        (lambda: AEFOCL(balance="expected", lift=Lift(10)), r"expected.*expansion_dim"),
         (lambda: AEFOCL(max_classes=0), r"max_classes .*got 0"),
         (lambda: NMC("manhattan"), r"metric must be one of 'janson', 'euclidean', 'icarl', 'cosine', got 'manhattan'"),
         (lambda: LDA(shrinkage=1.5), r"shrinkage .*1.5"),
-        (lambda: NMC(forward="train"), r"forward must be 'auto', 'shared' or 'eval', got 'train'"),
-        (lambda: NMC(graft="always"), r"graft must be 'never', 'experience_end' or 'fit_end', got 'always'"),
+        (lambda: NMC(forward="train"), r"forward must be one of 'auto', 'shared', 'eval', got 'train'"),
+        (lambda: NMC(graft="always"), r"graft must be one of 'never', 'experience_end', 'fit_end', got 'always'"),
     ],
 )
 def test_a_wrong_argument_is_an_error_before_any_training(make: Callable[[], Any], message: str) -> None:

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation, ungraft
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation, ungraft
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ConfigurationError
 from clkit.models import TimmClassifier
@@ -53,7 +53,7 @@ def network(kind: str, lit_small: Make) -> Any:
 
 HEADS: dict[str, Callable[..., Any]] = {
     "ridge": lambda **o: AEFOCL(balance="none", name="head", **o),
-    "lift": lambda **o: AEFOCL(0.1, 80, balance="none", name="head", **o),
+    "lift": lambda **o: AEFOCL(0.1, Lift(80), balance="none", name="head", **o),
     "janson": lambda **o: NMC(name="head", **o),
     "euclidean": lambda **o: NMC("euclidean", name="head", **o),
     "lda": lambda **o: LDA(name="head", **o),

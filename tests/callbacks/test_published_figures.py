@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 from torch.utils.data import TensorDataset
 
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, PseudoFeatures, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, LongTailed, Scenario, Source, StreamDataModule
 from clkit.models import TimmClassifier
 
@@ -136,7 +136,7 @@ def test_long_tailed_digits_give_the_published_mean_class_accuracies(make_traine
         AEFOCL(balance="reweight", name="reweight"),
         NMC(metric="euclidean", name="euclidean"),
         NMC(metric="janson", name="janson"),
-        *(AEFOCL(pfg_seed=seed, name=f"pfg{seed}") for seed in range(20)),
+        *(AEFOCL(pseudo_features=PseudoFeatures(pfg_seed=seed), name=f"pfg{seed}") for seed in range(20)),
     ]
     evaluation = run(make_trainer, ClassIncremental(experiences=5), heads, source)
     assert heads[0].head.counts.tolist() == LONG_TAILED_COUNTS

@@ -158,15 +158,15 @@ class Inner(nn.Module):
 def test_kept_features_are_compared_with_fresh_ones_in_each_evaluation() -> None:
     module = pl.LightningModule()
     module.net = Inner().eval()
-    batches = {(0, 8, 0, 7): torch.randn(8, 3), (1, 8, 8, 15): torch.randn(8, 3)}
+    batches = {(0, range(8)): torch.randn(8, 3), (1, range(8, 16)): torch.randn(8, 3)}
     kept = KeptFeatures(2**20)
     tap = FeatureTap(module)
 
     def evaluated() -> list[Tensor]:
         outputs = []
         kept.begin(module, tap)
-        for key, images in batches.items():
-            kept.before_batch(key)
+        for (experience, rows), images in batches.items():
+            kept.before_batch(experience, rows)
             with torch.no_grad():
                 outputs.append(module.net(images))
             kept.after_batch()
