@@ -3,25 +3,20 @@
 Whatever comes in, the answer is an error of clkit's own (on the command line: one line and status 2), nothing in a file
 is executed, and what was there before is still there.
 
-Run as a program, ``test_bad_files.py FOLDER WAY ...``, this file is the driver of two ranks of which one dies.
+Run as a program, ``test_bad_files.py FOLDER WAY``, this file is what two ranks run of which one dies.
 """
 
 from __future__ import annotations
 
 import copy
 import io
-import json
-import logging
 import os
 import pickle
 import random
 import re
 import resource
 import signal
-import socket
-import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,15 +34,16 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from PIL import Image
+from small_runs import quiet_trainer
 from torch import Tensor, nn
+from two_ranks import drive, driven
 
 import clkit
 from clkit.callbacks import NMC, StreamEvaluation
 from clkit.cli.main import main
 from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModule
-from clkit.distributed import gather_objects
-from clkit.errors import ArgumentError, ClkitError, DataError, ProcessLostError, StateError, WriteError
-from clkit.files import atomic_write, read_checkpoint, write_checkpoint
+from clkit.errors import ArgumentError, DataError, StateError, WriteError
+from clkit.files import atomic_write, read_checkpoint
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
 from clkit.models import TimmClassifier
 from clkit.report.figures import draw_figures
@@ -87,9 +83,7 @@ def callbacks() -> list[Any]:
 
 
 def make(folder: Path, **options: Any) -> pl.Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    options = {"enable_checkpointing": False, "callbacks": callbacks(), "strategy": "gradient_free", **options}
-    return pl.Trainer(accelerator="cpu", devices=1, max_epochs=-1, default_root_dir=str(folder), **quiet, **options)
+    return quiet_trainer(folder, **{"callbacks": callbacks(), "strategy": "gradient_free", **options})
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +221,13 @@ def _zip(files: dict[str, bytes]) -> bytes:
 def test_a_file_that_is_no_checkpoint_is_refused(
     kind: str, every: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    marker, path = tmp_path / "executed", tmp_path / "bad.ckpt"
+    """The ways in differ in who reads the file, not in how: by all for some kinds."""
+    marker, path, number = tmp_path / "executed", tmp_path / "bad.ckpt", list(BROKEN).index(kind)
     path.write_bytes(BROKEN[kind](run.read_bytes(), marker))
     with pytest.raises(StateError, match=r"bad\.ckpt"):
         clkit.load_head(path, "nmc")
-    refuse(path, r"bad\.ckpt", run, capsys, number=list(BROKEN).index(kind), every=every)
+    if every or number % 3 == 0:
+        refuse(path, r"bad\.ckpt", run, capsys, number=number // 3, every=every)
     assert not marker.exists()
 
 
@@ -317,7 +313,6 @@ def test_a_part_of_another_kind_is_named(
             {"num_classes": 12, "model_kwargs": {"in_features": 64}},
             r"mismatch for network.fc.weight: shape \[10, 64\] from checkpoint, and here \[12, 64\] \(and 1 more\)",
         ),
-        ({"num_classes": 10, "model_kwargs": {"in_features": 32}}, r"network.fc.weight: .*\[10, 32\]"),
         ({"backbone": "test_vit", "num_classes": 10, "model_kwargs": {}}, r"Missing key.*network.cls_token"),
         ({"num_classes": 0, "model_kwargs": {}}, r"Unexpected key.*network.fc.weight"),
     ],
@@ -593,15 +588,6 @@ def test_odd_values_in_a_callbacks_state_never_give_another_error(key: str, run:
     assert refused > 0.8 * len(places) * len(ODD)
 
 
-def test_a_refused_state_leaves_a_callback_alone(run: Path) -> None:
-    state = torch.load(run, weights_only=True)["callbacks"]["NMC(nmc)"]
-    callback = NMC()
-    with pytest.raises(StateError):
-        callback.load_state_dict(replaced(state, ("head", "statistics.sums"), None))
-    assert callback._head is None
-    assert callback.state_dict()["batches"] == 0
-
-
 def test_odd_values_in_the_place_of_a_run_never_give_another_error(run: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(run, weights_only=True)
     trainer, untouched = make(tmp_path), bits(resume.capture_random_state())
@@ -682,23 +668,15 @@ def test_a_flipped_byte_gives_the_same_head_or_an_error(data: st.DataObject, sma
     path, whole, before = small
     at = data.draw(st.integers(0, len(whole) - 1))
     value = data.draw(st.integers(0, 255))
-    path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+    keep = data.draw(st.sampled_from([len(whole), len(whole), at]))  # now and then cut it there
+    path.write_bytes((whole[:at] + bytes([value]) + whole[at + 1 :])[:keep])
     try:
         head = clkit.load_head(path, "x")
     except StateError:
-        assert value != whole[at]
+        assert value != whole[at] or keep == at
     else:
+        assert keep > at
         assert bits(head.state_dict()) == before
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(share=st.floats(0, 0.999))
-def test_a_cut_file_is_an_error(share: float, small: tuple[Path, bytes, bytes]) -> None:
-    path, whole, _ = small
-    path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(StateError):
-        clkit.load_head(path, "x")
 
 
 def test_an_entry_marked_as_a_folder_is_refused(small: tuple[Path, bytes, bytes]) -> None:
@@ -751,20 +729,13 @@ def _spoilt(value: float, dtype: Any = np.float64) -> Any:
 FEATURES: dict[str, tuple[dict[str, Any], str]] = {
     "objects": ({"f_train": np.array([{}, 1, 2, 3, 4, 5], dtype=object)}, "Python objects, which are never unpickled"),
     "object names": ({"class_names": np.array(["a", None])}, "Python objects"),
-    "no features": ({"f_train": None}, "it has no f_train"),
-    "no targets": ({"y_test": None}, "it has no y_test"),
-    "lengths": ({"y_train": np.zeros(5, int)}, "y_train has 5 entries for 6 rows of f_train"),
     "NaN": ({"f_train": _spoilt(np.nan)}, r"f_train has values that are not finite .*in 1 of 6 rows, .*row 4"),
     "inf": ({"f_test": np.full((4, 4), np.inf, np.float16)}, r"f_test has values that are not finite .*in 4 of 4"),
     "too large": ({"f_train": _spoilt(1e300)}, r"not finite \(or beyond float32\) in 1 of 6 rows"),
-    "fractional labels": ({"y_train": np.zeros(6)}, "y_train is float64 .*expected integers"),
     "truth": ({"y_train": np.zeros(6, bool)}, "y_train is bool"),
-    "too negative": ({"y_train": np.full(6, -2)}, "y_train holds -2"),
     "too large a label": ({"y_train": np.full(6, 2**64 - 1, np.uint64)}, "y_train holds 18446744073709551615"),
     "one number": ({"f_train": np.float64(1)}, "f_train is a single value"),
-    "whole numbers": ({"f_train": np.zeros((6, 4), int)}, "f_train is int64"),
-    "a vector": ({"f_train": np.zeros(6)}, "expected floating point"),
-}
+}  # what has another form is in data/test_sources.py
 
 
 @pytest.mark.parametrize("case", FEATURES)
@@ -775,7 +746,7 @@ def test_feature_files_that_do_not_fit(
     path = _npz(tmp_path / "bad.npz", **features(**changes))
     with pytest.raises(DataError, match=said):
         NpzFeatures(str(path)).load(None)
-    if case in ("objects", "NaN"):
+    if case == "objects":
         config = str(run.with_name("run.yaml"))
         assert "bad.npz" in command(capsys, "fit", "--config", config, "--data.source", f"features:{path}")
 
@@ -815,14 +786,6 @@ def test_headers_that_lie(header: str, tmp_path: Path) -> None:
         NpzFeatures(str(path)).load(None)
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", _zip({"f.npy": b""}), pickle.dumps({"f": 1})])
-def test_no_npz_file_at_all(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "bad.npz"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"bad\.npz"):
-        NpzFeatures(str(path)).load(None)
-
-
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     path = tmp_path_factory.mktemp("npz") / "some.npz"
@@ -830,6 +793,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # which NumPy leaves open
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_byte_gives_the_same_data_or_an_error(data: st.DataObject, archive: tuple[Path, bytes]) -> None:
@@ -867,9 +831,7 @@ def _pictures(files: list[bytes], **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "offsets",
     [
-        np.array([0, 500, 300]),
         np.array([0, 500, 10**9]),
-        np.array([-5, 500, 700]),
         np.array([0.0, 500.0, 700.0]),
         np.array([0, 500, 2**64 - 1], dtype=np.uint64),
         np.array([], dtype=np.int64),
@@ -904,6 +866,7 @@ def test_a_damaged_image_is_named(run: Path, tmp_path: Path, capsys: pytest.Capt
     value=st.integers(0, 255),
     cut=st.booleans(),
 )
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_pictures_never_give_another_error(kind: str, place: float, value: int, cut: bool) -> None:
     from clkit.data.sources.npz import _JpegPart
 
@@ -958,13 +921,14 @@ def test_python_tags_in_settings_execute_nothing(
 ) -> None:
     marker, file = tmp_path / "executed", tmp_path / "bad.yaml"
     number = TAGS.index(tag)
-    for place in PLACES if every else [PLACES[number], PLACES[-1 - number]]:
+    for place in PLACES if every else [PLACES[number]]:
         file.write_text(place.format(tag=tag.format(marker=marker)) + "\n")
         said = command(capsys, "fit", "--config", str(file))
         assert said.startswith(f"{file} is no file of settings: could not determine a constructor for the tag"), said
     assert not marker.exists()
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*Importing '.*' is not allowed")
 def test_a_setting_that_is_no_class_of_the_kind_is_not_called(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -975,7 +939,7 @@ def test_a_setting_that_is_no_class_of_the_kind_is_not_called(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [b"\x00\x01\x02", b"model: [1, 2", b"\xff\xfe\xfa", b"just text", b"- 1\n- 2\n"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\xfa", b"model: [1, 2", b"- 1\n- 2\n"])
 def test_settings_that_are_no_yaml(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_bytes(content)
     assert "bad.yaml" in command(capsys, "fit", "--config", str(tmp_path / "bad.yaml"))
@@ -1006,7 +970,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(run: Path, tmp_path
             trainer.save_checkpoint(path)
         assert path.read_bytes() == before
         read_checkpoint(path)
-        with room_for(2000), pytest.raises(WriteError, match="nothing was left there"):
+        with room_for(2000), pytest.raises(OSError, match="nothing was left there"):
             trainer.save_checkpoint(tmp_path / "new.ckpt")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["auto.ckpt", "gradient_free.ckpt"]
 
@@ -1122,11 +1086,7 @@ def test_a_whole_file_appears_at_once_or_not_at_all(tmp_path: Path) -> None:
     assert folder.is_dir()
 
 
-def test_a_write_error_is_an_os_error_too(tmp_path: Path) -> None:
-    with room_for(100), pytest.raises(OSError, match="could not be written"):
-        write_checkpoint({"x": torch.zeros(1000)}, tmp_path / "x.ckpt")
-
-
+@pytest.mark.warns("it has learned nothing")
 def test_only_lightnings_own_way_of_saving_is_replaced(tmp_path: Path) -> None:
     class Own(TorchCheckpointIO):
         pass
@@ -1182,7 +1142,6 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
 
 WAYS = ["batch", "boundary", "validation", "collect", "write"]
 ORDINARY = ["boundary", "write"]  # the others take longer than the ordinary suite allows
-BOUND_S = 30.0
 
 
 class Die(pl.Callback):
@@ -1213,12 +1172,8 @@ class Die(pl.Callback):
         return {}
 
 
-def _rank(rank: int, port: int, folder: Path, way: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2"
-    )
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def lose(way: str, folder: Path) -> dict[str, Any]:
+    """How the other rank hears of it."""
     die = Die(way)
     if way == "write":
         rename = Path.replace
@@ -1229,95 +1184,28 @@ def _rank(rank: int, port: int, folder: Path, way: str) -> None:
 
         Path.replace = replace  # type: ignore[method-assign,assignment]
     saves = ModelCheckpoint(str(folder), filename="run", every_n_train_steps=2, enable_version_counter=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="gradient_free",
-        max_epochs=-1,
-        callbacks=[die, NMC(), StreamEvaluation(table=False, files=False), saves],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-    )
-    start = time.monotonic()
+    trainer = make(folder, devices=2, callbacks=[die, *callbacks(), saves], enable_checkpointing=True)
     try:
         trainer.fit(module(), datamodule=stream())
     except BaseException as error:
-        names = [each.__name__ for each in type(error).__mro__]
-        found = {"error": names, "message": str(error), "seconds": time.monotonic() - start}
-        (folder / f"rank{rank}.json").write_text(json.dumps(found))
-        os._exit(1)
-    os._exit(0)
-
-
-def drive(folder: Path, ways: list[str]) -> None:
-    for way in ways:
-        own = folder / way
-        own.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in (0, 1):
-            child = os.fork()
-            if child == 0:
-                _rank(rank, port, own, way)
-            children.append(child)
-        deadline = time.monotonic() + BOUND_S
-        codes: dict[int, int] = {}
-        while len(codes) < 2 and time.monotonic() < deadline:
-            for child in children:
-                if child not in codes and (done := os.waitpid(child, os.WNOHANG))[0]:
-                    codes[child] = os.waitstatus_to_exitcode(done[1])
-            time.sleep(0.02)
-        for child in children:
-            if child not in codes:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-        (own / "codes.json").write_text(json.dumps([codes.get(child, "hung") for child in children]))
-
-
-@pytest.fixture(scope="module")
-def deaths(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Lets a rank die in some way, together with the other ways of its group; gives the folder of the run."""
-    folder = tmp_path_factory.mktemp("deaths")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def die(way: str) -> Path:
-        if not (folder / way).exists():
-            group = ORDINARY if way in ORDINARY else [other for other in WAYS if other not in ORDINARY]
-            arguments = [sys.executable, __file__, str(folder), *group]
-            subprocess.run(arguments, check=True, env=environment, timeout=400)
-        return folder / way
-
-    return die
+        return {"error": [each.__name__ for each in type(error).__mro__], "message": str(error)}
+    return {}
 
 
 @pytest.mark.parametrize("way", [way if way in ORDINARY else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
-def test_a_rank_that_dies_ends_the_other(way: str, deaths: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = deaths(way)
+def test_a_rank_that_dies_ends_the_other(way: str, tmp_path: Path) -> None:
+    ends = driven(__file__, tmp_path, [way], lost=True)[way]
     dead, alive = (0, 1) if way == "write" else (1, 0)
-    codes = json.loads((folder / "codes.json").read_text())
-    assert codes[dead] == -signal.SIGKILL
-    assert codes[alive] == 1, codes
-    survivor = json.loads((folder / f"rank{alive}.json").read_text())
-    assert survivor["error"][0] == "ProcessLostError"
-    assert {"ClkitError", "RuntimeError"} <= set(survivor["error"])
-    assert "start all processes again from the last checkpoint" in survivor["message"]
+    assert ends[dead] == {}
+    assert ends[alive]["error"][0] == "ProcessLostError"
+    assert {"ClkitError", "RuntimeError"} <= set(ends[alive]["error"])
+    assert "start all processes again from the last checkpoint" in ends[alive]["message"]
     # the checkpoint from before is whole
-    checkpoint = read_checkpoint(folder / "run.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "run.ckpt")
     assert checkpoint["global_step"] >= 2
-    assert int(clkit.load_head(folder / "run.ckpt", "nmc").counts.sum()) > 0
-    make(tmp_path).validate(module(), datamodule=stream(), ckpt_path=str(folder / "run.ckpt"), verbose=False)
-
-
-def test_alone_nobody_is_lost() -> None:
-    assert gather_objects({"a": 1}, "a value") == [{"a": 1}]
-    assert issubclass(ProcessLostError, RuntimeError)
-    assert issubclass(WriteError, OSError)
-    assert issubclass(WriteError, ClkitError)
+    assert int(clkit.load_head(tmp_path / "run.ckpt", "nmc").counts.sum()) > 0
+    make(tmp_path).validate(module(), datamodule=stream(), ckpt_path=str(tmp_path / "run.ckpt"), verbose=False)
 
 
 if __name__ == "__main__":
-    drive(Path(sys.argv[1]), sys.argv[2:])
+    sys.exit(drive(lose))

@@ -191,7 +191,7 @@ def speed() -> ModuleType:
     return loaded(SCRIPT.with_name("onpro.py"))
 
 
-@pytest.mark.parametrize("rotation", ["rot16", "rot4", "none"])
+@pytest.mark.parametrize("rotation", [pytest.param("rot16", marks=pytest.mark.slow), "rot4", "none"])
 def test_a_step_and_its_transcription_compute_the_same(speed: ModuleType, rotation: str) -> None:
     speed.check_equal(speed.small_setting(), rotation)
 
@@ -273,6 +273,7 @@ def test_the_table_of_digits_marks_what_is_off_and_fails_for_a_missed_direction(
         assert capsys.readouterr().out.count("MISSED") >= 1
 
 
+@pytest.mark.slow
 def test_a_run_of_the_digits_benchmark_is_that_of_the_recipe(
     digits: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

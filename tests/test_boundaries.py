@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from sklearn.datasets import load_digits
+from small_runs import quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit import Experience
@@ -77,17 +78,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     matrices = {}
     for epochs in (1, 2):
         evaluation = StreamEvaluation(table=False, files=False)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[AEFOCL(balance="none"), NMC(), evaluation],
-            default_root_dir=str(tmp_path_factory.mktemp("reference")),
-        )
+        heads = [AEFOCL(balance="none"), NMC()]
+        trainer = quiet_trainer(tmp_path_factory.mktemp("reference"), callbacks=[*heads, evaluation])
         with says_twice(epochs):
             trainer.fit(module(), datamodule=stream(epochs_per_experience=epochs))
         matrices[epochs] = {name: value["accuracy_matrix"] for name, value in evaluation.results.items()}
@@ -108,8 +100,8 @@ def module(kind: type[TimmClassifier] = TimmClassifier) -> TimmClassifier:
 # ---- any order of the list
 
 
-# each of the four stands first, last and before and behind each other one
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
+# each of the four stands before and behind each other one
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
 def test_order_of_the_list_never_matters(make_trainer: Make, reference: Any, order: tuple[int, ...]) -> None:
     head = AEFOCL(balance="none")
     listener, evaluation = Listener(head), StreamEvaluation(table=False, files=False)
@@ -133,11 +125,10 @@ class Part(StreamCallback):
         self.log_of.append(("end", experience.index, self.boundary_phase))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_phases_are_kept_for_any_order(make_trainer: Make, seed: int) -> None:
+def test_phases_are_kept_for_any_order(make_trainer: Make) -> None:
     log: list[Any] = []
     parts = [Part(phase, log) for phase in BoundaryPhase]
-    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0)).tolist()
     make_trainer(callbacks=[parts[i] for i in order]).fit(module(), datamodule=stream())
     ends = sorted(BoundaryPhase)
     starts = [BoundaryPhase.EVALUATE, *ends[:-1]]  # what is still to be measured belongs to the experience before
@@ -165,12 +156,8 @@ def test_a_plain_callback_hears_in_the_learning_phase(make_trainer: Make) -> Non
 # ---- any setting of the trainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "no sanity check": {"num_sanity_val_steps": 0},
-    "whole sanity check": {"num_sanity_val_steps": -1},
     "no validation step": {},
     "half an epoch": {"val_check_interval": 0.5},
-    "a third of an epoch": {"val_check_interval": 0.3},
-    "every second epoch": {"check_val_every_n_epoch": 2},
     "every third epoch": {"check_val_every_n_epoch": 3},
     "by batches": {"check_val_every_n_epoch": None, "val_check_interval": 7},
 }
@@ -211,16 +198,6 @@ def test_limited_validation_counts_what_it_saw_of_each_experience(make_trainer: 
         len(rows) for _, rows in data.evaluation_loader(2).batches[:2]
     )
     assert evaluation.results["nmc"]["accuracy_seen"][2] is None
-
-
-def test_limited_training_batches_end_every_experience(make_trainer: Make) -> None:
-    head = NMC()
-    listener = Listener(head)
-    make_trainer(callbacks=[head, listener], limit_train_batches=2).fit(module(), datamodule=stream(batch_size=10))
-    assert [event[:2] for event in listener.events] == [(w, i) for i in range(3) for w in ("start", "end")]
-    batches = [event[3] for event in listener.events if event[0] == "end"]
-    assert len(set(batches)) == 3
-    assert batches[-1] <= 60
 
 
 def test_a_run_cut_by_max_steps_inside_an_experience_announces_no_end(make_trainer: Make) -> None:

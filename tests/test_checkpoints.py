@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
+from small_runs import quiet_trainer
 from torch import Tensor, nn
 
 import clkit
 from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, StateError
-from clkit.files import read_checkpoint
-from clkit.methods import NearestMeanHead
 from clkit.models import TimmClassifier
 from clkit.testing._compare import changed, leaves
 
@@ -114,15 +113,7 @@ class Run:
 def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """An uninterrupted run that saved after every step."""
     folder = tmp_path_factory.mktemp("straight")
-    return request.param, folder, Run(_trainer(folder), request.param, save=folder)
-
-
-def _trainer(folder: Path) -> Make:
-    def make(**options: Any) -> pl.Trainer:
-        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        return pl.Trainer(accelerator="cpu", devices=1, max_epochs=-1, default_root_dir=str(folder), **quiet, **options)
-
-    return make
+    return request.param, folder, Run(partial(quiet_trainer, folder), request.param, save=folder)
 
 
 # ---- resume
@@ -220,51 +211,6 @@ def test_load_head_names_what_there_is(straight: tuple[str, Path, Any], tmp_path
         clkit.load_head("nowhere.ckpt", "nmc")
 
 
-def test_a_damaged_file_is_named(straight: tuple[str, Path, Any], tmp_path: Path) -> None:
-    whole = (straight[1] / "step=30.ckpt").read_bytes()
-    path = tmp_path / "half.ckpt"
-    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
-        path.write_bytes(content)
-        with pytest.raises(StateError, match=r"half.ckpt cannot be read"):
-            read_checkpoint(path)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_flipped_bytes_never_give_another_error(tmp_path: Path) -> None:
-    head = NearestMeanHead(3)
-    head.update(torch.rand(4, 3), torch.tensor([0, 1, 2, 2]))
-    path = tmp_path / "flipped.ckpt"
-    torch.save({"callbacks": {"NMC(nmc)": {"head": dict(head.state_dict())}}}, path)
-    whole = path.read_bytes()
-    draw = random.Random(0)
-    refused = 0
-    for _ in range(300):
-        flipped = bytearray(whole)
-        for _ in range(draw.choice([1, 3, 20])):
-            flipped[draw.randrange(len(whole))] = draw.randrange(256)
-        path.write_bytes(flipped)
-        try:
-            read_checkpoint(path)
-        except StateError:
-            refused += 1
-    assert refused > 100
-
-
-class Payload:
-    """Would run code if it were unpickled."""
-
-    def __reduce__(self) -> Any:
-        return (exec, ("raise SystemExit",))
-
-
-def test_a_file_that_would_execute_something_is_refused(tmp_path: Path) -> None:
-    torch.save({"callbacks": Payload()}, tmp_path / "evil.ckpt")
-    with pytest.raises(
-        StateError, match=r"evil.ckpt holds more than tensors and plain values: reading it would call exec; nothing"
-    ):
-        clkit.load_head(tmp_path / "evil.ckpt", "nmc")
-
-
 # ---- what does not fit is refused by name
 
 
@@ -272,7 +218,7 @@ def test_a_file_that_would_execute_something_is_refused(tmp_path: Path) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one nearest-mean callback, in the middle of the second experience."""
     folder = tmp_path_factory.mktemp("saved")
-    trainer = _trainer(folder)(strategy="gradient_free", callbacks=[NMC()], max_steps=17, enable_checkpointing=False)
+    trainer = quiet_trainer(folder, strategy="gradient_free", callbacks=[NMC()], max_steps=17)
     trainer.fit(TimmClassifier("identity"), datamodule=stream())
     trainer.save_checkpoint(folder / "run.ckpt")
     return folder / "run.ckpt"
@@ -326,49 +272,6 @@ def test_another_tap_point_is_an_error(make_trainer: Make, saved: Path) -> None:
     path = rewritten(saved, saved.parent, lambda ck: ck["state_dict"].update(module.state_dict()))
     with pytest.raises(StateError, match=r"read at 'output'.*at 'fc:in'"):
         trainer.fit(module, datamodule=stream(), ckpt_path=path)
-
-
-@pytest.mark.parametrize("part", ["callback", "head", "data"])
-def test_a_newer_format_is_an_error(make_trainer: Make, saved: Path, tmp_path: Path, part: str) -> None:
-    def change(checkpoint: dict[str, Any]) -> None:
-        entry = checkpoint["callbacks"]["NMC(nmc)"]
-        if part == "callback":
-            entry["format"] = 2
-        elif part == "head":
-            entry["head"]["_extra_state"]["format"] = 2
-        else:
-            checkpoint["StreamDataModule"]["format"] = 2
-
-    with pytest.raises(StateError, match=r"format.*2"):
-        resume(make_trainer, rewritten(saved, tmp_path, change), NMC())
-
-
-@pytest.mark.parametrize("part", ["sums", "counts", "ids"])
-def test_a_damaged_state_is_an_error(make_trainer: Make, saved: Path, tmp_path: Path, part: str) -> None:
-    def change(checkpoint: dict[str, Any]) -> None:
-        head = checkpoint["callbacks"]["NMC(nmc)"]["head"]
-        keys = [key for key in head if isinstance(head[key], Tensor) and head[key].ndim]
-        if part == "sums":
-            key = next(key for key in keys if head[key].is_floating_point())
-            head[key] = head[key][:, :10]
-        else:
-            key = [key for key in keys if not head[key].is_floating_point()][0 if part == "counts" else -1]
-            head[key] = head[key][:1]
-
-    with pytest.raises(StateError):
-        resume(make_trainer, rewritten(saved, tmp_path, change), NMC())
-
-
-def test_another_batch_size_inside_an_experience_is_an_error(make_trainer: Make, saved: Path) -> None:
-    with pytest.raises(StateError, match=r"batch_size=32, this run has batch_size=20"):
-        resume(make_trainer, saved, NMC(), batch_size=20)
-
-
-def test_another_stream_is_an_error(make_trainer: Make, saved: Path) -> None:
-    trainer = make_trainer(strategy="gradient_free", callbacks=[NMC()])
-    other = StreamDataModule("digits:flat", ClassIncremental(experiences=5))
-    with pytest.raises(StateError, match=r"another stream"):
-        trainer.fit(TimmClassifier("identity"), datamodule=other, ckpt_path=str(saved))
 
 
 def test_a_batch_lost_by_a_callback_that_saves_too_early_is_an_error(make_trainer: Make, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_the_numbers_are_those_of_the_runs(compared: tuple[Path, str]) -> None:
                 assert summary["high"] == pytest.approx(high, abs=1e-9)
             else:
                 assert summary["low"] == summary["high"] == summary["mean"]
-    (rows,) = [list(csv.DictReader((folder / "compare.csv").open()))]
+    (rows,) = [list(csv.DictReader((folder / "compare.csv").read_text().splitlines()))]
     assert [row["name"] for row in rows] == [row["name"] for row in document(folder)["rows"]]
     for line, row in zip(rows, document(folder)["rows"], strict=True):
         assert line["seeds"] == "2"
@@ -234,7 +234,7 @@ def test_the_joint_row_is_measured_as_the_stream_is(compared: tuple[Path, str], 
         logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
         assert main(["predict", "--config", str(joint / "config.yaml"), *checkpoint, *logger]) == 0
     (file,) = tmp_path.rglob("predictions.csv")
-    rows = list(csv.DictReader(file.open()))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     right = np.array([row["module"] == row["target"] for row in rows])
     experience = np.array([int(row["target"]) // 2 for row in rows])
     found = document(folder)["rows"][-1]["runs"][seed]

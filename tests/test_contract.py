@@ -23,11 +23,12 @@ OF_A_VARIANT = {
     "yaml_builds_the_same",
     "state_is_in_the_checkpoint",
     "a_resumed_run_equals_an_uninterrupted_one",
-    "hostile_batches_are_refused_whole",
-    "low_precision_is_taken",
 }
-VARIANTS = {entry.name for entry in clkit_entries() if entry.kind != "head" and "-" in entry.name}
+OF_A_HEAD = {"a_compiled_head_gives_the_same_bits"}  # what no option of a head can break
+VARIANTS = {entry.name for entry in clkit_entries() if "-" in entry.name}
 VARIANTS |= {"ERStrategy", "ERACEStrategy", "DERPPStrategy", "SCRStrategy"}  # OnProStrategy shows their base whole
+VARIANTS |= {"LearningStrategy", "StreamProgressBar"}  # whose state is nothing
+HEADS = {entry.name for entry in clkit_entries() if entry.kind == "head"}
 CHECKS = [check for entry in clkit_entries() for check in contract(entry)] + contract_together()
 BASES = {
     clkit.callbacks.StreamCallback,
@@ -41,7 +42,8 @@ REASONS = ("there is no CUDA device", "the entry says that it learns nothing of 
 def marked(check: Check) -> Any:
     """Two processes take seconds to start, and what does not depend on options is shown by one entry of a kind."""
     variant = check.name.removeprefix("together-") in VARIANTS
-    slow = check.rule.startswith("two_processes") or (variant and check.rule not in OF_A_VARIANT)
+    same_code = check.rule in OF_A_HEAD if check.name in HEADS else check.rule not in OF_A_VARIANT
+    slow = check.rule.startswith("two_processes") or (variant and same_code)
     return pytest.param(check, marks=pytest.mark.slow if slow else [])
 
 

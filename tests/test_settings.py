@@ -321,7 +321,6 @@ def test_a_schedule_on_a_value_that_is_not_logged_is_not_asked(make_trainer: Mak
     ("options", "error", "message"),
     [
         ({"val_check_interval": 7}, ConfigurationError, "val_check_interval=7 is longer than experience 'classes 8-9'"),
-        ({"max_epochs": 2}, ConfigurationError, "max_epochs=2 ends before the stream does.* max_epochs=3"),
         ({"overfit_batches": 0.25}, MisconfigurationException, "limit_val_batches"),
         (
             {"callbacks": [pl.callbacks.EarlyStopping("val_loss")]},

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import hooks_of
 from torch import Tensor, nn
 
 from clkit.errors import TapError
@@ -53,10 +54,6 @@ def hear_one(network: nn.Module, images: Tensor, layer: str = "auto") -> tuple[T
         output = network(images)
     assert len(heard) == 1
     return heard[0], tap, output
-
-
-def hooks_of(module: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
 def mlp(width: int = 5, classes: int = 3) -> nn.Sequential:
@@ -104,10 +101,12 @@ def check_architecture(name: str) -> None:
     assert tap.point == "output"
 
 
-# sequencer's recurrent layers take half a minute to build
+# classifiers of other forms than a linear layer behind a pooling, beside those whose features are compared below
+FORMS = {"dpn", "efficientvit_msra", "metaformer", "naflexvit", "pit", "shvit", "swiftformer", "vision_transformer_sam"}
+
+
 @pytest.mark.parametrize(
-    "module",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "sequencer" else name for name in timm.list_modules()],
+    "module", [name if name in FORMS else pytest.param(name, marks=pytest.mark.slow) for name in timm.list_modules()]
 )
 def test_every_architecture_of_timm_gives_rows_of_features(module: str) -> None:
     check_architecture(small_name(module))
@@ -425,15 +424,6 @@ def test_features_arrive_where_the_networks_own_forward_is_bypassed(resnet: nn.M
     assert heard[0].logits is logits
 
 
-def test_each_forward_delivers() -> None:
-    net, heard = mlp(), []
-    with FeatureTap(net) as tap:
-        tap.listen(heard.append)
-        for rows in (1, 2, 3):
-            net(torch.ones(rows, 4))
-    assert [len(tapped.features) for tapped in heard] == [1, 2, 3]
-
-
 def test_a_layer_that_is_used_twice_in_a_forward_delivers_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -743,11 +733,8 @@ def dynamo() -> Iterator[Any]:
     ("how", "backend"),
     [
         ("network", "eager"),
-        pytest.param("network", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("wrapper", "eager", marks=pytest.mark.slow),
         ("wrapper", "aot_eager"),
-        ("part", "eager"),
-        ("in place", "eager"),
+        *(pytest.param(how, "eager", marks=pytest.mark.slow) for how in ("wrapper", "part", "in place")),
     ],
 )
 def test_compiled_networks_are_heard_without_a_graph_break(
@@ -778,7 +765,7 @@ def test_compiled_networks_are_heard_without_a_graph_break(
     torch.testing.assert_close(heard[0].logits, output, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_classes": 0}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"num_classes": 0}, marks=pytest.mark.slow)])
 def test_several_classifiers_are_heard_compiled(dynamo: Any, options: dict[str, int]) -> None:
     network = timm.create_model("efficientformer_l1", depths=(1, 1, 1, 1), **options).eval()
     images = torch.randn(2, 3, 224, 224)
@@ -884,14 +871,6 @@ class FrozenBatchNorm2d(nn.Module):
 def test_layers_whose_forward_depends_on_the_mode(layer: nn.Module, sensitive: bool) -> None:
     net = nn.Sequential(layer, nn.ReLU(), nn.Linear(2, 2))
     assert FeatureTap(net).mode_sensitive() == ([layer] if sensitive else [])
-
-
-def test_mode_of_torchs_attention_is_found_in_its_functional_dropout() -> None:
-    torch.manual_seed(0)
-    attention = nn.MultiheadAttention(4, 2, dropout=0.5)
-    rows = torch.randn(3, 1, 4)
-    assert not torch.equal(attention.train()(rows, rows, rows)[0], attention.eval()(rows, rows, rows)[0])
-    assert FeatureTap(nn.Sequential(attention, nn.Linear(4, 2))).mode_sensitive() == [attention]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Two processes learn what one learns: every sample once, the same bits on both ranks, checkpoints that fit both.
 
-Run as a program, ``test_two_processes.py FOLDER NAME ...``, this file is the driver of the two ranks: it imports once,
-forks them, and each writes what it ended with to ``FOLDER/NAME-RANK.pt``.
+Run as a program, ``test_two_processes.py FOLDER NAME ...``, this file is what two ranks run.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from small_runs import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from two_ranks import drive, driven
+from two_ranks import Ranks, Scenarios, drive
 
 from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, Joint, StreamDataModule
-from clkit.data.loader import cut_batches
 from clkit.errors import ClkitError, StateError
 from clkit.strategies import GradientFreeStrategy
 from clkit.testing._compare import changed
-
-Ranks = Callable[[str], list[dict[str, Any]]]
 
 COUNTS = [5, 4, 4, 4, 3, 5, 4, 4, 3, 5]  # 41 samples of 10 classes, in five experiences of 9, 8, 8, 8 and 8
 STEPS = 11  # of each of two ranks with at most two samples a batch: 3, 2, 2, 2, 2
@@ -101,20 +98,9 @@ def run(
     if save is not None:
         name = str(folder / save)
         callbacks.append(ModelCheckpoint(name, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        max_epochs=-1,
-        strategy=GradientFreeStrategy(warmup_epochs=2) if strategy == "warm" else strategy,
-        callbacks=callbacks,
-        precision="64-true",
-        logger=False,
-        enable_checkpointing=save is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-        **options,
-    )
+    strategy = GradientFreeStrategy(warmup_epochs=2) if strategy == "warm" else strategy
+    options = {"devices": devices, "strategy": strategy, "precision": "64-true", **options}
+    trainer = quiet_trainer(folder, callbacks=callbacks, **options)
     trainer.fit(module, datamodule=stream(**(data or {})), ckpt_path=None if resume is None else str(resume))
     before = [callback.head.counts.tolist() for callback in learned]
     for _ in range(2):  # merging again adds nothing
@@ -189,13 +175,8 @@ SLOW = (
 )
 
 
-def names(*wanted: str) -> Any:
-    """Parametrises a test over scenarios; those outside the quick run are slow."""
-    return pytest.mark.parametrize(
-        "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in wanted]
-    )
-
-
+scenarios = Scenarios(__file__, QUICK, SLOW)
+names = scenarios.names
 complete = names("free", "warm", *(name for name in SLOW if name != "batch size"))
 
 
@@ -212,15 +193,7 @@ def one(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, one: dict[str, Any]) -> Ranks:
-    """What both ranks ended with in a scenario; scenarios run together when the first of them is asked for."""
-    found: dict[str, list[dict[str, Any]]] = {}
-
-    def of(name: str) -> list[dict[str, Any]]:
-        if name not in found:
-            found.update(driven(__file__, folder, QUICK if name in QUICK else SLOW))
-        return found[name]
-
-    return of
+    return scenarios.run_in(folder)
 
 
 def features() -> tuple[Tensor, Tensor]:
@@ -336,21 +309,6 @@ def test_a_graft_for_which_ddp_would_wait_is_refused_before_training(ranks: Rank
     for rank in ranks("graft by replacing"):
         assert rank["error"].startswith("ConfigurationError: NMC(nmc) with graft='experience_end'")
         assert "ddp_find_unused_parameters_true" in rank["error"]
-
-
-def test_shares_of_two_ranks_merge_into_one_head() -> None:
-    x, y = features()
-    order = np.random.default_rng(0).permutation(len(y))
-    for callback in learners():
-        alone, *shares = (callback.make_head(6) for _ in range(3))
-        for rank, share in enumerate(shares):
-            for rows in cut_batches(order, 4, rank=rank, world_size=2):
-                share.update(x[rows], y[rows])
-        alone.update(x, y)
-        assert sorted(int(share.counts.sum()) for share in shares) == [20, 21]
-        shares[0].merge(shares[1])
-        assert shares[0].counts.tolist() == COUNTS
-        assert_close(list(shares[0].linear_readout()), list(alone.linear_readout()))
 
 
 if __name__ == "__main__":

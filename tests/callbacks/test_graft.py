@@ -165,6 +165,7 @@ def test_a_graft_at_each_boundary_is_what_validation_sees(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.warns("the backbone still trains")
 def test_a_linear_of_the_same_shape_is_overwritten_in_place(make_trainer: Make, lit_small: Make) -> None:
     module = lit_small()
     classifier, weight = module.net.head, module.net.head.weight
@@ -177,6 +178,7 @@ def test_a_linear_of_the_same_shape_is_overwritten_in_place(make_trainer: Make, 
     assert weight.requires_grad
 
 
+@pytest.mark.warns("the backbone still trains")
 def test_the_backbone_goes_on_training_behind_a_graft(make_trainer: Make, lit_small: Make) -> None:
     module = lit_small()
     start = module.net.hidden.weight.clone()
@@ -203,6 +205,7 @@ def test_the_backbone_goes_on_training_behind_a_graft(make_trainer: Make, lit_sm
         ("small classifier", "ridge"),
     ),
 )
+@pytest.mark.warns("no state for StreamEvaluation")
 def test_a_checkpoint_of_a_grafted_run(make_trainer: Make, lit_small: Make, kind: str, head: str) -> None:
     """Loads strictly into the bare module; validated or resumed it predicts as the head."""
     module = network(kind, lit_small)
@@ -389,6 +392,8 @@ def test_a_second_graft_is_refused_and_ungraft_needs_no_callback(lit_small: Make
 
 
 @pytest.mark.parametrize("head", ["euclidean", "janson"])
+@pytest.mark.warns("the backbone still trains")
+@pytest.mark.warns("it has learned before")
 def test_a_second_fit_trains_the_users_own_classifier(make_trainer: Make, lit_small: Make, head: str) -> None:
     """A head that takes over at the end of a fit steps back while the next one trains."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from small_runs import quiet_trainer
 from torch import Tensor, nn
 from two_ranks import drive, driven
 
@@ -304,21 +305,6 @@ def test_evaluating_at_every_opportunity_changes_no_bit(make_trainer: Make, infe
     assert changed(*ends) == []
 
 
-@pytest.mark.parametrize("options", [NEVER, {**OFTEN, "val_check_interval": 3}])
-def test_the_order_of_callbacks_changes_no_bit(make_trainer: Make, options: dict[str, Any]) -> None:
-    def parts() -> list[Any]:
-        return [NMC(memory="replay"), AEFOCL(), StreamEvaluation(table=False, files=False)]
-
-    found = []
-    for order in ([0, 1, 2], [2, 1, 0]):
-        callbacks = parts()
-        fitted(make_trainer, [callbacks[position] for position in order], **options)
-        nmc, analytic, evaluation = callbacks
-        states = [dict(head.head.state_dict()) for head in (nmc, analytic)]
-        found.append({"states": dict(enumerate(states)), "results": evaluation.results})
-    assert changed(*found) == []
-
-
 # ---- evaluations
 
 
@@ -492,20 +478,8 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     memory, module = ReservoirBuffer(CAPACITY, seed=1), Net()
     nmc, evaluation = NMC(memory="replay"), StreamEvaluation(table=False, files=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        max_epochs=-1,
-        strategy=Remembering(memory),
-        callbacks=[nmc, evaluation],
-        precision="64-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-        **options,
-    )
+    more = {"strategy": Remembering(memory), "callbacks": [nmc, evaluation], "precision": "64-true", **options}
+    trainer = quiet_trainer(folder, devices=2, **more)
     trainer.fit(module, datamodule=stream(batch_size=32))
     expected = means(module, memory)
     found = dict(zip(nmc.head.classes.tolist(), nmc.head.statistics.means.numpy(), strict=True))

@@ -7,6 +7,7 @@ pixels / 16, two classes an experience.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
+from small_runs import quiet_trainer
 from torch.utils.data import TensorDataset
 
 from clkit.callbacks import AEFOCL, LDA, NMC, PseudoFeatures, StreamEvaluation
@@ -66,19 +68,7 @@ def balanced_heads() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def balanced(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    def make_trainer(**options: Any) -> pl.Trainer:
-        return pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=str(tmp_path_factory.mktemp("run")),
-            **options,
-        )
-
+    make_trainer = partial(quiet_trainer, tmp_path_factory.mktemp("run"))
     return run(make_trainer, ClassIncremental(experiences=5), balanced_heads()).results
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from small_runs import quiet_trainer
 from torch import Tensor, nn
 
 from clkit.callbacks import NMC, FeatureCallback, StreamEvaluation
@@ -55,18 +56,8 @@ class Penalty(FeatureCallback):
 
 
 def fitted(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback) -> dict[str, Tensor]:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
     loader = torch.utils.data.DataLoader(BATCHES, batch_size=None)
-    trainer.fit(module, loader)
+    quiet_trainer(folder, max_epochs=1, callbacks=list(callbacks)).fit(module, loader)
     return dict(module.state_dict())
 
 
@@ -120,16 +111,10 @@ def test_each_experience_is_evaluated_as_callbacks_set_it_up(tmp_path: Path, val
     def rows(switched: bool) -> list[Any]:
         module, evaluation = Gated(), StreamEvaluation(table=False, files=False, figures=False)
         switch = [PerExperience(module)] if switched else []
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = quiet_trainer(
+            tmp_path,
             strategy="gradient_free",
-            logger=False,
             callbacks=[NMC(), *switch, evaluation],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            max_epochs=-1,
             check_val_every_n_epoch=1 if val_batches else 100,
         )
         data = StreamDataModule("digits:flat", ClassIncremental(experiences=5), batch_size=64)

@@ -288,17 +288,6 @@ def test_domain_incremental_against_a_naive_loop(parts: tuple[Labels, Labels]) -
         assert split.name == f"domain {domain}"
 
 
-def test_core50_tests_on_sessions_of_its_own_after_each_stage() -> None:
-    sessions = [1, 2, 4, 5, 6, 8, 9, 11]
-    train = Labels(np.tile(np.arange(50), 8), np.repeat(sessions, 50), {s: f"s{s}" for s in range(1, 12)})
-    test = Labels(np.tile(np.arange(50), 3), np.repeat([3, 7, 10], 50))
-    splits = DomainIncremental().split(train, test)
-    assert [s.name for s in splits] == ["s1", "s2", "s4", "s5", "s6", "s8", "s9", "s11"]
-    assert [len(s.train) for s in splits] == [50] * 8
-    assert [len(s.test) for s in splits] == [150, 0, 0, 0, 0, 0, 0, 0]
-    assert all(s.classes == tuple(range(50)) for s in splits)
-
-
 def test_domain_order_by_id_by_name_and_by_seed() -> None:
     train = Labels(np.zeros(6, dtype=np.int64), np.array([3, 1, 1, 8, 3, 8]), {1: "photo", 3: "art", 8: "sketch"})
 
@@ -446,15 +435,6 @@ def test_long_tailed_digits() -> None:
     for c, split in enumerate(splits):
         assert split.train.tolist() == np.flatnonzero(train.targets == c)[: len(split.train)].tolist()
         assert split.test.tolist() == np.flatnonzero(test.targets == c).tolist()
-
-
-def test_long_tailed_ninety_each() -> None:
-    part = Labels(np.tile(np.arange(10), 90))
-    splits = LongTailed(ClassIncremental(classes_per_experience=1), factor=0.6).split(part, part)
-    assert [len(s.train) for s in splits] == [90, 54, 32, 19, 11, 6, 4, 2, 2, 2]
-    reverse = ClassIncremental(classes_per_experience=1, class_order=list(range(9, -1, -1)))
-    splits = LongTailed(reverse, factor=0.6).split(part, part)
-    assert [(s.classes[0], len(s.train)) for s in splits[:3]] == [(9, 90), (8, 54), (7, 32)]
 
 
 def test_long_tailed_on_any_inner_scenario() -> None:

@@ -269,22 +269,19 @@ def test_malformed_npz(tmp_path: Path, kind: type, arrays: dict[str, np.ndarray]
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut off", pickle.dumps({"f": 1})])
+@pytest.mark.filterwarnings("ignore:unclosed file")  # which NumPy leaves open
 def test_damaged_npz(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.npz cannot be read: it is damaged, or no \.npz file"):
         NpzImages("bad").load(tmp_path)
 
 
-def test_single_array_file_and_broken_jpeg(tmp_path: Path) -> None:
+def test_single_array_file(tmp_path: Path) -> None:
     with (tmp_path / "array.npz").open("wb") as file:
         np.save(file, X)
     with pytest.raises(DataError, match="holds a single array"):
         NpzImages("array").load(tmp_path)
-    write(tmp_path, "broken", jpeg=np.zeros(20, dtype=np.uint8), offsets=np.array([0, 10, 20]), y=np.array([0, 0]))
-    train, _ = NpzImages("broken", test_fraction=0.5).load(tmp_path)
-    with pytest.raises(DataError, match=r"image . of the file's JPEG bytes cannot be decoded"):
-        train.get_many(np.array([0]))
 
 
 @pytest.mark.parametrize("arguments", [{"test_fraction": 0.0}, {"test_fraction": 1.0}, {"split_seed": -1}])
@@ -504,11 +501,6 @@ def test_torchvision_names(tmp_path: Path) -> None:
         Torchvision("os").load(tmp_path)
     with pytest.raises(DataError, match=r"torchvision:CIFAR10 .* data\.root or the environment variable CLKIT_DATA"):
         Torchvision("CIFAR10").load(None)
-
-
-def test_emnist_hands_train_on(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="EMNIST found no data"):
-        Torchvision("EMNIST", options={"split": "balanced"}).load(tmp_path)
 
 
 # Custom --------------------------------------------------------------------------------------------------------------

@@ -138,6 +138,7 @@ def test_a_sequence_in_time_is_never_shuffled(make_trainer: Trainers) -> None:
     assert [row for _, rows, _ in model.trained for row in rows] == list(range(50))
 
 
+@pytest.mark.filterwarnings("ignore:predict returned None")
 def test_every_validation_is_over_all_experiences_seen(make_trainer: Trainers) -> None:
     model, data = Watcher(), stream(eval_batch_size=3)
     trainer = make_trainer(num_sanity_val_steps=0)
@@ -244,6 +245,7 @@ def test_a_longer_fit_is_cut_to_the_stream_and_said_once(
 
 
 @pytest.mark.parametrize("max_epochs", [-1, None])
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")  # of Lightning, before it asks
 def test_an_open_end_is_filled_in_silently(
     max_epochs: int | None, make_trainer: Trainers, said: pytest.LogCaptureFixture
 ) -> None:

@@ -131,25 +131,6 @@ def test_a_prototype_of_length_zero_keeps_its_class() -> None:
     assert float(opposite.grad.abs().max()) < 10
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    labels=st.lists(st.integers(0, 4), min_size=2, max_size=10),
-    names=st.permutations([3, 11, 5, 1000, 0]),
-    seed=st.integers(0, 1000),
-)
-def test_order_names_and_views_do_not_matter_to_prototypes(labels: list[int], names: list[int], seed: int) -> None:
-    y, order = torch.tensor(labels), torch.randperm(len(labels), generator=seeded(seed))
-    first, second = drawn_rows(len(labels), 3, seed), drawn_rows(len(labels), 3, seed + 5000)
-    loss = prototype_contrast(first, second, y).loss.item()
-    for same in (
-        prototype_contrast(first[order], second[order], y[order]),
-        prototype_contrast(first, second, torch.tensor(names)[y]),
-        prototype_contrast(second, first, y),
-        prototype_contrast(3 * first, 0.2 * second, y),
-    ):
-        assert same.loss.item() == pytest.approx(loss, rel=1e-9, abs=1e-11)
-
-
 def test_gradients_of_prototypes_are_finite_differences() -> None:
     first, second = FIRST.clone().requires_grad_(), SECOND.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: prototype_contrast(a, b, LABELS, 0.3).loss, (first, second))
@@ -233,33 +214,6 @@ def test_the_diagonal_of_new_rows_is_a_constant_without_a_gradient() -> None:
     assert loss.item() == pytest.approx(2 * -math.log(1e-8) / 2, abs=1e-6)
     assert z.grad is not None
     assert float(z.grad.abs().max()) < 1e-6
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    labels=st.lists(st.integers(0, 4), min_size=1, max_size=6),
-    names=st.permutations([3, 11, 5, 1000, 0]),
-    form=st.sampled_from(["new", "memory"]),
-    seed=st.integers(0, 1000),
-)
-def test_order_and_names_do_not_matter_to_instances(labels: list[int], names: list[int], form: str, seed: int) -> None:
-    n, y = len(labels), torch.tensor(labels)
-    z, f = drawn_rows(2 * n, 3, seed), drawn_rows(2 * n, 5, seed + 5000)
-    order = torch.randperm(n, generator=seeded(seed))
-    both = torch.cat([order, order + n])
-    loss = instance_contrast(z, f, y, form=form, offset=1).item()
-    assert instance_contrast(z[both], f[both], y[order], form=form, offset=1).item() == pytest.approx(loss, rel=1e-9)
-    renamed = torch.tensor(names)[y]
-    assert instance_contrast(z, f, renamed, form=form, offset=1).item() == pytest.approx(loss, rel=1e-9)
-
-
-@pytest.mark.parametrize("form", ["new", "memory"])
-def test_gradients_of_instances_are_finite_differences(form: str) -> None:
-    """Of the features too. The row maximum is a constant, but it cancels up to epsilon."""
-    z, f = EMBEDDINGS.clone().requires_grad_(), (2 * FEATURES).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda a, b: instance_contrast(a, b, VARIANTS, form=form, offset=1, temperature=0.7), (z, f), atol=1e-6
-    )
 
 
 def plain_instance_contrast(z: Tensor, f: Tensor, labels: Tensor, form: str, temperature: float) -> Tensor:
@@ -609,20 +563,6 @@ def test_share_of_mixed_base_rows(rule: str, share: float) -> None:
     assert 0.59 < float(uniform.max()) < 0.6
 
 
-def test_shares_of_pairs_have_their_distribution_and_one_coin_per_pair() -> None:
-    prototypes = OnlinePrototypes(Mixing(base_rate=0.0, probability=0.6))
-    prototypes.keep(torch.tensor([2, 5]), MEANS[:2])
-    shelf, generator = Shelf(FULL), seeded()
-    batches = [prototypes.mix(shelf.images[:16], shelf.labels[:16], shelf, generator) for _ in range(1500)]
-    mixed_rows = torch.stack([batch.share > 0 for batch in batches])
-    assert torch.equal(mixed_rows.all(dim=1), mixed_rows.any(dim=1))
-    assert mixed_rows[:, 0].double().mean().item() == pytest.approx(0.6, abs=0.04)
-    shares = torch.cat([batch.share for batch in batches])
-    shares = shares[shares > 0].double()
-    assert shares.mean().item() == pytest.approx(0.5, abs=0.02)
-    assert shares.var().item() == pytest.approx(0.25 / 1.8, abs=0.005)  # 1 / (4 (2 alpha + 1))
-
-
 @pytest.mark.parametrize(("rule", "share"), [("first", 0.0), ("either", 0.5)])
 def test_class_of_images_that_were_not_mixed(rule: str, share: float) -> None:
     prototypes = OnlinePrototypes(Mixing(base_rate=0.0, probability=0.0, pure_class=rule))
@@ -645,7 +585,7 @@ GOLDEN = [(0, 2)] * 13 + [(0, 5)] + [(2, 5)] + [(5, 9)]  # the counts 13, 1, 0, 
 def test_pairs_come_as_often_as_they_are_counted_each_with_rows_and_shares_of_its_own() -> None:
     prototypes = OnlinePrototypes(Mixing(base_rate=0.0, probability=0.6))
     prototypes.keep(KNOWN, MEANS.float())
-    shelf, generator, coins, of_first = Shelf(FULL), seeded(), [], set()
+    shelf, generator, coins, shares, of_first = Shelf(FULL), seeded(), [], [], set()
     for _ in range(800):
         batch = prototypes.mix(shelf.images[:16], shelf.labels[:16], shelf, generator)
         check_rows(batch, 16)
@@ -653,9 +593,12 @@ def test_pairs_come_as_often_as_they_are_counted_each_with_rows_and_shares_of_it
         on = batch.share > 0
         assert len(set(on[:13].tolist())) == 1  # one coin for the pair
         assert not on[0] or len(batch.share[:13].unique()) == 13  # and a share for each row
+        shares += batch.share[on].tolist()
         of_first |= {(row, int(number)) for row, number in enumerate(batch.images[:, 0, 0, 1]) if not on[row]}
         coins.append([float(on[row]) for row in (0, 13, 14, 15)])
     assert of_first == {(row, n) for row, (c, _) in enumerate(GOLDEN) for n in range(len(FULL)) if FULL[n] == c}
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.02)
+    assert np.var(shares) == pytest.approx(0.25 / 1.8, abs=0.005)  # 1 / (4 (2 alpha + 1))
     tossed = np.array(coins)
     assert tossed.mean(axis=0) == pytest.approx(0.6, abs=0.07)
     assert np.abs(np.corrcoef(tossed.T) - np.eye(4)).max() < 0.15  # each pair has a coin of its own
@@ -803,11 +746,8 @@ def test_reset_and_the_state_of_nothing() -> None:
         ({"ids": KNOWN}, "has no 'means'"),
         ({"ids": KNOWN, "means": MEANS, "more": MEANS}, "unknown 'more'"),
         ({"ids": KNOWN.flip(0), "means": MEANS}, "sorted"),
-        ({"ids": KNOWN.float(), "means": MEANS}, "int64"),
         ({"ids": KNOWN, "means": MEANS[:3]}, r"shape \(4, 3\)"),
         ({"ids": KNOWN, "means": MEANS.long()}, "floating-point"),
-        ({"ids": KNOWN, "means": MEANS[0]}, "floating-point"),
-        ({"ids": KNOWN, "means": [1.0]}, "list"),
         ({"ids": KNOWN, "means": MEANS / 0}, "finite values"),
     ],
 )

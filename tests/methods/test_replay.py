@@ -112,12 +112,7 @@ def test_published_runs(seed: int, kept: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [
-        (3, 5, 12),
-        (4, 6, 11),
-        pytest.param((10, 10, 40), marks=pytest.mark.slow),
-        pytest.param((20, 10, 60), marks=pytest.mark.slow),
-    ],
+    [(3, 5, 12), *(pytest.param(s, marks=pytest.mark.slow) for s in [(4, 6, 11), (10, 10, 40), (20, 10, 60)])],
 )
 def test_each_arrival_is_kept_equally_often(setting: tuple[int, int, int]) -> None:
     found = inclusion(*setting)
@@ -140,7 +135,7 @@ def test_the_chi_square_sees_the_bias_of_a_batch_that_counts_from_before_it() ->
     assert chi_square_tail(counts, TRIALS, 6) < 1e-10
 
 
-@pytest.mark.parametrize("setting", [(3, 5, 12), (4, 6, 11)])
+@pytest.mark.parametrize("setting", [(3, 5, 12), pytest.param((4, 6, 11), marks=pytest.mark.slow)])
 def test_each_pair_is_kept_equally_often(setting: tuple[int, int, int]) -> None:
     m, _, n = setting
     found = inclusion(*setting)
@@ -181,12 +176,6 @@ def test_splits_of_the_same_arrivals_leave_the_same_bits(policy: str, data: st.D
         assert whole.arrival.tolist() == naive_balanced(capacity, labels.tolist(), seed)
 
 
-def test_split_of_a_long_stream() -> None:
-    one, many = offer(ReservoirBuffer(50), 5000, 5000), offer(ReservoirBuffer(50), 5000, 64)
-    assert contents(one) == contents(many)
-    assert one.arrival.tolist() == naive_uniform(50, 5000)
-
-
 @pytest.mark.parametrize("policy", ["uniform", "class_balanced"])
 def test_a_row_stays_whole_when_many_hit_one_slot(policy: str) -> None:
     memory = ReservoirBuffer(4, policy=policy)
@@ -218,19 +207,6 @@ def test_class_balanced_counts_and_uniformity_within_each_class() -> None:
     for c in (0, 1):
         own = counts[labels == c]
         assert chi_square_tail(own, trials, own.sum() / trials) > 1e-3
-
-
-def test_class_balanced_is_uniform_within_a_class_whose_rows_come_late_and_early() -> None:
-    labels, trials = torch.tensor(([0] * 12 + [1] * 3) * 2 + [2] * 6), 1000
-    counts = np.zeros(len(labels))
-    kept = np.zeros(3)
-    for seed in range(trials):
-        memory = ReservoirBuffer(9, policy="class_balanced", seed=seed)
-        memory.add(labels, labels)
-        counts[memory.arrival.numpy()] += 1
-        kept += np.bincount(memory.label, minlength=3)
-    for c in range(3):
-        assert chi_square_tail(counts[labels == c], trials, kept[c] / trials) > 1e-3
 
 
 def test_rows_are_copies_and_carry_no_graph() -> None:
@@ -503,8 +479,9 @@ def three(seed: int, capacity: int, policy: str = "uniform") -> list[ReservoirBu
 
 
 @pytest.mark.parametrize("order", ["left", "right"])
-@pytest.mark.parametrize(("capacity", "trials"), [(4, 300), (8, 300), pytest.param(8, TRIALS, marks=pytest.mark.slow)])
-def test_three_way_merge_is_uniform_in_both_orders(order: str, capacity: int, trials: int) -> None:
+@pytest.mark.parametrize("trials", [300, pytest.param(TRIALS, marks=pytest.mark.slow)])
+def test_three_way_merge_is_uniform_in_both_orders(order: str, trials: int) -> None:
+    capacity = 8
     found = np.zeros((trials, 38))
     for seed in range(trials):
         a, b, c = three(seed, capacity)
@@ -804,16 +781,12 @@ def numbers(*values: int) -> Tensor:
             "format must be .* equal to 1, the saved state has an int64 tensor 2; use the clkit release",
         ),
         ({"policy": "class_balanced"}, "policy must be 'uniform', the saved state has 'class_balanced'"),
-        ({"policy": torch.zeros(2)}, "policy must be"),
         ({"storage": "uint8"}, "storage must be 'same', the saved state has 'uint8'"),
         ({"normalised": torch.tensor([[0.5], [0.5]], dtype=torch.float64)}, "mean and std"),
         ({"label": None}, "has no 'label'"),
-        ({"row": None}, "has no 'row'"),
-        ({"seen": None}, "has no 'seen'"),
         ({"more": torch.zeros(1)}, "the unknown 'more'"),
         ({"label": numbers(0, 1, 2, 0)}, r"label must be an int64 tensor of shape \(5,\)"),
         ({"label": numbers(0, 1, 2, 0, -1)}, "label must be .* from 0"),
-        ({"label": torch.full((5,), 2.0)}, "label must be an int64 tensor"),
         ({"label": numbers(9, 9, 9, 9, 9)}, "more rows of a class"),
         ({"arrival": numbers(0, 1, 2, 3, 30)}, "arrived after"),
         ({"arrival": numbers(0, 1, 2, 3, 3)}, "one row twice"),
@@ -821,7 +794,6 @@ def numbers(*values: int) -> Tensor:
         ({"experience": numbers(0, 0, 0, 0, 2**31)}, f"experience must be .* to {2**31 - 1}"),
         ({"seen": numbers(31)}, "seen is 31 rows, but class_seen adds up to 30"),
         ({"seen": numbers(3)}, "arrived after"),
-        ({"seen": 30}, "seen must be an int64 tensor .* has 30"),
         ({"class_seen": numbers(10, 10)}, r"class_seen must be .* shape \(3,\)"),
         ({"classes": numbers(0, 0, 2)}, "sorted, distinct"),
         ({"capacity": torch.tensor(0)}, "with capacity 0"),
@@ -829,13 +801,10 @@ def numbers(*values: int) -> Tensor:
         ({"data": torch.zeros(5, 2, dtype=torch.int64)}, r"data of torch.int64 has rows \(2,\)"),
         ({"data": torch.zeros(5, 1)}, "data of torch.float32"),
         ({"data": torch.zeros(())}, "data must be a tensor of shape"),
-        ({"data": "rows"}, "data must be a tensor of shape"),
-        ({"data": None}, "has no 'data'"),
         ({"extras.logits": torch.zeros(4)}, r"extras.logits must be a tensor of shape \(5, ...\)"),
         ({"generator": torch.zeros(7, dtype=torch.uint8)}, r"generator must be a uint8 tensor of shape \(5056,\)"),
         ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "generator must be .* the state of a generator"),
         ({"data": torch.zeros(1, 1, dtype=torch.int64).expand(5, 1)}, "data must be .* a tensor that does not store"),
-        ({"row": torch.zeros(0, 10**9, 10**9)}, "row must be"),
         ({"seen": numbers()}, "seen must be .* of one origin at least"),
         ({"seen": numbers(2**62), "class_seen": numbers(0, 0, 2**62)}, "seen must be"),
         ({"extras.label": torch.zeros(5)}, "the unknown 'extras.label'"),
@@ -906,9 +875,21 @@ def test_a_refused_batch_changes_nothing(policy: str, changes: dict[str, Any], w
     batch = {"data": torch.zeros(2, 1, dtype=torch.int64), "label": torch.arange(2), "logits": torch.zeros(2).double()}
     with pytest.raises((BatchError, ArgumentError), match=words):
         memory.add(**{**batch, **changes})
+    if changes.keys() <= {"data", "label"}:  # which can be asked before
+        with pytest.raises(BatchError, match=words):
+            memory.check({**batch, **changes}["data"], {**batch, **changes}["label"], ["logits"])
+    memory.check(batch["data"], batch["label"], ["logits"])
     assert contents(memory) == before
     memory.add(**batch)
     assert memory.n_seen == 22
+
+
+def test_fields_that_could_not_be_added_are_known_before() -> None:
+    memory = offer(ReservoirBuffer(4), 4)
+    for extras in ([], ["mask"], ["logits", "mask"]):
+        added = ", ".join(["data", *extras])
+        with pytest.raises(BatchError, match=f"rows in memory consist of data, logits, those to be added of {added}"):
+            memory.check(torch.zeros(2, 1, dtype=torch.int64), torch.arange(2), extras)
 
 
 def test_an_empty_batch_changes_nothing() -> None:
@@ -949,44 +930,3 @@ def test_on_a_gpu_it_keeps_the_same_rows(policy: str, storage: str) -> None:
     loaded = ReservoirBuffer(12, policy=policy, storage=storage, device="cuda")
     loaded.load_state_dict(memories[0].state_dict())
     assert torch.equal(loaded.sample(12).data.cpu(), memories[0].sample(12).data)
-
-
-# ---- asking before
-
-
-@pytest.mark.parametrize(
-    ("data", "label", "extras", "words"),
-    [
-        (torch.zeros(2, 3), torch.zeros(3).long(), ["logits"], r"label must have shape \(2,\)"),
-        (torch.zeros(2, 3), -torch.ones(2).long(), ["logits"], "must not be negative"),
-        (torch.zeros(2, 4), torch.zeros(2).long(), ["logits"], "the first batch fixed the rows"),
-        (torch.zeros(2, 3).double(), torch.zeros(2).long(), ["logits"], "the first batch fixed the rows"),
-        (
-            torch.zeros(2, 3),
-            torch.zeros(2).long(),
-            [],
-            "rows in memory consist of data, logits, those to be added of data",
-        ),
-        (torch.zeros(2, 3), torch.zeros(2).long(), ["mask"], "those to be added of data, mask"),
-        (torch.full((2, 3), 0.3), torch.zeros(2).long(), ["logits"], "storage='uint8' would lose"),
-    ],
-)
-def test_what_could_not_be_added_is_known_before(data: Tensor, label: Tensor, extras: list[str], words: str) -> None:
-    memory = ReservoirBuffer(4, storage="uint8")
-    memory.add(torch.ones(2, 3), torch.arange(2), logits=torch.zeros(2, 5))
-    before = memory.state_dict()
-    with pytest.raises(BatchError, match=words):
-        memory.check(data, label, extras)
-    memory.check(torch.ones(2, 3), torch.arange(2), ["logits"])
-    after = memory.state_dict()
-    assert all(torch.equal(value, after[key]) for key, value in before.items() if isinstance(value, Tensor))
-
-
-def test_an_empty_memory_takes_any_rows_that_its_storage_can_hold() -> None:
-    memory = ReservoirBuffer(4, storage="uint8")
-    memory.check(torch.ones(2, 3), torch.arange(2), ["logits"])
-    with pytest.raises(BatchError, match="would lose"):
-        memory.check(torch.full((2, 3), 0.3), torch.arange(2))
-    with pytest.raises(BatchError, match="storage='uint8' is for"):
-        memory.check(torch.ones(2, 3).long(), torch.arange(2))
-    assert memory.n_seen == 0

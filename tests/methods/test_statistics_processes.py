@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from two_ranks import drive, driven
 
 from clkit.errors import BatchError, ConfigurationError
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
+from clkit.testing._compare import changed
 
 PARTS = {"gram": True, "squares": True, "class_grams": True}
 TOTAL = 41
@@ -36,9 +39,10 @@ def heads() -> list[Any]:
     ]
 
 
-def _learn_on_a_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def learn(name: str, folder: Path) -> dict[str, Any]:
+    """What one of two processes learns of its samples, and what it is refused."""
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     features, targets = sample()
     features, targets = features[rank::2], targets[rank::2]  # 21 samples here, 20 there
     statistics = FeatureStatistics(6, **PARTS)
@@ -78,27 +82,18 @@ def _learn_on_a_rank(rank: int, folder: str) -> None:
         fresh.synchronize()
     except BatchError as error:
         states["refusals"].append(str(error))
-    torch.save(states, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
+    return states
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_learn_on_a_rank, args=(str(folder),), nprocs=2, join=True)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        same = torch.equal(value, second[key]) if isinstance(value, Tensor) else value == second[key]
-        assert same, key
+    return driven(__file__, tmp_path_factory.mktemp("ranks"), ["learn"])["learn"]
 
 
 @pytest.mark.parametrize("when", ["half", "all", "loaded"])
 def test_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], when: str) -> None:
-    assert_same_bits(ranks[0][when], ranks[1][when])
+    assert changed(ranks[0][when], ranks[1][when]) == []
 
 
 def test_two_processes_equal_one(ranks: list[dict[str, Any]]) -> None:
@@ -115,12 +110,12 @@ def test_two_processes_equal_one(ranks: list[dict[str, Any]]) -> None:
 
 def test_exchanging_twice_counts_once(ranks: list[dict[str, Any]]) -> None:
     for states in ranks:
-        assert_same_bits(states["all"], states["twice"])
+        assert changed(states["all"], states["twice"]) == []
 
 
 def test_loaded_sums_are_shared_already(ranks: list[dict[str, Any]]) -> None:
     for states in ranks:
-        assert_same_bits(states["all"], states["loaded"])
+        assert changed(states["all"], states["loaded"]) == []
 
 
 def test_readers_see_the_shared_and_the_own_part(ranks: list[dict[str, Any]]) -> None:
@@ -144,7 +139,7 @@ def test_what_needs_one_process_is_refused(ranks: list[dict[str, Any]]) -> None:
 def test_heads_of_two_processes_predict_like_one(ranks: list[dict[str, Any]]) -> None:
     features, targets = sample()
     for index, (alone, together) in enumerate(zip(heads(), heads(), strict=True)):
-        assert_same_bits(ranks[0]["heads"][index], ranks[1]["heads"][index])
+        assert changed(ranks[0]["heads"][index], ranks[1]["heads"][index]) == []
         alone.update(features, targets)
         together.load_state_dict(ranks[0]["heads"][index])
         torch.testing.assert_close(together.scores_seen(features), alone.scores_seen(features), rtol=1e-9, atol=1e-9)
@@ -155,4 +150,8 @@ def test_in_one_process_nothing_happens() -> None:
     statistics.update(*sample())
     before = statistics.state_dict()
     statistics.synchronize()
-    assert_same_bits(statistics.state_dict(), before)
+    assert changed(statistics.state_dict(), before) == []
+
+
+if __name__ == "__main__":
+    sys.exit(drive(learn))

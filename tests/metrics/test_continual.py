@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+from two_ranks import drive, driven
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -164,33 +166,6 @@ def test_a_class_incremental_stream_defines_every_value(future: bool) -> None:
         assert plain(feed(metric(), stream, 7).compute()) == expected[name]
 
 
-def test_hand_computed_two_stages() -> None:
-    metrics = {name: metric() for name, metric in SCALARS.items()} | {"seen": M.AccuracySeen()}
-    for metric in metrics.values():
-        metric.update(torch.tensor([0, 0, 9, 9]), torch.tensor([9, 9, 9, 4]), experience=1)  # 1 of 4
-        metric.next_stage()
-        metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]), experience=0)  # 2 of 2
-        metric.update(torch.tensor([9, 9, 0, 4]), torch.tensor([9, 9, 9, 4]), experience=1)  # 3 of 4
-        metric.next_stage()
-        metric.update(torch.tensor([0, 9]), torch.tensor([0, 1]), experience=0)  # 1 of 2
-        metric.update(torch.tensor([9, 9, 9, 4]), torch.tensor([9, 9, 9, 4]), experience=1)  # 4 of 4
-    assert plain(metrics["seen"].compute()) == [1.0, 5 / 6]
-    values = {name: float(metrics[name].compute()) for name in SCALARS}
-    assert values == pytest.approx(
-        {
-            "average_incremental_accuracy": (1 + 5 / 6) / 2,
-            "final_accuracy": 5 / 6,
-            "average_accuracy": (1 / 2 + 4 / 4) / 2,
-            "forgetting": 1 - 1 / 2,
-            "backward_transfer": 1 / 2 - 1,
-            "forward_transfer": 3 / 4 - 1 / 4,
-            # Classes 0, 1, 9 (three samples) and 4: (1 + 1 + 2/3 + 1) / 4 and (1 + 0 + 1 + 1) / 4.
-            "amca": ((1 + 1 + 2 / 3 + 1) / 4 + 3 / 4) / 2,
-        },
-        rel=1e-15,
-    )
-
-
 def test_classes_not_learned_yet_count_as_zero_in_amca() -> None:
     metric = M.AMCA(num_test_classes=4)
     metric.next_stage()
@@ -263,14 +238,6 @@ def test_counts_are_exact_integers_that_do_not_grow_with_samples() -> None:
     assert confusion.counts.tolist() == [[0, 1, 1, 20], [0, HUGE, 2, 20], [0, HUGE, HUGE, 20]]
 
 
-def test_unlabelled_samples_are_not_counted() -> None:
-    metric = M.AccuracyMatrix()
-    metric.next_stage()
-    metric.update(torch.tensor([1, 1, 1]), torch.tensor([-1, 1, -1]), experience=0)
-    metric.update(torch.tensor([1]), torch.tensor([-1]), experience=1)
-    assert plain(metric.compute()) == [[1.0]]
-
-
 def test_stage_chooses_the_row() -> None:
     metric = M.AccuracyMatrix()
     assert metric.stage == 0
@@ -295,15 +262,6 @@ def test_a_value_is_recomputed_after_an_update_and_after_a_new_stage() -> None:
     assert metric.compute().tolist() == [[0]]
     metric.update(torch.tensor([1]), torch.tensor([0]), experience=0)
     assert metric.compute().tolist() == [[0, 1], [0, 0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_all_integer_types_count_the_same(dtype: torch.dtype) -> None:
-    metric, other = M.AccuracyMatrix(), M.AccuracyMatrix()
-    predictions, targets, experience = torch.tensor([0, 3, 3]), torch.tensor([0, 3, 1]), torch.tensor([0, 0, 1])
-    metric.update(predictions, targets, experience)
-    other.update(predictions.to(dtype), targets.to(dtype), experience.to(dtype))
-    assert same_state(metric, other)
 
 
 HOSTILE: list[tuple[Any, Any, Any, str]] = [
@@ -349,13 +307,6 @@ def test_nothing_evaluated_is_nan_or_empty(metric_class: type[Any]) -> None:
     with pytest.warns(UserWarning, match="before the ``update``"):
         value = metric_class().compute()
     assert value.numel() == 0 or math.isnan(float(value))
-
-
-def test_values_do_not_share_memory_with_the_state() -> None:
-    metric = feed(M.StreamConfusionMatrix(), class_incremental())
-    before = metric.counts.clone()
-    metric.compute().zero_()
-    assert torch.equal(metric.counts, before)
 
 
 # --- torchmetrics' contract -----------------------------------------------------------------------------------------
@@ -512,10 +463,11 @@ def shares(case: str) -> tuple[Stream, Stream]:
 CASES = ("alternating", "other experiences and classes", "other stages", "nothing on the first")
 
 
-def work(rank: int, folder: str) -> None:
+def work(name: str, folder: Path) -> dict[str, Any]:
+    """What one of two processes computes of its share, in each case and by each metric."""
     warnings.simplefilter("ignore")  # the first process computes before any update in one of the cases
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     result: dict[tuple[str, str], Any] = {}
     for case in CASES:
         for metric_class in ALL:
@@ -534,15 +486,13 @@ def work(rank: int, folder: str) -> None:
             metric.sync()
             again = int(metric.counts[:, -1].sum())
             result[case, metric_class.__name__] = (value, state, again, getattr(metric, "classes", ()))
-    torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    return {"result": result}
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    mp.spawn(work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [each["result"] for each in driven(__file__, tmp_path_factory.mktemp("gloo"), ["work"])["work"]]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -581,3 +531,7 @@ def test_on_a_gpu_the_counts_are_the_same(metric_class: type[Any]) -> None:
     assert value.device.type == metric.counts.device.type == "cuda"
     torch.testing.assert_close(value.cpu(), expected.compute(), rtol=0, atol=0, equal_nan=True)
     assert same_state(metric.cpu(), expected)
+
+
+if __name__ == "__main__":
+    sys.exit(drive(work))

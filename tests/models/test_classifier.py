@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import timm
 import torch
+from small_runs import quiet_trainer
 
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, StateError
@@ -261,9 +262,7 @@ def test_a_run_in_channels_last_resumes_with_the_same_bits(tmp_path: Path) -> No
     def run(epochs: int, start: str | None = None) -> dict[str, torch.Tensor]:
         pl.seed_everything(1, verbose=False)
         model = TimmClassifier("resnet10t", num_classes=3, channels_last=True)
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=epochs, logger=False, default_root_dir=tmp_path, enable_progress_bar=False
-        )
+        trainer = quiet_trainer(tmp_path, max_epochs=epochs)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(8, 3, 16, 16, generator=generator)
         samples = torch.utils.data.TensorDataset(images, torch.arange(8) % 3)
@@ -306,6 +305,6 @@ def test_a_run_refuses_an_unsafe_layout_that_the_user_chose(tmp_path: Path) -> N
     model = TimmClassifier("resnet18", num_classes=3, small_images=True, model_kwargs=TINY)
     model.to(memory_format=torch.channels_last)
     samples = torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 3)
-    trainer = pl.Trainer(accelerator="cpu", strategy="onpro", max_epochs=1, logger=False, default_root_dir=tmp_path)
+    trainer = quiet_trainer(tmp_path, strategy="onpro", max_epochs=1)
     with pytest.raises(ConfigurationError, match=r"channels_last is not safe .*'network.layer2.0.downsample.0'"):
         trainer.fit(model, torch.utils.data.DataLoader(samples, batch_size=4))

@@ -150,22 +150,3 @@ class Offers:
         self.labels += labels.tolist()
         self.experiences.append(experience)
         self.add(images, labels, experience, **extras)
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of a nested state under its path."""
-    if isinstance(value, dict):
-        return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{path}/{name}").items()}
-    if isinstance(value, list | tuple):
-        return {key: leaf for i, part in enumerate(value) for key, leaf in flatten(part, f"{path}/{i}").items()}
-    return {path: value}
-
-
-def differences(one: Any, two: Any) -> list[str]:
-    a, b = flatten(dict(one)), flatten(dict(two))
-    found = sorted(a.keys() ^ b.keys())
-    for key in a.keys() & b.keys():
-        same = torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key]
-        if not same:
-            found.append(key)
-    return found

@@ -82,6 +82,7 @@ def state(net: Any) -> list[Tensor]:
     return [value.clone() for value in net.state_dict().values()]
 
 
+@pytest.mark.warns("the backbone still trains")
 def test_with_all_rows_as_candidates_and_replayed_it_is_er(make_trainer: Make) -> None:
     """Up to the order of the rows, of which the loss is a mean."""
     from clkit.strategies import ERStrategy
@@ -98,7 +99,8 @@ def test_with_all_rows_as_candidates_and_replayed_it_is_er(make_trainer: Make) -
 
 
 def marked(check: Check) -> Any:
-    return pytest.param(check, marks=pytest.mark.slow if check.rule.startswith("two_processes") else [])
+    slow = check.rule.startswith(("two_processes", "a_compiled_module"))
+    return pytest.param(check, marks=pytest.mark.slow if slow else [])
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,7 @@ def test_the_phase_comes_back_on_a_resume(make_trainer: Make, step: int, tmp_pat
 # ---- again and elsewhere
 
 
+@pytest.mark.warns("it has learned before")
 def test_a_second_fit_and_validation_on_a_fresh_trainer(make_trainer: Make) -> None:
     module, head = TimmClassifier("identity"), NMC()
     trainer = make_trainer(strategy="gradient_free", callbacks=[head])
@@ -304,24 +305,6 @@ def test_a_second_fit_and_validation_on_a_fresh_trainer(make_trainer: Make) -> N
     assert 0.8 < after["nmc/accuracy"] < first["nmc/accuracy"]
 
 
-def test_one_trainer_fits_twice_with_plain_loaders(make_trainer: Make) -> None:
-    data = stream()
-    data.setup("validate")
-    loader = data.train_dataloader()
-    head = NMC()
-    trainer = make_trainer(strategy="gradient_free", callbacks=[head], max_epochs=1)
-    trainer.fit(Base(), loader)
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(Base(), loader)
-    assert trainer.global_step == 2 * len(loader)
-
-
-def test_strategies_are_found_by_name() -> None:
-    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy="gradient_free", logger=False)
-    assert isinstance(trainer.strategy, GradientFreeStrategy)
-    assert trainer.strategy.warmup_epochs == 0
-
-
 def test_unused_parameters_are_refused_by_name() -> None:
     for strategy in (GradientFreeStrategy, LearningStrategy):
         with pytest.raises(ConfigurationError, match="find_unused_parameters=True"):
@@ -332,21 +315,3 @@ def test_unused_parameters_are_refused_by_name() -> None:
 def test_a_wrong_number_of_warm_up_epochs_is_named(wrong: Any) -> None:
     with pytest.raises(ArgumentError, match=rf"warmup_epochs.*{wrong!r}"):
         GradientFreeStrategy(warmup_epochs=wrong)
-
-
-def test_too_few_epochs_name_the_number_with_the_warm_up(make_trainer: Make) -> None:
-    trainer = make_trainer(strategy=GradientFreeStrategy(warmup_epochs=4), max_epochs=3)
-    with pytest.raises(ConfigurationError, match=r"max_epochs=3 .*max_epochs=7"):
-        trainer.fit(Base(), datamodule=stream())
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_other_precisions_keep_float64_sums(make_trainer: Make, precision: Any) -> None:
-    head = AEFOCL(balance="none")
-    trainer = make_trainer(strategy="gradient_free", callbacks=[head], precision=precision)
-    trainer.fit(TimmClassifier("identity"), datamodule=stream())
-    statistics = head.head.statistics
-    assert statistics.sums.dtype == torch.float64
-    assert int(head.head.counts.sum()) == 899
-    (metrics,) = trainer.validate(TimmClassifier("identity"), datamodule=stream(), verbose=False)
-    assert metrics["aef_ocl/accuracy"] > 0.9

@@ -23,14 +23,13 @@ from test_onpro_two_processes import (
     TASKS,
     Net,
     assert_close,
-    assert_same_bits,
     batches,
     fit_each,
     plain_trainer,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from two_ranks import drive, driven
+from two_ranks import Ranks, Scenarios, drive
 
 from clkit.callbacks import NMC
 from clkit.errors import ArgumentError, ClkitError, StateError
@@ -39,6 +38,7 @@ from clkit.methods.replay.buffer import MemoryRows
 from clkit.methods.replay.step import Block
 from clkit.strategies import ERStrategy, MemorySettings, OnProStrategy
 from clkit.strategies._ranks import Incoming, ReplayRanks
+from clkit.testing._compare import changed
 
 CAPACITY = 7
 PARTS = [4, 3]
@@ -156,27 +156,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharded")
 
 
+scenarios = Scenarios(__file__, QUICK, sorted(SLOW, key=lambda each: each in STARTS))  # those that write files first
+names = scenarios.names
+
+
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """What both ranks ended with in a scenario; scenarios run together when the first of them is asked for."""
-    found: dict[str, list[dict[str, Any]]] = {}
-
-    def of(name: str) -> list[dict[str, Any]]:
-        if name not in found:
-            if name in SLOW:
-                run(1, folder, "saved")
-                run(1, folder, "balanced saved")
-            ordered = sorted(SLOW, key=lambda each: each in STARTS)  # those that write files first
-            found.update(driven(__file__, folder, QUICK if name in QUICK else ordered))
-        return found[name]
-
-    return of
-
-
-def names(*wanted: str) -> Any:
-    return pytest.mark.parametrize(
-        "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in wanted]
-    )
+def ranks(folder: Path) -> Ranks:
+    return scenarios.run_in(folder, lambda: [run(1, folder, name) for name in ("saved", "balanced saved")])
 
 
 def seed_of(rank: int) -> int:
@@ -205,7 +191,7 @@ def test_a_rank_keeps_what_a_memory_of_its_own_stream_keeps(ranks: Any, name: st
             alone.add(images, labels, task)
         expected = alone.state_dict()
         extras = {key: value for key, value in found["memory"].items() if key.startswith("extras.")}
-        assert_same_bits({k: v for k, v in found["memory"].items() if k not in extras}, expected)
+        assert changed({k: v for k, v in found["memory"].items() if k not in extras}, expected) == []
         assert bool(extras) == ("der" in name)
 
 
@@ -213,7 +199,7 @@ def test_a_rank_keeps_what_a_memory_of_its_own_stream_keeps(ranks: Any, name: st
 def test_both_ranks_train_the_same_weights_and_know_the_same_prototypes(ranks: Any, name: str) -> None:
     first, second = ranks(name)
     for part in ("weights", "projector", "prototypes", "balance"):
-        assert_same_bits(first[part], second[part])
+        assert changed(first[part], second[part]) == []
     start = Net(norm=False).double().state_dict()
     assert all(not torch.equal(value, first["weights"][key]) for key, value in start.items())
 
@@ -230,7 +216,7 @@ def test_the_counts_are_of_the_rows_of_all_parts(ranks: Any) -> None:
 @names("plain", "bytes without rows", "from one")
 def test_means_of_the_memory_are_those_of_all_parts(ranks: Any, name: str) -> None:
     found = ranks(name)
-    assert_same_bits(found[0]["nmc"], found[1]["nmc"])
+    assert changed(found[0]["nmc"], found[1]["nmc"]) == []
     module = Net(norm=False).double()
     module.load_state_dict(found[0]["weights"])
     memory = [each["memory"] for each in found]
@@ -349,7 +335,7 @@ def test_the_file_holds_the_parts_in_rank_order(ranks: Any, folder: Path) -> Non
         alone = ReservoirBuffer(PARTS[rank], seed=seed_of(rank))
         for images, labels, task in labelled(rank, False, tasks=1):
             alone.add(images, labels, task)
-        assert_same_bits(state, dict(alone.state_dict()))
+        assert changed(state, dict(alone.state_dict())) == []
 
 
 @pytest.mark.slow
@@ -357,7 +343,7 @@ def test_the_same_number_of_processes_goes_on_with_the_same_bits(ranks: Any) -> 
     for resumed, whole in zip(ranks("second epoch"), ranks("two epochs"), strict=True):
         assert int(resumed["before"]["seen"].sum()) == int(whole["memory"]["seen"].sum()) // 2
         for part in ("weights", "projector", "prototypes", "memory", "balance"):
-            assert_same_bits(resumed[part], whole[part])
+            assert changed(resumed[part], whole[part]) == []
 
 
 @pytest.mark.slow
@@ -374,7 +360,7 @@ def test_two_processes_take_the_rows_of_one_memory(ranks: Any, folder: Path, nam
     assert sum(int(part["seen"].sum()) for part in parts) == int(whole["seen"].sum())
     assert not torch.equal(parts[0]["generator"], parts[1]["generator"])
     first, second = ranks(name)
-    assert_same_bits(first["weights"], second["weights"])
+    assert changed(first["weights"], second["weights"]) == []
     seen = sum(int(each["memory"]["seen"].sum()) for each in (first, second))
     assert seen == sum(map(sum, SIZES))
 
@@ -394,9 +380,9 @@ def test_one_process_takes_the_rows_of_both(ranks: Any, folder: Path) -> None:
 def test_a_replicated_run_takes_the_rows_of_both(ranks: Any, folder: Path) -> None:
     first, second = ranks("whole from parts")
     parts = saved_memories(folder / "saved-2")
-    assert_same_bits(first["before"], second["before"])
+    assert changed(first["before"], second["before"]) == []
     assert rows_of(first["before"]) == rows_of(*parts)
-    assert_same_bits(first["memory"], second["memory"])
+    assert changed(first["memory"], second["memory"]) == []
 
 
 @pytest.mark.slow
@@ -428,7 +414,7 @@ def test_alone_a_part_is_the_whole(folder: Path, gather: str | None, monkeypatch
     monkeypatch.setitem(OPTIONS, "replicated", {"gather": gather, "scope": "replicated"})
     found, expected = run(1, folder, "sharded"), run(1, folder, "replicated")
     for part in ("weights", "projector", "prototypes", "memory", "balance"):
-        assert_same_bits(found[part], expected[part])
+        assert changed(found[part], expected[part]) == []
 
 
 def test_an_unknown_scope_is_refused() -> None:
@@ -461,7 +447,7 @@ def test_damaged_parts_change_nothing(change: Callable[[Any], None], message: st
     change(state["memory"])
     with pytest.raises(StateError, match=message):
         strategy.load_stream_state(state)
-    assert_same_bits(saved_memory(strategy), before)
+    assert changed(saved_memory(strategy), before) == []
 
 
 def other_rows() -> dict[str, Any]:

@@ -6,7 +6,6 @@ Run as a program, ``test_onpro_two_processes.py FOLDER NAME ...``, this file is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from onpro_runs import onpro
+from small_runs import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from two_ranks import drive, driven
+from two_ranks import Ranks, Scenarios, drive
 
 from clkit.errors import ClkitError
 from clkit.strategies import DERPPStrategy, ERStrategy
+from clkit.testing._compare import changed
 
 SIZES = [(3, 3), (3, 3), (3, 2), (1, 3), (2, 2), (3, 3), (3, 3), (3, 2)]  # of the batches of both ranks
 TASKS = [range(4), range(4, 8)]  # which batches an experience has
@@ -93,20 +94,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def plain_trainer(devices: int, folder: Path, strategy: Any, callbacks: list[Any]) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        max_epochs=1,
-        strategy=strategy,
-        callbacks=callbacks,
-        precision="64-true",
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-        use_distributed_sampler=False,
-    )
+    options = {"max_epochs": 1, "precision": "64-true", "use_distributed_sampler": False}
+    return quiet_trainer(folder, devices=devices, strategy=strategy, callbacks=callbacks, **options)
 
 
 def fit_each(trainer: pl.Trainer, module: pl.LightningModule, tasks: list[Any]) -> None:
@@ -165,31 +154,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("replay")
 
 
+scenarios = Scenarios(__file__, QUICK, SLOW)
+names = scenarios.names
+
+
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """What both ranks ended with in a scenario; scenarios run together when the first of them is asked for."""
-    found: dict[str, list[dict[str, Any]]] = {}
-
-    def of(name: str) -> list[dict[str, Any]]:
-        if name not in found:
-            found.update(driven(__file__, folder, QUICK if name in QUICK else SLOW))
-        return found[name]
-
-    return of
-
-
-def names(*wanted: str) -> Any:
-    """Parametrises a test over scenarios; those outside the quick run are slow."""
-    return pytest.mark.parametrize(
-        "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in wanted]
-    )
-
-
-def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        same = torch.equal(value, second[key]) if isinstance(value, Tensor) else value == second[key]
-        assert same, key
+def ranks(folder: Path) -> Ranks:
+    return scenarios.run_in(folder)
 
 
 def assert_close(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -202,9 +173,9 @@ def assert_close(first: dict[str, Any], second: dict[str, Any]) -> None:
 def test_the_memory_is_that_of_one_process_on_both_ranks(ranks: Any, folder: Path, name: str) -> None:
     first, second = ranks(name)
     resume = folder / "saved-2" / "epoch=0.ckpt" if name == "from two" else None
-    assert_same_bits(first["memory"], second["memory"])
-    assert_same_bits(first["prototypes"], second["prototypes"])
-    assert_same_bits(first["memory"], run(1, folder, name, resume)["memory"])
+    assert changed(first["memory"], second["memory"]) == []
+    assert changed(first["prototypes"], second["prototypes"]) == []
+    assert changed(first["memory"], run(1, folder, name, resume)["memory"]) == []
     unlabelled = SIZES[0][1] + SIZES[6][1] if "without rows" in name else 0
     assert int(first["memory"]["seen"].sum()) == sum(map(sum, SIZES)) - unlabelled
 
@@ -213,10 +184,11 @@ def test_the_memory_is_that_of_one_process_on_both_ranks(ranks: Any, folder: Pat
 def test_both_ranks_train_the_same_weights(ranks: Any, name: str) -> None:
     first, second = ranks(name)
     parameters = dict(Net(norm=name == "norm").named_parameters())  # running statistics are each rank's own
-    assert_same_bits(
-        {key: first["weights"][key] for key in parameters}, {key: second["weights"][key] for key in parameters}
+    assert (
+        changed({key: first["weights"][key] for key in parameters}, {key: second["weights"][key] for key in parameters})
+        == []
     )
-    assert_same_bits(first["projector"], second["projector"])
+    assert changed(first["projector"], second["projector"]) == []
 
 
 @names("gathered", "er", "der", "class balanced", "saved", "from two", "a rank without rows")

@@ -11,18 +11,26 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from onpro_runs import BATCHES, SAMPLES, Lit, batch, differences, lit, onpro, stream, values
+from onpro_runs import BATCHES, SAMPLES, Lit, batch, lit, onpro, stream, values
+from small_runs import quiet_trainer
 from torch import Tensor
 
 from clkit.callbacks import AEFOCL, NMC
 from clkit.errors import StateError
 from clkit.schema import STRATEGY
 from clkit.strategies import OnProStrategy
+from clkit.testing._compare import changed
 
 IN_STEP = ["forward", "on_before_zero_grad", "on_after_backward", "on_before_optimizer_step"]
 AT = [0, 3, 4, 11]  # the first of all, the last and the first of an experience, the last of all
+SLOW = pytest.mark.slow
 CUT = "in the middle of a step"
 LOST = "without those batches"
+
+
+def some_at(*ordinary: int) -> Any:
+    """Parametrises a test over batches, of which some are enough for the ordinary suite."""
+    return pytest.mark.parametrize("at", [at if at in ordinary else pytest.param(at, marks=SLOW) for at in AT])
 
 
 class PlannedError(Exception):
@@ -110,17 +118,12 @@ class Run:
         self.gradients = Gradients()
         failing = [] if fail is None else [fail]
         listed = [*self.heads, *failing] if behind else [*failing, *self.heads]
-        self.trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
+        self.trainer = quiet_trainer(
+            folder,
             strategy=self.strategy,
             callbacks=[self.gradients, *listed, OnExceptionCheckpoint(folder)],
             accumulate_grad_batches=accumulate,
-            default_root_dir=str(folder),
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            enable_checkpointing=True,
         )
         torch.manual_seed(1 if not resume else 99)  # whoever resumes has drawn other numbers
         path = str(folder / "on_exception.ckpt") if resume else None
@@ -163,35 +166,37 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 # ---- before the optimizer steps
 
 
-@pytest.mark.parametrize("at", AT)
-@pytest.mark.parametrize("where", IN_STEP)
+@pytest.mark.parametrize(
+    ("where", "at"),
+    [pytest.param(where, at, marks=SLOW if at != 4 and where != "forward" else []) for where in IN_STEP for at in AT],
+)
 def test_a_batch_whose_step_failed_is_learned_once(tmp_path: Path, whole: Run, where: str, at: int) -> None:
     """Nothing of the batch is in the file, and that it might be, where a network has other parts, is said once."""
     resumed = failed_and_resumed(tmp_path, Fail(where, at))
-    assert differences(resumed.end(), whole.end()) == []
+    assert changed(resumed.end(), whole.end()) == []
     assert len(resumed.said) == 1
 
 
-def test_the_file_of_a_failed_step_has_seen_the_batches_before_it(tmp_path: Path) -> None:
+def test_a_failed_step_and_its_file_have_seen_the_batches_before_it(tmp_path: Path) -> None:
+    failed, strategy = onpro(), onpro()
     with pytest.raises(PlannedError):
-        Run(tmp_path, Fail("on_after_backward", 6))
-    strategy = onpro()
+        Run(tmp_path, Fail("on_after_backward", 6), strategy=failed)
     strategy.load_stream_state(torch.load(tmp_path / "on_exception.ckpt", weights_only=True)[STRATEGY])
     assert strategy.memory is not None
     seen = 5 + 4 + 4 + 4 + 5 + 5
-    assert strategy.memory.n_seen == seen
+    assert failed.memory.n_seen == strategy.memory.n_seen == seen
     assert sum(strategy.memory.class_seen.values()) == seen
     assert sorted(set(strategy.memory.arrival.tolist()))[-1] < seen
 
 
-@pytest.mark.parametrize("at", AT)
+@some_at(4, 11)
 def test_a_step_that_had_not_begun_leaves_nothing_to_say(tmp_path: Path, whole: Run, at: int) -> None:
     resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_start", at))
-    assert differences(resumed.end(), whole.end()) == []
+    assert changed(resumed.end(), whole.end()) == []
     assert resumed.said == []
 
 
-@pytest.mark.parametrize("at", AT)
+@some_at(4, 11)
 def test_a_batch_that_could_not_be_fetched_comes_again(tmp_path: Path, whole: Run, at: int) -> None:
     samples = sum(size for part in BATCHES for size in part[: max(0, at - done(part))])
 
@@ -209,7 +214,7 @@ def test_a_batch_that_could_not_be_fetched_comes_again(tmp_path: Path, whole: Ru
     with pytest.raises(PlannedError):
         Run(tmp_path, data=stream(train_transform=Broken()))
     resumed = Run(tmp_path, resume=True)
-    assert differences(resumed.end(), whole.end()) == []
+    assert changed(resumed.end(), whole.end()) == []
     assert resumed.said == []
 
 
@@ -226,7 +231,7 @@ def test_running_statistics_are_what_moves_twice(tmp_path: Path) -> None:
     for each in (straight, end):
         del each["heads"]  # read in eval mode, by the running statistics
     names = {"running_mean", "running_var", "num_batches_tracked"}
-    assert {path.rsplit(".", 1)[-1] for path in differences(end, straight)} == names
+    assert {path.rsplit(".", 1)[-1] for path in changed(end, straight)} == names
     key = "net.norm.num_batches_tracked"
     assert int(end["weights"][key]) > int(straight["weights"][key])
     assert len(resumed.said) == 1
@@ -241,16 +246,8 @@ def test_an_interrupt_in_a_step(tmp_path: Path, whole: Run) -> None:
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
     resumed = Run(tmp_path, resume=True)
-    assert differences(resumed.end(), whole.end()) == []
+    assert changed(resumed.end(), whole.end()) == []
     assert len(resumed.said) == 1
-
-
-def test_a_strategy_whose_step_failed_has_not_learned_the_batch(tmp_path: Path) -> None:
-    strategy = onpro()
-    with pytest.raises(PlannedError):
-        Run(tmp_path, Fail("on_after_backward", 6), strategy=strategy)
-    assert strategy.memory is not None
-    assert strategy.memory.n_seen == 5 + 4 + 4 + 4 + 5 + 5
 
 
 @pytest.mark.parametrize("where", ["on_train_batch_start", "on_after_backward"])
@@ -284,6 +281,8 @@ class Positioned:
         self.at = state["at"]
 
 
+@pytest.mark.warns("its batch comes again")
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=:UserWarning")  # Lightning, of the checkpoint of the exception
 def test_a_batch_that_the_loader_counts_as_done_is_said_to_be_lost(tmp_path: Path) -> None:
     fail = Fail("on_after_backward", 3)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
@@ -331,25 +330,25 @@ def test_an_interrupt_while_the_batch_is_learned_is_said(tmp_path: Path, monkeyp
     assert "counts twice" in resumed.said[0]
 
 
-@pytest.mark.parametrize("at", AT)
+@some_at(3, 11)
 def test_a_failure_behind_the_heads_loses_nothing(tmp_path: Path, whole: Run, at: int) -> None:
     resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_end", at), behind=True)
-    assert differences(resumed.end(), whole.end()) == []
+    assert changed(resumed.end(), whole.end()) == []
     assert resumed.said == []
 
 
-@pytest.mark.parametrize("at", AT)
+@some_at(0, 11)
 def test_a_failure_before_the_heads_is_refused(tmp_path: Path, at: int) -> None:
     """The trainer counts the batch as done, the heads have not learned it."""
     with pytest.raises(StateError, match=f"had learned {at} of {at + 1} batches"):
         failed_and_resumed(tmp_path, Fail("on_train_batch_end", at))
 
 
-@pytest.mark.parametrize("at", AT)
+@some_at(3)
 def test_without_heads_the_strategy_has_learned_all_by_then(tmp_path: Path, at: int) -> None:
     straight = Run(tmp_path, heads=False)
     resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_end", at), heads=False)
-    assert differences(resumed.end(), straight.end()) == []
+    assert changed(resumed.end(), straight.end()) == []
     assert resumed.said == []
 
 
@@ -361,13 +360,14 @@ def accumulated(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("accumulated"), accumulate=3)
 
 
-@pytest.mark.parametrize("where", ["on_before_zero_grad", "on_after_backward"])
-@pytest.mark.parametrize("at", [0, 4, 7])
+@pytest.mark.parametrize(
+    ("where", "at"), [("on_before_zero_grad", 0), ("on_after_backward", 4), ("on_after_backward", 7)]
+)
 def test_the_first_batch_of_an_accumulation_is_learned_once(
     tmp_path: Path, accumulated: Run, where: str, at: int
 ) -> None:
     resumed = failed_and_resumed(tmp_path, Fail(where, at), accumulate=3)
-    assert differences(resumed.end(), accumulated.end()) == []
+    assert changed(resumed.end(), accumulated.end()) == []
     assert [LOST in each for each in resumed.said] == [False]
 
 
@@ -393,5 +393,5 @@ def test_a_batch_that_waits_is_learned_with_its_gradient(tmp_path: Path, accumul
     assert accumulated.strategy.memory is not None
     assert accumulated.strategy.memory.n_seen == sum(SAMPLES)
     resumed = failed_and_resumed(tmp_path, Fail("on_train_batch_end", 5), behind=True, accumulate=3)
-    assert differences(resumed.end(), accumulated.end()) == []
+    assert changed(resumed.end(), accumulated.end()) == []
     assert resumed.said == []

@@ -51,6 +51,7 @@ class Rows(pl.Callback):
 
 @pytest.mark.parametrize("identity", [True, False], ids=["identity", "augmented"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.warns("the backbone still trains")
 def test_rows_of_the_stream_are_the_batch_as_it_came(
     make_trainer: Make, lit_small: Make, method: str, identity: bool
 ) -> None:

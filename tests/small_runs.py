@@ -1,0 +1,89 @@
+"""Small things to train, and a trainer that says and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+
+class SmallNet(nn.Module):
+    """Two layers and a classifier for flat digits."""
+
+    def __init__(self, width: int = 16, classes: int = 10, dropout: float = 0.0, norm: bool = False) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, width)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(torch.relu(self.norm(self.hidden(inputs)))))
+
+
+class LitSmall(pl.LightningModule):
+    """A module as in Lightning's own tutorials, which has never heard of clkit."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.net = SmallNet(**options)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.net(inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        accuracy = (self(batch[0]).argmax(1) == batch[1]).float().mean()
+        self.log("val_acc", accuracy, batch_size=len(batch[1]))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean(), batch_size=len(batch[1]))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch[0]).argmax(1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
+    """A trainer on one CPU process whose files land in a folder; it saves checkpoints where a callback wants to."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in options.get("callbacks") or []),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": str(folder),
+    }
+    return pl.Trainer(**{**defaults, **options})
+
+
+def hooks_of(module: nn.Module) -> int:
+    return sum(
+        len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules()
+    )
+
+
+def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of settings: a value in a place that dots lead to; ``data.batch_size`` is one of ``init_args``."""
+    *places, name = path.split(".")
+
+    def change(settings: dict[str, Any]) -> None:
+        for place in places:
+            settings = settings[place]
+            settings = settings["init_args"] if place != "trainer" else settings
+        settings[name] = value
+
+    return change
