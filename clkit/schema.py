@@ -26,6 +26,7 @@ __all__ = [
     "Instance",
     "Kind",
     "Many",
+    "Nested",
     "Numbers",
     "OneOf",
     "Settings",
@@ -274,6 +275,16 @@ class Many(Kind):
         if type(value) is not list:
             _refuse(name, "a list", describe(value))
         return [self.kind._read(each, f"{name}[{place}]", sizes) for place, each in enumerate(value)]
+
+
+@dataclass(frozen=True)
+class Nested(Kind):
+    """A dictionary with a table of its own."""
+
+    table: Table
+
+    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
+        return read_state(value, self.table, name)
 
 
 def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -111,6 +112,7 @@ class OnProStrategy(ReplayStrategy):
         assert self._forward is not None
         classes = self._forward.width or 1 + max(self._work.seen, default=0)
         seen = batch.replay if batch.wanted else None
+        self._tell_cost(len(batch.new.images), self.replay_batch if self._first else len(batch.replay.images))
         return self.losses.views(batch.new, seen, self._mixed(batch), classes, first=self._first)
 
     def _mixed(self, batch: StepBatch) -> Block | None:
@@ -192,6 +194,17 @@ class OnProStrategy(ReplayStrategy):
 
         figure = plot_prototype_similarity(self.prototypes.ids, self.prototypes.means)[0]
         return {**figures, "prototype_similarity": figure}
+
+    def _tell_cost(self, new: int, replayed: int) -> None:
+        losses = self.losses
+        if losses.variants > 1 and new:
+            cheap = replace(losses, rotation="rot4" if losses.rotation == "rot16" else "none")
+            now, then = losses.images(new, replayed), cheap.images(new, replayed)
+            self._tell_once(
+                "cost",
+                f"clkit: once the memory is full each step runs {now} images through the network for {new} new ones "
+                f"(rotation={losses.rotation!r}); rotation={cheap.rotation!r} would run {then} ({100 * then // now} %)",
+            )
 
     # ---- state
 

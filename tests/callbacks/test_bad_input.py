@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clkit.callbacks import AEFOCL, LDA, NMC, Lift, PseudoFeatures, StreamEvaluation
+from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation
 from clkit.errors import ArgumentError, BatchError, ClkitError, TapError
 from clkit.models import TimmClassifier
 from clkit.strategies import GradientFreeStrategy

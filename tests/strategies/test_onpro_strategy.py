@@ -25,6 +25,7 @@ from onpro_runs import (
     dataset,
     equal,
     er,
+    images_of,
     lit,
     loader,
     onpro,
@@ -772,6 +773,18 @@ def test_another_name_is_another_prefix(make_trainer: Make) -> None:
     watch = Watch()
     make_trainer(strategy=er(name="mine"), callbacks=[watch], limit_val_batches=0).fit(lit(), datamodule=stream())
     assert all(set(logged) == {"mine/loss", "mine/ce", "mine/memory"} for logged in watch.logged)
+
+
+def test_the_first_step_says_what_it_costs_and_what_less_would(
+    make_trainer: Make, said: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(strategy=OnProStrategy(), max_epochs=1)
+    data = images_of(torch.arange(20) % 6, 0)
+    trainer.fit(lit(), loader((data[:10], torch.arange(10) % 6), (data[10:], torch.arange(10) % 6)))
+    (line,) = [message for message in said.messages if "images through the network" in message]
+    assert "2560 images" in line
+    assert "for 10 new ones (rotation='rot16')" in line
+    assert "rotation='rot4' would run 784 (30 %)" in line
 
 
 def test_the_run_says_once_that_training_step_is_not_called(make_trainer: Make, said: pytest.LogCaptureFixture) -> None:
