@@ -69,7 +69,8 @@ def onpro(kind: Callable[..., Any] = OnProStrategy, **options: Any) -> Any:
     parts: dict[str, Any] = {}
     if kind is not OnProStrategy:
         del options["rotation"]
-    for name, settings in (("losses", OnProLosses), ("mixing", Mixing), ("memory", MemorySettings)):
+    of_onpro = {"losses": OnProLosses, "mixing": Mixing} if kind is OnProStrategy else {}
+    for name, settings in {**of_onpro, "memory": MemorySettings}.items():
         known = {each.name for each in fields(settings)}
         given = {key: options.pop(key) for key in list(options) if key in known}
         if given:
