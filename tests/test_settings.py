@@ -261,6 +261,7 @@ def compiled_whole(module: Deep, backend: str) -> Any:
     return torch.compile(module, backend=backend)
 
 
+@pytest.mark.filterwarnings("ignore:.*the backbone still trains:UserWarning")  # in an ordinary run
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ["gradient_free", pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compiled", [compiled_inside, pytest.param(compiled_whole, marks=pytest.mark.slow)])
