@@ -117,12 +117,6 @@ def test_constant_features_have_no_deviation() -> None:
     assert float(statistics.deviations.max()) <= 1e-12 * 0.1
 
 
-def test_one_sample_has_mean_itself_and_no_deviation() -> None:
-    statistics = filled(torch.tensor([[0.3, 7.0]]), torch.tensor([6]), squares=True)
-    assert torch.equal(statistics.means, torch.tensor([[0.3, 7.0]]).double())
-    assert statistics.deviations.tolist() == [[0.0, 0.0]]
-
-
 def test_sums_of_float32_features_are_exact() -> None:
     features = torch.rand(5000, 2) * 1000
     statistics = filled(features, torch.zeros(5000, dtype=torch.long), 64, sums=True)
@@ -431,10 +425,6 @@ def test_casts_leave_the_sums_alone() -> None:
     statistics.to(torch.float16)
     assert bits(statistics) == before
     assert statistics.gram.dtype == torch.float64
-
-
-def test_sums_are_no_buffers() -> None:
-    assert not list(filled(*sample()).buffers())
 
 
 def test_device_moves_are_followed() -> None:
