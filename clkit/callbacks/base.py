@@ -268,15 +268,10 @@ class FeatureCallback(StreamCallback):
         Raises:
             BatchError: If the batch is malformed; nothing is learned of it.
         """
-        if stage != "train":
-            return
-        features, targets = self.observer.features(self.forward), self.observer.known_targets
-        limits: dict[str, Any] = {"below": self.max_classes, "limit_name": "max_classes"}
-        checked = check_batch(features, targets, features.shape[1], device=features.device, **limits)
-        if checked.finite is not None and not bool(checked.finite):
-            raise BatchError("features of the batch are not finite; it was refused, nothing was changed")
-        if len(checked.features):
-            self.learn(checked.features, torch.from_numpy(checked.ids).to(features.device)[checked.inverse])
+        if stage == "train":
+            rows, ids = self._checked(self.observer.features(self.forward), self.observer.known_targets)
+            if len(rows):
+                self.learn(rows, ids)
 
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Prepare an evaluation; ``stage`` is ``"validate"``, ``"test"`` or ``"predict"``."""
@@ -361,3 +356,10 @@ class FeatureCallback(StreamCallback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+    def _checked(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        limits: dict[str, Any] = {"below": self.max_classes, "limit_name": "max_classes"}
+        checked = check_batch(features, targets, features.shape[1], device=features.device, **limits)
+        if checked.finite is not None and not bool(checked.finite):
+            raise BatchError("features of the batch are not finite; it was refused, nothing was changed")
+        return checked.features, torch.from_numpy(checked.ids).to(features.device)[checked.inverse]

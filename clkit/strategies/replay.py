@@ -315,13 +315,13 @@ class ReplayStrategy(LearningStrategy):
 
     def _report(self, work: _Work, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
         losses = {name: term.detach() for name, (_, term) in terms.items()}
-        for name, term in losses.items():
-            if name not in self._said and not bool(term.isfinite()):  # once: what follows is not finite either
-                self._said.add(name)
-                rank_zero_warn(
-                    f"batch {work.step}: the loss term {name} of {type(self).__name__} is not finite; a lower learning "
-                    "rate may help"
-                )
+        bad = [name for name, term in losses.items() if name not in self._said and not bool(term.isfinite())]
+        if bad:  # once for each term: what follows is not finite either
+            self._said.update(bad)
+            rank_zero_warn(
+                f"batch {work.step}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
+                f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
+            )
         values: dict[str, Any] = {"loss": loss, **losses, **self.logged()}
         memory = self._memory.rows
         if memory is not None:  # once it has the batch

@@ -117,7 +117,12 @@ def small_module(**options: Any) -> SmallModule:
 
 def trainer(folder: Path, callbacks: Sequence[Any], **options: Any) -> pl.Trainer:
     """Return a trainer without output on one CPU process; its files land in ``folder``."""
-    defaults: dict[str, Any] = {
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet(folder, callbacks), **options})
+
+
+def quiet(folder: Path, callbacks: Sequence[Any]) -> dict[str, Any]:
+    """Return arguments of such a trainer."""
+    return {
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": -1,
@@ -127,7 +132,6 @@ def trainer(folder: Path, callbacks: Sequence[Any], **options: Any) -> pl.Traine
         "enable_model_summary": False,
         "default_root_dir": str(folder),
     }
-    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
 
 
 def fit(

@@ -27,6 +27,7 @@ from clkit.testing._runs import (
     Trial,
     batch_of,
     fit,
+    quiet,
     small_module,
     snapshot,
     stream,
@@ -121,6 +122,7 @@ def yaml_builds_the_same(setting: Setting) -> None:
     parts: dict[str, Any] = {"callbacks": [entry.configuration], "strategy": setting.strategy}
     if entry.kind == "strategy":
         parts = {"callbacks": [{"class_path": "clkit.callbacks.NMC"}], "strategy": entry.configuration}
+    parts |= quiet(folder, [made])
     ways: dict[str, Callable[[], pl.Trainer]] = {"its class path in a YAML file": lambda: _from_yaml(folder, parts)}
     if name is not None:
         ways["its name in a YAML file"] = lambda: _from_yaml(folder, {**parts, "strategy": name})
@@ -144,10 +146,8 @@ def _from_yaml(folder: Path, options: dict[str, Any]) -> pl.Trainer:
     """Build the trainer that a command line builds from a file with these settings of it."""
     from lightning.pytorch.cli import LightningCLI  # here, since the checks in several processes do without it
 
-    quiet = {"accelerator": "cpu", "devices": 1, "max_epochs": -1, "logger": False, "enable_checkpointing": False}
-    own = {**quiet, "default_root_dir": str(folder), **options}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({"trainer": own}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"trainer": options}), encoding="utf-8")
     reasons = io.StringIO()
     try:
         with contextlib.redirect_stderr(reasons):
