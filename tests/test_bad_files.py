@@ -46,8 +46,8 @@ from clkit.errors import ArgumentError, DataError, StateError, WriteError
 from clkit.files import atomic_write, read_checkpoint
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
 from clkit.models import TimmClassifier
-from clkit.report.figures import draw_figures
 from clkit.report.results import write_results
+from clkit.report.run_figures import draw_figures
 from clkit.runs.heads import build_head
 from clkit.runs.recipes import read_recipe
 from clkit.schema import STREAM

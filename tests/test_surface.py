@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,22 @@ def test_imports_go_down(floor: int) -> None:
         if _room_of(path) in FLOORS[floor]:
             upward = _imported_rooms(path) - below - {_room_of(path)}
             assert not upward, f"{path.relative_to(PACKAGE)} imports {upward}"
+
+
+def test_files_are_small_and_told_apart_by_their_names() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    lines = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in files}
+    assert {name for name, number in lines.items() if number > 400} == {"data/scenarios.py", "features/tap.py"}
+    methods = {file.name for file in (PACKAGE / "methods").glob("*.py")}  # its callback or strategy has its name too
+    names = Counter(file.name for file in files if file.name not in methods | {"__init__.py", "base.py"})
+    assert [name for name, number in names.items() if number > 1] == []
+
+
+def test_no_constructor_has_more_than_sixteen_arguments() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                assert len(node.args.args) + len(node.args.kwonlyargs) - 1 <= 16, f"{file}, line {node.lineno}"
 
 
 @pytest.mark.parametrize("room", ["methods", "metrics", "schema", "distributed", "files"])

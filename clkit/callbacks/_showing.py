@@ -53,7 +53,7 @@ class RunFolder:
         """Draw the two figures of the results; for ``None`` those of the strategy and of other callbacks."""
         if not self.writes or not has_matplotlib():
             return
-        from clkit.report.figures import draw_figures, save_figures
+        from clkit.report.run_figures import draw_figures, save_figures
 
         if results is None:
             save_figures(self.path, [self._trainer.strategy, *callbacks_of(self._trainer)])

@@ -1,7 +1,7 @@
 """A LightningModule around any timm backbone, for users who have none of their own."""
 
 from clkit._registry import register_strategies
-from clkit.models.classifier import IdentityBackbone, TimmClassifier
+from clkit.models.timm_classifier import IdentityBackbone, TimmClassifier
 
 __all__ = ["IdentityBackbone", "TimmClassifier"]
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
 from clkit.features.batch import BatchReader
-from clkit.models.classifier import refuse_unsafe_layout
+from clkit.models.timm_classifier import refuse_unsafe_layout
 from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_entries, read_state, saved_entry
 from clkit.stream import resume
 from clkit.stream._lightning import in_step, keep_samplers, trained_batches

@@ -190,7 +190,7 @@ class OnProStrategy(ReplayStrategy):
         figures = super().run_figures()
         if not figures or not len(self.prototypes):
             return figures
-        from clkit.report.figures import plot_prototype_similarity
+        from clkit.report.run_figures import plot_prototype_similarity
 
         figure = plot_prototype_similarity(self.prototypes.ids, self.prototypes.means)[0]
         return {**figures, "prototype_similarity": figure}

@@ -229,7 +229,7 @@ class ReplayStrategy(LearningStrategy):
         """Return the figures of the run by file name: the rows of each class in memory after each experience."""
         if not any(self._counters.held.values()):
             return {}
-        from clkit.report.figures import plot_memory_balance
+        from clkit.report.run_figures import plot_memory_balance
 
         return {"memory_balance": plot_memory_balance(self._counters.held)[0]}
 

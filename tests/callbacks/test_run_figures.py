@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
-from clkit.report.figures import plot_prototype_similarity
+from clkit.report.run_figures import plot_prototype_similarity
 from clkit.strategies import ERStrategy
 
 Make = Callable[..., Any]

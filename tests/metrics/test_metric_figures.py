@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from clkit import metrics as M
 from clkit.errors import ArgumentError
 from clkit.metrics import figures
-from clkit.report.figures import plot_memory_balance, plot_prototype_similarity
+from clkit.report.run_figures import plot_memory_balance, plot_prototype_similarity
 
 NAN = float("nan")
 
