@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import BatchError
-from clkit.features.observer import BatchObserver, evaluating
+from clkit.features.observer import BatchObserver
+from clkit.features.tap import evaluating
 from clkit.strategies import LearningStrategy
 
 Make = Callable[..., Any]

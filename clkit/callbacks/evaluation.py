@@ -17,7 +17,8 @@ from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
-from clkit.features.observer import evaluating, forward
+from clkit.features.observer import forward
+from clkit.features.tap import evaluating
 from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of

@@ -19,7 +19,7 @@ from clkit.errors import BatchError, TapError
 from clkit.features.batch import BatchReader, read_batch, read_inputs
 from clkit.features.tap import FeatureTap, Tapped, evaluating
 
-__all__ = ["BatchObserver", "FeaturesFrom", "evaluating", "forward"]
+__all__ = ["BatchObserver", "FeaturesFrom", "forward"]
 
 FeaturesFrom = Literal["auto", "shared", "eval"]
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader, read_batch
-from clkit.features.observer import evaluating
+from clkit.features.tap import evaluating
 from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.contrast import wide

@@ -11,7 +11,7 @@ from clkit.errors import ConfigurationError
 
 __all__ = ["Change", "changes_of"]
 
-_MARK = "clkit_change"  # a plain attribute of a changed layer: in no state dict, and copied with the layer
+_MARK = "clkit_change"  # a plain attribute of a changed layer: in no state dict, copied with it; the tap looks for it
 
 
 class Change(ABC):
