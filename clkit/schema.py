@@ -37,7 +37,6 @@ __all__ = [
     "read_entries",
     "read_state",
     "saved_entry",
-    "saved_list",
 ]
 
 EXPORTED = "clkit_export"  # marks an exported file; the value is its format
@@ -291,18 +290,13 @@ def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> An
     """Return one entry, of a type, of a saved state that has others too; else raise a StateError.
 
     Example:
-        >>> saved_entry({"observed": 3}, "observed", int, "NMC(nmc)")
+        >>> saved_entry({"batches": 3}, "batches", int, "NMC(nmc)")
         3
     """
     entries = read_entries(state, owner)
     if name not in entries:
         raise StateError(f"{owner}: the saved state has no {name!r}; {_DAMAGED}")
     return Instance(kind)._read(entries[name], f"{owner}: {name!r}", {})
-
-
-def saved_list(state: Any, name: str, kind: type, owner: str) -> list[Any]:
-    """Return one entry of a saved state that is a list, each element of one type; else raise a StateError."""
-    return Many(Instance(kind))._read(saved_entry(state, name, list, owner), f"{owner}: {name!r}", {})
 
 
 def check_format(state: Any, known: int, owner: str) -> dict[str, Any]:

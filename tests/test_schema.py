@@ -24,7 +24,6 @@ from clkit.schema import (
     describe,
     read_state,
     saved_entry,
-    saved_list,
 )
 
 TABLE: dict[str, Kind] = {
@@ -196,7 +195,6 @@ def test_a_dictionary_with_methods_of_its_own() -> None:
 
 def test_one_entry_among_others() -> None:
     assert saved_entry({"a": None, "b": 1}, "a", int | None, "Owner") is None
-    assert saved_list({"a": [1, 2]}, "a", int, "Owner") == [1, 2]
     for entries, words in (
         ({}, "the saved state has no 'a'"),
         ({"a": True}, "'a' must be int, the saved state has True"),
@@ -204,8 +202,6 @@ def test_one_entry_among_others() -> None:
     ):
         with pytest.raises(StateError, match=f"^Owner: {words}"):
             saved_entry(entries, "a", int, "Owner")
-    with pytest.raises(StateError, match=r"^Owner: 'a'\[1\] must be int, the saved state has 'x'"):
-        saved_list({"a": [1, "x"]}, "a", int, "Owner")
     with pytest.raises(StateError, match="format must be 1, the saved state has None"):
         check_format({}, 1, "Owner")
 

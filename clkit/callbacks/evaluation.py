@@ -214,7 +214,7 @@ class StreamEvaluation(FeatureCallback):
         """Have everything in place that belongs to the batch: its kept features, and who changes by its experience."""
         is_list = isinstance(loaders, list | tuple)  # Lightning gives a single one without a list
         loader, rows, current = loaders[dataloader_idx] if is_list else loaders, None, self._boundaries.current
-        if hasattr(loader, "experience_of"):
+        if hasattr(loader, "expected_samples"):  # that of a stream
             experience, rows = loader.batches[batch_idx]
         else:  # plain loaders: one for each experience, or one for the current experience alone
             several = is_list and len(loaders) > 1

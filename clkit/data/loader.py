@@ -203,10 +203,6 @@ class EvaluationLoader(BatchLoader):
         ]
         super().__init__(workers, [(0, rows) for _, rows in self.batches])
 
-    def experience_of(self, batch_idx: int) -> int:
-        """Return the experience that a batch belongs to."""
-        return self.batches[batch_idx][0]
-
     def expected_samples(self, limit: int | None = None) -> dict[int, int]:
         """Count the rows of each experience in the first ``limit`` batches (all of them by default)."""
         counts: dict[int, int] = {}

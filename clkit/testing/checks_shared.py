@@ -289,8 +289,7 @@ def _after(setting: Setting, last: Any, hostile: str | None = None) -> tuple[Any
     if entry.kind == "callback":
         return method, trial.learned(followed=False)
     own = trial.own_part()
-    for key in ("cut", "cut_in_update"):  # of a strategy of clkit's base: one run ended, the other was ended
-        own.get(STRATEGY, {}).pop(key, None)
+    own.get(STRATEGY, {}).pop("cut", None)  # of a strategy of clkit's base: one run ended, the other was ended
     return method, {"weights": trial.weights(), "own": own}
 
 

@@ -180,7 +180,7 @@ def test_evaluation_batches_go_round_robin_and_never_straddle_experiences() -> N
         4: [np.array([5, 6]), np.array([7, 8]), np.array([9])],
     }
     loader = EvaluationLoader(Workers(fetcher(), 0), batches)
-    assert [loader.experience_of(index) for index in range(len(loader))] == [0, 1, 4, 0, 4, 4]
+    assert [experience for experience, _ in loader.batches] == [0, 1, 4, 0, 4, 4]
     assert [x[:, 0, 0, 0].tolist() for x, _ in loader] == [[0, 1], [10], [5, 6], [2], [7, 8], [9]]
     assert loader.expected_samples() == {0: 3, 1: 1, 4: 5}
     assert loader.expected_samples(3) == {0: 2, 1: 1, 4: 2}
