@@ -35,6 +35,7 @@ __all__ = [
     "check_format",
     "describe",
     "read_entries",
+    "read_own",
     "read_state",
     "saved_entry",
 ]
@@ -284,6 +285,12 @@ class Nested(Kind):
 
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
         return read_state(value, self.table, name)
+
+
+def read_own(state: Any, table: Table, owner: str) -> dict[str, Any]:
+    """Return the entries of a saved state that a table names, checked as by :func:`read_state`; it may have others."""
+    own = {name: value for name, value in read_entries(state, owner).items() if name in table}
+    return read_state(own, table, owner)
 
 
 def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> Any:

@@ -13,9 +13,8 @@ from clkit.errors import ArgumentError, StateError
 from clkit.methods._checks import check_choice, derived_seed
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.selection import even
-from clkit.schema import Many, Numbers, Table, Whole
+from clkit.schema import Many, Numbers, Table, Whole, read_own
 from clkit.strategies._ranks import ReplayRanks, ShardedRanks
-from clkit.strategies.base import read_own
 
 __all__ = ["Counters", "MemorySettings", "ReplayMemory"]
 

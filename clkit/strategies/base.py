@@ -17,13 +17,13 @@ from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
 from clkit.features.batch import BatchReader
 from clkit.models.timm_classifier import refuse_unsafe_layout
-from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_entries, read_state, saved_entry
+from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_own, read_state, saved_entry
 from clkit.stream import resume
 from clkit.stream._lightning import in_step, keep_samplers, trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.checkpoint_io import protect_checkpoints
 
-__all__ = ["LearningStrategy", "read_own"]
+__all__ = ["LearningStrategy"]
 
 FORMAT = 1
 _TABLE: Table = {
@@ -367,13 +367,3 @@ class LearningStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """Notice the end of an experience."""
         self._boundaries.on_train_end(self._trainer, self._module)
-
-
-def read_own(state: Any, table: Table, owner: str) -> dict[str, Any]:
-    """Return the entries of a saved state that a table names; it may have others.
-
-    Raises:
-        StateError: If one of them is missing or of another kind.
-    """
-    own = {name: value for name, value in read_entries(state, owner).items() if name in table}
-    return read_state(own, table, owner)

@@ -22,12 +22,12 @@ from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.contrast import wide
 from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, arrange, total_loss
 from clkit.methods.replay.stored import MemoryRows
-from clkit.schema import Instance, Many, Nested, Table
+from clkit.schema import Instance, Many, Nested, Table, read_own
 from clkit.strategies._augmentation import Augmentation
 from clkit.strategies._forward import Projection, SingleForward, checked_batch
 from clkit.strategies._memory import Counters, MemorySettings, ReplayMemory
 from clkit.strategies._ranks import Incoming
-from clkit.strategies.base import LearningStrategy, read_own
+from clkit.strategies.base import LearningStrategy
 from clkit.stream.experience import Experience
 
 __all__ = ["ReplayStrategy"]
