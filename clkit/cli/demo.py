@@ -17,7 +17,7 @@ from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, Joint, Preprocessing, Scenario, StreamDataModule
 from clkit.metrics.functional import accuracy_seen, staged_counts
 from clkit.models import TimmClassifier
-from clkit.report.tables import comparison_table
+from clkit.report.tables import curves_table
 from clkit.strategies import GradientFreeStrategy
 
 __all__ = ["run_demo"]
@@ -59,7 +59,7 @@ def run_demo(folder: str | Path = "runs/demo") -> int:
     root.mkdir(parents=True, exist_ok=True)
     (root / "comparison.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
     console.print()
-    console.print(comparison_table(curves, "all classes seen so far; stages bring digits 0-3, 4-5, 6-7, 8-9", NOTES))
+    console.print(curves_table(curves, "all classes seen so far; stages bring digits 0-3, 4-5, 6-7, 8-9", NOTES))
     said = f"{time.perf_counter() - start:.0f} s; results, tables and figures of each run: {root}"
     console.print(said, highlight=False, soft_wrap=True)
     return 0

@@ -13,11 +13,11 @@ from clkit._version import __version__
 from clkit.metrics.functional import staged_counts, summarize
 from clkit.report.results import csv_table, write_json
 
-__all__ = ["METRICS", "ComparisonRow", "Interval", "joint_metrics", "t_interval", "write_comparison"]
+__all__ = ["COMPARED", "ComparisonRow", "Interval", "joint_metrics", "t_interval", "write_comparison"]
 
 FORMAT = 1
 CONFIDENCE = 0.95
-METRICS = {  # with the heads of their columns
+COMPARED = {  # which metrics a comparison shows, with the heads of their columns
     "average_accuracy": "average\naccuracy",
     "final_accuracy": "final\naccuracy",
     "average_incremental_accuracy": "average\nincremental",
@@ -65,7 +65,7 @@ class ComparisonRow(NamedTuple):
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Return mean, half-width and both ends of each metric's interval."""
         summary: dict[str, dict[str, float | None]] = {}
-        for metric in METRICS:
+        for metric in COMPARED:
             mean, half = self.interval(metric) or (None, None)
             low, high = (None, None) if mean is None or half is None else (mean - half, mean + half)
             summary[metric] = {"mean": mean, "half_width": half, "low": low, "high": high}
@@ -78,10 +78,10 @@ def write_comparison(folder: Path, rows: Sequence[ComparisonRow], **more: Any) -
     document = {"format": FORMAT, "clkit": __version__, "confidence": CONFIDENCE, **more, "rows": listed}
     write_json(folder / "compare.json", document)
     with csv_table(folder / "compare.csv") as writer:
-        columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+        columns = [f"{metric}{end}" for metric in COMPARED for end in ("", "_low", "_high")]
         writer.writerow(["name", "recipe", "predictor", "seeds", *columns])
         for row in listed:
-            ends = [row["summary"][metric][end] for metric in METRICS for end in ("mean", "low", "high")]
+            ends = [row["summary"][metric][end] for metric in COMPARED for end in ("mean", "low", "high")]
             cells = ["" if value is None else f"{value:.6f}" for value in ends]
             writer.writerow([row["name"], row["recipe"], row["predictor"], len(row["runs"]), *cells])
 
@@ -93,7 +93,7 @@ def joint_metrics(
 
     Where a class is in two of the ``stages``, which list the classes of each, only the final accuracy is known.
     """
-    values: dict[str, Any] = dict.fromkeys(METRICS)
+    values: dict[str, Any] = dict.fromkeys(COMPARED)
     classes = [label for stage in stages for label in stage]
     if len(set(classes)) == len(classes):
         with per_class.open(newline="", encoding="utf-8") as lines:

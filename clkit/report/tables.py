@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from clkit.report.comparison import METRICS, ComparisonRow, Interval
+from clkit.report.comparison import COMPARED, ComparisonRow, Interval
 
-__all__ = ["comparison_table", "evaluation_table", "seeds_table", "stage_table"]
+__all__ = ["curves_table", "evaluation_table", "seeds_table", "stage_table"]
 
 MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
 
@@ -46,7 +46,7 @@ def evaluation_table(accuracies: Mapping[str, tuple[Mapping[int, float], float |
     return table
 
 
-def comparison_table(curves: Mapping[str, list[float | None]], title: str, notes: Mapping[str, str]) -> Table:
+def curves_table(curves: Mapping[str, list[float | None]], title: str, notes: Mapping[str, str]) -> Table:
     """Return the accuracy after each stage on all experiences seen, a row for each curve, its note beside its name."""
     table = _table(f"{title} (accuracy, %)", ())
     table.add_column("backbone", no_wrap=True)
@@ -65,10 +65,10 @@ def seeds_table(rows: Sequence[ComparisonRow], title: str, caption: str) -> Tabl
         >>> seeds_table([ComparisonRow("nmc", "nmc", "nmc", False, [run, run])], "digits", "").row_count
         1
     """
-    table = _table(f"{title} (%)", METRICS.values(), caption=caption or None, caption_justify="left")
+    table = _table(f"{title} (%)", COMPARED.values(), caption=caption or None, caption_justify="left")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         ends = following is None or following.outer != row.outer
-        table.add_row(row.name, *[_interval(row.interval(metric)) for metric in METRICS], end_section=ends)
+        table.add_row(row.name, *[_interval(row.interval(metric)) for metric in COMPARED], end_section=ends)
     return table
 
 

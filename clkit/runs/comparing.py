@@ -19,7 +19,7 @@ from rich.console import Console
 from clkit.callbacks.base import MODULE
 from clkit.errors import ArgumentError, ConfigurationError, ProcessLostError, StateError, did_you_mean
 from clkit.files import atomic_write
-from clkit.report.comparison import METRICS, ComparisonRow, joint_metrics, write_comparison
+from clkit.report.comparison import COMPARED, ComparisonRow, joint_metrics, write_comparison
 from clkit.report.tables import seeds_table
 from clkit.runs._run_settings import RunSettings, arguments_of, gives_task_id, reason_of, shown
 from clkit.runs.recipes import recipe_folder, recipe_names
@@ -229,7 +229,7 @@ def _rows(
             if method.outer and method.name == JOINT:
                 metrics = joint_metrics(metrics, run.folder / "per_class.csv", predictor, stages)
             folder = run.folder.relative_to(root).as_posix()
-            values.append({"seed": run.seed, "folder": folder, **{metric: metrics[metric] for metric in METRICS}})
+            values.append({"seed": run.seed, "folder": folder, **{metric: metrics[metric] for metric in COMPARED}})
         name = f"{method.name} / {predictor}" if len(predictors) > 1 else method.name
         rows.append(ComparisonRow(name, method.name, predictor, method.outer, values))
     return rows
