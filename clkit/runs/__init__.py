@@ -1,1 +1,1 @@
-"""A run as settings and files: built, loaded, merged, corrected, exported and compared."""
+"""A run as settings and files: building it, loading its heads, merging, forgetting, exporting, comparing."""

@@ -91,7 +91,7 @@ class GradientFreeStrategy(LearningStrategy):
     # ---- boundaries
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
-        """Freezes before the first gradient-free batch."""
+        """Freeze the network before the first gradient-free batch."""
         if experience.phase == "learn":
             self._freeze()
 

@@ -1,1 +1,1 @@
-"""Changes of the user's network that can be taken back."""
+"""Changes of the user's network that can be taken back, and a changed copy of it for export."""

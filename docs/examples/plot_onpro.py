@@ -3,9 +3,9 @@ Replay on a stream: fine-tuning, ER and OnPro
 =============================================
 
 A small network learns handwritten digits from scratch, two classes at a time, each image seen once. Three ways to do it
-share one strategy: training on the stream alone, replaying fifty stored images beside it (ER), and OnPro, which adds
-contrast between classes and mixes images of classes that are close. This tutorial runs all three, and looks into the
-memory and the prototypes.
+share one base, the replay strategy: training on the stream alone, replaying fifty stored images beside it (ER), and
+OnPro, which adds contrast between classes and mixes images of classes that are close. This tutorial runs all three, and
+looks into the memory.
 """
 
 # %%
