@@ -20,6 +20,7 @@ import clkit
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.models import TimmClassifier
+from clkit.strategies import ERStrategy
 
 PACKAGE = str(Path(clkit.__file__).parent)
 
@@ -98,15 +99,6 @@ def fit(folder: Path, strategy: Any, callbacks: list[Any], **options: Any) -> pl
     return trainer
 
 
-def experience_replay() -> Any:
-    """Experience replay as a strategy."""
-    from clkit import strategies
-
-    if hasattr(strategies, "ERStrategy"):
-        return strategies.ERStrategy(capacity=50, replay_batch=10)
-    return strategies.OnProStrategy(capacity=50, replay_batch=10, **strategies.REPLAY_METHODS["er"])
-
-
 def counted(call: Callable[[], Any]) -> Trail:
     """Count one call."""
     trail = Trail()
@@ -129,7 +121,7 @@ def main() -> None:
         clkit.load_head(folder / "run.ckpt", "aef_ocl")  # what is imported late is not part of the trip
         loaded = counted(lambda: clkit.load_head(folder / "run.ckpt", "aef_ocl"))
         replay = Watch(batch=20)
-        fit(folder, experience_replay(), [replay], limit_val_batches=0)
+        fit(folder, ERStrategy(capacity=50, replay_batch=10), [replay], limit_val_batches=0)
         evaluated = Watch(batch=-1, boundary=1)
         fit(folder, "gradient_free", [evaluated, NMC(), StreamEvaluation(table=False, figures=False)])
     trips = {
