@@ -27,7 +27,7 @@ _PLACES = {
     "load_head": "clkit.runs.heads",
     "merge_checkpoints": "clkit.runs.merging",
 }
-_SUBPACKAGES = ("callbacks", "data", "methods", "metrics", "models", "report", "strategies", "testing")
+_SUBPACKAGES = ("callbacks", "data", "errors", "methods", "metrics", "models", "strategies", "testing")
 
 __all__ = ["Experience", "FeatureTap", "__version__", "export", "forget_samples", "load_head", "merge_checkpoints"]
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from clkit.callbacks.head import HeadCallback
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead
+from clkit.methods._checks import check_settings
 
 __all__ = ["AEFOCL", "Lift", "PseudoFeatures"]
 
@@ -102,6 +103,7 @@ class AEFOCL(HeadCallback):
         super().__init__(name=name, **options)
         if not isinstance(lift, Lift | None):
             raise ArgumentError(f"lift must be a Lift or None, got {lift!r}; write lift=Lift(500) for 500 dimensions")
+        check_settings("pseudo_features", pseudo_features, PseudoFeatures)
         self.max_classes = max_classes
         self._head_options: dict[str, Any] = {
             **({} if lift is None else asdict(lift)),

@@ -23,6 +23,7 @@ __all__ = [
     "check_finite",
     "check_number",
     "check_probability",
+    "check_settings",
     "derived_seed",
     "generator",
 ]
@@ -198,6 +199,12 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def check_settings(name: str, value: object, kind: type) -> None:
+    """Raise an ArgumentError for an argument that is no object of a class of settings."""
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{name} must be {kind.__name__}(…), got {value!r}")
 
 
 def derived_seed(seed: int, *path: int) -> int:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader, read_batch
 from clkit.features.tap import evaluating
-from clkit.methods._checks import check_choice, check_count, generator
+from clkit.methods._checks import check_choice, check_count, check_settings, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.contrast import wide
 from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, arrange, total_loss
@@ -109,6 +109,7 @@ class ReplayStrategy(LearningStrategy):
         **ddp_options: Any,
     ) -> None:
         super().__init__(batch_reader=batch_reader, **ddp_options)
+        check_settings("memory", memory, MemorySettings)
         self.capacity = check_count("capacity", capacity, at_least=0)
         self.replay_batch = check_count("replay_batch", replay_batch)
         self.batch_norm = check_choice("batch_norm", batch_norm, ("segments", "joint"))

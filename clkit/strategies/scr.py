@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clkit.methods._checks import check_number
+from clkit.methods._checks import check_number, check_settings
 from clkit.methods.replay.contrast import supervised_contrast
 from clkit.methods.replay.step import Block, StepBatch, StepOutputs
 from clkit.strategies._forward import Projection
@@ -48,6 +48,7 @@ class SCRStrategy(ReplayStrategy):
         **options: Any,
     ) -> None:
         super().__init__(capacity, **options)
+        check_settings("projection", projection, Projection)
         self.temperature = check_number("temperature", temperature, above=0)
         self.projection = projection
         self.settings = {"temperature": self.temperature}

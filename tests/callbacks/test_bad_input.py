@@ -153,6 +153,7 @@ def test_unusual_batches_are_read_by_the_users_own_reader(make_trainer: Make) ->
         (lambda: AEFOCL(balance="smote"), r"balance must be one of .*'pfg'.*got 'smote'"),
         (lambda: AEFOCL(10.0, Lift(5.5)), r"expansion_dim .*got 5.5"),
         (lambda: AEFOCL(10.0, 500), r"lift must be a Lift or None, got 500; write lift=Lift"),
+        (lambda: AEFOCL(pseudo_features={"noise": 0.5}), r"pseudo_features must be PseudoFeatures\(…\), got \{'noise'"),
         (lambda: AEFOCL(balance="expected", lift=Lift(10)), r"expected.*expansion_dim"),
         (lambda: AEFOCL(max_classes=0), r"max_classes .*got 0"),
         (lambda: NMC("manhattan"), r"metric must be one of 'janson', 'euclidean', 'icarl', 'cosine', got 'manhattan'"),

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import AEFOCL, NMC, FeatureCallback, StreamEvaluation
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
-from clkit.strategies import ERStrategy, OnProStrategy
+from clkit.strategies import ERStrategy, OnProStrategy, SCRStrategy
 from clkit.testing._compare import changed
 
 Make = Callable[..., Any]
@@ -615,6 +615,22 @@ def test_one_channel_and_any_size_that_the_rotation_allows(
 def test_an_embedding_wider_than_the_features_is_named(make_trainer: Make) -> None:
     with pytest.raises(ArgumentError, match=r"projection.dim=9 .*8 features"):
         fitted(make_trainer, batch(0, 1), dim=9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "wanted"),
+    [
+        (ERStrategy, "memory", {"storage": "uint8"}, "MemorySettings"),
+        (OnProStrategy, "losses", "rot4", "OnProLosses"),
+        (OnProStrategy, "mixing", False, "Mixing"),
+        (OnProStrategy, "projection", 32, "Projection"),
+        (SCRStrategy, "projection", "mlp", "Projection"),
+    ],
+)
+def test_settings_of_another_type_are_named(kind: Any, name: str, value: Any, wanted: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        kind(**{name: value})
+    assert str(caught.value) == f"{name} must be {wanted}(…), got {value!r}"
 
 
 def test_gaps_any_order_and_classes_that_come_back(make_trainer: Make) -> None:
