@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from clkit.errors import ClkitError, ProcessLostError
+from clkit.errors import ClkitError, ProcessLostError, first_line
 
 __all__ = [
     "broadcast",
@@ -43,7 +43,7 @@ def report_lost_process(what: str) -> Iterator[None]:
     except ClkitError:  # clkit's own errors are raised on all processes alike
         raise
     except RuntimeError as error:  # what torch.distributed and all its backends raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise ProcessLostError(
             f"the processes could not exchange {what}: another one died, or answers no more ({reason}). Look at its "
             "output for the cause, then start all processes again from the last checkpoint (ckpt_path=…): it is whole"

@@ -33,6 +33,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message without its last stop, or the error's class where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("too short:\n  3 of 4")), first_line(MemoryError())
+        ('too short', 'MemoryError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:;") if lines else type(error).__name__
+
+
 class ClkitError(Exception):
     """Base of all errors that clkit raises on purpose."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import report_lost_process
-from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError
+from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError, first_line
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
 from clkit.methods._checks import check_choice
@@ -343,7 +343,7 @@ class HeadCallback(FeatureCallback):
             except StateError as error:
                 raise StateError(f"{self.state_key}: {error}") from error
             except (ArgumentError, RuntimeError, MemoryError) as error:  # torch says by RuntimeError: memory is short
-                width, reason = saved["in_features"], str(error).splitlines()[0]
+                width, reason = saved["in_features"], first_line(error)
                 raise StateError(
                     f"{self.state_key}: no head can be made for the saved in_features={width}: {reason}"
                 ) from error

@@ -6,17 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from clkit.data.loader import Rows
 from clkit.data.scenarios import Labels, Scenario, Split
 from clkit.data.sources.base import Source, SourcePart
 from clkit.errors import DataError
 from clkit.stream.experience import Experience
 
 __all__ = ["CutStream", "PartName", "cut_stream"]
-
-Rows = npt.NDArray[np.int64]
 
 PartName = Literal["train", "validation", "test"]
 

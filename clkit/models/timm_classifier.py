@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
+from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean, first_line
 from clkit.features.batch import BatchReader, read_batch, read_inputs
 from clkit.stream._lightning import datamodule_of
 
@@ -247,20 +247,16 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | None, options
         if not pretrained:
             raise
         raise ConfigurationError(
-            f"the pretrained weights of {backbone!r} could not be fetched ({_first_line(error)}); connect once so that "
+            f"the pretrained weights of {backbone!r} could not be fetched ({first_line(error)}); connect once so that "
             "they are cached, or give a local file of weights as checkpoint_path with pretrained=false"
         ) from error
     except RuntimeError as error:
         if checkpoint_path is None:
             raise
         raise StateError(
-            f"checkpoint_path={checkpoint_path!r} does not fit {backbone!r} with {options}: {_first_line(error)}; set "
+            f"checkpoint_path={checkpoint_path!r} does not fit {backbone!r} with {options}: {first_line(error)}; set "
             "num_classes and model_kwargs to those the file was saved with"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:")
 
 
 def _to_channels_last(network: nn.Module) -> None:

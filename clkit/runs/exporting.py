@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clkit._version import __version__
 from clkit.callbacks import HeadCallback
 from clkit.data import StreamDataModule
-from clkit.errors import ArgumentError, ConfigurationError
+from clkit.errors import ArgumentError, ConfigurationError, first_line
 from clkit.files import atomic_write, check_output, read_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import LinearReadout, linear_of, readout_module, readout_tensors
@@ -243,7 +243,7 @@ def _weights(spliced: SplicedCopy, head: Head, name: str, about: dict[str, Any],
     except pickle.UnpicklingError as error:
         raise ConfigurationError(
             "the file would hold more than tensors and plain values, so torch would not read it with "
-            f"weights_only=True: look at model_kwargs, class_names and preprocessing ({str(error).splitlines()[0]})"
+            f"weights_only=True: look at model_kwargs, class_names and preprocessing ({first_line(error)})"
         ) from error
     return buffer.getvalue()
 
@@ -284,7 +284,7 @@ def _timm_arguments(spliced: SplicedCopy, model_kwargs: dict[str, Any], logits: 
         with torch.no_grad():
             same = torch.allclose(again(spliced.example), logits, rtol=1e-3, atol=1e-5)
     except (RuntimeError, TypeError) as error:
-        spliced.refuse(f"timm.create_model({name!r}, **{kwargs}) makes another network ({_first(error)})", remedy)
+        spliced.refuse(f"timm.create_model({name!r}, **{kwargs}) makes another network ({first_line(error)})", remedy)
     if not same:
         spliced.refuse(f"timm.create_model({name!r}, **{kwargs}) with its weights gives other outputs", remedy)
     return {"model_name": name, "kwargs": kwargs, "num_classes": spliced.columns}
@@ -302,11 +302,8 @@ def _program(spliced: SplicedCopy, head: Head) -> torch.export.ExportedProgram:
             batch = torch.export.Dim("batch", min=1)
             program = torch.export.export(model, (spliced.example,), dynamic_shapes=({0: batch},))
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # whatever tracing meets in the user's code
-        raise ConfigurationError(f"torch.export cannot trace this network: {_first(error)}; export to .pt") from error
+        reason = first_line(error)
+        raise ConfigurationError(f"torch.export cannot trace this network: {reason}; export to .pt") from error
     for rows in (None, 1):
         spliced.compare(program.module(), exact, rows)
     return program
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:;")

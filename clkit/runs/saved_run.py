@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import numpy.typing as npt
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,14 +23,13 @@ from torch import Tensor
 from clkit.callbacks import HeadCallback
 from clkit.callbacks.base import FeatureCallback, Stage
 from clkit.data import StreamDataModule
+from clkit.data.loader import Rows
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
 from clkit.runs.settings import StreamCLI, read_settings, refusal
 from clkit.strategies import GradientFreeStrategy
 from clkit.stream._lightning import callbacks_of
 
 __all__ = ["SavedRun"]
-
-Rows = npt.NDArray[np.int64]
 
 Plan = list[tuple[int, Rows]]  # epoch and rows of each batch
 
