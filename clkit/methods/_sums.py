@@ -33,15 +33,15 @@ class Sums:
     gram: Tensor | None = None
 
     @classmethod
-    def empty(cls, width: int, parts: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> Sums:
+    def empty(cls, width: int, kept: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> Sums:
         """Return sums of nothing."""
         tables = {"counts": torch.zeros(0, dtype=torch.int64, device=device)}
-        if "squares" in parts:
+        if "squares" in kept:
             tables["centres"] = torch.zeros(0, width, dtype=torch.float32, device=device)
         for name, shape in {"sums": (width,), "squares": (width,), "class_grams": (width, width)}.items():
-            if name in parts:
+            if name in kept:
                 tables[name] = torch.zeros(0, *shape, dtype=dtype, device=device)
-        gram = new_gram(width, dtype, device) if "gram" in parts else None
+        gram = new_gram(width, dtype, device) if "gram" in kept else None
         return cls(np.empty(0, dtype=np.int64), tables, gram)
 
     def to(self, device: torch.device, copy: bool = False) -> Sums:

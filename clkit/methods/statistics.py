@@ -57,6 +57,9 @@ class FeatureStatistics(PlainState):
         dtype: Of the stored sums, ``torch.float64``, or ``torch.float32`` for half the memory and about 7 digits.
         max_classes: Class ids must be below this; an id as large as 10⁹ is more often a mistake than a class.
 
+    Attributes:
+        kept: Which of the four are kept, by the names of the arguments.
+
     Raises:
         ArgumentError: If an argument is not allowed.
 
@@ -95,8 +98,8 @@ class FeatureStatistics(PlainState):
         if squares and not sums:
             raise ArgumentError("squares=True needs sums=True: centred squares are centred at the means")
         self.dtype = dtype
-        kept = {"sums": sums, "gram": gram, "squares": squares, "class_grams": class_grams}
-        self.parts = tuple([name for name in kept if kept[name]])
+        asked = {"sums": sums, "gram": gram, "squares": squares, "class_grams": class_grams}
+        self.kept = tuple([name for name in asked if asked[name]])
         # counted with every batch: setting an attribute of a module costs as much as a small product
         self._steps = SimpleNamespace(batches=0, version=0)
         self._bad: Tensor | None = None  # number of the first batch that was not finite, 0 for none
@@ -124,15 +127,15 @@ class FeatureStatistics(PlainState):
         In several processes what is merged counts as this rank's own: merge a thing on one rank, not on all.
 
         Raises:
-            ArgumentError: If the other differs in width or parts, or has seen ids not below ``max_classes``; it is not
-                modified.
+            ArgumentError: If the other differs in width or in what it keeps, or has seen ids not below
+                ``max_classes``; it is not modified.
         """
         if not isinstance(other, FeatureStatistics):
             raise ArgumentError(f"only another FeatureStatistics can be merged, got {type(other).__name__}")
-        if (other.width, other.parts) != (self.width, self.parts):
+        if (other.width, other.kept) != (self.width, self.kept):
             raise ArgumentError(
-                f"cannot merge statistics of width {other.width} with {other.parts} into ones of width {self.width} "
-                f"with {self.parts}; build both with the same arguments"
+                f"cannot merge statistics of width {other.width} with {other.kept} into ones of width {self.width} "
+                f"with {self.kept}; build both with the same arguments"
             )
         with exact():
             addition = other._read()
@@ -260,7 +263,7 @@ class FeatureStatistics(PlainState):
 
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(statistics)``."""
-        return f"width={self.width}, parts={self.parts}, classes={self._shared.ids.size}"
+        return f"width={self.width}, kept={self.kept}, classes={self._shared.ids.size}"
 
     @property
     def version(self) -> int:
@@ -313,10 +316,10 @@ class FeatureStatistics(PlainState):
                 self._own.drop_empty()
         return number
 
-    def _read(self, part: str | None = None) -> Sums:
+    def _read(self, name: str | None = None) -> Sums:
         """Return everything learned, shared and own; not to be changed."""
-        if part is not None and part not in self.parts:
-            raise ConfigurationError(f"these statistics keep {self.parts}, not {part!r}; build them with {part}=True")
+        if name is not None and name not in self.kept:
+            raise ConfigurationError(f"these statistics keep {self.kept}, not {name!r}; build them with {name}=True")
         self.check()
         if self._own is None or self._own.ids.size == 0:
             return self._shared
@@ -336,7 +339,7 @@ class FeatureStatistics(PlainState):
 
     def _new_part(self) -> Sums:
         with exact():
-            return Sums.empty(self.width, self.parts, self.dtype, self._device)
+            return Sums.empty(self.width, self.kept, self.dtype, self._device)
 
     def _move(self, device: torch.device) -> None:
         self._shared = self._shared.to(device)
@@ -370,7 +373,7 @@ class FeatureStatistics(PlainState):
         return {
             "format": Numbers(least=_FORMAT, most=_FORMAT),
             "classes": Numbers(("C",), least=0, most=self.max_classes - 1, ids=True),
-            **{name: kinds[name] for name in (*self._shared.tables, *self.parts)},
+            **{name: kinds[name] for name in (*self._shared.tables, *self.kept)},
         }
 
     def _take(self, saved: dict[str, Any]) -> None:

@@ -225,15 +225,15 @@ class Head(nn.Module):
     def _all_statistics(self) -> list[FeatureStatistics]:
         return [self.statistics]
 
-    def _adopt(self, statistics: FeatureStatistics | None, width: int, parts: tuple[str, ...]) -> FeatureStatistics:
+    def _adopt(self, statistics: FeatureStatistics | None, width: int, needed: tuple[str, ...]) -> FeatureStatistics:
         """Return the given statistics, if they have what is needed, or new ones."""
         if statistics is None:
-            kept: Any = {name: name in parts for name in ("sums", "gram", "squares", "class_grams")}
+            kept: Any = {name: name in needed for name in ("sums", "gram", "squares", "class_grams")}
             return FeatureStatistics(width, max_classes=self._limit[0], **kept)
-        if statistics.width != width or not set(parts) <= set(statistics.parts):
+        if statistics.width != width or not set(needed) <= set(statistics.kept):
             raise ArgumentError(
-                f"statistics must have width {width} and keep {parts}, "
-                f"got width {statistics.width} with {statistics.parts}"
+                f"statistics must have width {width} and keep {needed}, "
+                f"got width {statistics.width} with {statistics.kept}"
             )
         self._shares = True
         return statistics
