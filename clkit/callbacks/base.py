@@ -74,7 +74,7 @@ class StreamCallback(pl.Callback):
     # ---- following
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Bring the position that an earlier fit left, where each experience is a fit of its own."""
+        """Take over the position that an earlier fit left, where each experience is a fit of its own."""
         protect_checkpoints(trainer.strategy)
         self._trained = False
         self._boundaries = Boundaries.join(trainer, self._boundaries)
@@ -112,7 +112,7 @@ class StreamCallback(pl.Callback):
         self._boundaries.on_train_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do what the end of training owes in a run that goes on from its last step, where Lightning skips training."""
+        """Run the hooks of training that Lightning skips where a resumed run has no step left."""
         if self._trained:
             return
         device = pl_module.device  # the strategy has let go of the module

@@ -147,7 +147,7 @@ def _positive(text: str) -> int:
 
 
 def _split_overrides(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part a command's own words from the settings of a fit between them, ``--name value`` or ``--name=value``."""
+    """Separate a command's own words from the settings of a fit between them, ``--name value`` or ``--name=value``."""
     words: list[str] = []
     options: list[str] = []
     overrides: list[str] = []

@@ -58,7 +58,7 @@ def curves_table(curves: Mapping[str, list[float | None]], title: str, notes: Ma
 
 
 def seeds_table(rows: Sequence[ComparisonRow], title: str, caption: str) -> Table:
-    """Return the means over several seeds with the half-widths of their intervals; lines part outer rows from others.
+    """Return the means over several seeds with the half-widths of their intervals, outer rows set off by a line.
 
     Example:
         >>> run = {"average_accuracy": 0.8, "final_accuracy": 0.8, "average_incremental_accuracy": 0.9, "forgetting": 0}

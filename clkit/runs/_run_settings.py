@@ -26,7 +26,7 @@ __all__ = ["RunSettings", "arguments_of", "gives_task_id", "reason_of", "shown"]
 
 
 class RunSettings:
-    """All settings of a run whose data are a stream: the tree that ``clkit fit --print_config`` says."""
+    """All settings of a run whose data are a stream: the tree that ``clkit fit --print_config`` prints."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         self.tree = tree

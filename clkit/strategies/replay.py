@@ -164,7 +164,7 @@ class ReplayStrategy(LearningStrategy):
             return wide(functional_call(module, dict(weights or {}), (images,)))
 
     def replay_count(self, classes_seen: int) -> int:
-        """Return how many rows a step asks of the memory, over all processes; it has some."""
+        """Return how many rows a step asks of the memory, over all processes; asked where it has some."""
         return self.replay_batch
 
     def remember(self, outputs: StepOutputs) -> Mapping[str, Tensor]:

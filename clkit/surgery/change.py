@@ -43,7 +43,7 @@ class Change(ABC):
 
     @abstractmethod
     def restore(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Take up a saved change: the module's loaded weights have it already where it lies in these."""
+        """Take up a saved change; one that lies in the weights is in the loaded ones already."""
 
     @abstractmethod
     def undo(self, module: nn.Module) -> None:
