@@ -25,7 +25,7 @@ _ORDER: Table = {
     "shuffle": Instance(bool),
     "train_samples": Whole(optional=True),
 }
-_SAVED: Table = {
+_TABLE: Table = {
     "format": OneOf((FORMAT,)),
     "epoch": Whole(),
     "batches": Whole(),
@@ -58,7 +58,7 @@ class StreamPosition:
         Raises:
             StateError: If it is none.
         """
-        saved = read_state(state, _SAVED, _OWNER)
+        saved = read_state(state, _TABLE, _OWNER)
         for each in saved["experiences"]:
             read_state(dict(zip(_EXPERIENCE, each, strict=False)), _EXPERIENCE, f"{_OWNER}: experiences")
         del saved["format"]

@@ -18,7 +18,7 @@ from clkit.schema import Numbers, Whole, read_state
 __all__ = ["StreamCounts", "Tables", "add_up", "staged_counts"]
 
 MOST_STAGES = 2**20  # more in a saved state are damage, for which no table should be made
-_SAVED = {"counts": Numbers(("n", 5)), "last": Whole(-1, MOST_STAGES - 1)}
+_TABLE = {"counts": Numbers(("n", 5)), "last": Whole(-1, MOST_STAGES - 1)}
 
 
 class Tables(NamedTuple):
@@ -138,7 +138,7 @@ class StreamCounts:
         Raises:
             StateError: If it cannot be such a table; nothing is changed then.
         """
-        saved = read_state(state, _SAVED, owner)
+        saved = read_state(state, _TABLE, owner)
         rows, last = saved["counts"].cpu(), saved["last"]
         lowest = torch.tensor([0, 0, 0, -1, 1])
         if bool((rows < lowest).any()) or not torch.equal(rows, add_up(rows[:, :4], rows[:, 4])):

@@ -56,7 +56,7 @@ class OnProStrategy(ReplayStrategy):
     """
 
     state_key = "onpro"
-    _saved: ClassVar[Table] = {**ReplayStrategy._saved, "prototypes": Nested(OnlinePrototypes.table)}
+    table: ClassVar[Table] = {**ReplayStrategy.table, "prototypes": Nested(OnlinePrototypes.table)}
 
     def __init__(
         self,

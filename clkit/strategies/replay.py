@@ -81,13 +81,14 @@ class ReplayStrategy(LearningStrategy):
         extra_names: Names of the tensors that the memory keeps with each image.
         segmented: Whether :meth:`views` may give more than one group.
         settings: What a checkpoint is compared with: options that change the method, as plain types.
+        table: What the saved :meth:`stream_state` must look like; a method that adds to the state adds to it.
     """
 
     skips_unlabelled = True
     projection: Projection | None = None
     extra_names: ClassVar[tuple[str, ...]] = ()
     segmented: bool = True
-    _saved: ClassVar[Table] = {
+    table: ClassVar[Table] = {
         "memory": Many(Instance(dict)),
         "counters": Nested(Counters.table),
         "settings": Instance(dict),
@@ -354,7 +355,7 @@ class ReplayStrategy(LearningStrategy):
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`stream_state` gave."""
         key = self.state_key
-        saved = read_own(state, self._saved, key)
+        saved = read_own(state, self.table, key)
         self._memory.check(saved["memory"], key)
         self._memory.load(saved["memory"], key)
         self._counters = Counters.from_state(saved["counters"])

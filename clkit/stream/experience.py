@@ -36,7 +36,7 @@ class Experience:
     eval_samples: int | None = None
 
 
-_FIELDS: Table = {
+_TABLE: Table = {
     "index": Whole(),
     "name": Instance(str),
     "phase": OneOf(("warmup", "learn")),
@@ -58,5 +58,5 @@ def saved_experience(state: Any, name: str, owner: str) -> Experience | None:
         StateError: If it is none.
     """
     entry = saved_entry(state, name, object, owner)
-    saved = None if entry is None else read_state(entry, _FIELDS, f"{owner}: {name}")
+    saved = None if entry is None else read_state(entry, _TABLE, f"{owner}: {name}")
     return None if saved is None else Experience(**{**saved, "classes": tuple(saved["classes"])})
