@@ -41,7 +41,7 @@ class StreamEvaluation(FeatureCallback):
     ``confusion_<predictor>.csv``, two figures and those that ``run_figures()`` of the strategy or of a callback gives
     by name, and, by ``predict``, ``predictions.csv``. What ``sample_columns(batch)`` of a callback gives, (B,) tensors
     by name, are columns of ``predictions.csv``, and their means by experience are in ``results.json``. Batches of an
-    experience are evaluated inside ``activated(experience)`` of each callback that has such a context manager.
+    experience are evaluated inside ``activated(index)`` of each callback that has such a context manager.
 
     Args:
         module: Whether the module's own classifier is a predictor; ``"auto"`` leaves it out where a strategy does not
