@@ -329,8 +329,24 @@ def called(name: str, /, **options: Any) -> dict[str, Any]:
         (put("trainer.max_epoch", 3), "there is no setting 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"),
         (put("data.batch_size", "many"), "data.batch_size: 'many' does not fit, expected int"),
         (
+            put("trainer.callbacks", [called("AEFOCL", lift=200)]),
+            "trainer.callbacks.lift: '200' does not fit, expected the settings of Lift or None",
+        ),
+        (
             put("trainer.callbacks", [called("NMC"), called("AEFOCL", gamma="x")]),
             "trainer.callbacks.gamma: 'x' does not fit, expected float",
+        ),
+        (
+            put("trainer.strategy", called("ERStrategy", memory={"polcy": "uniform"})),
+            "trainer.strategy.memory: there is no setting 'polcy', did you mean 'policy'?",
+        ),
+        (
+            put("trainer.strategy", called("OnProStrategy", memory={"policy": "unifrom"})),
+            "trainer.strategy.memory.policy: 'unifrom' does not fit, expected Literal['uniform', 'class_balanced']",
+        ),
+        (
+            put("trainer.strategy", called("OnProStrategy", memory="sharded")),
+            "trainer.strategy.memory: 'sharded' does not fit, expected a group of settings",
         ),
         (put("data", called("StreamDataModul")), "data: there is no class 'StreamDataModul', did you mean"),
         (put("data.source", called("NpzImage", name="x")), "data.source: there is no class 'NpzImage', did you mean"),

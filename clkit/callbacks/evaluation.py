@@ -83,8 +83,8 @@ class StreamEvaluation(FeatureCallback):
         for name, value in (("module", module), ("figures", figures)):
             if value not in ("auto", True, False):
                 raise ArgumentError(f"{name} must be 'auto', True or False, got {value!r}")
-        if keep_features < 0:
-            raise ArgumentError(f"keep_features must be a number of MiB of at least 0, got {keep_features}")
+        if isinstance(keep_features, bool) or not isinstance(keep_features, int | float) or keep_features < 0:
+            raise ArgumentError(f"keep_features must be a number of MiB of at least 0, got {keep_features!r}")
         self.module = module
         self.table = table
         self.files = files

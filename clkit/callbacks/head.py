@@ -62,7 +62,7 @@ class HeadCallback(FeatureCallback):
         reset_each_task: bool = False,
     ) -> None:
         super().__init__(layer=layer, forward=forward, batch_reader=batch_reader)
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == MODULE:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == MODULE:
             raise ArgumentError(
                 f"name must be letters, digits, '_', '-' and '.', since it names logs and files, and not {MODULE!r}, "
                 f"which is the module's own classifier; got {name!r}"

@@ -28,7 +28,7 @@ from clkit.data.scenarios import ClassIncremental, Scenario
 from clkit.data.sources import resolve_source
 from clkit.data.sources.base import Source, data_root
 from clkit.errors import ArgumentError, ConfigurationError, DataError
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_choice, check_count, check_probability
 from clkit.stream import resume
 from clkit.stream._lightning import loaded_checkpoint, started_epochs, stream_position
 from clkit.stream.experience import Experience
@@ -117,7 +117,7 @@ class StreamDataModule(pl.LightningDataModule):
             raise ArgumentError(
                 f"scenario must be a Scenario such as ClassIncremental(experiences=5), got {scenario!r}"
             )
-        if not 0.0 <= val_fraction < 1.0:
+        if check_probability("val_fraction", val_fraction) == 1.0:
             raise ArgumentError(f"val_fraction must lie in [0, 1), got {val_fraction}")
         if preprocessing not in ("auto", "unit") and not callable(preprocessing):
             raise ArgumentError(

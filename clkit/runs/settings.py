@@ -210,33 +210,42 @@ _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _NO_OPTION = re.compile(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _NO_IMPORT = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
+_GROUP = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
+_NO_GROUP = re.compile(r"Unable to load config '([^']+)'")
 _VALUE = re.compile(r"Given value: (.*)")
-_TYPES = re.compile(r"Expected an? (?!dot import)(.+?)(?:\. Got value: (.*))?$")
+_TYPES = re.compile(r"(?:Expected an? (?!dot import)|Not a valid (?=subclass of ))(.+?)(?:\. Got value: (.*))?$")
 
 
 def line_for_settings(message: str, known: Iterable[str] = ()) -> str:
     """Return jsonargparse's message in one line for a person: the wrong setting or value, and what is near it."""
     if "is no file of settings" in message:
         return " ".join(message.split())
+    lines = message.splitlines()
+    for number, line in enumerate(lines):
+        if found := _GROUP.search(line):
+            return _place(lines[:number], found.group(1)) + _tell_setting(*found.groups(), lines[:number])
+        if found := _NO_GROUP.search(line):
+            return f"{_place(lines[:number])}{found.group(1)!r} does not fit, expected a group of settings"
     if found := _NO_OPTION.search(message):
         name = found.group(1) or found.group(2)
         known = list(known)
         top = ", ".join(key for key in known if "." not in key and key not in ("help", "print_config"))
         return f"there is no setting {name!r}{did_you_mean(name, known) or f'; at the top there are {top}'}"
-    lines = message.splitlines()
     for pattern, tell in ((_OPTION, _tell_option), (_NO_IMPORT, None), (_NO_CLASS, _tell_class)):
         for number, line in enumerate(lines):
             if found := pattern.search(line):
                 said = found.group(1) if tell is None else tell(found.group(1), lines[:number])
                 return f"{_place(lines[:number])}{said}"
-    for number, line in enumerate(lines):
+    # inside the class that is meant, if one was found
+    begin = next((number for number, line in enumerate(lines) if _CLASS.search(line)), 0)
+    for number, line in enumerate(lines[begin:], begin):
         if _TYPES.search(line):
             return f"{_place(lines[:number])}{_tell_type(lines[number:])}"
     return " ".join(_PLACE.sub(r"\1:", message).split())
 
 
-def _place(lines: Sequence[str]) -> str:
-    keys = [found.group(1) for line in lines if (found := _PLACE.search(line))]
+def _place(lines: Sequence[str], *inside: str) -> str:
+    keys = [*(found.group(1) for line in lines if (found := _PLACE.search(line))), *inside]
     return f"{'.'.join(keys)}: " if keys else ""
 
 
@@ -244,6 +253,16 @@ def _tell_option(name: str, lines: Sequence[str]) -> str:
     path = next(found.group(1) for line in reversed(lines) if (found := _CLASS.search(line)))
     kind, accepted = path.rpartition(".")[2], inspect.signature(resolve_name(path)).parameters
     return f"{kind} has no setting {name!r}{did_you_mean(name, accepted) or '; it has ' + ', '.join(accepted)}"
+
+
+def _tell_setting(group: str, name: str, lines: Sequence[str]) -> str:
+    path = next((found.group(1) for line in reversed(lines) if (found := _CLASS.search(line))), None)
+    default = None
+    for kind in () if path is None else resolve_name(path).__mro__:
+        default = default or getattr(inspect.signature(kind).parameters.get(group), "default", None)
+    accepted = getattr(default, "__dataclass_fields__", {})
+    there = f"; it has {', '.join(accepted)}" if accepted else ""
+    return f"there is no setting {name!r}{did_you_mean(name, accepted) or there}"
 
 
 def _tell_class(name: str, lines: Sequence[str]) -> str:
@@ -255,7 +274,8 @@ def _tell_type(lines: Sequence[str]) -> str:
     value, types = None, []
     for line in lines:
         if found := _TYPES.search(line):
-            types.append(re.sub(r"<class '([^']+)'>|typing\.", r"\1", found.group(1)).replace("NoneType", "None"))
+            kind = re.sub(r"<class '([^']+)'>|typing\.", r"\1", found.group(1)).replace("NoneType", "None")
+            types.append(kind.replace("subclass of", "the settings of"))
             value = found.group(2)
         elif value is None and (found := _VALUE.search(line)):
             value = found.group(1)

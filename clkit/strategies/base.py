@@ -81,7 +81,10 @@ class LearningStrategy(DDPStrategy):
         known = [*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters]
         for name in ddp_options:
             if name not in known:
-                hint = did_you_mean(name, [*signature(type(self)).parameters, *known])
+                kinds = [kind for kind in type(self).__mro__ if issubclass(kind, LearningStrategy)]
+                own = {key: each for kind in kinds for key, each in signature(kind).parameters.items()}
+                groups = [key for key, each in own.items() if name in getattr(each.default, "__dataclass_fields__", ())]
+                hint = f"; it is a setting of {groups[0]}" if groups else did_you_mean(name, [*own, *known])
                 raise ArgumentError(f"{type(self).__name__} has no argument {name!r}{hint}")
         super().__init__(**ddp_options)
         self.batch_reader = batch_reader

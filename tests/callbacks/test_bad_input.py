@@ -158,6 +158,8 @@ def test_unusual_batches_are_read_by_the_users_own_reader(make_trainer: Make) ->
         (lambda: AEFOCL(max_classes=0), r"max_classes .*got 0"),
         (lambda: NMC("manhattan"), r"metric must be one of 'janson', 'euclidean', 'icarl', 'cosine', got 'manhattan'"),
         (lambda: LDA(shrinkage=1.5), r"shrinkage .*1.5"),
+        (lambda: LDA(name=3), r"name must be letters.*got 3"),
+        (lambda: StreamEvaluation(keep_features="1GB"), r"keep_features must be a number of MiB .*got '1GB'"),
         (lambda: NMC(forward="train"), r"forward must be one of 'auto', 'shared', 'eval', got 'train'"),
         (lambda: NMC(graft="always"), r"graft must be one of 'never', 'experience_end', 'fit_end', got 'always'"),
     ],

@@ -15,7 +15,7 @@ from clkit.callbacks import AEFOCL, NMC, ungraft
 from clkit.cli.main import main
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError
-from clkit.strategies import GradientFreeStrategy
+from clkit.strategies import GradientFreeStrategy, OnProStrategy
 
 Make = Callable[..., Any]
 
@@ -65,6 +65,10 @@ def test_the_last_checkpoint_holds_the_graft(make_trainer: Make, lit_small: Make
 def test_a_misspelt_argument_of_a_strategy_is_refused() -> None:
     with pytest.raises(ArgumentError, match="no argument 'warmup_epoch', did you mean 'warmup_epochs'"):
         GradientFreeStrategy(warmup_epoch=2)
+    with pytest.raises(ArgumentError, match=r"OnProStrategy has no argument .rotation.; it is a setting of losses$"):
+        OnProStrategy(rotation="rot4")
+    with pytest.raises(ArgumentError, match=r"OnProStrategy has no argument .memry., did you mean .memory.\?"):
+        OnProStrategy(memry=None)
     assert GradientFreeStrategy(gradient_as_bucket_view=True)._ddp_kwargs == {"gradient_as_bucket_view": True}
 
 

@@ -564,6 +564,7 @@ def test_a_second_fit_from_the_start_forgets_the_position(make_trainer: Trainers
         ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"val_fraction": 1.0}, r"val_fraction must lie in \[0, 1\), got 1.0"),
+        ({"val_fraction": "a"}, r"val_fraction must be a number from 0 to 1, got 'a'"),
         ({"evaluate": "past"}, "evaluate must be one of 'seen', 'all', got 'past'"),
         ({"preprocessing": "imagenet"}, "preprocessing must be .* got 'imagenet'"),
         ({"scenario": "class_incremental"}, "scenario must be a Scenario .* got 'class_incremental'"),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clkit.errors import ArgumentError, BatchError, NotFittedError
+from clkit.errors import ArgumentError, BatchError, NotFittedError, first_line
 from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods._state import exact
 from clkit.methods.replay import selection
@@ -102,7 +102,12 @@ class ReservoirBuffer(StoredRows):
         self._balanced = policy == "class_balanced"
         self.storage = check_choice("storage", storage, ("same", "uint8", "float16"))
         self._codec = RowCodec(self.storage, mean, std)
-        self._device = torch.empty(0, device=device).device
+        try:
+            self._device = torch.empty(0, device=device).device
+        except RuntimeError as error:  # no such device, or none here
+            raise ArgumentError(
+                f"device must be one that torch has here, got {device!r}: {first_line(error)}"
+            ) from error
         self._generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
         self._table = None
         self._seen = [0]  # arrivals by origin
