@@ -260,7 +260,7 @@ def _linear_form(head: Head) -> LinearReadout:
         does = f"metric={head.options.get('metric')!r} divides the features by their length"
     if does:
         raise ConfigurationError(
-            f"a {type(head).__name__} with {does}, and a .pt file holds one linear layer in the place of the "
+            f"this {type(head).__name__} with {does}, and a .pt file holds one linear layer in the place of the "
             "classifier; export to a .pt2 file, which can hold it"
         )
     return LinearReadout(head.classes.cpu(), weight.cpu(), bias.cpu())
