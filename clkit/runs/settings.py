@@ -223,7 +223,8 @@ def line_for_settings(message: str, known: Iterable[str] = ()) -> str:
     lines = message.splitlines()
     for number, line in enumerate(lines):
         if found := _GROUP.search(line):
-            return _place(lines[:number], found.group(1)) + _tell_setting(found.group(1), found.group(2), lines[:number])
+            group, name = found.group(1), found.group(2)
+            return f"{_place(lines[:number], group)}{_tell_setting(group, name, lines[:number])}"
         if found := _NO_GROUP.search(line):
             return f"{_place(lines[:number])}{found.group(1)!r} does not fit, expected a group of settings"
     if found := _NO_OPTION.search(message):
