@@ -78,7 +78,7 @@ def serve() -> None:
     """Runs programs, one for each line of JSON; answers by their exit codes."""
     import clkit.callbacks
     import clkit.data
-    import clkit.strategies  # noqa: F401  what programs need
+    import clkit.strategies  # noqa: F401  imported once for all: the forked programs find them loaded
 
     for line in sys.stdin:
         arguments, log = json.loads(line)

@@ -15,7 +15,7 @@ from clkit.errors import BatchError
 from clkit.methods._checks import SMALL, Array, Batch, Ids
 from clkit.methods._gram import add_gram_, new_gram
 
-__all__ = ["Sums", "exchange_sums", "raise_for_batch"]
+__all__ = ["Sums", "exchange_sums", "masked_batch_error"]
 
 _CENTRE_LIMIT = 1e30  # centres are kept in float32, which ends at 3e38
 
@@ -198,14 +198,13 @@ def _merge_squares(
     tables["squares"][at] += delta
 
 
-def raise_for_batch(number: int, rank: int | None = None) -> None:
-    """Raise the error of a batch that was masked on its device; 0 is no batch."""
-    if number:
-        where = "" if rank is None else f" of rank {rank}"
-        raise BatchError(
-            f"features of batch number {number}{where} were not finite (or above 1e+100 in magnitude); "
-            f"that batch was not learned, everything else is unchanged"
-        )
+def masked_batch_error(number: int, rank: int | None = None) -> BatchError:
+    """Return the error of a batch that was masked on its device."""
+    where = "" if rank is None else f" of rank {rank}"
+    return BatchError(
+        f"features of batch number {number}{where} were not finite (or above 1e+100 in magnitude); "
+        f"that batch was not learned, everything else is unchanged"
+    )
 
 
 def exchange_sums(own: Sums, bad: int, group: Any) -> Sums | None:
@@ -219,7 +218,8 @@ def exchange_sums(own: Sums, bad: int, group: Any) -> Sums | None:
     headers = gather_rows(torch.tensor([own.ids.size, bad], device=device), [2] * world_size(group), group=group)
     sizes = [int(header[0]) for header in headers]
     for rank, header in enumerate(headers):
-        raise_for_batch(int(header[1]), rank)
+        if number := int(header[1]):
+            raise masked_batch_error(number, rank)
     if max(sizes) == 0:
         return None
     own = own.to(device)

@@ -13,7 +13,7 @@ from clkit.errors import ArgumentError, BatchError, ConfigurationError
 from clkit.methods._checks import Batch, check_batch, check_count
 from clkit.methods._gram import mirrored
 from clkit.methods._state import PlainState, exact
-from clkit.methods._sums import Sums, exchange_sums, raise_for_batch
+from clkit.methods._sums import Sums, exchange_sums, masked_batch_error
 from clkit.schema import Numbers, Table
 
 __all__ = ["FeatureStatistics"]
@@ -196,7 +196,8 @@ class FeatureStatistics(PlainState):
         Raises:
             BatchError: With the number of the batch, counted from 1; said once. The batch was not learned.
         """
-        raise_for_batch(self._take_bad())
+        if number := self._take_bad():
+            raise masked_batch_error(number)
 
     @property
     def classes(self) -> Tensor:

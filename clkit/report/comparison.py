@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from clkit._version import __version__
 from clkit.metrics.functional import staged_counts, summarize
-from clkit.report.results import csv_table, write_json
+from clkit.report.results import write_csv, write_json
 
 __all__ = ["COMPARED", "ComparisonRow", "Interval", "joint_metrics", "t_interval", "write_comparison"]
 
@@ -77,13 +77,13 @@ def write_comparison(folder: Path, rows: Sequence[ComparisonRow], **more: Any) -
     listed = [row._asdict() | {"summary": row.summary()} for row in rows]
     document = {"format": FORMAT, "clkit": __version__, "confidence": CONFIDENCE, **more, "rows": listed}
     write_json(folder / "compare.json", document)
-    with csv_table(folder / "compare.csv") as writer:
-        columns = [f"{metric}{end}" for metric in COMPARED for end in ("", "_low", "_high")]
-        writer.writerow(["name", "recipe", "predictor", "seeds", *columns])
-        for row in listed:
-            ends = [row["summary"][metric][end] for metric in COMPARED for end in ("mean", "low", "high")]
-            cells = ["" if value is None else f"{value:.6f}" for value in ends]
-            writer.writerow([row["name"], row["recipe"], row["predictor"], len(row["runs"]), *cells])
+    columns = [f"{metric}{end}" for metric in COMPARED for end in ("", "_low", "_high")]
+    lines = []
+    for row in listed:
+        ends = [row["summary"][metric][end] for metric in COMPARED for end in ("mean", "low", "high")]
+        cells = ["" if value is None else f"{value:.6f}" for value in ends]
+        lines.append([row["name"], row["recipe"], row["predictor"], len(row["runs"]), *cells])
+    write_csv(folder / "compare.csv", ["name", "recipe", "predictor", "seeds", *columns], lines)
 
 
 def joint_metrics(

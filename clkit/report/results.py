@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,22 +165,23 @@ def write_results(
     write_json(folder / "results.json", document)
     predictors: Mapping[str, Mapping[str, Any]] = document["predictors"]
     width = max((len(row) for summary in predictors.values() for row in summary["accuracy_matrix"][:1]), default=0)
-    with csv_table(folder / "accuracy.csv") as writer:
-        writer.writerow(["predictor", "stage", "accuracy_seen", *[f"experience_{j + 1}" for j in range(width)]])
-        for predictor, summary in predictors.items():
-            rows = zip(summary["accuracy_seen"], summary["accuracy_matrix"], strict=True)
-            for stage, (seen, row) in enumerate(rows, start=1):
-                cells = ["" if value is None else f"{value:.6f}" for value in (seen, *row)]
-                writer.writerow([predictor, stage, *cells])
-    with csv_table(folder / "per_class.csv") as writer:
-        writer.writerow(["predictor", "class", "name", "samples", "correct", "accuracy"])
-        for predictor, (counts, _) in classes.items():
-            for label, hits, n in counts:
-                writer.writerow([predictor, label, names.get(label, ""), n, hits, f"{hits / n:.6f}"])
+    stages = [
+        [predictor, stage, *("" if value is None else f"{value:.6f}" for value in (seen, *row))]
+        for predictor, summary in predictors.items()
+        for stage, (seen, row) in enumerate(
+            zip(summary["accuracy_seen"], summary["accuracy_matrix"], strict=True), start=1
+        )
+    ]
+    experiences = [f"experience_{j + 1}" for j in range(width)]
+    write_csv(folder / "accuracy.csv", ["predictor", "stage", "accuracy_seen", *experiences], stages)
+    counted = [
+        [predictor, label, names.get(label, ""), n, hits, f"{hits / n:.6f}"]
+        for predictor, (counts, _) in classes.items()
+        for label, hits, n in counts
+    ]
+    write_csv(folder / "per_class.csv", ["predictor", "class", "name", "samples", "correct", "accuracy"], counted)
     for predictor, (_, pairs) in classes.items():
-        with csv_table(folder / f"confusion_{predictor}.csv") as writer:
-            writer.writerow(["true", "predicted", "count"])
-            writer.writerows(pairs)
+        write_csv(folder / f"confusion_{predictor}.csv", ["true", "predicted", "count"], pairs)
 
 
 def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) -> None:
@@ -197,9 +197,7 @@ def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) 
     for name, predicted in recorded.predicted.items():
         columns += [*ids(name, predicted), (f"{name}_score", _cells(recorded.scores[name][order]))]
     columns += [(name, _cells(values[order])) for name, values in recorded.columns.items()]
-    with csv_table(path) as writer:
-        writer.writerow([header for header, _ in columns])
-        writer.writerows(zip(*(cells for _, cells in columns), strict=True))
+    write_csv(path, [header for header, _ in columns], zip(*(cells for _, cells in columns), strict=True))
 
 
 def _means(stage: int, experiences: Tensor, values: Tensor) -> Tensor:
@@ -234,11 +232,10 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def csv_table(path: Path) -> Iterator[Any]:
-    """Open a table for writing, whole or not at all."""
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, whole or not at all."""
     with atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        yield csv.writer(file)
+        csv.writer(file).writerows([header, *rows])
 
 
 def _peak_memory() -> int | None:

@@ -355,7 +355,8 @@ class LearningStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         """Take up what a resumed run left."""
-        resume.begin(self._trainer, self._module)
+        module = self._module
+        resume.begin(module.trainer, module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Notice the start of an experience."""
@@ -365,8 +366,10 @@ class LearningStrategy(DDPStrategy):
 
     def on_validation_start(self) -> None:
         """Notice the end of an experience."""
-        Boundaries.of(self._trainer).on_validation_start(self._trainer, self._module)
+        module = self._module
+        Boundaries.of(module.trainer).on_validation_start(module.trainer, module)
 
     def on_train_end(self) -> None:
         """Notice the end of an experience."""
-        self._boundaries.on_train_end(self._trainer, self._module)
+        module = self._module
+        self._boundaries.on_train_end(module.trainer, module)

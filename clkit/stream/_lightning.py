@@ -43,7 +43,7 @@ def _seen(owner: object, path: str) -> Any:
     return value
 
 
-# Public attributes of a trainer that type checkers do not see.
+# Public attributes of a trainer that type checkers do not see: Lightning's connectors set them.
 
 
 def datamodule_of(trainer: pl.Trainer) -> Any:

@@ -36,15 +36,7 @@ __all__ = ["NpzFeatures", "NpzImages"]
 
 @dataclass
 class _NpzSource(SlicedSource):
-    """What images and features in an ``.npz`` file have in common.
-
-    Args:
-        name: The file, with or without ``.npz``; a name without a slash is looked up in the data folder.
-        test_fraction: Share of the rows of an unsplit file that are tested on.
-        split_seed: Of that draw.
-        train_rows: Take only the training rows ``[start, stop, step]``, as a slice.
-        test_rows: The same for the test part.
-    """
+    """What images and features in an ``.npz`` file have in common."""
 
     _kind: ClassVar[str]  # the word before the colon of the spec
 

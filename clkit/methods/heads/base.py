@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
 from clkit.methods._state import LOADED, exact
-from clkit.methods._sums import raise_for_batch
+from clkit.methods._sums import masked_batch_error
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
 from clkit.methods.statistics import FeatureStatistics
@@ -256,7 +256,8 @@ class Head(nn.Module):
 
     def _check_sums(self) -> None:
         """Raise the error of a masked batch once, however many sums it was masked in."""
-        raise_for_batch(self._take_bad())
+        if number := self._take_bad():
+            raise masked_batch_error(number)
 
     def _take_bad(self) -> int:
         return max(statistics._take_bad() for statistics in self._all_statistics())

@@ -103,7 +103,7 @@ class BatchNormSegments:
         for layer in self._layers.values():
             # a class that somebody else has put on top since then keeps this one as its base, where it does nothing
             if isinstance(layer, _Segmented) and type(layer).__dict__.get("owner") is self:
-                layer.__class__ = layer.plain  # type: ignore[assignment]
+                layer.__class__ = layer.plain  # type: ignore[assignment]  # mypy allows no change of class
         self._layers, self._sizes, self._closed = {}, None, True
 
     def _lengths(self, layer: _BatchNorm, shape: torch.Size, sizes: tuple[int, ...]) -> list[int]:
@@ -144,7 +144,7 @@ class _Segmented(_BatchNorm):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return what the plain layer says: a copy has nobody to close it."""
-        segmented, self.__class__ = type(self), self.plain  # type: ignore[assignment]
+        segmented, self.__class__ = type(self), self.plain  # type: ignore[assignment]  # as in `close`
         try:
             # the form of protocol 0, valid in every protocol: in that of the others pickle wants the object's own class
             return self.__reduce_ex__(0)
