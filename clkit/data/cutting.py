@@ -31,10 +31,10 @@ class CutStream:
     validation: list[Rows]  # the rows of the training part that are cut off of each; empty where none are
 
     @property
-    def holds_images(self) -> bool:
-        """Whether the inputs are images rather than vectors."""
+    def first_image(self) -> torch.Tensor | None:
+        """The first training image (C, H, W); ``None`` where the inputs are vectors rather than images."""
         first: Any = self.train.get_many(np.zeros(1, dtype=np.int64))
-        return isinstance(first, list) or (isinstance(first, torch.Tensor) and first.ndim == 4)
+        return first[0] if isinstance(first, list) or (isinstance(first, torch.Tensor) and first.ndim == 4) else None
 
     def part(self, name: PartName) -> SourcePart:
         """Return the part of the source that the rows of a name belong to."""

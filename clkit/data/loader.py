@@ -108,7 +108,7 @@ class Fetcher(Dataset[tuple[Any, ...]]):
         finally:
             generator.set_state(states[0])
             random.setstate(states[1])
-        same = len({tuple(image.shape) for image in out}) == 1
+        same = len({(image.dtype, *image.shape) for image in out}) == 1
         return torch.stack(out) if same else out
 
 

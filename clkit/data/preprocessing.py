@@ -27,7 +27,7 @@ class Preprocessing:
     The short side is resized to ``resize`` (in float32 on the scale of the stored image, with antialiasing, then
     clamped to the image's range), the centre is cropped to ``size``, uint8 becomes [0, 1], the mean is taken off and
     the standard deviation divided out. The long side is rounded down, as torchvision's ``Resize`` does, and so is the
-    position of the crop.
+    position of the crop. The range is [0, 1], and wider where a floating-point image has values outside it.
 
     Args:
         size: Side of the square that comes out, pixels; ``None`` keeps the stored size.
@@ -88,8 +88,12 @@ class Preprocessing:
         )
 
     @classmethod
-    def of_module(cls, module: Any) -> Preprocessing:
-        """Return what a module expects by its ``data_config``; the stored size and [0, 1] where it has none."""
+    def of_module(cls, module: Any, image: Tensor | None = None) -> Preprocessing:
+        """Return what a module expects by its ``data_config``; the stored size and [0, 1] where it has none.
+
+        Raises:
+            DataError: If the module's data are to be normalised and an ``image`` of them already is.
+        """
         config = getattr(module, "data_config", None)
         if config is None and any(hasattr(part, "pretrained_cfg") for part in module.modules()):
             rank_zero_info(
@@ -97,11 +101,20 @@ class Preprocessing:
                 "the module a property `data_config` (timm.data.resolve_model_data_config(network)), or set "
                 "`preprocessing`"
             )
+        if config and image is not None and image.is_floating_point() and image.numel():
+            low, high = float(image.min()), float(image.max())
+            if low < 0 or high > 1:
+                raise DataError(
+                    f"the first training image is floating point with values from {low:g} to {high:g}, and "
+                    "preprocessing='auto' would normalise it once more, by the module's data_config; give images as "
+                    "uint8 or in [0, 1], or set preprocessing='unit' to leave them as they are"
+                )
         return cls.of_timm(config) if config else cls()
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
         """Prepare a batch."""
         if isinstance(images, list):
+            _check_scales(images)
             prepared = [self(image[None]) for image in images]
             sizes = {tuple(image.shape[1:]) for image in prepared}
             if len(sizes) > 1:
@@ -121,11 +134,12 @@ class Preprocessing:
         short = min(height, width)
         if target is not None and short != target:
             shape = (height * target // short, width * target // short)  # the long side is cut off, as torchvision does
+            lowest, highest = _range(images, scale)
             if self.interpolation == "nearest":
                 images = interpolate(images, shape, mode="nearest")
             else:
                 images = interpolate(images, shape, mode=self.interpolation, antialias=True, align_corners=False)
-            images = images.clamp(0.0, scale)  # bicubic overshoots
+            images = images.clamp(lowest, highest)  # bicubic overshoots
         if self.size is not None:
             top, left = ((side - self.size) // 2 for side in images.shape[-2:])
             images = images[..., top : top + self.size, left : left + self.size]
@@ -144,3 +158,24 @@ class Preprocessing:
         if self.std is not None:
             images = images / torch.as_tensor(self.std, dtype=torch.float32).reshape(-1, 1, 1)
         return images.contiguous()
+
+
+def _range(images: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest value that each image may have: what augmentation left outside [0, 1] stays."""
+    if scale != 1.0:
+        return images.new_tensor(0.0), images.new_tensor(scale)
+    extremes = images.flatten(1).aminmax(dim=1)
+    shape = (-1, 1, 1, 1)
+    return extremes.min.clamp(max=0.0).reshape(shape), extremes.max.clamp(min=1.0).reshape(shape)
+
+
+def _check_scales(images: list[Tensor]) -> None:
+    """Refuse bytes beside floating-point images that are not in [0, 1]: no scale serves both."""
+    floats = [image for image in images if image.dtype != torch.uint8]
+    if 0 < len(floats) < len(images):
+        low, high = min(float(image.min()) for image in floats), max(float(image.max()) for image in floats)
+        if low < 0 or high > 1:
+            raise DataError(
+                f"some images of a batch are uint8 and some floating point with values from {low:g} to {high:g}; give "
+                "all of them as uint8, or the latter in [0, 1]"
+            )

@@ -335,8 +335,8 @@ class StreamDataModule(pl.LightningDataModule):
         """Return the function from stored inputs to those of the network, with ``"auto"`` settled; after ``setup``."""
         if not isinstance(self.preprocessing, str):
             return self.preprocessing
-        if self.preprocessing == "auto" and self.trainer is not None and self._cut.holds_images:
-            return Preprocessing.of_module(self.trainer.lightning_module)
+        if self.preprocessing == "auto" and self.trainer is not None and (image := self._cut.first_image) is not None:
+            return Preprocessing.of_module(self.trainer.lightning_module, image)
         return Preprocessing()
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +151,21 @@ def test_a_transform_may_change_sizes() -> None:
 
     Fetcher(part, part.targets, preprocess, augment=crop)[0, np.array([2, 3])]
     assert sizes == [[(1, 1, 4), (1, 2, 4)]]
+
+
+def test_a_transform_may_change_the_dtype_of_some_images() -> None:
+    part = Pictures()
+    seen: list[Any] = []
+
+    def augment(image: torch.Tensor) -> torch.Tensor:
+        return image if int(image[0, 0, 0]) % 2 else image.float() / 255
+
+    def preprocess(images: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        seen.extend(images)
+        return torch.zeros(len(images), 1)
+
+    Fetcher(part, part.targets, preprocess, augment=augment)[0, np.array([2, 3])]
+    assert [image.dtype for image in seen] == [torch.float32, torch.uint8]  # bytes do not become numbers up to 255
 
 
 def test_tasks_are_a_third_element() -> None:

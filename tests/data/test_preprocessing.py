@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,36 @@ def test_values_stay_in_range_where_bicubic_overshoots() -> None:
     for images in (edge, edge.float() / 255):
         got = Preprocessing(size=16)(images)
         assert 0 <= float(got.min()) <= float(got.max()) <= 1
+
+
+def test_values_outside_the_unit_range_are_not_cut_off() -> None:
+    images = torch.linspace(-2, 3, 2 * 48).reshape(2, 3, 4, 4)  # normalised in the data set, or augmented by noise
+    got = Preprocessing(size=8, interpolation="bilinear")(images)
+    expected = torch.nn.functional.interpolate(images, (8, 8), mode="bilinear", align_corners=False)
+    assert torch.allclose(got, expected, atol=1e-6)
+    bicubic = Preprocessing(size=16)(images)
+    for one, image in zip(bicubic, images, strict=True):  # in each image's own range, whatever else is in the batch
+        assert torch.equal(one, Preprocessing(size=16)(image[None])[0])
+        assert min(0.0, float(image.min())) <= float(one.min()) <= float(one.max()) <= max(1.0, float(image.max()))
+    assert float(bicubic.min()) < -1.9
+
+
+def test_images_that_are_normalised_already_are_not_normalised_again() -> None:
+    class Module(torch.nn.Module):
+        data_config: ClassVar[dict[str, Any]] = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+    for image in (torch.full((3, 8, 8), -1.0), torch.full((3, 8, 8), 200.0)):
+        with pytest.raises(DataError, match=r"first training image is .* values from .* preprocessing='unit'"):
+            Preprocessing.of_module(Module(), image)
+    for image in (torch.ones(3, 8, 8), torch.full((3, 8, 8), 200, dtype=torch.uint8)):
+        assert Preprocessing.of_module(Module(), image) == Preprocessing.of_timm(Module.data_config)
+
+
+def test_bytes_beside_numbers_of_another_scale_are_refused() -> None:
+    image = pictures(1, 3, 8, 8)[0]
+    assert torch.allclose(Preprocessing()([image, image / 255])[0], image / 255)
+    with pytest.raises(DataError, match=r"some images of a batch are uint8 and some floating point .* 0 to 2"):
+        Preprocessing()([image, image.new_zeros((3, 8, 8)).float(), torch.full((3, 8, 8), 2.0)])
 
 
 def test_mean_and_std_by_hand() -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from clkit.data.preprocessing import Preprocessing
 from clkit.data.sources import resolve_source
 from clkit.data.sources.base import Source, SourcePart, data_root
 from clkit.data.sources.custom import Custom
@@ -373,6 +374,60 @@ def test_image_folder_decodes_to_rgb(tmp_path: Path) -> None:
     assert as_tensor(train.get_many(np.arange(3))).shape == (3, 3, 4, 4)
 
 
+def test_deep_images_keep_their_values(tmp_path: Path) -> None:
+    """Values of 16 bits and in floating point come out as value / range, whoever reads them; nothing is cut off."""
+    grey = np.array([[0, 1, 3000, 43000], [12, 256, 65534, 65535]], dtype=np.uint16)
+    expected = grey.astype(np.float64) / 65535
+    unit = Image.fromarray(expected.astype(np.float32))
+    (tmp_path / "train/x").mkdir(parents=True)
+    Image.fromarray(grey).save(tmp_path / "train/x/0.png")
+    Image.fromarray(grey).save(tmp_path / "train/x/1.tif")
+    (tmp_path / "train/x/2.pgm").write_bytes(b"P5 4 2 65535\n" + grey.astype(">u2").tobytes())
+    unit.save(tmp_path / "train/x/3.tiff")
+    shallow = pixels(2, 4)
+    Image.fromarray(shallow).save(tmp_path / "train/x/4.png")  # 8 bits beside them
+    draw_folder(tmp_path, "test/x/0.png")
+    train, _ = ImageFolder(f"{tmp_path}/").load(None)
+    images = train.get_many(np.arange(4))
+    assert isinstance(images, torch.Tensor)
+    assert images.dtype == torch.float32
+    for image in images:
+        np.testing.assert_allclose(image.numpy(), np.stack([expected] * 3), rtol=1e-6, atol=0)
+    both = Preprocessing()(train.get_many(np.array([4, 0])))
+    np.testing.assert_allclose(both[0, 0].numpy(), shallow / 255, rtol=1e-6)
+    np.testing.assert_allclose(both[1, 0].numpy(), expected, rtol=1e-6)
+
+    given = [Image.open(tmp_path / "train/x" / name) for name in ("0.png", "1.tif", "2.pgm", "3.tiff")]
+    given += [unit, Image.fromarray(grey.astype(">u2")), grey[None], torch.from_numpy(grey)[None]]
+    custom, _ = parts_of(Items([(image, 0) for image in given]))
+    for image in as_tensor(custom.get_many(np.arange(len(given)))):
+        np.testing.assert_allclose(image.numpy(), expected[None], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("image", "match"),
+    [
+        (
+            np.array([[0, 70000]], dtype=np.int32),
+            r"integers of 32 bits \(0 to 70000\), and nothing says which .* white",
+        ),
+        (np.array([[-1, 5]], dtype=np.int32), r"integers of 32 bits \(-1 to 5\)"),
+        (np.array([[0.0, 255.0]], dtype=np.float32), r"values from 0 to 255; expected 0 to 1 in an image of mode 'F'"),
+        (np.array([[-0.5, 1.0]], dtype=np.float32), r"values from -0.5 to 1;"),
+        (np.array([[np.nan, 1.0]], dtype=np.float32), r"values from nan to nan"),
+    ],
+)
+def test_images_without_a_known_range_are_refused_by_name(tmp_path: Path, image: np.ndarray, match: str) -> None:
+    draw_folder(tmp_path, "test/x/0.png", "train/x/0.png")
+    Image.fromarray(image).save(tmp_path / "train/x/1.tiff")
+    train, _ = ImageFolder(f"{tmp_path}/").load(None)
+    with pytest.raises(DataError, match=rf"train/x/1\.tiff has .*{match}"):
+        train.get_many(np.array([1]))
+    custom, _ = parts_of(Items([(Image.fromarray(image), 0)]))
+    with pytest.raises(DataError, match=f"the input of item 0 of Items has .*{match}"):
+        custom.get_many(np.array([0]))
+
+
 def test_image_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="folder:pets: nothing is at"):
         ImageFolder("pets").load(tmp_path)
@@ -566,12 +621,14 @@ def test_custom_sizes_that_differ() -> None:
     batch = train.get_many(np.array([1, 0]))
     assert isinstance(batch, list)
     assert [x.shape for x in batch] == [(3, 4, 2), (3, 2, 2)]
-    train, _ = parts_of(Items([(image.float(), 0) for image in images]))
-    with pytest.raises(DataError, match=r"different shapes \[\(3, 2, 2\), \(3, 4, 2\)\]"):
-        train.get_many(np.array([1, 0]))
-    train, _ = parts_of(Items([(images[0], 0), (images[0].float(), 0)]))
-    with pytest.raises(DataError, match="some inputs of a batch are uint8"):
-        train.get_many(np.array([1, 0]))
+    mixed, _ = parts_of(Items([(images[0], 0), (images[0].float(), 0)]))
+    assert isinstance(mixed.get_many(np.array([0, 1])), list)
+    vectors = [torch.zeros(2), torch.zeros(3), torch.zeros(3, dtype=torch.uint8)]
+    train, _ = parts_of(Items([(vector, 0) for vector in vectors]))
+    with pytest.raises(DataError, match=r"are float32 of shapes \[\(2,\), \(3,\)\]; make them equal"):
+        train.get_many(np.array([0, 1]))
+    with pytest.raises(DataError, match=r"are float32, uint8 of shapes \[\(3,\)\]"):
+        train.get_many(np.array([1, 2]))
 
 
 def test_custom_names_and_domains() -> None:

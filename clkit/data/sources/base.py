@@ -1,8 +1,7 @@
-"""What a source of data is, where its files are found, and how images are read."""
+"""What a source of data is, and where its files are found."""
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import zlib
@@ -48,8 +47,8 @@ class SourcePart(ABC):
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
         """Return the inputs of rows (B,), in the order asked for; a row may be asked for twice.
 
-        They are uint8 images (B, C, H, W) with values 0..255; or, where their sizes differ, a list of uint8 (C, H, W);
-        or float32 (B, ...) that goes into the network as it is.
+        They are uint8 images (B, C, H, W) with values 0..255, or float32 ones with values in [0, 1]; or a list of
+        images (C, H, W) where sizes or dtypes differ; or float32 (B, ...) that goes into the network as it is.
         """
 
 
@@ -211,38 +210,14 @@ def id_vector(what: str, values: Any) -> Int64:
 
 
 def stack_inputs(items: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-    """Return one tensor where shapes agree, else a list, which only images may be."""
-    if len({item.dtype for item in items}) > 1:
-        raise DataError("some inputs of a batch are uint8 images and some are floating point; expected one kind")
-    if len({item.shape for item in items}) == 1:
+    """Return one tensor where shapes and dtypes agree, else a list, which only images (C, H, W) may be."""
+    shapes, dtypes = {tuple(item.shape) for item in items}, {item.dtype for item in items}
+    if len(shapes) == len(dtypes) == 1:
         return torch.stack(items)
-    if any(item.dtype != torch.uint8 for item in items):
-        shapes = sorted({tuple(item.shape) for item in items})
-        raise DataError(f"floating-point inputs of a batch have different shapes {shapes}; make them equal")
+    if any(item.ndim != 3 for item in items):
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise DataError(
+            f"the inputs of a batch are {kinds} of shapes {sorted(shapes)}; make them equal (only images (C, H, W) may "
+            "differ)"
+        )
     return items
-
-
-def read_image(file: str | io.BytesIO, described: str) -> torch.Tensor:
-    """Return an image file as RGB, uint8 (3, H, W)."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return _pixels(image.convert("RGB"))
-    except (*DAMAGED, Image.DecompressionBombError) as error:  # the latter before Pillow asks for the memory
-        raise DataError(f"{described} cannot be decoded: {error}") from error
-
-
-def pil_to_tensor(image: Any, described: str) -> torch.Tensor:
-    """Return a PIL image as uint8: a grey one as (1, H, W), any other as RGB (3, H, W)."""
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        raise DataError(f"{described} is a {type(image).__name__}; expected a PIL image, an array or a tensor")
-    return _pixels(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-
-
-def _pixels(image: Any) -> torch.Tensor:
-    """Return a PIL image as uint8 (C, H, W)."""
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clkit.data.sources.base import Int64, Source, SourcePart, id_vector, pil_to_tensor, stack_inputs
+from clkit.data.sources.base import Int64, Source, SourcePart, id_vector, stack_inputs
+from clkit.data.sources.images import FULL_SCALE, pil_to_tensor
 from clkit.errors import ArgumentError, DataError
 
 __all__ = ["Custom"]
@@ -20,9 +21,9 @@ __all__ = ["Custom"]
 class Custom(Source):
     """The user's own map-style data sets, which return ``(input, target)`` (more entries are not read).
 
-    Inputs may be PIL images (they become uint8 tensors: grey ones (1, H, W), others RGB (3, H, W)), or arrays or
-    tensors: uint8 ones are images (C, H, W), floating-point ones go into the network as float32. Do not normalise or
-    augment in the data set what the stream's transform shall do.
+    Inputs may be PIL images (grey ones become tensors (1, H, W), others RGB (3, H, W)), or arrays or tensors: uint8 and
+    uint16 ones are images (C, H, W), floating-point ones go into the network as float32. Grey images of 16 bits become
+    float32 in [0, 1]. Do not normalise or augment in the data set what the stream's transform shall do.
 
     Targets are read from ``.targets`` or ``.labels`` where the data set has one of them and no ``target_transform``,
     else by going through the data set once. Domains are read from ``.domains`` where it has them.
@@ -98,13 +99,15 @@ class DatasetPart(SourcePart):
         x = self._item(i)[0]
         if not isinstance(x, torch.Tensor | np.ndarray):
             return pil_to_tensor(x, f"the input of item {i} of {type(self._dataset).__name__}")
+        if str(x.dtype).removeprefix("torch.") == "uint16":
+            return torch.from_numpy((np.asarray(x) / FULL_SCALE).astype(np.float32))
         x = torch.as_tensor(x)
         if x.dtype == torch.uint8:
             return x
         if not x.is_floating_point():
             raise DataError(
-                f"the input of item {i} of {type(self._dataset).__name__} has dtype {x.dtype}; expected uint8 for an "
-                "image, or floating point"
+                f"the input of item {i} of {type(self._dataset).__name__} has dtype {x.dtype}; expected uint8 or "
+                "uint16 for an image, or floating point"
             )
         return x.to(torch.float32)
 

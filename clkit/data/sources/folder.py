@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clkit.data.sources.base import Int64, RowRange, SlicedSource, SourcePart, listing, locate, read_image, stack_inputs
+from clkit.data.sources.base import Int64, RowRange, SlicedSource, SourcePart, listing, locate, stack_inputs
+from clkit.data.sources.images import read_image
 from clkit.errors import DataError
 
 __all__ = ["ImageFolder"]
@@ -19,6 +20,10 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 @dataclass
 class ImageFolder(SlicedSource):
     """Image files in ``path/train/<class>/`` and ``path/test/<class>/``, decoded to RGB when asked for.
+
+    Pixels of 8 bits are uint8. Grey ones of 16 bits become float32, divided by 65,535; floating-point ones must lie in
+    [0, 1]; 32-bit integers are refused, since nothing says which of them is white. (Colour images of 16 bits are read
+    in 8.)
 
     Classes are numbered by the sorted names of their folders (of both parts together), and files are listed in sorted
     order, so the rows are the same on every machine. With ``domains=True`` the folders are
@@ -33,7 +38,8 @@ class ImageFolder(SlicedSource):
         test_rows: The same for the test part.
 
     Raises:
-        DataError: A folder is missing or has no images, or a class folder is no number where ``numeric_ids`` says so.
+        DataError: A folder is missing or has no images, or a class folder is no number where ``numeric_ids`` says so;
+            when read, an image that cannot be decoded, or whose values have no known range; its file is named.
 
     Example:
         >>> ImageFolder("objects", numeric_ids=True).name

@@ -26,9 +26,9 @@ from clkit.data.sources.base import (
     SourcePart,
     id_vector,
     locate,
-    read_image,
     stack_inputs,
 )
+from clkit.data.sources.images import read_image
 from clkit.errors import ArgumentError, DataError
 
 __all__ = ["NpzFeatures", "NpzImages"]
