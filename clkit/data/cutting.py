@@ -49,9 +49,11 @@ class CutStream:
         targets = self.part(name).targets
         if not relabel:
             return targets
-        table = np.full(int(max(targets.max(initial=0), max(self.classes))) + 1, -1, dtype=np.int64)
-        table[self.classes] = np.arange(len(self.classes))
-        relabelled: Rows = np.where(targets < 0, -1, table[targets])
+        # by search: a table of all ids up to the largest could be longer than the memory
+        numbers = np.argsort(self.classes)
+        ids = np.asarray(self.classes)[numbers]
+        places = np.minimum(np.searchsorted(ids, targets), len(ids) - 1)
+        relabelled: Rows = np.where(ids[places] == targets, numbers[places], -1)
         return relabelled
 
     def tasks(self, name: PartName) -> Rows:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from clkit.errors import BatchError
 
-__all__ = ["BatchReader", "read_batch", "read_inputs"]
+__all__ = ["INPUT_KEYS", "TARGET_KEYS", "BatchReader", "known_keys", "read_batch", "read_inputs"]
 
 BatchReader = Callable[[Any], tuple[Any, Tensor]]
 
-INPUT_KEYS = ("image", "inputs", "x")
-TARGET_KEYS = ("label", "labels", "target", "y")
+# the first that is there counts, so the exact names stand before those that may mean something else
+INPUT_KEYS = ("pixel_values", "image", "img", "inputs", "x")
+TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 _ADVICE = "pass `batch_reader=`, a function batch -> (inputs, targets)"
 
 
@@ -22,8 +23,9 @@ def read_batch(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tens
     """Find inputs and targets in a batch.
 
     Args:
-        batch: ``(inputs, targets)`` or ``(inputs, targets, …)``, or a mapping with one of ``image``, ``inputs``, ``x``
-            and one of ``label``, ``labels``, ``target``, ``y``.
+        batch: ``(inputs, targets)`` or ``(inputs, targets, …)``, or a mapping with one of ``pixel_values``, ``image``,
+            ``img``, ``inputs``, ``x`` and one of ``label``, ``labels``, ``target``, ``targets``, ``y``. Of several the
+            first in this order is taken.
         reader: A function ``batch -> (inputs, targets)`` for anything else. It is asked first when given.
 
     Returns:
@@ -67,6 +69,17 @@ def read_inputs(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Ten
         if isinstance(batch, Sequence) and len(batch) == 1:
             return batch[0], None
     return read_batch(batch, reader)
+
+
+def known_keys(mapping: Mapping[Any, Any]) -> tuple[Any, Any]:
+    """Return the keys under which a mapping has inputs and targets, ``None`` where it has none.
+
+    Example:
+        >>> known_keys({"img": 0, "fine_label": 1})
+        ('img', None)
+    """
+    found = [next((key for key in keys if key in mapping), None) for keys in (INPUT_KEYS, TARGET_KEYS)]
+    return found[0], found[1]
 
 
 def _pick(batch: Mapping[Any, Any], keys: tuple[str, ...], what: str) -> Any:

@@ -597,6 +597,67 @@ def test_custom_reads_targets_from_attributes_or_once() -> None:
     assert parts_of(transformed)[0].targets.tolist() == [4, 9, 4]
 
 
+NAMES = {"paper": 0, "glass": 1, "plastic": 2}
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"labels": NAMES},
+        {"labels": list(NAMES)},
+        {"labels": ["paper", "glass", "plastic"] * 2},  # one for each item, but no ids
+        {"targets": [0, 1, 2]},  # the ids of the classes
+        {"targets": None, "labels": torch.eye(3)[[0, 1, 2, 0, 1, 2]]},
+        {"targets": [[0], [0, 1]]},
+        {"targets": len},
+        {"labels": 3},
+        {"domains": ["indoors", "outdoors"]},
+        {"targets": list(NAMES), "labels": [0, 1, 2, 0, 1, 2]},
+    ],
+)
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_what_the_items_say_counts_where_an_attribute_is_something_else(
+    attributes: dict[str, Any], form: Callable[[Any], Any]
+) -> None:
+    items = [form({"img": torch.full((1,), float(i)), "targets": i % 3, "file": "a.png"}.items()) for i in range(6)]
+    if form is tuple:
+        items = [tuple(value for _, value in item) for item in items]
+    train, _ = parts_of(Items(items, **attributes))
+    assert train.targets.tolist() == [0, 1, 2, 0, 1, 2]
+    assert train.domains is None
+    assert as_tensor(train.get_many(np.array([4, 1]))).tolist() == [[4.0], [1.0]]
+
+
+def test_an_item_with_another_target_than_the_attribute_is_refused_by_name() -> None:
+    dataset = Items([(torch.zeros(1), i % 3) for i in range(6)], labels=[0, 1, 2, 0, 1, 1])
+    train, _ = parts_of(dataset)
+    train.get_many(np.arange(5))
+    with pytest.raises(DataError, match=r"item 5 of Items has the target 2, but Items\.labels\[5\] is 1; .*Subset"):
+        train.get_many(np.array([5]))
+    hidden, _ = parts_of(torch.utils.data.Subset(dataset, range(6)))  # what the message advises
+    assert hidden.targets.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "names"),
+    [
+        ({"classes": ["cat", "dog"]}, {0: "cat", 1: "dog"}),
+        ({"classes": np.array(["cat", "dog"])}, {0: "cat", 1: "dog"}),
+        ({"classes": {"cat": 7, "dog": 2}}, {7: "cat", 2: "dog"}),
+        ({"labels": {"cat": 7, "dog": 2}}, {7: "cat", 2: "dog"}),
+        ({"classes": ["dog", "cat"], "class_to_idx": {"cat": 0, "dog": 1}}, {0: "cat", 1: "dog"}),
+        ({"classes": [("tench", "fish"), ("cock",)], "class_to_idx": {"tench": 0, "fish": 0, "cock": 1}}, None),
+        ({"classes": [2, 7]}, {}),
+        ({"classes": 10}, {}),
+        ({"classes": None}, {}),
+    ],
+)
+def test_names_of_classes(attributes: dict[str, Any], names: dict[int, str] | None) -> None:
+    source = Custom(Items([(torch.zeros(1), 0)], **attributes), Items([]))
+    source.load(None)
+    assert source.class_names == ({0: "('tench', 'fish')", 1: "('cock',)"} if names is None else names)
+
+
 def test_custom_inputs() -> None:
     rgb, grey = pixels(4, 6, 3), pixels(4, 6)
     cases: list[tuple[Any, torch.Tensor]] = [
@@ -650,9 +711,13 @@ def test_custom_names_and_domains() -> None:
         (Items([(torch.zeros(1),)]), "item 0 of Items is a tuple"),
         (Items([(torch.zeros(1), 0.5)]), "targets of Items is float64"),
         (Items([(torch.zeros(1), torch.tensor([0, 1]))]), "targets of Items is"),
-        (Items([(0, 0), (0, 0)], targets=[0]), "Items has 2 items but 1 targets"),
+        (
+            Items([({"image": 0}, 0), {"image": 0}], domains=[0, 0]),
+            r"item 1 of Items has the keys \['image'\]",
+        ),
+        (Items([{"image": 0, "label": "cat"}]), "targets of Items is <U3"),
         (Items([(0, 0)], domains=[0, 1]), "Items has 1 items but 2 domains"),
-        (Items([(0, 0), (0, 0)], targets=[[0], [0, 1]]), "targets of Items is no vector"),
+        (Items([(0, [0]), (0, [0, 1])]), "targets of Items is no vector"),
     ],
 )
 def test_custom_data_that_is_refused(dataset: Items, match: str) -> None:
@@ -670,6 +735,17 @@ def test_custom_inputs_that_are_refused() -> None:
             train.get_many(np.array([0]))
     with pytest.raises(ArgumentError, match="test is a generator; a map-style data set is needed"):
         Custom(Items([]), (x for x in ()))
+
+    class Endless(torch.utils.data.IterableDataset[Any]):
+        def __len__(self) -> int:
+            return 6
+
+        def __iter__(self) -> Any:
+            return iter(())
+
+    for dataset in (Endless(), {"train": Items([]), "test": Items([])}):
+        with pytest.raises(ArgumentError, match=r"train is a (Endless|dict); .* be iterated learns from a DataLoader"):
+            Custom(dataset, Items([]))
 
 
 # Specs ---------------------------------------------------------------------------------------------------------------

@@ -325,6 +325,22 @@ def test_relabelling_numbers_the_classes_in_the_order_of_the_stream() -> None:
             assert target == (-1 if labels[row] < 0 else data.original_ids.index(labels[row]))
 
 
+def test_relabelling_needs_no_table_as_long_as_the_largest_id() -> None:
+    ids = [7, 2**62, 3_000_000_000]
+    labels = np.array([-1, *ids * 20])
+    data = stream(source=numbered(labels), scenario=ClassIncremental(experiences=3, class_order=ids), relabel=True)
+    data.setup("fit")
+    assert data._cut.targets("train", relabel=True).tolist() == [-1, *[0, 1, 2] * 20]
+    assert data.original_ids == ids
+    assert data.num_classes == 3
+    # rows of a class that the stream has not, which a test part may hold where experiences are no classes
+    other = stream(
+        source=numbered([5, 9] * 4, [9, 5, 6, 8, 10, -1]), scenario=NaturalOrder(experiences=2), relabel=True
+    )
+    other.setup("fit")
+    assert other._cut.targets("test", relabel=True).tolist() == [1, 0, -1, -1, -1, -1]
+
+
 def test_a_task_is_given_where_the_scenario_says_so(make_trainer: Trainers) -> None:
     model, data = Watcher(), stream(scenario=TaskIncremental(experiences=3), val_fraction=0.3)
     make_trainer().fit(model, datamodule=data)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clkit.data.sources.base import DATA_VARIABLE, RowRange, SlicedSource, SourcePart, no_root
-from clkit.data.sources.custom import DatasetPart
+from clkit.data.sources.custom import DatasetPart, class_names_of
 from clkit.errors import ArgumentError, DataError, did_you_mean
 
 __all__ = ["Torchvision"]
@@ -50,7 +50,7 @@ class Torchvision(SlicedSource):
         if root is None:
             raise DataError(no_root(f"torchvision:{self.name}"))
         datasets = [self._open(kind, root, training) for training in (True, False)]
-        self.class_names = dict(enumerate(map(str, getattr(datasets[0], "classes", ()))))
+        self.class_names = class_names_of(datasets[0])
         train, test = (DatasetPart(dataset, ("targets", "labels", "_labels")) for dataset in datasets)
         return self._sliced(train, test)
 
