@@ -45,6 +45,20 @@ def test_every_documented_pair_of_keys_in_any_order(inputs: str, targets: str, o
     assert found[1] is Y
 
 
+@pytest.mark.parametrize(("inputs", "targets"), [("pixel_values", "labels"), ("img", "label"), ("image", "targets")])
+def test_keys_of_other_libraries_are_known(inputs: str, targets: str) -> None:
+    found = read_batch({"file": ["a.png"], targets: Y, inputs: X})
+    assert found[0] is X
+    assert found[1] is Y
+
+
+def test_the_exact_name_wins_over_one_that_may_mean_something_else() -> None:
+    place = torch.zeros(3)  # of an aerial image
+    found = read_batch({"x": place, "y": place, "image": X, "label": Y})
+    assert found[0] is X
+    assert found[1] is Y
+
+
 def test_inputs_may_be_any_structure() -> None:
     inputs = {"pixels": X, "mask": None}
     assert read_batch((inputs, Y))[0] is inputs
@@ -77,7 +91,10 @@ def test_a_batch_to_predict_needs_no_targets(batch: Any) -> None:
         ("text", r"got str; pass `batch_reader=`"),
         ((X,), r"got tuple; pass `batch_reader=`"),
         (None, r"got NoneType; pass `batch_reader=`"),
-        ({"pixels": X, "y": Y}, r"no inputs in a batch with keys \['pixels', 'y'\]; expected one of \['image'"),
+        (
+            {"pixels": X, "y": Y},
+            r"no inputs in a batch with keys \['pixels', 'y'\]; expected one of \['pixel_values'",
+        ),
         ({"x": X, "category": Y}, r"no targets in a batch with keys \['category', 'x'\]; expected one of \['label'"),
         ((X, [4, 0, 7]), r"targets of a batch must be a tensor, got list"),
         ((X, None), r"targets of a batch must be a tensor, got NoneType"),

@@ -113,18 +113,22 @@ class Fetcher(Dataset[tuple[Any, ...]]):
 
 
 class Workers:
-    """Worker processes that live until they are closed: each loader only sends them its keys; 0 fetch in this one."""
+    """Worker processes that live until they are closed: each loader only sends them its keys; 0 fetch in this one.
 
-    def __init__(self, fetcher: Fetcher, num_workers: int) -> None:
+    ``form`` gives a batch its form, in this process, so that it need not be known to the others.
+    """
+
+    def __init__(self, fetcher: Fetcher, num_workers: int, form: Callable[[tuple[Any, ...]], Any] = tuple) -> None:
         self.fetcher = fetcher
         self.num_workers = num_workers
+        self.form = form
         self._keys: list[tuple[int, Rows]] = []  # the sampler of the persistent loader: whatever is asked for now
         self._loader: DataLoader[Any] | None = None
 
-    def batches(self, keys: list[tuple[int, Rows]]) -> Iterator[tuple[Any, ...]]:
+    def batches(self, keys: list[tuple[int, Rows]]) -> Iterator[Any]:
         """Yield the batches of some keys, in order."""
         if self.num_workers == 0:
-            yield from (self.fetcher[key] for key in keys)
+            yield from (self.form(self.fetcher[key]) for key in keys)
             return
         if self._loader is None:
             self._loader = DataLoader(
@@ -136,7 +140,7 @@ class Workers:
                 generator=torch.Generator(),  # otherwise each iterator draws from the global generator
             )
         self._keys[:] = keys
-        yield from self._loader
+        yield from map(self.form, self._loader)
 
     def close(self) -> None:
         """End the processes; they start anew if batches are asked for again."""
@@ -154,7 +158,7 @@ class BatchLoader:
         return len(self._keys)
 
     # a generator, because Lightning calls `iter` twice an epoch and only one of the two is used
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Any]:
         yield from self._workers.batches(self._keys[self._first() :])
 
     def _first(self) -> int:

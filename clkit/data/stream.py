@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from clkit.data._fit import prepare_fit
+from clkit.data.batch_form import BatchForm, batch_former
 from clkit.data.cutting import CutStream, PartName, cut_stream
 from clkit.data.loader import (
     BatchLoader,
@@ -68,6 +69,9 @@ class StreamDataModule(pl.LightningDataModule):
         seed: Seed of order, augmentation and validation draw.
         num_workers: Loader processes; they live as long as the stream. 0 loads in the process itself.
         root: The data folder in which names are looked up; the environment variable ``CLKIT_DATA`` by default.
+        batch_form: ``"tuple"``: ``(inputs, targets)``; ``"dict"``: a dictionary with the keys ``image`` and ``label``;
+            its keys, such as ``["pixel_values", "labels"]``; ``"named"``: a named tuple of ``image`` and ``label``; or
+            any function of the tuple. Where the task is given it is third, called ``task``.
 
     Raises:
         ArgumentError: An argument is out of its range.
@@ -104,6 +108,7 @@ class StreamDataModule(pl.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         root: str | None = None,
+        batch_form: BatchForm = "tuple",
     ) -> None:
         super().__init__()
         self.seed = check_count("seed", seed, at_least=0)
@@ -123,6 +128,7 @@ class StreamDataModule(pl.LightningDataModule):
             raise ArgumentError(
                 f"preprocessing must be 'auto', 'unit', a Preprocessing or a function, got {preprocessing!r}"
             )
+        self.batch_form, self._former = batch_form, batch_former(batch_form)
         self.source = resolve_source(source)
         self.scenario = ClassIncremental(experiences=5) if scenario is None else scenario
         self.preprocessing, self.train_transform, self.root = preprocessing, train_transform, root
@@ -170,7 +176,7 @@ class StreamDataModule(pl.LightningDataModule):
 
     @property
     def gives_task_id(self) -> bool:
-        """Whether batches carry the experience of each sample as a third element (task-incremental scenarios)."""
+        """Whether batches have the experience of each sample as a third entry (task-incremental scenarios)."""
         return bool(getattr(self.scenario, "gives_task_id", False))
 
     def experience_at(self, epoch: int) -> Experience | None:
@@ -295,7 +301,7 @@ class StreamDataModule(pl.LightningDataModule):
                 self._cut.tasks(name) if self.gives_task_id else None,
                 self.seed,
             )
-            self._workers[name] = Workers(fetcher, self.num_workers)
+            self._workers[name] = Workers(fetcher, self.num_workers, self._former)
         return self._workers[name]
 
     def _close_workers(self) -> None:
@@ -330,6 +336,11 @@ class StreamDataModule(pl.LightningDataModule):
     def replayed(self, batches: list[tuple[int, Rows]]) -> BatchLoader:
         """Return a loader of training batches given by epoch and rows, augmented as they were."""
         return BatchLoader(self._workers_of("train"), batches)
+
+    def training_inputs(self, rows: Rows) -> Tensor:
+        """Return the inputs (n, …) of some training rows as the first epoch gives them."""
+        inputs: Tensor = self._workers_of("train").fetcher[0, rows][0]
+        return inputs
 
     def input_preprocessing(self) -> Callable[[Any], Tensor]:
         """Return the function from stored inputs to those of the network, with ``"auto"`` settled; after ``setup``."""

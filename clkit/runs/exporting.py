@@ -196,7 +196,7 @@ def _check_path(path: Path, inputs: list[Path], overwrite: bool) -> None:
 def _example(module: pl.LightningModule, stream: StreamDataModule | None, example: Any) -> Tensor:
     """Return the inputs that are given, or else known, as a batch of at least two on the CPU."""
     if example is None and stream is not None:
-        example = next(iter(stream.replayed([(0, stream.training_rows(0)[:4])])))[0]
+        example = stream.training_inputs(stream.training_rows(0)[:4])
     elif example is None and module.example_input_array is not None:
         example = module.example_input_array
     elif example is None and (config := getattr(module, "data_config", None)):

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
+from clkit.callbacks import NMC, StreamEvaluation
 from clkit.data import (
     ClassIncremental,
     Custom,
@@ -30,6 +31,7 @@ from clkit.data import (
 )
 from clkit.data.position import StreamPosition
 from clkit.errors import ArgumentError, ConfigurationError, DataError, StateError
+from clkit.methods import NearestMeanHead
 from clkit.models import TimmClassifier
 from clkit.strategies import GradientFreeStrategy
 
@@ -357,6 +359,61 @@ def test_a_task_is_given_where_the_scenario_says_so(make_trainer: Trainers) -> N
     assert len(next(iter(other.val_dataloader()))) == 2
 
 
+class DictModule(Watcher):
+    """A module that has only ever seen batches of another library; its network is a classifier."""
+
+    def __init__(self, inputs: str = "image", targets: str = "label", get: Any = dict.get) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6))
+        self.read = lambda batch: (get(batch, inputs), get(batch, targets))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.net(inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        inputs, targets = self.read(batch)
+        return torch.nn.functional.cross_entropy(self(inputs), targets)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(self.read(batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("form", "inputs", "targets", "get"),
+    [
+        ("tuple", 0, 1, tuple.__getitem__),
+        ("dict", "image", "label", dict.__getitem__),
+        (["pixel_values", "labels"], "pixel_values", "labels", dict.__getitem__),
+        ("named", "image", "label", getattr),
+        (lambda batch: SimpleNamespace(x=batch[0], y=batch[1]), "x", "y", getattr),
+    ],
+)
+def test_batches_come_in_the_form_that_the_module_reads(
+    form: Any, inputs: Any, targets: Any, get: Any, make_trainer: Trainers
+) -> None:
+    reader = (lambda batch: (batch.x, batch.y)) if callable(form) else None
+    module, nmc = DictModule(inputs, targets, get), NMC(metric="euclidean", batch_reader=reader)
+    evaluation = StreamEvaluation(table=False, files=False, batch_reader=reader)
+    trainer = make_trainer(callbacks=[nmc, evaluation], strategy=GradientFreeStrategy(batch_reader=reader))
+    trainer.fit(module, datamodule=stream(batch_form=form, num_workers=2 if form == "named" else 0))
+    rows = torch.stack([torch.arange(50.0), torch.zeros(50)], dim=1)
+    with torch.no_grad():
+        features = module.net[:2](rows).double()
+    head = NearestMeanHead(8, metric="euclidean")  # of all rows at once, in no order and in no form
+    head.update(features, torch.tensor(UNEQUAL))
+    assert torch.allclose(nmc.head.forward(features), head.forward(features), rtol=0, atol=1e-9)
+    assert len(evaluation.results["nmc"]["accuracy_matrix"]) == 3
+
+
+def test_a_task_has_a_name_in_every_form() -> None:
+    for form, name in (("dict", "task"), (["x", "y", "session"], "session"), (["x", "y"], "task")):
+        data = stream(scenario=TaskIncremental(experiences=3), batch_form=form)
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        assert set(batch[name].tolist()) == {0}
+        assert len(batch) == 3
+
+
 def test_counts_of_the_digits_are_those_of_scikit_learn() -> None:
     data = StreamDataModule("digits:flat", ClassIncremental(experiences=5))
     data.setup("fit")
@@ -584,6 +641,9 @@ def test_a_second_fit_from_the_start_forgets_the_position(make_trainer: Trainers
         ({"evaluate": "past"}, "evaluate must be one of 'seen', 'all', got 'past'"),
         ({"preprocessing": "imagenet"}, "preprocessing must be .* got 'imagenet'"),
         ({"scenario": "class_incremental"}, "scenario must be a Scenario .* got 'class_incremental'"),
+        ({"batch_form": "list"}, "batch_form must be 'tuple', 'dict', 'named', .* got 'list'"),
+        ({"batch_form": ["x"]}, r"batch_form must be .* got \['x'\]"),
+        ({"batch_form": ["x", "x"]}, "batch_form must be .* keys"),
         ({"source": "cifar"}, "source='cifar' is not known; allowed: 'digits'"),
     ],
 )

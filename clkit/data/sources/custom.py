@@ -85,7 +85,7 @@ def class_names_of(dataset: Any) -> dict[int, str]:
         >>> class_names_of(SimpleNamespace(classes=["cat", "dog"], labels=[0, 1, 1]))
         {0: 'cat', 1: 'dog'}
     """
-    classes = getattr(dataset, "classes", None)
+    classes: Any = getattr(dataset, "classes", None)
     for ids in (getattr(dataset, "class_to_idx", None), classes, getattr(dataset, "labels", None)):
         if isinstance(ids, Mapping):
             names = {id_: str(name) for name, id_ in ids.items() if isinstance(id_, int)}
