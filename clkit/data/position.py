@@ -69,6 +69,20 @@ class StreamPosition:
         mine, theirs = self.experiences, stream.experiences
         return mine[: len(theirs)] == theirs[: len(mine)]
 
+    def _difference(self, now: StreamPosition) -> str:
+        """Say in which experience two streams first differ, and by what."""
+        pairs = list(zip(self.experiences, now.experiences, strict=False))
+        differing = [index for index, (mine, theirs) in enumerate(pairs) if mine != theirs]
+        index = differing[0]
+        (name, classes), (here, classes_here) = pairs[index]
+        numbers = f"{len(self.experiences)} experiences, here are {len(now.experiences)}; {len(differing)} of "
+        text = f"it has {numbers}{len(pairs)} differ, the first is experience {index}, which is {name!r}"
+        if name != here:
+            return f"{text}, here {here!r}"
+        gone, new = (sorted(set(a) - set(b)) for a, b in ((classes, classes_here), (classes_here, classes)))
+        parts = [f"{what} {_some(ids)}" for what, ids in (("lacks the classes", gone), ("has the classes", new)) if ids]
+        return f"{text}: here it {' and '.join(parts) or 'has its classes in another order'}"
+
     def check_fit(self, now: StreamPosition) -> None:
         """Refuse a fit that would go on in another stream than the one in hand, or count its epochs otherwise.
 
@@ -77,9 +91,8 @@ class StreamPosition:
         """
         if not self.is_of(now):
             raise StateError(
-                f"the checkpoint comes from another stream: its experiences have the names and classes "
-                f"{self.experiences}, this one's {now.experiences}; use the source, scenario and seed that it was "
-                "trained with"
+                f"the checkpoint comes from another stream: {self._difference(now)}; use the source, scenario and seed "
+                "that it was trained with"
             )
         for name, value in now.schedule.items():
             if self.schedule[name] != value:
@@ -114,10 +127,12 @@ class StreamPosition:
             StateError: Naming the difference between the streams.
         """
         reached = self._index_of(self.epoch)
-        if not self.is_of(now) or reached > len(now.experiences) - (self.batches > 0):
+        if not self.is_of(now):
+            raise StateError(f"the checkpoint comes from another stream: {self._difference(now)}")
+        if reached > len(now.experiences) - (self.batches > 0):
             raise StateError(
-                f"the checkpoint comes from another stream: it had come to experience {reached + 1} of "
-                f"{self.experiences}; here are {now.experiences}"
+                f"the checkpoint comes from another stream: it had come to experience {reached} (of "
+                f"{len(self.experiences)}, counted from 0); here are only {len(now.experiences)}"
             )
         for name in ("seed", "shuffle"):
             if self.order[name] != now.order[name]:
@@ -147,3 +162,7 @@ class StreamPosition:
 
     def _index_of(self, epoch: int) -> int:
         return (epoch - self.schedule["warmup_epochs"]) // self.schedule["epochs_per_experience"]
+
+
+def _some(ids: list[int], most: int = 10) -> str:
+    return ", ".join(map(str, ids[:most])) + (f", … ({len(ids)})" if len(ids) > most else "")

@@ -132,14 +132,15 @@ def read_samples(path: str | Path) -> dict[str, Any]:
         DataError: If the file is not there or damaged, has other arrays, or arrays of Python objects.
     """
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} cannot be read: it is no .npz file but a single array; save it with np.savez")
-        with file:
-            names = sorted(file.files)
-            if names not in (["features", "targets"], ["ids"]):
-                raise DataError(f"{path} has the arrays {names}; it must have features and targets, or ids alone")
-            arrays = {name: _array(file, name, path) for name in names}
+        with Path(path).open("rb") as file:  # numpy leaves a file that it opened itself, and cannot read, open
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} cannot be read: it is no .npz file but a single array; save it with np.savez")
+            with archive:
+                names = sorted(archive.files)
+                if names not in (["features", "targets"], ["ids"]):
+                    raise DataError(f"{path} has the arrays {names}; it must have features and targets, or ids alone")
+                arrays = {name: _array(archive, name, path) for name in names}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is no .npz file ({error})"
         raise DataError(f"{path} cannot be read: {reason}") from error

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import pickle
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from clkit.data.sources.folder import ImageFolder
 from clkit.data.sources.npz import NpzFeatures, NpzImages
 from clkit.data.sources.torchvision import Torchvision
 from clkit.errors import ArgumentError, DataError
+from clkit.runs.forgetting import read_samples
 
 RNG = np.random.default_rng(0)
 
@@ -276,6 +279,21 @@ def test_damaged_npz(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.npz cannot be read: it is damaged, or no \.npz file"):
         NpzImages("bad").load(tmp_path)
+
+
+@pytest.mark.parametrize("read", [lambda path: NpzImages(str(path)).load(None), read_samples])
+def test_a_file_that_cannot_be_read_is_closed(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, ids=np.arange(1000))
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(whole.read_bytes()[:500])
+    gc.collect()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(DataError, match="cannot be read"):
+            read(cut)
+        gc.collect()
+    assert [warning for warning in said if issubclass(warning.category, ResourceWarning)] == []
 
 
 def test_single_array_file(tmp_path: Path) -> None:

@@ -575,6 +575,26 @@ def test_another_stream_is_refused(
             make_trainer().fit(Watcher(), datamodule=stream(**options), ckpt_path=path)
 
 
+def test_the_error_says_only_what_differs() -> None:
+    def position(experiences: list[list[Any]]) -> StreamPosition:
+        return StreamPosition(3, 0, 3, experiences, {"epochs_per_experience": 1, "warmup_epochs": 0}, {})
+
+    whole = [[f"part {i}", list(range(10 * i, 10 * i + 10))] for i in range(100)]
+    other = [*whole[:40], ["part 40", [400, 401, *range(500, 515)]], ["night", [7]], *whole[42:90]]
+    with pytest.raises(
+        StateError, match="100 experiences, here are 90; 2 of 90 differ, .* experience 40, .* 'part 40'"
+    ) as e:
+        position(whole).check_fit(position(other))
+    assert "lacks the classes 402, 403, 404, 405, 406, 407, 408, 409 and has the classes 500, 501, " in str(e.value)
+    assert str(e.value).count("509, … (15)") == 1
+    assert len(str(e.value)) < 450
+    with pytest.raises(StateError, match="experience 41, which is 'part 41', here 'night'") as e:
+        position(whole).check_replay(position([*whole[:41], *other[41:]]), np.array([0]), 10)
+    assert len(str(e.value)) < 250
+    with pytest.raises(StateError, match="come to experience 3 .of 100, counted from 0.; here are only 2"):
+        position(whole).check_replay(position(whole[:2]), np.array([0]), 10)
+
+
 def test_a_position_of_another_format_is_refused(make_trainer: Trainers, saved: dict[str, Path]) -> None:
     file = torch.load(saved["inside"], weights_only=True)
     file["StreamDataModule"]["format"] = 99

@@ -234,11 +234,12 @@ class _Arrays:
 def _opened(path: Path) -> Iterator[_Arrays]:
     """Open a file, and turn what numpy raises where it cannot read it into one named error."""
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} holds a single array; expected an .npz file with named arrays")
-        with archive:
-            yield _Arrays(path, archive)
+        with path.open("rb") as file:  # numpy leaves a file that it opened itself, and cannot read, open
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} holds a single array; expected an .npz file with named arrays")
+            with archive:
+                yield _Arrays(path, archive)
     except (ArgumentError, DataError):
         raise
     except (*DAMAGED, zipfile.BadZipFile, tokenize.TokenError) as error:
