@@ -748,7 +748,7 @@ def changed(last: Path, change: Callable[[dict[str, Any]], object]) -> str:
         (put("trainer.limit_train_batches", 3), "limits the training batches"),
         (put("trainer.callbacks", []), "has no callback NMC(nmc), AEFOCL(aef_ocl), but []"),
         (put("data.seed", 3), "comes from another stream: it has seed=0; here it is 3"),
-        (put("data.scenario.experiences", 5), "another stream: it had"),
+        (put("data.scenario.experiences", 5), "another stream: it has 2 experiences, here are 5; 2 of 2 differ"),
         (put("data.source", "features:elsewhere"), "elsewhere"),
         (
             lambda s: s["model"]["init_args"].update(num_classes=10, model_kwargs={"in_features": 64}),

@@ -582,7 +582,7 @@ def test_the_error_says_only_what_differs() -> None:
     whole = [[f"part {i}", list(range(10 * i, 10 * i + 10))] for i in range(100)]
     other = [*whole[:40], ["part 40", [400, 401, *range(500, 515)]], ["night", [7]], *whole[42:90]]
     with pytest.raises(
-        StateError, match="100 experiences, here are 90; 2 of 90 differ, .* experience 40, .* 'part 40'"
+        StateError, match=r"100 experiences, here are 90; 2 of 90 differ, .* experience 40, .* 'part 40'"
     ) as e:
         position(whole).check_fit(position(other))
     assert "lacks the classes 402, 403, 404, 405, 406, 407, 408, 409 and has the classes 500, 501, " in str(e.value)
@@ -591,7 +591,7 @@ def test_the_error_says_only_what_differs() -> None:
     with pytest.raises(StateError, match="experience 41, which is 'part 41', here 'night'") as e:
         position(whole).check_replay(position([*whole[:41], *other[41:]]), np.array([0]), 10)
     assert len(str(e.value)) < 250
-    with pytest.raises(StateError, match="come to experience 3 .of 100, counted from 0.; here are only 2"):
+    with pytest.raises(StateError, match=r"come to experience 3 \(of 100, counted from 0\); here are only 2"):
         position(whole).check_replay(position(whole[:2]), np.array([0]), 10)
 
 
