@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +22,7 @@ from small_runs import put
 
 import clkit
 from clkit.cli.main import main
+from clkit.cli.settings_help import CLASSES, OPTIONS
 from clkit.runs.recipes import read_recipe, recipe_names
 from clkit.runs.settings import StreamCLI, line_for_settings
 
@@ -52,7 +57,7 @@ def results(folder: str = "runs") -> dict[str, Any]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, first: bool = True) -> str:
-    """Runs a command that must fail with status 2; gives the line that says why, which comes first in general."""
+    """Runs a command that must fail with status 2; gives the line that says why, which is the only one in general."""
     capsys.readouterr()
     try:
         status: Any = main(arguments)
@@ -64,7 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, first: bool = T
     lines = [line for line in error.splitlines() if line.startswith("clkit: ")]
     assert len(lines) == 1
     if first:
-        assert error.startswith(lines[0])
+        assert error == f"{lines[0]}\n"
     return lines[0].removeprefix("clkit: ")
 
 
@@ -74,7 +79,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, first: bool = T
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "recipes", "demo", "compare", "merge", "forget", "export"):
+    for command in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "recipes",
+        "demo",
+        "compare",
+        "merge",
+        "forget",
+        "export",
+        "complete",
+    ):
         assert f"    {command} " in text
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
@@ -114,14 +131,76 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_each_command_is_one_screen_of_clkits_settings(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main([command, "--config", "x.yaml", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: clkit {command} [--config FILE]")
+    assert "--trainer.strategy" in text
+    assert "--help.all" in text
+    assert len(text.splitlines()) <= 55
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_all_settings_are_shown_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        main(["fit", "--help.all"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert f"usage: clkit [options] {command}" in text
-    assert "--trainer.strategy" in text
-    assert "--data" in text
+    assert "usage: clkit [options] fit" in text
+    assert {"--trainer.barebones", "--optimizer", "--model", "--data"} <= set(re.findall(r"--[\w.]+", text))
+
+
+def test_the_short_help_names_what_there_is() -> None:
+    import clkit.callbacks
+    import clkit.data
+    import clkit.models
+    from clkit._registry import STRATEGIES
+
+    for option in OPTIONS:
+        section, _, name = option.removeprefix("--").partition(".")
+        inside = {"data": clkit.data.StreamDataModule, "model": clkit.models.TimmClassifier}
+        if section in inside:
+            assert name.split(".")[0] in inspect.signature(inside[section]).parameters, option
+        elif section == "trainer" and "SETTING" not in name:
+            assert name.split(".")[0] in inspect.signature(pl.Trainer).parameters, option
+    scenarios = {name for name in clkit.data.__all__ if issubclass_of(clkit.data, name, clkit.data.Scenario)}
+    assert set(CLASSES["--data.scenario"]) == scenarios - {"Scenario"}
+    assert set(CLASSES["--trainer.strategy"]) == set(STRATEGIES)
+    ours = {name for name in clkit.callbacks.__all__ if issubclass_of(clkit.callbacks, name, pl.Callback)}
+    assert set(CLASSES["--trainer.callbacks"]) == ours - {"StreamCallback", "FeatureCallback", "HeadCallback"}
+
+
+def issubclass_of(package: Any, name: str, base: type) -> bool:
+    kind = getattr(package, name)
+    return isinstance(kind, type) and issubclass(kind, base)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["clkit", "val"], {"validate"}),
+        (["clkit", "recipes", "on"], {"onpro"}),
+        (["clkit", "compare", "er", "er_"], {"er_ace"}),
+        (["clkit", "fit", "--data.sc"], {"--data.scenario", "--data.scenario.experiences"}),
+        (["clkit", "fit", "--trainer.strategy", "er"], {"er", "er_ace"}),
+        (["clkit", "fit", "--trainer.callbacks+", "A"], {"AEFOCL"}),
+        (["clkit", "forget", "run.ckpt", "--sam"], {"--samples"}),
+        (["clkit", "fit", "--config", "on"], set()),  # a file
+    ],
+)
+def test_bash_completes(line: list[str], expected: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if (bash := shutil.which("bash")) is None:
+        pytest.skip("there is no bash")
+    assert main(["complete", "bash"]) == 0
+    words = " ".join(map(shlex.quote, line))
+    ask = f'COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}; _clkit; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    script = capsys.readouterr().out + ask
+    done = subprocess.run([bash, "--norc", "-c", script], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected
+    assert done.stderr == ""
 
 
 # ---- fit, validate, test, predict
@@ -375,23 +454,24 @@ def test_a_wrong_setting_in_the_file_is_named_first(
 def test_a_wrong_option_is_named_first(
     arguments: list[str], said: str, settings: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert refused(capsys, "fit", "--config", settings(), *arguments) == said
+    assert refused(capsys, "fit", "--config", settings(), *arguments) == f"{said}; see clkit fit --help"
 
 
 def test_a_setting_without_neighbours_is_shown_what_there_is(
     settings: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", "--config", settings(lambda c: c.update(xyzzy=3))])
+        main(["fit", "--config", settings(lambda c: c.update(xyzzy=3)), "--verbose"])
     said, *report = capsys.readouterr().err.removeprefix("clkit: ").splitlines()
-    assert report[-1] == "all settings: clkit fit --help"
+    assert "xyzzy" in " ".join(report[:-1])  # jsonargparse's own
+    assert report[-1] == "all settings: clkit fit --help.all"
     assert said.startswith("there is no setting 'xyzzy'; at the top there are config, seed_everything, trainer, model")
 
 
 def test_files_that_cannot_be_read_are_named(settings: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "fit", "--config", "nothere.yaml")
     assert said.startswith("config: File does not exist: ")
-    assert said.endswith("nothere.yaml'")
+    assert said.endswith("nothere.yaml'; see clkit fit --help")
     settings()
     Path("broken.yaml").write_text("trainer:\n  max_epochs: [1\nmodel: x\n")
     said = refused(capsys, "fit", "--config", "broken.yaml")
@@ -419,7 +499,38 @@ def test_a_message_that_nobody_foresaw_is_shown_as_it_is() -> None:
 def test_a_setting_that_clkit_refuses_is_one_line(
     change: Change, said: str, settings: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in refused(capsys, "fit", "--config", settings(change), first=False)
+    config = settings(change)
+    assert said in refused(capsys, "fit", "--config", config, first=False)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [config]  # no folder of a run that never was
+
+
+def test_what_lightning_refuses_is_one_line_and_leaves_a_finished_run_alone(
+    settings: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = called("CSVLogger", save_dir="runs", name="nmc", version="")
+    config = settings(put("trainer.logger", [place]))
+    assert main(["fit", "--config", config]) == 0
+    before = {file: file.read_bytes() for file in Path("runs").rglob("*") if file.is_file()}
+    del before[Path("runs/nmc/metrics.csv")]  # Lightning's logger begins it anew
+    wrong = ["--trainer.max_epochs", "3", "--data.seed", "7"]
+    assert "max_epochs=3" in refused(capsys, "fit", "--config", config, *wrong, first=False)
+    assert {file: file.read_bytes() for file in before} == before
+    wrong = ["--trainer.limit_train_batches", "1.5"]
+    said = refused(capsys, "fit", "--config", config, *wrong, first=False)
+    assert said.startswith("Lightning refuses the settings")
+    assert "limit_train_batches" in said
+
+
+def test_verbose_adds_the_traceback_of_a_refusal(
+    settings: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", settings(put("trainer.max_epochs", 3)), "--print_config", "--verbose"])
+    capsys.readouterr()
+    assert main(["fit", "--config", "mine.yaml", "--verbose"]) == 2
+    *report, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("clkit: max_epochs=3 ends before the stream does")
+    assert any(line.startswith("Traceback") for line in report)
 
 
 def test_an_error_of_the_users_code_keeps_its_traceback(

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clkit._version import __version__
-from clkit.runs.recipes import read_recipe, recipe_lines
+from clkit.cli.completion import SHELLS, completion_script
+from clkit.cli.settings_help import COMMANDS, OPTIONS, settings_help
+from clkit.runs.recipes import read_recipe, recipe_lines, recipe_names
 
 if TYPE_CHECKING:
     from clkit.runs.merging import HeadSummary
 
 __all__ = ["main"]
-
-TRAINER_COMMANDS = {
-    "fit": "learn from a stream",
-    "validate": "evaluate a checkpoint on the validation samples",
-    "test": "evaluate a checkpoint on the test samples",
-    "predict": "write predictions.csv for the test samples",
-}
 
 # what `clkit compare` sets for each of its runs, as it would stand on the line
 OWN_SETTINGS = (
@@ -51,11 +47,9 @@ FILE_NOTES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what follows ``clkit`` on a command line, by default that of the process; return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in TRAINER_COMMANDS:
-        from clkit.runs.settings import run
-
-        return run(None if arguments is None else given)
-    parser = _parser()
+    if given and given[0] in COMMANDS:
+        return _trainer_command(given, of_process=arguments is None)
+    parser, commands = _parser()
     given, overrides = _split_overrides(given) if given[:1] == ["compare"] else (given, [])
     options = parser.parse_args(given)
     if options.command == "recipes":
@@ -63,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write("\n".join([*recipe_lines(), ""]) if options.name is None else read_recipe(options.name))
         except KeyError as error:
             return _refuse(error.args[0])
+        return 0
+    if options.command == "complete":
+        sys.stdout.write(completion_script(options.shell, _words(commands)))
         return 0
     if options.command == "demo":
         from clkit.cli.demo import run_demo
@@ -89,7 +86,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _trainer_command(given: list[str], *, of_process: bool) -> int:
+    """Show the help of a command that runs a trainer, or run it."""
+    if "-h" in given or "--help" in given:
+        sys.stdout.write(settings_help(given[0], shutil.get_terminal_size().columns))
+        return 0
+    verbose = "--verbose" in given
+    given = ["--help" if word == "--help.all" else word for word in given if word != "--verbose"]
+    if of_process:  # Lightning reads the line of the process, and warns of another beside it
+        sys.argv[1:] = given
+    from clkit.runs.settings import run
+
+    return run(None if of_process else given, verbose=verbose)
+
+
+def _words(commands: Mapping[str, argparse.ArgumentParser]) -> dict[str, list[str]]:
+    """Return what may follow each command, for the completion of a shell."""
+    words = {
+        name: [option for option in parser._option_string_actions if len(option) > 2]
+        for name, parser in commands.items()
+    }
+    words |= {name: list(OPTIONS) for name in COMMANDS}
+    words["recipes"] += recipe_names()
+    words["compare"] += [*recipe_names(), *OPTIONS]
+    words["complete"] += SHELLS
+    return words
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser, and those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="clkit",
         description="Continual learning and uncertainty as plug-ins for PyTorch Lightning.",
@@ -98,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"clkit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands", parser_class=_OneLine)
-    for name, description in TRAINER_COMMANDS.items():
+    for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     recipes = commands.add_parser("recipes", help="list the recipes, or print one")
     recipes.add_argument("name", nargs="?", help="the recipe to print")
@@ -106,7 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--folder", default="runs/demo", help="where the results go (default: %(default)s)")
     _add_compare(commands)
     _add_file_commands(commands)
-    return parser
+    complete = commands.add_parser(
+        "complete",
+        help="print what a shell needs to complete commands, recipes and settings",
+        epilog='For instance, in ~/.bashrc: eval "$(clkit complete bash)"',
+    )
+    complete.add_argument("shell", choices=SHELLS, help="which shell")
+    return parser, commands.choices
 
 
 class _OneLine(argparse.ArgumentParser):

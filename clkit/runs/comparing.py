@@ -143,7 +143,9 @@ def _recipe_files(recipes: Sequence[str], outer: bool) -> dict[str, Path]:
 def _fit(arguments: Sequence[str], log: Path) -> int:
     """Run ``clkit fit`` in a process of its own and add what it prints to a file; return its exit status."""
     with log.open("ab") as output:
-        command = [sys.executable, "-m", "clkit", "fit", *arguments]
+        # both would be said of each run: its folder holds settings.yaml, and what lay there before a resume is kept
+        quiet = [f"-Wignore:{what} directory" for what in ("Experiment logs", "Checkpoint")]
+        command = [sys.executable, *quiet, "-m", "clkit", "fit", *arguments]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
             return process.wait()

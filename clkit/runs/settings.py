@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
 from clkit._registry import STRATEGIES
 from clkit.callbacks import StreamEvaluation
-from clkit.errors import ArgumentError, ClkitError, ConfigurationError, did_you_mean
+from clkit.errors import ArgumentError, ClkitError, ConfigurationError, did_you_mean, first_line
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.checkpoint_io import read_run
 
@@ -41,7 +44,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 class _Parser(LightningArgumentParser):
-    """A parser that says in one line what is wrong before jsonargparse says it in forty."""
+    """A parser that says in one line what is wrong; ``verbose`` adds the forty of jsonargparse."""
+
+    verbose = False
 
     def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Any:
         """Read a file of settings; name one that cannot be read."""
@@ -57,12 +62,18 @@ class _Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         known = [action.dest for action in parser._actions]
-        sys.stderr.write(f"clkit: {line_for_settings(message, known)}\n\n{message}\n\nall settings: {command} --help\n")
+        sys.stderr.write(f"clkit: {line_for_settings(message, known)}; see {command} --help\n")
+        if self.verbose:
+            sys.stderr.write(f"\n{message}\n\nall settings: {command} --help.all\n")
         raise SystemExit(2)
 
 
 class _SaveConfig(SaveConfigCallback):
-    """The callback that saves the resolved configuration with the results and hands it to ``results.json``."""
+    """The callback that saves the resolved configuration with the results and hands it to ``results.json``.
+
+    It writes when the work begins, not in ``setup`` as Lightning's does: a run that is refused there leaves the
+    settings of one that lies in its folder alone.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():
@@ -74,9 +85,32 @@ class _SaveConfig(SaveConfigCallback):
         for callback in callbacks_of(trainer):
             if isinstance(callback, StreamEvaluation):
                 callback.config = config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+    def _evaluated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         saved = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
-        if stage == "fit" or not saved.exists():  # an evaluation in the folder of a fit leaves the fit's settings alone
-            super().setup(trainer, pl_module, stage)
+        if trainer.state.fn != "fit" and not saved.exists():  # an evaluation leaves the settings of a fit alone
+            super().setup(trainer, pl_module, str(trainer.state.fn))
+
+    on_validation_start = on_test_start = on_predict_start = _evaluated
+
+
+def _remove_empty_folder(trainer: pl.Trainer) -> None:
+    """Remove what loggers made for a run that was refused, where nothing but its settings lies there."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        places = [getattr(logger, name, None) for name in ("log_dir", "root_dir", "save_dir")]
+        if not places[0] or not Path(places[0]).is_dir():
+            continue
+        folder, *above = [Path(place) for place in places if place]
+        files = list(folder.iterdir())
+        if all(file.name in ("config.yaml", "hparams.yaml") or ".tfevents." in file.name for file in files):
+            for file in files:
+                file.unlink()
+            with contextlib.suppress(OSError):  # a folder above holds other runs
+                for each in (folder, *above):
+                    each.rmdir()
 
 
 class StreamCLI(LightningCLI):
@@ -85,24 +119,33 @@ class StreamCLI(LightningCLI):
     Args:
         arguments: The command and its options; those of the process by default.
         run: Whether to run the command, or only to build what it needs (``arguments`` then has no command).
+        verbose: Whether what jsonargparse says of a wrong setting is printed below clkit's line.
     """
 
-    def __init__(self, arguments: Sequence[str] | None = None, run: bool = True) -> None:
-        super().__init__(
-            model_class=pl.LightningModule,
-            datamodule_class=pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            args=list(arguments) if arguments is not None else None,
-            run=run,
-        )
+    def __init__(self, arguments: Sequence[str] | None = None, run: bool = True, *, verbose: bool = False) -> None:
+        self._verbose = verbose
+        try:
+            super().__init__(
+                model_class=pl.LightningModule,
+                datamodule_class=pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=_SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                args=list(arguments) if arguments is not None else None,
+                run=run,
+            )
+        except Exception as error:
+            trainer = getattr(self, "trainer", None)
+            if trainer is not None and line_for_error(error) is not None:
+                _remove_empty_folder(trainer)
+            raise
 
     def init_parser(self, **options: Any) -> LightningArgumentParser:
         """Return a parser that says first what is wrong."""
         parser = _Parser(**{"prog": "clkit", **options})
+        parser.verbose = self._verbose
         parser.add_argument("-c", "--config", action="config", help="path of a YAML file with settings")
         return parser
 
@@ -121,6 +164,15 @@ class StreamCLI(LightningCLI):
                 what = "a folder" if Path(path).is_dir() else "not a file"
                 raise ArgumentError(f"ckpt_path={str(path)!r} is {what}; give the path of a checkpoint")
             read_run(path)
+
+    def instantiate_trainer(self, **options: Any) -> pl.Trainer:
+        """Build the trainer; what Lightning refuses of its settings is a ConfigurationError."""
+        try:
+            return super().instantiate_trainer(**options)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, ClkitError):
+                raise
+            raise ConfigurationError(f"Lightning refuses the settings of the trainer: {first_line(error)}") from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse in one line what Lightning would refuse with a traceback, and do what is plainly meant."""
@@ -141,19 +193,23 @@ class StreamCLI(LightningCLI):
             config.trainer.callbacks = [each for each in listed if not each.class_path.endswith("ProgressBar")]
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None, *, verbose: bool = False) -> int:
     """Run one of Lightning's commands: ``arguments``, or those of the process.
+
+    ``verbose`` prints beside the line of an error what Python or jsonargparse says of it.
 
     Returns:
         0, or 2 where clkit refused a setting or a file (the message is on standard error).
     """
     sys.path.insert(0, str(Path.cwd()))  # classes of the user's own, as with `python script.py`
     try:
-        StreamCLI(arguments)
-    except (ValueError, KeyError, RuntimeError, OSError, ClkitError) as error:
+        StreamCLI(arguments, verbose=verbose)
+    except (ValueError, KeyError, RuntimeError, OSError, MisconfigurationException, ClkitError) as error:
         said = line_for_error(error)
         if said is None:
             raise
+        if verbose:
+            traceback.print_exception(error)
         sys.stderr.write(f"clkit: {said}\n")
         return 2
     return 0
@@ -168,6 +224,8 @@ def line_for_error(error: Exception) -> str | None:
     if cause is not None:
         return str(cause)
     text = str(error.args[0]) if error.args else ""
+    if isinstance(error, MisconfigurationException):  # by Lightning, of what a user has set
+        return f"Lightning refuses the settings: {' '.join(text.split())}"
     if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict for"):
         return _weights_line(text)
     if isinstance(error, KeyError) and text.startswith("Trying to restore optimizer state"):
