@@ -12,11 +12,14 @@ export OMP_NUM_THREADS ?= 2
 # processes of the test suite; `make test PARALLEL=` runs it in one
 PARALLEL ?= -n 2 --dist worksteal
 
+# environment of `make test-oldest`
+OLDEST ?= build/oldest
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format docs wheel package nightly benchmarks clean
+.PHONY: help setup demo test test-slow test-gpu test-oldest check format docs wheel package nightly benchmarks clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv and install clkit with everything it is developed with
 
@@ -37,6 +40,14 @@ test-slow: setup ## the tests that take longer
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-oldest: $(OLDEST)/.setup-stamp ## the whole test suite with the oldest versions that are supported
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow and not gpu" $(PARALLEL)
+
+$(OLDEST)/.setup-stamp: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet -e '.[test]' -c constraints-oldest.txt
+	@touch $@
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .
@@ -61,7 +72,7 @@ package: wheel ## install the built wheel alone in an empty environment and run 
 	build/package/bin/pip install --quiet dist/*.whl -c constraints.txt
 	build/package/bin/python .ci/readme_examples.py README.md
 
-nightly: test test-slow check docs package benchmarks ## everything that needs no data and no GPU; an hour or so
+nightly: test test-slow test-oldest check docs package benchmarks ## everything that needs no data and no GPU; an hour or so
 
 benchmarks: setup ## the benchmarks that need no data
 	$(BIN)/python benchmarks/digits.py

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -260,3 +262,13 @@ def test_strategy_names_are_known_once_lightning_is_there() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.splitlines()[-1] == "GradientFreeStrategy"
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    root = PACKAGE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    given = [*project["dependencies"], *project["optional-dependencies"]["report"]]
+    bounds = {re.split(r"[\[>]", line)[0]: re.search(r">=([\d.]+)", line)[1] for line in given}  # type: ignore[index]
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+\d)", (root / "constraints-oldest.txt").read_text("utf-8"), re.M))
+    for name, bound in bounds.items():
+        assert f"{oldest[name]}.0".startswith(f"{bound}."), name

@@ -299,7 +299,7 @@ def _program(spliced: SplicedCopy, head: Head) -> torch.export.ExportedProgram:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about its own tracing
-            batch = torch.export.Dim("batch", min=1)
+            batch = torch.export.Dim("batch", min=1, max=2**40)  # unbounded, torch 2.7 finds one value too many
             program = torch.export.export(model, (spliced.example,), dynamic_shapes=({0: batch},))
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # whatever tracing meets in the user's code
         reason = first_line(error)
