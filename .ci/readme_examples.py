@@ -1,4 +1,7 @@
-"""Runs the README's Python examples with the installed package, outside the source tree.
+"""Runs README's three ways as a newcomer would: in an empty folder, with the installed package, as they stand there.
+
+Python examples print what the comment behind a `print` says; commands end with 0. What only a checkout has (make) is
+left out, and the comparison of seeds is cut to one experience.
 
 Usage: python .ci/readme_examples.py README.md
 """
@@ -11,10 +14,24 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 page = Path(sys.argv[1]).resolve()
-blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-assert blocks, f"{page} has no Python example"
+text = page.read_text(encoding="utf-8")
+SHORTER = {"clkit compare er onpro --seeds 3": " --data.source digits --data.stop_after 1 --no-outer --seeds 1"}
+
+
+def run_python(number: int, block: str) -> None:
+    """Run an example; what it prints must be what the comment behind the print begins with."""
+    lines = block.splitlines()
+
+    def said(*values: Any) -> None:
+        printed = " ".join(map(str, values))
+        promised = lines[sys._getframe(1).f_lineno - 1].partition("  # ")[2]
+        assert promised.startswith(printed), f"example {number} prints {printed!r}, README says {promised!r}"
+
+    exec(compile(block, f"{page.name}, example {number}", "exec"), {"__name__": "__main__", "print": said})
+
 
 with TemporaryDirectory() as folder:
     os.chdir(folder)
@@ -22,10 +39,17 @@ with TemporaryDirectory() as folder:
 
     installed = Path(clkit.__file__).resolve()
     assert page.parent not in installed.parents or "site-packages" in installed.parts, f"the source tree: {installed}"
-    for number, block in enumerate(blocks, start=1):
-        print(f"==> README example {number} of {len(blocks)}", flush=True)
-        exec(compile(block, f"{page.name}, example {number}", "exec"), {"__name__": "__main__"})
-    command = Path(sys.executable).with_name("clkit")
-    for arguments in (["--version"], ["recipes"], ["recipes", "nmc"]):
-        subprocess.run([command, *arguments], check=True, stdout=subprocess.DEVNULL)
-print(f"==> {len(blocks)} examples and the command ran from {installed.parent}")
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert examples, f"{page} has no Python example"
+    for number, block in enumerate(examples, start=1):
+        print(f"==> README example {number} of {len(examples)}", flush=True)
+        run_python(number, block)
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
+    commands = re.sub(r"^make .*\n", "", commands, flags=re.M)
+    for command, shorter in SHORTER.items():
+        assert command in commands, f"README has no {command!r}"
+        commands = commands.replace(command, command + shorter)
+    print(f"==> README commands\n{commands}", flush=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-e", "-x", "-c", commands], check=True, stdout=subprocess.DEVNULL, env=environment)
+print(f"==> {len(examples)} examples and {commands.count('clkit ')} commands ran from {installed.parent}")

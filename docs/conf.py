@@ -72,6 +72,7 @@ sphinx_gallery_conf = {
     "capture_repr": (),
     "nested_sections": False,
     "image_srcset": ["2x"],
+    "reset_modules": ("matplotlib", "quiet.before_example"),
 }
 
 # ---- look

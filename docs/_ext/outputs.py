@@ -25,6 +25,7 @@ CLKIT = [sys.executable, "-m", "clkit"]
 # name of the output -> command line, expected exit status, whether standard error is what is shown
 COMMANDS: dict[str, tuple[list[str], int, bool]] = {
     "cli_help": ([*CLKIT, "--help"], 0, False),
+    "cli_fit_help": ([*CLKIT, "fit", "--help"], 0, False),
     "cli_recipes": ([*CLKIT, "recipes"], 0, False),
     "cli_fit": (
         [
@@ -59,7 +60,7 @@ def make_outputs(app: Any) -> None:
         (DOCS.parent / "configs" / "nmc.yaml").read_text(encoding="utf-8"), "utf-8"
     )
     scripts = {
-        script.stem: [sys.executable, str(script)]
+        script.stem: [sys.executable, str(DOCS / "_ext" / "quiet.py"), str(script)]
         for script in sorted((DOCS / "snippets").glob("*.py"))
     }
     for name, command in scripts.items():

@@ -29,14 +29,29 @@ class YourModule(pl.LightningModule):
 
 
 pl.seed_everything(0)
+
+digits = StreamDataModule("digits:flat", ClassIncremental(experiences=5))
+evaluation = StreamEvaluation()
 trainer = pl.Trainer(
     strategy="gradient_free",  # a frozen network: forward passes only
-    callbacks=[AEFOCL(), NMC(), StreamEvaluation()],  # the line you add
-    accelerator="cpu",
-    devices=1,
-    logger=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
+    callbacks=[AEFOCL(), NMC(), evaluation],  # the line you add
 )
-digits = StreamDataModule("digits:flat", ClassIncremental(classes_per_experience=5))
 trainer.fit(YourModule(), datamodule=digits)
+
+# ---- the figure: the same module without a method, trained on one experience after the other
+
+from clkit.metrics.figures import plot_accuracy_over_time
+
+trained = StreamEvaluation(table=False, files=False)
+digits = StreamDataModule(
+    "digits:flat", ClassIncremental(experiences=5), epochs_per_experience=4
+)
+pl.Trainer(callbacks=[trained]).fit(YourModule(), datamodule=digits)
+curves = {"AEF-OCL": evaluation.results["aef_ocl"], "NMC": evaluation.results["nmc"]}
+curves["training alone"] = trained.results["module"]
+figure, axes = plot_accuracy_over_time(
+    {name: result["accuracy_seen"] for name, result in curves.items()},
+    names=["0-1", "2-3", "4-5", "6-7", "8-9"],
+)
+axes.set_xlabel("digits that have just arrived")
+figure.savefig("first_result.png", dpi=150)
