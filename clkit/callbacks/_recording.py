@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit.callbacks.base import MODULE, Predictor
 from clkit.distributed import gather_objects
 from clkit.errors import BatchError, ConfigurationError
+from clkit.features.batch import Readings, sample_size
 from clkit.features.observer import BatchObserver
 from clkit.report.results import Recorded
 from clkit.stream._lightning import callbacks_of, datamodule_of
@@ -27,20 +30,38 @@ class Recorder:
 
     Args:
         trainer: The trainer with its callbacks.
-        observer: What shows the batches.
-        module: Whether the user's own classifier is a predictor.
+        owner: The callback that evaluates, whose reader finds the targets.
+        predictors: Each with what shows the features that it reads, by name.
+        module: What shows the user's own classifier, where that is a predictor.
+        learned: Index of the last experience that it has learned, -1 for none.
 
     Attributes:
         samples: Number of samples of each experience that this process saw.
+        left_out: Why the user's module is no predictor after all, once that was seen.
     """
 
-    def __init__(self, trainer: pl.Trainer, observer: BatchObserver, module: bool) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        owner: Any,
+        predictors: Mapping[str, tuple[Predictor, BatchObserver]],
+        module: BatchObserver | None,
+        learned: int,
+    ) -> None:
         self.samples: dict[int, int] = {}
+        self.left_out = ""
         self._batches: list[Recorded] = []
-        self._observer = observer
+        self._owner = owner
+        self._learned = learned
+        self._readings = Readings.of(trainer)
         callbacks, datamodule = list(callbacks_of(trainer)), datamodule_of(trainer)
-        self._predictors: dict[str, Predictor | None] = {MODULE: None} if module else {}  # None: the module itself
-        self._predictors |= {callback.name: callback for callback in callbacks if isinstance(callback, Predictor)}
+        self._predictors: dict[str, tuple[Predictor | None, BatchObserver]] = {**predictors}  # None: the module itself
+        if module is not None:
+            self._predictors = {MODULE: (None, module), **predictors}
+        self._others = {
+            name for name, (each, _) in predictors.items() if self._readings.given(each) != self._readings.given(owner)
+        }
+        self._classes = getattr(datamodule, "num_classes", None)
         self._offering = [callback for callback in callbacks if hasattr(callback, "sample_columns")]
         original = getattr(datamodule, "original_ids", None)
         self._original = None if original is None else torch.tensor([*original, -1])
@@ -53,14 +74,22 @@ class Recorder:
             BatchError: If a column of a callback is not a (B,) tensor of numbers.
             ConfigurationError: If the name of a column is taken.
         """
-        observer = self._observer
-        size, seen = len(observer.features()), sum(self.samples.values())
+        inputs, targets = self._readings.read(self._owner, batch, needs_targets=False)
+        size, seen = sample_size(inputs)[0] if targets is None else len(targets), sum(self.samples.values())
         recorded = Recorded(
             experiences=torch.full((size,), experience),
-            targets=torch.full((size,), -1) if observer.targets is None else observer.targets.long().cpu(),
+            targets=torch.full((size,), -1) if targets is None else targets.long().cpu(),
             rows=torch.arange(seen, seen + size) if rows is None else torch.as_tensor(rows),
         )
-        for name, predictor in self._predictors.items():
+        for name, (predictor, observer) in self._predictors.items():
+            if predictor is None:
+                self.left_out = self.left_out or why_no_class_scores(
+                    observer, self._classes, learned=experience <= self._learned, insists=self._owner.module is True
+                )
+                if self.left_out:
+                    continue
+            if name in self._others and observer.targets is not None:
+                recorded.own_targets[name] = observer.targets.long().cpu()
             scores = observer.logits if predictor is None else observer.scores(predictor)
             if scores is None or scores.shape[1] == 0:  # it has learned nothing: not evaluated, rather than all wrong
                 continue
@@ -82,11 +111,18 @@ class Recorder:
         """Return everything, of all processes in the order of their ranks."""
         nothing = torch.empty(0, dtype=torch.int64)
         own = Recorded.join(self._batches or [Recorded(nothing, nothing, nothing)])
-        recorded = Recorded.join(gather_objects(own, "what they evaluated"))
+        parts, reasons = zip(*gather_objects((own, self.left_out), "what they evaluated"), strict=True)
+        recorded = Recorded.join(parts)
+        self.left_out = next(filter(None, reasons), "")
+        if self.left_out:
+            recorded.predicted.pop(MODULE, None)
+            recorded.scores.pop(MODULE, None)
+        self._say_other_targets(recorded)
         if self._original is None:
             return recorded
         predicted = {name: self._own_ids(ids) for name, ids in recorded.predicted.items()}
-        return replace(recorded, targets=self._own_ids(recorded.targets), predicted=predicted)
+        others = {name: self._own_ids(ids) for name, ids in recorded.own_targets.items()}
+        return replace(recorded, targets=self._own_ids(recorded.targets), own_targets=others, predicted=predicted)
 
     def _own_ids(self, ids: Tensor) -> Tensor:
         """Return the user's ids for those of a relabelled stream; -1 for what is none."""
@@ -94,6 +130,17 @@ class Recorder:
             return ids
         inside = (ids >= 0) & (ids < len(self._original) - 1)
         return self._original[torch.where(inside, ids, -1)]
+
+    def _say_other_targets(self, recorded: Recorded) -> None:
+        if MODULE in recorded.predicted and self._readings.given(self._owner) is None:
+            others = [name for name, ids in recorded.own_targets.items() if not torch.equal(ids, recorded.targets)]
+            if others:
+                self._predictors[MODULE][1].say_once(
+                    f"{' and '.join(others)} are evaluated on the targets of their own batch_reader, and the module on "
+                    f"others, which a batch has in the usual form; pass batch_reader= to {self._owner.state_key} if "
+                    "that is not what the module learns",
+                    rank_zero_warn,
+                )
 
     def _add_columns(self, columns: dict[str, Tensor], callback: Any, batch: Any, size: int) -> None:
         owner = f"sample_columns of {type(callback).__name__}"
@@ -108,3 +155,34 @@ class Recorder:
                 raise BatchError(f"{owner} gives {seen} for {name!r}: it must be a tensor of {size} real numbers")
             wide = torch.float64 if values.is_floating_point() else torch.int64
             columns[name] = values.detach().cpu().to(torch.bool if values.dtype == torch.bool else wide)
+
+
+def why_no_class_scores(observer: BatchObserver, classes: int | None, *, learned: bool, insists: bool) -> str:
+    """Return why the output of the user's classifier cannot be scores of classes for the open batch, if it cannot.
+
+    ``classes`` is how many the data have, if they say so, and ``learned`` whether the network has learned those of the
+    batch; who ``insists`` gets the accuracy of any two columns.
+    """
+    logits, shape = observer.logits, observer.output_shape
+    where = f"{observer.tap.point!r}, taken for the input of its classifier"
+    if logits is None:
+        return f"its layer at {observer.tap.point!r} has no logits (B, C) behind it"
+    if logits.shape[1] == 1:
+        return f"the layer at {where}, gives one number a sample, which is no score for each class"
+    if insists:
+        return ""
+    if shape is not None and len(shape) > 2:
+        return f"it returns {shape}, which are no scores (B, C); its layer was read at {where}"
+    highest = -1 if observer.targets is None or not len(observer.targets) else int(observer.targets.max())
+    if learned and highest >= logits.shape[1]:
+        return (
+            f"the layer at {where}, gives {logits.shape[1]} numbers a sample, which cannot be scores of what it has "
+            f"learned: there are samples of class {highest}. module=True evaluates it all the same"
+        )
+    width = sample_size(observer.inputs)[1]
+    if logits.shape[1] == width and width != classes:
+        return (
+            f"the layer at {where}, gives {width} numbers a sample, as many as the input has: it reconstructs and does "
+            "not classify. module=True evaluates it all the same"
+        )
+    return ""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from clkit.callbacks._arguments import refuse_unknown_arguments
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, StateError
 from clkit.features.batch import BatchReader
@@ -60,6 +62,11 @@ class StreamCallback(pl.Callback):
 
     boundary_phase: BoundaryPhase = BoundaryPhase.LEARN
     name: str = ""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Refuse an argument that no constructor has, by the class and what is near."""
+        refuse_unknown_arguments(cls, options)
+        return super().__new__(cls)
 
     def __init__(self) -> None:
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
@@ -241,6 +248,7 @@ class FeatureCallback(StreamCallback):
         self.forward = forward
         self.batch_reader = batch_reader
         self._reads = False  # whether the training batch in work is read
+        self._said_layer: tuple[str, str] | None = None
         self._stage: Stage = "validate"  # of the last evaluation
 
     # ---- what a subclass says
@@ -281,10 +289,15 @@ class FeatureCallback(StreamCallback):
 
     # ---- one run
 
+    @property
+    def observers(self) -> list[BatchObserver]:
+        """Everything by which batches are read."""
+        return [self.observer] if hasattr(self, "observer") else []
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tap the user's network before it may be compiled or wrapped."""
         super().setup(trainer, pl_module, stage)
-        self.observer = BatchObserver.attach(trainer, pl_module, self.layer)
+        self.observer = BatchObserver.attach(trainer, pl_module, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
@@ -293,8 +306,15 @@ class FeatureCallback(StreamCallback):
             del self.observer
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look for the classifier again: it may have been replaced since."""
-        self.observer.refresh()
+        """Look for the classifier again, which may have been replaced since, and say which layer is read."""
+        for observer in self.observers:
+            observer.refresh()
+        if "train" in self.stages:
+            tap = self.observer.tap
+            width = "" if tap.width is None else f", {tap.width} features"
+            if (tap.point, width) != self._said_layer:
+                self._said_layer = tap.point, width
+                rank_zero_info(f"clkit: {self.state_key} reads {tap.point!r}{width}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -304,8 +324,13 @@ class FeatureCallback(StreamCallback):
         self._reads = "train" in self.stages and self.learns(trainer)
         if self._reads:
             key = ("train", trainer.current_epoch, batch_idx)
-            reading: dict[str, Any] = {"source": self.forward, "reader": self.batch_reader, "graph": self.needs_graph}
+            reading: dict[str, Any] = {"source": self.forward, "part": self, "graph": self.needs_graph}
             self.observer.open(trainer, pl_module, batch, key, **reading)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Read the batch once more where the step ran something else, before its network moves."""
+        if self._reads:
+            self.observer.settle(self.forward)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -322,7 +347,8 @@ class FeatureCallback(StreamCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin an evaluation, once the end of an experience was noticed."""
         super().on_validation_start(trainer, pl_module)
-        self.observer.refresh((trainer.state.stage, trainer.global_step))
+        for observer in self.observers:
+            observer.refresh((trainer.state.stage, trainer.global_step))
         self._stage = _STAGES[trainer.state.stage]
         self.on_evaluation_start(trainer, pl_module, self._stage)
 
@@ -332,8 +358,12 @@ class FeatureCallback(StreamCallback):
         """Open a batch before its step."""
         if self._stage in self.stages:
             key = (trainer.state.stage, trainer.global_step, trainer.current_epoch, dataloader_idx, batch_idx)
-            reading: dict[str, Any] = {"reader": self.batch_reader, "needs_targets": self._stage != "predict"}
-            self.observer.open(trainer, pl_module, batch, key, **reading)
+            self.open(trainer, pl_module, batch, key)
+
+    def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Hashable) -> None:
+        """Begin a batch of an evaluation, which ``key`` tells from others."""
+        needs_targets = self._stage != "predict"
+        self.observer.open(trainer, module, batch, key, part=self, needs_targets=needs_targets)
 
     def on_validation_batch_end(
         self,

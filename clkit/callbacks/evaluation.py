@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from clkit.callbacks._recording import Recorder
 from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show
-from clkit.callbacks.base import MODULE, FeatureCallback, Stage
+from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import share_buffers
-from clkit.errors import ArgumentError, ConfigurationError
+from clkit.errors import ArgumentError, ConfigurationError, TapError
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
-from clkit.features.observer import forward
+from clkit.features.observer import BatchObserver, forward
 from clkit.features.tap import evaluating
 from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import saved_entry
@@ -52,7 +53,8 @@ class StreamEvaluation(FeatureCallback):
             ``"auto"`` draws them where it is installed, and says so where it is not.
         keep_features: Most MiB of evaluation features that are kept while the network inside the module stays as it is,
             so that T experiences cost T passes through it and not T(T+1)/2; the bits are the same. 0 keeps none.
-        layer: Where features are read; the same as for the heads.
+        layer: Where the module's own classifier is, if it is not the one that :class:`~clkit.FeatureTap` finds. Each
+            callback is evaluated on the features of its own ``layer``.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
 
     Raises:
@@ -97,6 +99,9 @@ class StreamEvaluation(FeatureCallback):
         self._active = ExitStack()  # what they keep up for the experience of the batch in work
         self._kept = KeptFeatures(keep_features * 2**20)
         self._recorder: Recorder | None = None
+        self._watched: dict[str, tuple[Predictor, BatchObserver]] = {}  # by name, with what shows what each reads
+        self._left_out = ""  # why the module is no predictor though it might be
+        self._said_left_out = False
         self._batch: tuple[Any, int, Any] = (None, 0, None)  # the one in work, its experience and rows
         self._clock = 0.0
         self._fit_clock = 0.0
@@ -120,19 +125,34 @@ class StreamEvaluation(FeatureCallback):
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tap the user's network, once it is known that figures can be drawn."""
+        """Tap the network where each predictor reads it, once it is known that figures can be drawn."""
         if stage == "fit" and self.figures and self.files and not has_matplotlib():
             missing = 'figures need matplotlib, which is not installed: pip install "clkit[report]"'
             if self.figures != "auto":
                 raise ConfigurationError(f"{missing}, or set figures=False")
             rank_zero_info(f"clkit: {missing}")
-        super().setup(trainer, pl_module, stage)
+        predictors = [callback for callback in callbacks_of(trainer) if isinstance(callback, Predictor)]
+        self._watched = {each.name: (each, BatchObserver.attach(trainer, pl_module, each)) for each in predictors}
+        try:
+            super().setup(trainer, pl_module, stage)
+        except TapError as error:
+            if self.layer != "auto" or self.module is True or not predictors:
+                raise
+            self._left_out = f"it has no classifier ({error})"
+
+    @property
+    def observers(self) -> list[BatchObserver]:
+        """What shows the module's own classifier, and what each predictor reads."""
+        return list(dict.fromkeys([*super().observers, *(observer for _, observer in self._watched.values())]))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
         self._active.close()
         self._kept.end()
         self._kept.clear()
+        for _, observer in self._watched.values():
+            observer.detach(trainer)
+        self._watched = {}
         super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,6 +177,7 @@ class StreamEvaluation(FeatureCallback):
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
         folder = RunFolder(trainer, self.files)
         if self._measured.counts:
+            self._measured.layers = self._layers()
             folder.write(self._measured, self.config, self._seconds)
             if self.figures:
                 folder.draw(self.results)
@@ -173,7 +194,9 @@ class StreamEvaluation(FeatureCallback):
         self._recorder = None  # made at the first batch, when everyone else is ready
         self._switching = [callback for callback in callbacks_of(trainer) if hasattr(callback, "activated")]
         if stage == "validate" and not self._switching:  # else features tell nothing of the next evaluation
-            self._kept.begin(module, self.observer.tap)
+            taps = [observer.tap for observer in self.observers]
+            if taps:
+                self._kept.begin(module, taps[0], *(tap for tap in taps[1:] if tap.point != taps[0].point))
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -185,12 +208,19 @@ class StreamEvaluation(FeatureCallback):
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
+    def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Hashable) -> None:
+        """Begin a batch for the module's classifier and for each predictor, which may read it in its own way."""
+        if hasattr(self, "observer"):
+            super().open(trainer, module, batch, key)
+        for predictor, observer in self._watched.values():
+            observer.open(trainer, module, batch, key, part=predictor, needs_targets=self._stage != "predict")
+
     def on_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Record what each predictor says."""
-        self._kept.after_batch()
-        self._recorder = self._recorder or Recorder(trainer, self.observer, self._module_predicts(trainer))
+        self._kept.after_batch(all(observer.is_own for observer in self.observers))
+        self._recorder = self._recorder or self._new_recorder(trainer)
         self._recorder.add(*self._batch)
         self._batch = (None, 0, None)
         self._active.close()
@@ -228,8 +258,33 @@ class StreamEvaluation(FeatureCallback):
 
     def _recorded(self, trainer: pl.Trainer) -> Recorded:
         """Return what all processes recorded in this evaluation; a call on all of them."""
-        self._recorder = self._recorder or Recorder(trainer, self.observer, self._module_predicts(trainer))
-        return self._recorder.gathered()
+        self._recorder = self._recorder or self._new_recorder(trainer)
+        recorded = self._recorder.gathered()
+        if self._recorder.left_out:
+            self._left_out = self._recorder.left_out
+            self._measured.forget(MODULE)
+            rank_zero_warn(f"{self.state_key} leaves the module out: {self._left_out}")
+        return recorded
+
+    def _new_recorder(self, trainer: pl.Trainer) -> Recorder:
+        observer = getattr(self, "observer", None)
+        wanted = self._module_predicts(trainer)
+        if wanted and observer is None and not self._said_left_out:
+            self._said_left_out = True
+            rank_zero_warn(f"{self.state_key} leaves the module out: {self._left_out}")
+        module = observer if wanted and not self._left_out else None
+        current, learned = self._boundaries.current, -1
+        if current is not None and not any(getattr(callback, "grafted", False) for callback in callbacks_of(trainer)):
+            learned = current.index - int(trainer.state.fn == "fit" and self._pending is None)
+        return Recorder(trainer, self, self._watched, module, learned)
+
+    def _layers(self) -> dict[str, Any]:
+        """Return where each predictor that was measured is read, for ``results.json``."""
+        taps = {name: observer.tap for name, (_, observer) in self._watched.items()}
+        if hasattr(self, "observer"):
+            taps[MODULE] = self.observer.tap
+        counts = self._measured.counts
+        return {name: {"layer": tap.point, "features": tap.width} for name, tap in taps.items() if name in counts}
 
     def _module_predicts(self, trainer: pl.Trainer) -> bool:
         if self.module != "auto" or getattr(trainer.strategy, "trains_module", True):
@@ -259,19 +314,24 @@ class StreamEvaluation(FeatureCallback):
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
         if trainer.world_size > 1:
             share_buffers(trainer.strategy.model)
-        self.observer.refresh()
+        for observer in self.observers:
+            observer.refresh()
+        self._stage = "validate"
         self.on_evaluation_start(trainer, module, "validate")
         loader = datamodule_of(trainer).evaluation_loader(max(stage - 1, 0))
         with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             for batch_idx, host_batch in enumerate(loader):
                 converted = trainer.precision_plugin.convert_input(host_batch)
                 batch = trainer.strategy.batch_to_device(converted)
-                self.observer.open(trainer, module, batch, ("own", stage, batch_idx), reader=self.batch_reader)
+                self.open(trainer, module, batch, ("own", stage, batch_idx))
                 self._opened(loader, batch, batch_idx)
-                forward(module, self.observer.tap.network, self.observer.inputs)
+                for observer in {(id(each.inputs), each.tap.network): each for each in self.observers}.values():
+                    if not observer.is_own:
+                        forward(module, observer.tap.network, observer.inputs)
                 self.on_batch(trainer, module, "validate", batch_idx, 0)
         self._kept.end()
-        self.observer.forget()
+        for observer in self.observers:
+            observer.forget()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
         self._fill(trainer, module, stage, complete=True, log_with_module=False)
 
@@ -293,6 +353,7 @@ class StreamEvaluation(FeatureCallback):
         folder = RunFolder(trainer, self.files)  # before a decision that each process takes by its own clock
         last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
         if time.perf_counter() - last >= 10 * cost:
+            self._measured.layers = self._layers()
             cost = folder.write(self._measured, self.config, self._seconds)
             self._written = time.perf_counter(), cost
 

@@ -175,7 +175,8 @@ class HeadCallback(FeatureCallback):
                     "a second epoch over an experience counts each sample again, as if the ridge strength were "
                     "smaller; one epoch an experience is enough"
                 )
-            source, features = observer.source(self.forward), observer.features(self.forward)
+            features = observer.features(self.forward)
+            source = observer.source(self.forward)
             head = self._ensure_head(features, observer.tap.point)
             key = ("checked", source, head.statistics.device)  # what is wrong with a batch is asked once for all heads
             head.learn(observer.remember(key, lambda: head.checked(features, targets)))

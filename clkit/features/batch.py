@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from clkit.errors import BatchError
 
-__all__ = ["INPUT_KEYS", "TARGET_KEYS", "BatchReader", "known_keys", "read_batch", "read_inputs"]
+__all__ = [
+    "INPUT_KEYS",
+    "TARGET_KEYS",
+    "BatchReader",
+    "Readings",
+    "known_keys",
+    "read_batch",
+    "read_inputs",
+    "sample_size",
+    "tensors_in",
+]
 
 BatchReader = Callable[[Any], tuple[Any, Tensor]]
 
@@ -41,7 +52,10 @@ def read_batch(batch: Any, reader: BatchReader | None = None) -> tuple[Any, Tens
         (torch.Size([2, 3]), [4, 7])
     """
     if reader is not None:
-        inputs, targets = reader(batch)
+        pair = reader(batch)
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise BatchError(f"a batch_reader must return a pair (inputs, targets), got {type(pair).__name__}")
+        inputs, targets = pair
     elif isinstance(batch, Mapping):
         inputs, targets = _pick(batch, INPUT_KEYS, "inputs"), _pick(batch, TARGET_KEYS, "targets")
     elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) >= 2:
@@ -80,6 +94,125 @@ def known_keys(mapping: Mapping[Any, Any]) -> tuple[Any, Any]:
     """
     found = [next((key for key in keys if key in mapping), None) for keys in (INPUT_KEYS, TARGET_KEYS)]
     return found[0], found[1]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(each)
+
+
+def sample_size(inputs: Any) -> tuple[int, int]:
+    """Return the number of samples in inputs (B, …), and how many numbers each of them has in their first tensor.
+
+    Example:
+        >>> import torch
+        >>> sample_size({"image": torch.zeros(2, 3, 8, 8)})
+        (2, 192)
+    """
+    first = next((tensor for tensor in tensors_in(inputs) if tensor.dim()), None)
+    if first is None:
+        raise BatchError(f"the inputs of a batch hold no tensor, got {type(inputs).__name__}; {_ADVICE}")
+    return len(first), first[:1].numel()
+
+
+class Readings:
+    """How the parts of a run read its batches, each by its own reader; a reader is asked once a batch.
+
+    A part is whatever may have a ``batch_reader``: the strategy, the module, a callback. A part without one reads as
+    the strategy does, or else as the module does, since these say what the run trains on. Where they have none either
+    it reads the usual form; and a batch that has not the usual form by the reader of the other callbacks, if they have
+    only one.
+
+    Args:
+        parts: Returns the strategy and the module, then the callbacks; asked when a batch is read.
+    """
+
+    _of_trainer: ClassVar[weakref.WeakKeyDictionary[Any, Readings]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, parts: Callable[[], tuple[Iterable[Any], Iterable[Any]]]) -> None:
+        self._parts = parts
+        self._batch: Any = None
+        self._moment: Hashable = None
+        self._memo: dict[Hashable, tuple[Any, Tensor | None]] = {}  # while a batch is in work, by reader
+
+    @classmethod
+    def of(cls, trainer: Any) -> Readings:
+        """Return those of a trainer's parts."""
+        if trainer not in cls._of_trainer:
+            weak = weakref.ref(trainer)  # the values of this dictionary must not keep its keys alive
+
+            def parts() -> tuple[Iterable[Any], Iterable[Any]]:
+                alive: Any = weak()
+                return (alive.strategy, alive.strategy.lightning_module), alive.callbacks
+
+            cls._of_trainer[trainer] = cls(parts)
+        return cls._of_trainer[trainer]
+
+    def given(self, part: Any) -> BatchReader | None:
+        """Return the reader that was given to a part, or to those whose reading it shares."""
+        leading, _ = self._parts()
+        return next(filter(None, (_reader(each) for each in (part, *leading))), None)
+
+    def begin(self, batch: Any, moment: Hashable) -> None:
+        """Have a batch in work until :meth:`end`, or until one with another ``moment`` begins."""
+        if batch is not self._batch or moment != self._moment:
+            self._batch, self._moment, self._memo = batch, moment, {}
+
+    def end(self) -> None:
+        """Let go of the batch in work."""
+        self._batch, self._moment, self._memo = None, None, {}
+
+    def read(self, part: Any, batch: Any, *, needs_targets: bool = True) -> tuple[Any, Tensor | None]:
+        """Return inputs and targets as a part reads them; ``None`` for targets that a batch need not have.
+
+        Raises:
+            BatchError: If the part cannot read the batch; the message names the part.
+        """
+        reader = self.given(part)
+        if reader is not None:
+            return self._read(part, reader, batch, needs_targets)
+        try:
+            return self._read(part, None, batch, needs_targets)
+        except BatchError as error:
+            _, callbacks = self._parts()
+            lent = {_reader(each): each for each in callbacks if _reader(each) is not None}
+            if not lent:
+                raise
+            if len(lent) > 1:
+                owners = " and ".join(map(_name, lent.values()))
+                raise BatchError(
+                    f"{_name(part)} has no batch_reader, and those of {owners} are not the same: pass it one; {error}"
+                ) from error
+        return self._read(part, next(iter(lent)), batch, needs_targets)
+
+    def _read(
+        self, part: Any, reader: BatchReader | None, batch: Any, needs_targets: bool
+    ) -> tuple[Any, Tensor | None]:
+        key = None if reader is None else id(reader)
+        known = self._memo.get(key) if batch is self._batch else None
+        if known is not None and (known[1] is not None or not needs_targets):
+            return known
+        try:
+            pair = (read_batch if needs_targets else read_inputs)(batch, reader)
+        except BatchError as error:
+            raise BatchError(f"{_name(part)}: {error}") from error
+        if batch is self._batch:
+            self._memo[key] = pair
+        return pair
+
+
+def _reader(part: Any) -> BatchReader | None:
+    reader: BatchReader | None = getattr(part, "batch_reader", None)
+    return reader if callable(reader) else None
+
+
+def _name(part: Any) -> str:
+    key = getattr(part, "state_key", None)
+    return key if isinstance(key, str) and key else type(part).__name__
 
 
 def _pick(batch: Mapping[Any, Any], keys: tuple[str, ...], what: str) -> Any:

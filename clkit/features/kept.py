@@ -8,7 +8,8 @@ nobody announces, a few rows of each experience are computed afresh in each eval
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,7 +34,7 @@ class KeptFeatures:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.served = 0
-        self._features: dict[Hashable, Tensor] = {}
+        self._features: dict[Hashable, list[Tensor]] = {}  # at the classifier, then at each of the others
         self._bytes = 0
         self._made_by: tuple[tuple[int, int], ...] = ()
         self._usable = True  # until the network is seen to do more with its features than its classifier says
@@ -41,6 +42,10 @@ class KeptFeatures:
         self._warned = False
         self._compared: set[Hashable] = set()  # experiences of which rows were compared in this evaluation
         self._tap: FeatureTap | None = None
+        self._others: list[FeatureTap] = []
+        self._points: list[str] = []  # of the others
+        self._heard_others: dict[int, Tensor] = {}
+        self._calls = 0  # of the network in the batch in work
         self._hooks: list[Any] = []
         self._heard: Tapped | None = None
         self._overridden: nn.Module | None = None
@@ -48,16 +53,31 @@ class KeptFeatures:
 
     # ---- one evaluation
 
-    def begin(self, module: pl.LightningModule, tap: FeatureTap) -> None:
-        """Begin an evaluation, with nothing kept if the network is not the one that made it."""
-        self._tap = tap if self.limit and _can_answer(module, tap) else None
+    def begin(self, module: pl.LightningModule, tap: FeatureTap, *others: FeatureTap) -> None:
+        """Begin an evaluation, with nothing kept if the network is not the one that made it.
+
+        Args:
+            module: The user's module.
+            tap: That of the network's classifier, which answers for the network.
+            others: Further ones, to which what passed them is given again.
+        """
+        self._tap = tap if self.limit and _can_answer(module, tap, others) else None
         if self._tap is None:
             return
+        points = [each.point for each in others]
+        if points != self._points:
+            self.clear()
+            self._points = points
         made_by = _fingerprint(self._tap)
         if made_by != self._made_by:
             self.clear()
             self._made_by = made_by
-        self._hooks = [tap.listen(self._hear), tap.network.register_forward_hook(self._see)]
+        self._others = list(others)
+        self._hooks = [
+            tap.listen(self._hear),
+            *(other.listen(partial(self._hear_other, index)) for index, other in enumerate(others)),
+            tap.network.register_forward_hook(self._see),
+        ]
         self._compared.clear()
 
     def end(self) -> None:
@@ -65,17 +85,18 @@ class KeptFeatures:
         self.after_batch()
         for hook in self._hooks:
             hook.remove()
-        self._tap, self._hooks = None, []
+        self._tap, self._others, self._hooks = None, [], []
 
     # ---- one batch
 
     def before_batch(self, experience: int, rows: Any) -> None:
         """Have the network answer with what was kept of these rows of an experience, if known and if anything was."""
         self._key = None if rows is None else (experience, len(rows), int(rows[0]), int(rows[-1]))
-        self._heard = None
+        self._heard, self._heard_others, self._calls = None, {}, 0
         if self._tap is None or self._key is None or self._key not in self._features:
             return
-        tap, network, kept = self._tap, self._tap.network, self._features[self._key]
+        tap, network = self._tap, self._tap.network
+        kept, *kept_of_others = self._features[self._key]
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             if experience not in self._compared:
@@ -84,6 +105,8 @@ class KeptFeatures:
                     self._drop()
                     return type(network).forward(network, *args, **kwargs)
                 network.forward = answer
+            for other, features in zip(self._others, kept_of_others, strict=True):
+                other.deliver(features)
             return _classified(tap.classifier, kept)
 
         self._overridden = network
@@ -111,16 +134,24 @@ class KeptFeatures:
                 "by clkit.stream.boundaries.backbone_changed, or set StreamEvaluation(keep_features=0)"
             )
 
-    def after_batch(self) -> None:
-        """Give the network its own forward back, and keep what a real one gave."""
+    def after_batch(self, own: bool = True) -> None:
+        """Give the network its own forward back, and keep what a real one gave.
+
+        Args:
+            own: Whether the network was given the batch's own inputs, of which alone anything is kept.
+        """
         if self._overridden is not None:
             served = "forward" in vars(self._overridden)
             if served:
                 del self._overridden.forward  # the class's own shows through again
             self._overridden = None
             self.served += served
-        elif self._usable and self._heard is not None and self._key is not None and self._key not in self._features:
-            self._keep(self._heard.features)
+        elif own and self._calls == 1 and self._usable and self._key is not None and self._key not in self._features:
+            heard = None if self._heard is None else self._heard.features
+            parts = [heard, *(self._heard_others.get(index) for index in range(len(self._others)))]
+            known = [part for part in parts if part is not None]
+            if len(known) == len(parts):
+                self._keep(known)
         self._key = self._heard = None
 
     def clear(self) -> None:
@@ -134,15 +165,19 @@ class KeptFeatures:
         if self._heard is None:
             self._heard = tapped
 
+    def _hear_other(self, index: int, tapped: Tapped) -> None:
+        self._heard_others.setdefault(index, tapped.features)
+
     def _see(self, network: nn.Module, args: Any, output: Any) -> None:
+        self._calls += 1  # of several one answer cannot be that of all
         # in the forward itself, where autocast is as it will be when the kept features answer
         if self._usable and not self._features and self._overridden is None and self._heard is not None:
             assert self._tap is not None
             self._usable = _answers(self._tap.classifier, self._heard.features, output)
 
-    def _keep(self, features: Tensor) -> None:
-        features = features.detach().clone()
-        size = features.numel() * features.element_size()
+    def _keep(self, features: list[Tensor]) -> None:
+        features = [each.detach().clone() for each in features]
+        size = sum(each.numel() * each.element_size() for each in features)
         if self._bytes + size > self.limit:
             if not self._told:
                 self._told = True
@@ -155,9 +190,15 @@ class KeptFeatures:
         self._bytes += size
 
 
-def _can_answer(module: pl.LightningModule, tap: FeatureTap) -> bool:
-    """Only a network inside the user's module, with weights, called as it is."""
+def _can_answer(module: pl.LightningModule, tap: FeatureTap, others: Sequence[FeatureTap]) -> bool:
+    """Only a network inside the user's module, with weights, called as it is, of which others read what is kept too."""
     network = tap.network
+    own = [] if tap.classifier is None else list(tap.classifier.modules())
+    for other in others:  # what is inside the classifier, or around it, changes with it
+        if other.network is not network or any(
+            part in own or any(inner is tap.classifier for inner in part.modules()) for part in other.layers
+        ):
+            return False
     return (
         network is not module
         and not isinstance(tap.classifier, nn.ModuleList)  # several classifiers side by side

@@ -11,21 +11,31 @@ from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
-from clkit.features.batch import BatchReader, read_batch, read_inputs
+from clkit.features.batch import Readings
+from clkit.features.origin import InputWatch
 from clkit.features.tap import FeatureTap, Tapped, evaluating
 
 __all__ = ["BatchObserver", "FeaturesFrom", "forward"]
 
 FeaturesFrom = Literal["auto", "shared", "eval"]
 
+_NOT_OWN = (
+    "no forward of the step is given the batch's own inputs, so the first one, which may be of noise, of a mix or of a "
+    "view, stands for the batch"
+)
+
 
 class BatchObserver:
-    """Reads features, logits and targets of the batch in work; one per trainer and tapped layer.
+    """Reads features, logits and targets of the batch in work; one per trainer, tapped layer and batch reader.
+
+    Of several forwards in a step the first counts that is given the batch's own inputs, or a view of them: the features
+    of noise, of a mix of samples or of an augmented view do not belong to the targets of the batch. What a strategy
+    runs that says by ``stream_rows`` which rows are the stream's counts too.
 
     Attributes:
         tap: The feature tap on the user's module.
@@ -33,23 +43,28 @@ class BatchObserver:
         targets: The batch's targets (B,), or ``None`` where a batch to predict has none.
     """
 
-    _of_trainer: ClassVar[WeakKeyDictionary[pl.Trainer, dict[str, BatchObserver]]] = WeakKeyDictionary()
+    _of_trainer: ClassVar[WeakKeyDictionary[pl.Trainer, dict[Hashable, BatchObserver]]] = WeakKeyDictionary()
 
     def __init__(self, module: nn.Module, layer: str) -> None:
         self.tap = FeatureTap(module, layer)
+        self._module = module
+        self._watch = InputWatch()
+        self._watch.follow(module, self.tap)
         self._handle = self.tap.listen(self._hear)
         self._sensitive: list[nn.Module] = self.tap.mode_sensitive()
         self._users = 0
         self._refreshed: Hashable = None
         self._batch: Hashable = None
         self._armed = False  # a plain flag: compiled code would be compiled anew for each key it reads
-        self._shared: Tapped | None = None
+        self._shared: Tapped | None = None  # of the batch's own forward, or of another one until that comes
+        self._is_own = False
         self._live: Tensor | None = None  # features with their graph, until the batch is done
         self._wants_graph = False
         self._evaluated: Tensor | None = None  # features of the extra pass
         self._memo: dict[Hashable, Any] = {}
+        self._trainer: pl.Trainer | None = None
         self._strategy: Any = None
-        self._told = False
+        self._said: set[str] = set()
         self._left_out = False  # whether the step runs without some rows of the batch
         self.inputs: Any = None
         self.targets: Tensor | None = None
@@ -57,13 +72,18 @@ class BatchObserver:
     # ---- one per trainer
 
     @classmethod
-    def attach(cls, trainer: pl.Trainer, module: pl.LightningModule, layer: str = "auto") -> BatchObserver:
-        """Return the observer of a trainer and layer, made by the first callback that asks (in ``setup``)."""
+    def attach(cls, trainer: pl.Trainer, module: pl.LightningModule, part: Any) -> BatchObserver:
+        """Return the observer of what a part reads, made by the first that asks (in ``setup``).
+
+        Its ``layer`` says where features are read, ``"auto"`` for a part that does not say; its ``batch_reader`` how.
+        """
+        layer = getattr(part, "layer", "auto")
+        key = layer, id(Readings.of(trainer).given(part))
         observers = cls._of_trainer.setdefault(trainer, {})
-        if layer not in observers:
-            observers[layer] = cls(module, layer)
-        observers[layer]._users += 1
-        return observers[layer]
+        if key not in observers:
+            observers[key] = cls(module, layer)
+        observers[key]._users += 1
+        return observers[key]
 
     def detach(self, trainer: pl.Trainer) -> None:
         """Give the observer back; the last one removes every hook from the user's module."""
@@ -71,9 +91,12 @@ class BatchObserver:
         if self._users > 0:
             return
         self._handle.remove()
+        self._watch.close()
         self.tap.close()
         self.forget()
-        self._of_trainer.get(trainer, {}).pop(self.tap.layer, None)
+        observers = self._of_trainer.get(trainer, {})
+        for key in [key for key, observer in observers.items() if observer is self]:
+            del observers[key]
 
     def refresh(self, moment: Hashable = None) -> None:
         """Look for the classifier again; of several calls with the same ``moment`` the first looks."""
@@ -81,6 +104,7 @@ class BatchObserver:
             return
         self._refreshed = moment
         self.tap.resolve()
+        self._watch.follow(self._module, self.tap)
         self._sensitive = self.tap.mode_sensitive()
         self.forget()
 
@@ -93,8 +117,8 @@ class BatchObserver:
         batch: Any,
         key: Hashable,
         *,
+        part: Any = None,
         source: FeaturesFrom = "shared",
-        reader: BatchReader | None = None,
         needs_targets: bool = True,
         graph: bool = False,
     ) -> None:
@@ -105,20 +129,23 @@ class BatchObserver:
             module: The user's module.
             batch: The batch, on the module's device.
             key: What tells this batch from the last one.
+            part: Whose reader reads the batch; see :class:`~clkit.features.batch.Readings`.
             source: ``"auto"`` reads the pass that happens anyway where it gives eval-mode features and pays one extra
                 pass before the step otherwise; ``"shared"`` never pays; ``"eval"`` always does.
-            reader: The user's batch reader, if any.
             needs_targets: Whether a batch without targets is an error.
             graph: Whether features will be asked for with their graph.
         """
         if key != self._batch:
+            readings = Readings.of(trainer)
+            readings.begin(batch, key)
+            self.inputs, self.targets = readings.read(part, batch, needs_targets=needs_targets)
+            self._watch.begin(self.inputs, self.targets)
             self._batch = key
             self._armed = True
             self._shared = self._evaluated = self._live = None
-            self._wants_graph = False
+            self._is_own = self._wants_graph = False
             self._memo.clear()
-            self.inputs, self.targets = read_batch(batch, reader) if needs_targets else read_inputs(batch, reader)
-            self._strategy = trainer.strategy
+            self._trainer, self._strategy = trainer, trainer.strategy
             self._left_out = False
             if trainer.training and getattr(self._strategy, "skips_unlabelled", False) and self.targets is not None:
                 self._left_out = not len(self.targets) or bool((self.targets == -1).any())
@@ -129,15 +156,28 @@ class BatchObserver:
             augments = getattr(self._strategy, "augments_stream", False)
             if not augments and not any(module.training for module in self._sensitive):
                 return  # the pass that happens anyway gives the same features
-            if not self._told:
-                self._told = True
-                rank_zero_info(
-                    "clkit: the network trains with batch statistics, dropout or augmented images, so heads pay one "
-                    'extra eval-mode forward a batch; pass forward="shared" to learn from the training features instead'
-                )
+            self.say_once(
+                "the network trains with batch statistics, dropout or augmented images, so heads pay one "
+                'extra eval-mode forward a batch; pass forward="shared" to learn from the training features instead'
+            )
         if trainer.world_size > 1:
             share_buffers(trainer.strategy.model)
-        self._evaluated = self.extract(trainer, module, self.inputs)
+        self._evaluate(trainer, module)
+
+    def settle(self, wanted: FeaturesFrom) -> None:
+        """Pay the extra pass where no forward of the step was the batch's own; before the network moves, if possible.
+
+        Processes need not agree: where features depend on buffers that move, all of them have paid before the step.
+        """
+        if wanted == "shared" or self._evaluated is not None or self._shared is None or self._counts():
+            return
+        self.say_once(
+            "no forward of the step is given the batch's own inputs (it may be noise, a mix, a view, or a "
+            "preprocessing), so heads pay one extra eval-mode forward of the inputs a batch. If what the step gives "
+            'the network is the same for a sample each time, pass forward="shared"'
+        )
+        assert self._trainer is not None
+        self._evaluate(self._trainer, self._trainer.lightning_module)
 
     def source(self, wanted: FeaturesFrom) -> Literal["shared", "eval"]:
         """Which pass answers: the extra one where there was one and it is wanted, else that which happens anyway."""
@@ -168,7 +208,10 @@ class BatchObserver:
                     "forward has not run, or it is done"
                 )
             return self._rows(self._live)
+        self.settle(source)
         evaluated = source != "shared" and self._evaluated is not None
+        if not evaluated and self._shared is not None and not self._counts():
+            self.say_once(_NOT_OWN, rank_zero_warn)
         if self._left_out and not evaluated:
             raise BatchError(
                 "the batch has rows without a label, which the step of this strategy leaves out of its forward; "
@@ -185,10 +228,22 @@ class BatchObserver:
         return rows if self.targets is None or len(rows) == len(self.targets) else self._rows(rows)
 
     @property
+    def is_own(self) -> bool:
+        """Whether a forward was heard that was given the batch's own inputs, or that the strategy vouches for."""
+        return self._shared is not None and self._counts()
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """Shape of what the outermost call of that forward returned; ``None`` where that was no tensor."""
+        return self._watch.shape
+
+    @property
     def logits(self) -> Tensor | None:
         """The module's own classifier output (B, C), or ``None`` where it has no classifier or none was run."""
         if self._shared is None or self._shared.logits is None:
             return None
+        if not self._counts():
+            self.say_once(_NOT_OWN, rank_zero_warn)
         return self._rows(self._shared.logits)
 
     def extract(self, trainer: pl.Trainer, module: pl.LightningModule, inputs: Any) -> Tensor:
@@ -213,7 +268,7 @@ class BatchObserver:
         """Return the scores (B, C), float64, that a predictor gives for the open batch."""
         key = ("scores", predictor.name)
         if key not in self._memo:
-            features = self.features()
+            features = self.features(getattr(predictor, "forward", "auto"))
             # in float64, so that two classes that differ by less than float32 can tell are still told apart
             wide = features if features.device.type == "mps" else features.double()
             self._memo[key] = predictor.scores(wide).double()
@@ -225,26 +280,60 @@ class BatchObserver:
         self._batch, self._armed = None, False
         self._shared = self._evaluated = self._live = None
         self._memo.clear()
-        self.inputs = self.targets = self._strategy = None
+        self._watch.end()
+        if self._trainer is not None:
+            Readings.of(self._trainer).end()
+        self.inputs = self.targets = self._strategy = self._trainer = None
 
     # ----
 
     def _hear(self, tapped: Tapped) -> None:
-        if self._armed:  # of several forwards in a batch the first counts
-            self._armed = False
+        if not self._armed or FeatureTap.extracting:
+            return
+        own, self._watch.own = self._watch.own, False
+        if own or self._shared is None:
+            self._armed, self._is_own = not own, own
             logits = None if tapped.logits is None else tapped.logits.detach()
             self._shared = Tapped(tapped.features.detach(), logits)
             self._live = tapped.features if self._wants_graph else None
 
+    def _counts(self) -> bool:
+        """Whether the forward that was heard is the batch's own."""
+        return self._is_own or self._stream_rows() is not None
+
+    def _stream_rows(self) -> slice | None:
+        """Return which rows of a training step's forward are the stream's, where the strategy says so.
+
+        Asked when it is needed: a step may be of another size than the last.
+        """
+        training = self._trainer is not None and self._trainer.training
+        return getattr(self._strategy, "stream_rows", None) if training else None
+
+    def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Pay the extra pass, unless another observer of the layer has done so for these inputs."""
+        for other in self._of_trainer.get(trainer, {}).values():
+            same = other._batch == self._batch and other.inputs is self.inputs and other.tap.layer == self.tap.layer
+            if same and other._evaluated is not None:
+                self._evaluated = other._evaluated
+                return
+        self._evaluated = self.extract(trainer, module, self.inputs)
+
+    def say_once(self, message: str, say: Callable[[str], None] = rank_zero_info) -> None:
+        """Say something that concerns what is read, once in the life of the observer."""
+        if message not in self._said:
+            self._said.add(message)
+            say(f"clkit: {message}")
+
     def _rows(self, tensor: Tensor) -> Tensor:
         if self.targets is None or tensor.shape[0] == self.targets.shape[0]:
             return tensor
-        rows = getattr(self._strategy, "stream_rows", None)  # asked now: a step may be of another size than the last
+        rows = self._stream_rows()
         if rows is not None:
             return tensor[rows]
         raise BatchError(
-            f"the tapped forward had {len(tensor)} rows and the batch has {len(self.targets)} targets; a strategy that "
-            "runs more rows must say which are the stream's by `stream_rows`"
+            f"the forward that was read at {self.tap.point!r} had {len(tensor)} rows and the batch has "
+            f"{len(self.targets)} targets; a strategy that runs more rows must say which are the stream's by "
+            "`stream_rows`"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,7 @@ class FeatureTap:
             ``None`` where there is none, or where logits are the mean of a distilled pair.
         branches: The layers whose input is read: in each branch side by side, and several branches for a distilled
             pair; none where an output is read.
+        layers: All layers that are read, at their input or, the only one, at its output; a new list when others are.
 
     Raises:
         TapError: If no such place is found, or more than one. While listening: if what is read there has not the
@@ -118,6 +119,9 @@ class FeatureTap:
         >>> tap.point, tuple(heard[0].features.shape), heard[0].logits is logits
         ('3:in', (5, 3), True)
     """
+
+    extracting: ClassVar[bool] = False
+    """Whether a forward is on its way that was run for its features alone, whichever tap asked for it."""
 
     def __init__(self, module: nn.Module, layer: str = "auto") -> None:
         self.layer = layer
@@ -148,6 +152,11 @@ class FeatureTap:
             raise TapError(f"this tap at {self.point!r} was closed; make a new FeatureTap or call resolve() first")
         self._relay.listeners.append(listener)
         return Handle(self._relay.listeners, listener)
+
+    def deliver(self, features: Tensor) -> None:
+        """Let listeners hear of features (B, D) that a forward gave earlier, of which no logits are known."""
+        for listener in tuple(self._relay.listeners):
+            listener(Tapped(features, None))
 
     def resolve(self) -> None:
         """Look again: after a classifier was replaced, with which its hooks are gone, or on a tap that was closed.
@@ -184,11 +193,13 @@ class FeatureTap:
         heard: list[Tapped] = []
         listeners = self._relay.listeners
         others, listeners[:] = listeners[:], []
+        outer, FeatureTap.extracting = FeatureTap.extracting, True
         try:
             self.listen(heard.append)
             with evaluating(self.network), torch.no_grad():
                 (run or self.network)(inputs)
         finally:
+            FeatureTap.extracting = outer
             listeners[:] = others
         if not heard:
             raise TapError(
@@ -294,11 +305,12 @@ class FeatureTap:
     def _register(self) -> None:
         place, relay = self._place, self._relay
         self.network, self.point, self.classifier, self.branches = place[:4]
+        self.layers = [leaf for branch in place.branches for leaf in branch] or [place.output_of or place.network]
         relay.start(place, self.layer)
         if place.output_of is not None:
             self._hooks.append(place.output_of.register_forward_hook(relay.hear_output))
             return
-        leaves = [leaf for branch in place.branches for leaf in branch]
+        leaves = self.layers
         if len(leaves) == 1:
             self._hooks.append(leaves[0].register_forward_hook(relay.hear_classifier, with_kwargs=True))
             return

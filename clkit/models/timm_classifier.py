@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean, first_line
-from clkit.features.batch import BatchReader, read_batch, read_inputs
+from clkit.features.batch import BatchReader, Readings, read_batch, read_inputs
 from clkit.stream._lightning import datamodule_of
 
 __all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout"]
@@ -178,7 +178,7 @@ class TimmClassifier(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch; rows without a label (-1) do not count."""
-        inputs, targets = read_batch(batch, self.batch_reader)
+        inputs, targets = self._read(batch)
         if not self.network.num_classes:
             raise self._nothing_to_train()
         loss = cross_entropy(self(inputs), targets.long(), ignore_index=-1, label_smoothing=self.label_smoothing)
@@ -187,13 +187,13 @@ class TimmClassifier(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Run the forward; accuracies are the callbacks' business."""
-        self(read_inputs(batch, self.batch_reader)[0])
+        self(self._read(batch, needs_targets=False)[0])
 
     test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return logits (B, num_classes)."""
-        output: Tensor = self(read_inputs(batch, self.batch_reader)[0])
+        output: Tensor = self(self._read(batch, needs_targets=False)[0])
         return output
 
     def configure_optimizers(self) -> Any:
@@ -204,6 +204,12 @@ class TimmClassifier(pl.LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+
+    def _read(self, batch: Any, needs_targets: bool = True) -> tuple[Any, Any]:
+        """Return inputs and targets as the module's reader finds them, or else the run's where there is a trainer."""
+        if self._trainer is None:  # a step that is called by hand
+            return (read_batch if needs_targets else read_inputs)(batch, self.batch_reader)
+        return Readings.of(self.trainer).read(self, batch, needs_targets=needs_targets)
 
     def _nothing_to_train(self) -> ConfigurationError:
         return ConfigurationError(

@@ -34,6 +34,7 @@ class Recorded:
     targets: Tensor  # (n,) int64 class ids, -1 where unlabelled
     rows: Tensor  # (n,) int64, which row of the data set each is
     predicted: dict[str, Tensor] = field(default_factory=dict)  # (n,) int64 class ids, -1 for none
+    own_targets: dict[str, Tensor] = field(default_factory=dict)  # (n,) of a predictor that reads others than `targets`
     scores: dict[str, Tensor] = field(default_factory=dict)  # (n,) float64 of what was predicted, NaN for none
     columns: dict[str, Tensor] = field(default_factory=dict)  # (n,) bool, int64 or float64
 
@@ -46,7 +47,7 @@ class Recorded:
         joined: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts]) for name in ("experiences", "targets", "rows")
         }
-        for kind, lacking in (("predicted", -1), ("scores", torch.nan), ("columns", torch.nan)):
+        for kind, lacking in (("predicted", -1), ("own_targets", -1), ("scores", torch.nan), ("columns", torch.nan)):
             names = dict.fromkeys(name for part in parts for name in getattr(part, kind))
             fill = torch.tensor(lacking)
             joined[kind] = {
@@ -62,14 +63,20 @@ class RunResults:
     def __init__(self) -> None:
         self.counts: dict[str, StreamCounts] = {}
         self.columns: dict[str, Tensor] = {}  # (n, 4) float64: stage, experience, mean, and the samples it is of
+        self.layers: dict[str, Any] = {}  # where each predictor is read: {"layer": …, "features": …}
         self._summaries: Results | None = None
+
+    def forget(self, predictor: str) -> None:
+        """Let go of what was measured of a predictor."""
+        self.counts.pop(predictor, None)
+        self._summaries = None
 
     def measure(self, stage: int, recorded: Recorded) -> None:
         """Take one evaluation up; it takes the place of an earlier one of the same stage and experiences."""
         self._summaries = None
         for name, predicted in recorded.predicted.items():
             counts = self.counts.setdefault(name, StreamCounts())
-            counts.measure(stage, recorded.experiences, recorded.targets, predicted)
+            counts.measure(stage, recorded.experiences, recorded.own_targets.get(name, recorded.targets), predicted)
         for name, values in recorded.columns.items():
             means = _means(stage, recorded.experiences, values)
             table = self.columns.get(name, means[:0])
@@ -146,6 +153,7 @@ def results_document(
                 for each in getattr(datamodule, "experiences", None) or []
             ],
         },
+        "layers": results.layers,
         "predictors": results.summaries(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": _peak_memory(),
@@ -195,6 +203,8 @@ def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) 
 
     columns: list[tuple[str, list[Any]]] = [("row", recorded.rows[order].tolist()), *ids("target", recorded.targets)]
     for name, predicted in recorded.predicted.items():
+        if not torch.equal(recorded.own_targets.get(name, recorded.targets), recorded.targets):
+            columns += ids(f"{name}_target", recorded.own_targets[name])
         columns += [*ids(name, predicted), (f"{name}_score", _cells(recorded.scores[name][order]))]
     columns += [(name, _cells(values[order])) for name, values in recorded.columns.items()]
     write_csv(path, [header for header, _ in columns], zip(*(cells for _, cells in columns), strict=True))

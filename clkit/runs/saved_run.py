@@ -25,6 +25,7 @@ from clkit.callbacks.base import FeatureCallback, Stage
 from clkit.data import StreamDataModule
 from clkit.data.loader import Rows
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
+from clkit.features.batch import BatchReader, Readings
 from clkit.runs.settings import StreamCLI, read_settings, refusal
 from clkit.strategies import GradientFreeStrategy
 from clkit.stream._lightning import callbacks_of
@@ -62,6 +63,7 @@ class SavedRun:
         self.callbacks = {
             callback.state_key: callback for callback in callbacks_of(cli.trainer) if isinstance(callback, HeadCallback)
         }
+        self._readings = Readings(lambda: ((self.strategy, self.module), callbacks_of(cli.trainer)))
         trainer = settings.get("trainer") or {}
         limit = trainer.get("limit_train_batches")  # an integer 1 is one batch, 1.0 is all of them
         self.batches_are_limited = (limit is not None and repr(limit) != "1.0") or bool(trainer.get("overfit_batches"))
@@ -109,7 +111,9 @@ class SavedRun:
                         f"{' and '.join(group)} before this checkpoint was saved; nothing was written"
                     )
                 collectors = {
-                    key: _Collector(self.callbacks[key], str(checkpoint["callbacks"][key]["tap"]), plan, rows)
+                    key: _Collector(
+                        self.callbacks[key], self._reader(key), str(checkpoint["callbacks"][key]["tap"]), plan, rows
+                    )
                     for key in group
                 }
                 self._pass(plan, list(collectors.values()), **self._computing)
@@ -122,9 +126,13 @@ class SavedRun:
         if isinstance(self.data, StreamDataModule):
             self.data.setup("validate")
             plan = [(0, self.data.training_rows(0)[:samples])]
-        collector = _Collector(self.callbacks[key], None, plan or [], np.empty(0, dtype=np.int64))
+        collector = _Collector(self.callbacks[key], self._reader(key), None, plan or [], np.empty(0, dtype=np.int64))
         self._pass(plan, [collector], accelerator="cpu", precision="32-true")
         return collector.inputs
+
+    def _reader(self, key: str) -> BatchReader:
+        """Return what reads a batch as a callback did in the run, where others may have had a reader that served it."""
+        return functools.partial(self._readings.read, self.callbacks[key])  # type: ignore[return-value]  # has targets
 
     def _pass(self, plan: Plan | None, collectors: list[_Collector], **computing: Any) -> None:
         """Let the network see the batches of a plan, or the first one that the data have for a validation."""
@@ -163,8 +171,8 @@ class _Collector(FeatureCallback):
 
     stages = frozenset({"validate"})
 
-    def __init__(self, callback: HeadCallback, point: str | None, plan: Plan, rows: Rows) -> None:
-        super().__init__(layer=callback.layer, batch_reader=callback.batch_reader)
+    def __init__(self, callback: HeadCallback, reader: BatchReader, point: str | None, plan: Plan, rows: Rows) -> None:
+        super().__init__(layer=callback.layer, batch_reader=reader)
         self.name = callback.name  # what tells two collectors of one trainer apart
         self._point = point
         self._plan = plan
@@ -194,7 +202,7 @@ class _Collector(FeatureCallback):
         self.inputs = self.observer.inputs
         if self._rows.size:
             asked = torch.from_numpy(np.isin(self._plan[batch_idx][1], self._rows))
-            self.features.append(self.observer.features().cpu()[asked])
+            self.features.append(self.observer.features(self.forward).cpu()[asked])
             self.targets.append(self.observer.known_targets.cpu()[asked])
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
-from clkit.features.batch import BatchReader
+from clkit.features.batch import BatchReader, Readings
 from clkit.models.timm_classifier import refuse_unsafe_layout
 from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_own, read_state, saved_entry
 from clkit.stream import resume
@@ -201,6 +201,16 @@ class LearningStrategy(DDPStrategy):
         return known
 
     # ---- one batch
+
+    def read_batch(self, batch: Any) -> tuple[Any, Tensor]:
+        """Return inputs and targets (B,) of a batch, as the strategy's or else the run's ``batch_reader`` finds them.
+
+        Raises:
+            BatchError: If it has another form; the message says what was seen.
+        """
+        inputs, targets = Readings.of(self._trainer).read(self, batch)
+        assert targets is not None
+        return inputs, targets
 
     def on_batch_learned(self) -> None:
         """Learn what a batch leaves beside its gradient; called once a batch.

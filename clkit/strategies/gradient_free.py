@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.distributed import broadcast
-from clkit.features.batch import read_batch
 from clkit.features.tap import FeatureTap
 from clkit.methods._checks import check_count
 from clkit.strategies.base import LearningStrategy
@@ -143,7 +142,7 @@ class GradientFreeStrategy(LearningStrategy):
         if not self._learning:
             return super().training_step(*args, **kwargs)
         assert self._network is not None
-        inputs, targets = read_batch(args[0] if args else kwargs["batch"], self.batch_reader)
+        inputs, targets = self.read_batch(args[0] if args else kwargs["batch"])
         with torch.no_grad(), self.precision_plugin.train_step_context():
             output = self._network(inputs)
         self._log_loss(output, targets)

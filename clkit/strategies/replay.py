@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clkit.errors import ConfigurationError
-from clkit.features.batch import BatchReader, read_batch
+from clkit.features.batch import BatchReader
 from clkit.features.tap import evaluating
 from clkit.methods._checks import check_choice, check_count, check_settings, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
@@ -273,7 +273,7 @@ class ReplayStrategy(LearningStrategy):
         """Draw and read all that a step needs before the forward; nothing that is kept changes."""
         assert self._forward is not None
         memory = self._memory.rows
-        x, y = checked_batch(*read_batch(batch, self.batch_reader), self._forward.width)
+        x, y = checked_batch(*self.read_batch(batch), self._forward.width)
         incoming = self._ranks.incoming(x, y, memory)
         if memory is not None:  # what it would refuse is known before the step
             memory.check(incoming.offered, incoming.offered_labels, self.extra_names)

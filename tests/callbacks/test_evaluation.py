@@ -92,6 +92,7 @@ def test_results_json_has_the_documented_format(run: Any) -> None:
         "config",
         "evaluated_on",
         "stream",
+        "layers",
         "predictors",
         "seconds",
         "peak_memory_bytes",
@@ -116,6 +117,8 @@ def test_results_json_has_the_documented_format(run: Any) -> None:
             3, dtype=bool
         ).tolist()
     assert document["predictors"] == run.evaluation.results
+    point, width = run.heads[1].stream_state()["tap"], run.heads[1].head.in_features
+    assert document["layers"] == {name: {"layer": point, "features": width} for name in document["predictors"]}
     assert document["seconds"]["fit"] > 0
     assert document["seconds"]["evaluate"] > 0
     assert document["peak_memory_bytes"] > 10**7
