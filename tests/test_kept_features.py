@@ -61,7 +61,8 @@ def run(
     module = Lit(**options)
     evaluation, nmc = StreamEvaluation(table=False, files=False, keep_features=keep, module=True), NMC()
     trainer = make_trainer(strategy=strategy, callbacks=[nmc, evaluation], num_sanity_val_steps=0)
-    trainer.fit(module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=EXPERIENCES)))
+    stream = StreamDataModule("digits:flat", ClassIncremental(experiences=EXPERIENCES), eval_batch_size=16)
+    trainer.fit(module, datamodule=stream)
     return module, evaluation, nmc
 
 
@@ -72,7 +73,7 @@ def test_frozen_network_runs_each_test_sample_once(make_trainer: Callable[..., p
     assert kept.logged == plain.logged  # the user's own metric sees the same bits
     assert torch.equal(nmc.head.statistics.sums, plain_nmc.head.statistics.sums)
     train, sizes = 899, [177, 184, 179, 181, 177]
-    compared = 4 * sum(range(EXPERIENCES))  # rows of each experience whose features were kept, in each evaluation
+    compared = sum(-(-size // -(-size // 16)) * (EXPERIENCES - 1 - j) for j, size in enumerate(sizes))  # first batches
     assert kept.network.rows == train + sum(sizes) + compared
     assert plain.network.rows == train + sum(size * (EXPERIENCES - j) for j, size in enumerate(sizes))
     assert "forward" not in vars(kept.network)
@@ -103,7 +104,8 @@ def test_grafts_answer_with_the_new_classifier(make_trainer: Callable[..., pl.Tr
     trainer = make_trainer(
         strategy="gradient_free", callbacks=[AEFOCL(graft="experience_end"), evaluation], num_sanity_val_steps=0
     )
-    trainer.fit(module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=EXPERIENCES)))
+    stream = StreamDataModule("digits:flat", ClassIncremental(experiences=EXPERIENCES), eval_batch_size=16)
+    trainer.fit(module, datamodule=stream)
     results = evaluation.results
     assert results["module"]["accuracy_matrix"] == results["aef_ocl"]["accuracy_matrix"]
     assert evaluation._kept.served > 0
@@ -122,8 +124,9 @@ def test_an_error_in_a_step_gives_the_forward_back(make_trainer: Callable[..., p
         callbacks=[NMC(), StreamEvaluation(table=False, files=False)],
         num_sanity_val_steps=0,
     )
+    stream = StreamDataModule("digits:flat", ClassIncremental(experiences=2), eval_batch_size=16)
     with pytest.raises(RuntimeError, match="kept features"):
-        trainer.fit(module, datamodule=StreamDataModule("digits:flat", ClassIncremental(experiences=2)))
+        trainer.fit(module, datamodule=stream)
     assert "forward" not in vars(module.network)
     assert not module.network._forward_hooks
 
@@ -144,5 +147,81 @@ def test_the_limit_is_kept() -> None:
                     module(torch.ones(8, 64) * batch)
                 kept.after_batch()
             kept.end()
-    assert kept.served == 3
-    assert module.network.rows == 8 * (5 + 2) + 4  # four are compared
+    assert kept.served == 2  # of three that were kept, the first is compared
+    assert module.network.rows == 8 * (5 + 3)
+
+
+class Changing(Net):
+    """Forwards differently by a plain attribute, which no weight or buffer shows."""
+
+    how, stage = "", 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norm(self.body(inputs)))
+        if self.how == "a little":  # far less than the rounding of a float32 sum, relative to the largest
+            hidden = hidden * (1 + 1e-6 * self.stage)
+        elif self.how == "few rows":  # one row in eight, and none of the first four
+            bright = inputs.sum(1, keepdim=True) > inputs.sum(1)[:4].max() + 1
+            hidden = torch.where(bright, hidden.roll(self.stage, dims=1), hidden)
+        logits = self.fc(hidden)
+        return logits.roll(self.stage, dims=1) if self.how == "after the classifier" else logits
+
+
+class Switch(pl.Callback):
+    def on_experience_end(self, trainer: pl.Trainer, pl_module: Any, experience: Any) -> None:
+        pl_module.network.stage = experience.index // 2  # some evaluations see no change
+
+
+class Prompted(Lit):
+    """Changes its inputs by weights outside the network, which a fingerprint of the network does not see."""
+
+    prompt: torch.Tensor
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.network(inputs + self.prompt * self.network.stage)
+
+
+class TwoViews(Lit):
+    """Evaluates two views of each batch, so that one forward's features are not those of the other."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for view in (batch[0].roll(1, dims=1), batch[0]):
+            self.logged.append(float(nn.functional.cross_entropy(self(view), batch[1])))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *[
+            pytest.param(how, marks=pytest.mark.warns("were kept differ from fresh ones"))
+            for how in ("a little", "few rows", "after the classifier", "before the network")
+        ],
+        "two views",
+    ],
+)
+def test_every_row_is_measured_with_the_network_of_its_time(make_trainer: Callable[..., pl.Trainer], how: str) -> None:
+    def measured(keep: int) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        module = {"before the network": Prompted, "two views": TwoViews}.get(how, Lit)()
+        module.network = Changing()
+        module.network.how, module.prompt = how, torch.full((64,), 1e-3)
+        evaluation, nmc = StreamEvaluation(table=False, files=False, keep_features=keep, module=True), NMC()
+        shown: list[Any] = []
+
+        class Shown(pl.Callback):
+            def on_validation_batch_end(self, *args: Any) -> None:
+                features = evaluation.observer.features()
+                shown.append((features, nmc.scores(features)))
+
+        callbacks = [nmc, Switch(), evaluation, Shown()]
+        trainer = make_trainer(strategy="gradient_free", callbacks=callbacks, num_sanity_val_steps=0)
+        stream = StreamDataModule("digits:flat", ClassIncremental(experiences=EXPERIENCES), eval_batch_size=16)
+        trainer.fit(module, datamodule=stream)
+        assert evaluation._kept.served > 0 or not keep or how in ("after the classifier", "two views")
+        return evaluation.results, module.logged, shown
+
+    (results, logged, shown), (own_results, own_logged, own_shown) = measured(64), measured(0)
+    assert results == own_results
+    assert logged == own_logged
+    for now, then in zip(shown, own_shown, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(now, then, strict=True))

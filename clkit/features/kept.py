@@ -3,7 +3,8 @@
 In later evaluations the network's ``forward`` answers with ``classifier(kept features)`` for the length of one step, so
 the user's own ``validation_step`` and metrics see the same bits. A changed weight or buffer is noticed by its version,
 and whoever changes the network otherwise announces it (:func:`clkit.stream.boundaries.backbone_changed`). For what
-nobody announces, a few rows of each experience are computed afresh in each evaluation and compared.
+nobody announces, the first batch of each experience is computed afresh in each evaluation and compared, bit for bit; the
+loader of a stream gives these batches before all others.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from torch import Tensor, nn
 from clkit.features.tap import FeatureTap, Tapped
 
 __all__ = ["KeptFeatures"]
-
-_COMPARED = 4  # rows of a batch
 
 
 class KeptFeatures:
@@ -40,7 +39,7 @@ class KeptFeatures:
         self._usable = True  # until the network is seen to do more with its features than its classifier says
         self._told = False
         self._warned = False
-        self._compared: set[Hashable] = set()  # experiences of which rows were compared in this evaluation
+        self._compared: set[int] = set()  # experiences of which a batch was compared in this evaluation
         self._tap: FeatureTap | None = None
         self._others: list[FeatureTap] = []
         self._points: list[str] = []  # of the others
@@ -95,33 +94,19 @@ class KeptFeatures:
         self._heard, self._heard_others, self._calls = None, {}, 0
         if self._tap is None or self._key is None or self._key not in self._features:
             return
-        tap, network = self._tap, self._tap.network
+        if experience not in self._compared:
+            self._compared.add(experience)
+            return  # the network runs, and `after_batch` compares
+        classifier, network = self._tap.classifier, self._tap.network
         kept, *kept_of_others = self._features[self._key]
 
         def answer(*args: Any, **kwargs: Any) -> Any:
-            if experience not in self._compared:
-                self._compared.add(experience)
-                if not self._is_fresh(kept, args, kwargs):
-                    self._drop()
-                    return type(network).forward(network, *args, **kwargs)
-                network.forward = answer
             for other, features in zip(self._others, kept_of_others, strict=True):
                 other.deliver(features)
-            return _classified(tap.classifier, kept)
+            return _classified(classifier, kept)
 
         self._overridden = network
         network.forward = answer
-
-    def _is_fresh(self, kept: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the network as it is gives what was kept, within rounding; its own forward shows through then."""
-        assert self._tap is not None
-        network = self._tap.network
-        del network.forward
-        few = _COMPARED if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs else len(kept)
-        inputs = (args[0][:few],) if few < len(kept) else args
-        fresh = self._tap.extract(inputs, lambda given: network(*given, **kwargs))
-        tolerance = torch.finfo(kept.dtype).eps ** 0.5
-        return torch.allclose(fresh, kept[:few], rtol=tolerance, atol=tolerance * float(kept.abs().max()))
 
     def _drop(self) -> None:
         self._features.clear()
@@ -141,18 +126,24 @@ class KeptFeatures:
             own: Whether the network was given the batch's own inputs, of which alone anything is kept.
         """
         if self._overridden is not None:
-            served = "forward" in vars(self._overridden)
-            if served:
-                del self._overridden.forward  # the class's own shows through again
+            del self._overridden.forward  # the class's own shows through again
             self._overridden = None
-            self.served += served
-        elif own and self._calls == 1 and self._usable and self._key is not None and self._key not in self._features:
-            heard = None if self._heard is None else self._heard.features
-            parts = [heard, *(self._heard_others.get(index) for index in range(len(self._others)))]
-            known = [part for part in parts if part is not None]
-            if len(known) == len(parts):
-                self._keep(known)
+            self.served += 1
+        elif self._key is not None and self._calls:
+            fresh, kept = self._fresh() if own and self._usable else None, self._features.get(self._key)
+            if kept is not None and not (fresh and all(map(_same, kept, fresh))):
+                self._drop()
+                kept = None
+            if kept is None and fresh:
+                self._keep(fresh)
         self._key = self._heard = None
+
+    def _fresh(self) -> list[Tensor] | None:
+        """Return what a forward showed at the classifier and at the others; ``None`` where that is not all."""
+        parts = [self._heard and self._heard.features, *map(self._heard_others.get, range(len(self._others)))]
+        known = [part for part in parts if part is not None]
+        # of several forwards with inputs of their own, one answer cannot serve all
+        return known if self._calls == 1 and len(known) == len(parts) else None
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -171,7 +162,8 @@ class KeptFeatures:
     def _see(self, network: nn.Module, args: Any, output: Any) -> None:
         self._calls += 1  # of several one answer cannot be that of all
         # in the forward itself, where autocast is as it will be when the kept features answer
-        if self._usable and not self._features and self._overridden is None and self._heard is not None:
+        first = not self._features or self._key in self._features  # of an evaluation, or of one of its experiences
+        if self._usable and first and self._overridden is None and self._heard is not None:
             assert self._tap is not None
             self._usable = _answers(self._tap.classifier, self._heard.features, output)
 
@@ -227,6 +219,10 @@ def _classified(classifier: nn.Module | None, features: Tensor) -> Tensor:
         return torch.flatten(classifier(features[:, :, None, None]), 1)
     logits: Tensor = classifier(features)
     return logits
+
+
+def _same(kept: Tensor, fresh: Tensor) -> bool:
+    return kept.dtype == fresh.dtype and torch.equal(kept.nan_to_num(), fresh.nan_to_num())
 
 
 def _answers(classifier: nn.Module | None, features: Tensor, output: Any) -> bool:

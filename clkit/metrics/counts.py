@@ -24,7 +24,7 @@ _TABLE = {"counts": Numbers(("n", 5)), "last": Whole(-1, MOST_STAGES - 1)}
 class Tables(NamedTuple):
     """Dense counts of the stages 1 … T on the CPU; the first five are what ``summarize`` takes."""
 
-    correct: Tensor  # (T, E)
+    correct: Tensor  # (T, E), with E of at least T, or of 1 for one fixed test set
     total: Tensor  # (T, E)
     class_correct: Tensor  # (T, K)
     class_total: Tensor  # (T, K)
@@ -119,6 +119,7 @@ class StreamCounts:
         rows = self.rows.cpu()
         (stage, experience, label), both = rows[:, :3].unbind(1), _hits(rows)
         stages, width = max(self.last, 0), int(experience.max()) + 1 if len(experience) else 0
+        width = width if width == 1 else max(width, stages)  # an experience that was not evaluated has a column too
         correct, total = _dense(stage, experience, both, stages + 1, width)
         later = stage > 0
         ids, column = torch.unique(label[later], return_inverse=True)

@@ -16,8 +16,8 @@ Arguments are tensors, NumPy arrays or nested lists; the arithmetic is float64 o
 * ``matrix`` is what :func:`accuracy_matrix` returns, (T, E) with ``NaN`` where not evaluated;
 * ``seen`` is what :func:`accuracy_seen` returns, (T,).
 
-All functions raise an :class:`~clkit.errors.ArgumentError` for tables of another or of different shape, and for counts
-that are no integers or violate ``0 <= correct <= total``.
+All functions raise an :class:`~clkit.errors.ArgumentError` for tables of another or of different shape, for several
+experiences but fewer than stages, and for counts that are no integers or violate ``0 <= correct <= total``.
 """
 
 from __future__ import annotations
@@ -70,15 +70,14 @@ def accuracy_matrix(correct: Array, total: Array) -> Tensor:
     From Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, section 2.
 
     Returns:
-        (T, max(E, T)) float64 in [0, 1], ``NaN`` where nothing was evaluated; columns that are missing up to ``T`` are
-        added as not evaluated, except to a single column (one fixed test set).
+        (T, E) float64 in [0, 1], ``NaN`` where nothing was evaluated.
 
     Example:
         >>> accuracy_matrix([[9, 0], [6, 8]], [[10, 0], [10, 10]])
         tensor([[0.9000,    nan],
                 [0.6000, 0.8000]], dtype=torch.float64)
     """
-    return _widen(_ratio(*_as_counts(correct, total)))
+    return _ratio(*map(_by_experience, _as_counts(correct, total)))
 
 
 def per_class_accuracy(class_correct: Array, class_total: Array) -> Tensor:
@@ -108,7 +107,7 @@ def accuracy_seen(correct: Array, total: Array) -> Tensor:
         >>> accuracy_seen([[9, 0], [6, 24]], [[10, 0], [10, 30]])  # (6 + 24) / (10 + 30)
         tensor([0.9000, 0.7500], dtype=torch.float64)
     """
-    hits, samples = map(_widen, _as_counts(correct, total))
+    hits, samples = map(_by_experience, _as_counts(correct, total))
     learned = torch.ones_like(samples, dtype=torch.bool).tril()
     accuracy = _ratio((hits * learned).sum(1), (samples * learned).sum(1))
     return accuracy.masked_fill((learned & (samples == 0)).any(1), nan)
@@ -164,7 +163,8 @@ def forgetting(matrix: Array) -> float:
     ``(1/(T−1)) Σ_{j < T} ( max_{i < T} R[i, j] − R[T, j] )``: Chaudhry et al., "Riemannian Walk for Incremental
     Learning", arXiv 1801.10112, section 3. Of the definitions in use this is the one with the maximum over *all*
     earlier stages (also stages before the experience was learned, where they were evaluated), without clipping at 0 and
-    without the last experience. Entries above the diagonal are optional.
+    without the last experience. Entries above the diagonal are optional. Mammoth's "forgetting" is another quantity,
+    because its maximum includes the last stage: ``best = numpy.nanmax(matrix, 0); (best - matrix[-1])[:-1].mean()``.
 
     A float in [-1, 1]; ``NaN`` with fewer than two stages or if an entry on or below the diagonal is missing.
 
@@ -343,17 +343,19 @@ def _as_counts(correct: Array, total: Array) -> tuple[Tensor, Tensor]:
 
 
 def _as_matrix(values: Array) -> Tensor:
-    return _widen(as_floats("matrix", values, 2))
+    return _by_experience(as_floats("matrix", values, 2))
 
 
 def _ratio(correct: Tensor, total: Tensor) -> Tensor:
     return correct.double() / total.double()  # 0 / 0 is NaN in IEEE arithmetic, which means "not evaluated" here
 
 
-def _widen(table: Tensor) -> Tensor:
-    """Add the columns that ``T`` stages must have, as not evaluated; a single column is one fixed test set."""
+def _by_experience(table: Tensor) -> Tensor:
+    """Return a table with a column for each experience, or a single one for one fixed test set; refuse any other."""
     stages, experiences = table.shape
-    if experiences == 1 or experiences >= stages:
-        return table
-    filler = nan if table.is_floating_point() else 0
-    return torch.cat([table, table.new_full((stages, stages - experiences), filler)], dim=1)
+    if 1 < experiences < stages:
+        raise ArgumentError(
+            f"{stages} stages and {experiences} experiences: each stage learns one experience, so give a column for "
+            "each, NaN (or 0 of 0) where it was not evaluated, or a single column for one fixed test set"
+        )
+    return table

@@ -26,8 +26,7 @@ def stage_table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         1
     """
     rows = {name: summary["accuracy_matrix"][-1] for name, summary in results.items() if summary["accuracy_matrix"]}
-    width = max((len([value for value in row if value is not None]) for row in rows.values()), default=0)
-    shown = _shown(range(width))
+    shown = _shown(sorted({j for row in rows.values() for j, value in enumerate(row) if value is not None}))
     table = _table(f"{title} (accuracy, %)", [*_experiences(shown), "seen", "mean", "forgets"], bold="seen")
     for name, row in rows.items():
         summary = results[name]

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from clkit.callbacks import NMC, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import BatchError, ConfigurationError, StateError
 from clkit.models import TimmClassifier
-from clkit.report.results import Recorded, RunResults, write_predictions, write_results
+from clkit.report.results import Recorded, RunResults, results_document, write_predictions, write_results
 
 Make = Callable[..., Any]
 
@@ -202,3 +203,16 @@ def test_columns_of_another_form_or_a_taken_name_are_refused(
     trainer = make_trainer(strategy="gradient_free", callbacks=[Stranger(), Odd(), NMC(), StreamEvaluation()])
     with pytest.raises(error, match=says):
         trainer.fit(TimmClassifier("identity"), datamodule=stream())
+
+
+def test_ten_thousand_classes_are_counted_and_written_in_under_a_second(tmp_path: Path) -> None:
+    classes, rows = 10_000, 50_000
+    targets, predicted = torch.arange(rows) % classes, torch.randint(classes, (rows,), generator=torch.Generator())
+    recorded = Recorded(torch.zeros_like(targets), targets, torch.arange(rows), {"nmc": predicted})
+    start, results = time.perf_counter(), RunResults()
+    results.measure(1, recorded)
+    write_results(tmp_path, results_document(results, None, {}, {}), results.class_tables(), {})
+    assert time.perf_counter() - start < 1
+    lines = (tmp_path / "confusion_nmc.csv").read_text().splitlines()[1:]
+    pairs = Counter(zip(targets.tolist(), predicted.tolist(), strict=True))  # a line a pair that occurred, not K x K
+    assert sorted(tuple(map(int, line.split(","))) for line in lines) == sorted((*key, n) for key, n in pairs.items())

@@ -82,6 +82,7 @@ def naive_summary(stream: Stream) -> dict[str, Any]:
                 hits[key] += prediction == target
     stages = max((key[1] for key in total), default=0)
     columns = max((key[2] + 1 for key in total if key[0] == "experience"), default=0)
+    columns = columns if columns == 1 else max(columns, stages)  # one for each stage, or one fixed test set
     classes = sorted({key[2] for key in total if key[0] == "class" and key[1] > 0})
 
     def table(kind: str, counts: Counter[tuple[str, int, int]], keys: list[int]) -> Tensor:

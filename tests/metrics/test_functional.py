@@ -127,7 +127,8 @@ def counts(draw: st.DrawFn, stages: int, columns: int, holes: bool) -> tuple[Tab
 
 @st.composite
 def streams(draw: st.DrawFn) -> dict[str, Any]:
-    stages, columns = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    stages = draw(st.integers(1, 5))
+    columns = draw(st.just(1) | st.integers(stages, 6))
     correct, total = draw(counts(stages, columns, holes=draw(st.booleans())))
     baseline = draw(st.none() | st.lists(st.none() | st.floats(0, 1), min_size=columns, max_size=columns))
     return {"correct": correct, "total": total, "baseline": baseline}
@@ -328,6 +329,24 @@ def test_a_value_at_a_stage_is_that_of_the_stream_cut_there(case: tuple[int, tup
 def test_forgetting_is_at_least_the_negative_backward_transfer(case: tuple[Table, Table]) -> None:
     matrix = F.accuracy_matrix(*case)
     assert F.forgetting(matrix) >= -F.backward_transfer(matrix) - 1e-15
+
+
+def test_more_stages_than_experiences_are_refused() -> None:
+    matrix, counted = [[1.0, NAN], [0.5, 1.0], [0.5, 0.5]], [[1, 0], [1, 1], [1, 1]]
+    for refuses in (F.average_accuracy, F.forgetting, F.backward_transfer, lambda R: F.forward_transfer(R, [0, 0])):
+        with pytest.raises(ArgumentError, match="3 stages and 2 experiences"):
+            refuses(matrix)
+    for counts_refuse in (F.accuracy_matrix, F.accuracy_seen, F.summarize):
+        with pytest.raises(ArgumentError, match="3 stages and 2 experiences"):
+            counts_refuse(counted, counted)
+    assert F.average_accuracy([[1.0], [0.5], [0.25]]) == 0.25  # one fixed test set
+
+
+def test_forgetting_of_mammoth_is_two_lines_away() -> None:
+    matrix = np.array([[0.5, NAN, NAN], [0.25, 1.0, NAN], [0.75, 0.5, 1.0]])
+    best = np.nanmax(matrix, 0)
+    assert (best - matrix[-1])[:-1].mean() == 0.25  # (0.75 - 0.75 + 1 - 0.5) / 2: the maximum includes the last stage
+    assert F.forgetting(matrix) == 0.125  # (0.5 - 0.75 + 1 - 0.5) / 2
 
 
 def test_tensors_arrays_and_lists_are_the_same() -> None:
