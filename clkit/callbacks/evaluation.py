@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,14 +16,14 @@ from clkit.callbacks._recording import Recorder
 from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import share_buffers
-from clkit.errors import ArgumentError, ConfigurationError, TapError
+from clkit.errors import ArgumentError, ConfigurationError, TapError, first_line
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, forward
 from clkit.features.tap import evaluating
 from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import saved_entry
-from clkit.stream._lightning import callbacks_of, datamodule_of
+from clkit.stream._lightning import averaged_weights, callbacks_of, datamodule_of
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
@@ -103,6 +104,8 @@ class StreamEvaluation(FeatureCallback):
         self._watched: dict[str, tuple[Predictor, BatchObserver]] = {}  # by name, with what shows what each reads
         self._left_out = ""  # why the module is no predictor though it might be
         self._said_left_out = False
+        self._folder: RunFolder | None = None
+        self._measured_at = 0  # training batches that were done when a row was measured last
         self._batch: tuple[Any, int, Any] = (None, 0, None)  # the one in work, its experience and rows
         self._clock = 0.0
         self._fit_clock = 0.0
@@ -171,12 +174,38 @@ class StreamEvaluation(FeatureCallback):
         """Note that a row is pending from now on."""
         self._pending = experience
 
+    def on_experience_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Note that the state reached is to be measured, though the fit ends within the experience."""
+        self._pending = experience
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the last row if no validation did, and draw the figures."""
+        """Measure the last row if no validation did, however the fit came to its end, and draw the figures."""
         super().on_train_end(trainer, pl_module)
         self._flush(trainer, pl_module)
+        self._conclude(trainer, RunFolder(trainer, self.files))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Measure and write what a fit had reached when it failed, then take every hook off the network.
+
+        With several processes, or where the user pressed a key to end it, what was measured before is written only.
+        """
+        current, self._batch = self._boundaries.current, (None, 0, None)
+        if trainer.state.fn == "fit" and current is not None and not trainer.sanity_checking:
+            self._active.close()
+            self._kept.end()
+            unmeasured = self._boundaries.running and self._batches > self._measured_at
+            if trainer.world_size == 1 and isinstance(exception, Exception) and (unmeasured or self._pending):
+                self._pending, self._boundaries.cut = current, self._boundaries.running
+                try:
+                    self._flush(trainer, pl_module)
+                except Exception as error:  # the user's own exception is what must be seen
+                    rank_zero_warn(f"clkit: the state reached could not be measured: {first_line(error)}")
+            if trainer.world_size == 1 or self._folder is not None:  # a new one would wait for the other processes
+                self._conclude(trainer, self._folder or RunFolder(trainer, self.files))
+        super().on_exception(trainer, pl_module, exception)
+
+    def _conclude(self, trainer: pl.Trainer, folder: RunFolder) -> None:
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
-        folder = RunFolder(trainer, self.files)
         if self._measured.counts:
             self._measured.layers = self._layers()
             folder.write(self._measured, self.config, self._seconds)
@@ -308,9 +337,9 @@ class StreamEvaluation(FeatureCallback):
     def _flush(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._pending is None:
             return
-        if trainer.limit_val_batches != 0 and hasattr(datamodule_of(trainer), "evaluation_loader"):
-            self._own_pass(trainer, module, stage=self._pending.index + 1)
-        self._pending = None  # with plain loaders the rows come from the user's own validations
+        pending, self._pending = self._pending, None
+        if trainer.limit_val_batches != 0:
+            self._own_pass(trainer, module, stage=pending.index + 1)
 
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
         if trainer.world_size > 1:
@@ -319,22 +348,33 @@ class StreamEvaluation(FeatureCallback):
             observer.refresh()
         self._stage = "validate"
         self.on_evaluation_start(trainer, module, "validate")
-        loader = datamodule_of(trainer).evaluation_loader(max(stage - 1, 0))
-        with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
-            for batch_idx, host_batch in enumerate(loader):
-                converted = trainer.precision_plugin.convert_input(host_batch)
-                batch = trainer.strategy.batch_to_device(converted)
-                self.open(trainer, module, batch, ("own", stage, batch_idx))
-                self._opened(loader, batch, batch_idx)
-                for observer in {(id(each.inputs), each.tap.network): each for each in self.observers}.values():
-                    if not observer.is_own:
-                        forward(module, observer.tap.network, observer.inputs)
-                self.on_batch(trainer, module, "validate", batch_idx, 0)
+        data, limits = datamodule_of(trainer), None
+        if hasattr(data, "evaluation_loader"):
+            loaders: Any = [data.evaluation_loader(max(stage - 1, 0))]
+        else:  # with plain loaders most rows come from validations that Lightning runs, and this from the same loaders
+            given, limits = trainer.val_dataloaders, trainer.num_val_batches
+            given = list(given.values()) if isinstance(given, dict) else given
+            loaders = list(given) if isinstance(given, list | tuple) else [given] if given is not None else []
+        with evaluating(module), torch.no_grad(), averaged_weights(trainer, module):
+            for place, loader in enumerate(loaders):
+                limit = None if limits is None else None if limits[place] == float("inf") else int(limits[place])
+                for batch_idx, host_batch in enumerate(islice(loader, limit)):
+                    with trainer.precision_plugin.val_step_context():
+                        converted = trainer.precision_plugin.convert_input(host_batch)
+                        batch = trainer.strategy.batch_to_device(converted, dataloader_idx=place)
+                        key = ("own", stage, place, batch_idx)
+                        self.open(trainer, module, batch, key)
+                        self._opened(loaders, batch, batch_idx, place)
+                        for observer in {(id(each.inputs), each.tap.network): each for each in self.observers}.values():
+                            if not observer.is_own:
+                                forward(module, observer.tap.network, observer.inputs)
+                        self.on_batch(trainer, module, "validate", batch_idx, place)
         self._kept.end()
         for observer in self.observers:
             observer.forget()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
-        self._fill(trainer, module, stage, complete=True, log_with_module=False)
+        if loaders:
+            self._fill(trainer, module, stage, complete=True, log_with_module=False)
 
     def _fill(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: int, complete: bool, log_with_module: bool = True
@@ -342,16 +382,19 @@ class StreamEvaluation(FeatureCallback):
         recorded = self._recorded(trainer)
         if not complete:
             return
-        self._measured.measure(stage, recorded)
-        if stage == 0:
+        cut = self._boundaries.cut
+        self._measured.measure(stage, recorded, cut=cut)
+        self._measured_at = self._batches
+        if stage == 0 or not self._measured.counts:
             return
         log_metrics(trainer, module if log_with_module else None, self.results)
         if self.table:
             from clkit.report.tables import stage_table
 
             name = "" if self._boundaries.current is None else f": {self._boundaries.current.name}"
-            show(trainer, stage_table(self.results, title=f"after experience {stage}{name}"))
-        folder = RunFolder(trainer, self.files)  # before a decision that each process takes by its own clock
+            show(trainer, stage_table(self.results, title=f"after experience {stage}{name}{', cut short' * cut}"))
+        # before a decision that each process takes by its own clock
+        folder = self._folder = RunFolder(trainer, self.files)
         last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
         if time.perf_counter() - last >= 10 * cost:
             self._measured.layers = self._layers()

@@ -213,8 +213,13 @@ class HeadCallback(FeatureCallback):
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Sum over processes, and graft where the user asked for that."""
-        last = trainer.max_epochs == trainer.current_epoch + 1  # before the last evaluation and checkpoint
+        # before the last evaluation and checkpoint
+        last = self._boundaries.ending or trainer.max_epochs == trainer.current_epoch + 1
         self._conclude(pl_module, self.graft_when == "experience_end" or (self.graft_when == "fit_end" and last))
+
+    def on_experience_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Sum over processes, so that all evaluate the same head, where a fit ends within an experience."""
+        self._conclude(pl_module, self.graft_when == "fit_end")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum over processes, and graft where the user asked for that."""

@@ -3,8 +3,8 @@
 In later evaluations the network's ``forward`` answers with ``classifier(kept features)`` for the length of one step, so
 the user's own ``validation_step`` and metrics see the same bits. A changed weight or buffer is noticed by its version,
 and whoever changes the network otherwise announces it (:func:`clkit.stream.boundaries.backbone_changed`). For what
-nobody announces, the first batch of each experience is computed afresh in each evaluation and compared, bit for bit; the
-loader of a stream gives these batches before all others.
+nobody announces, the first batch of each experience is computed afresh in each evaluation and compared, bit for bit:
+the loader of a stream gives these batches before all others.
 """
 
 from __future__ import annotations

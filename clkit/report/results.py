@@ -18,7 +18,7 @@ from clkit.errors import ArgumentError, StateError
 from clkit.files import atomic_write
 from clkit.metrics.counts import StreamCounts
 from clkit.metrics.functional import plain, summarize
-from clkit.schema import Numbers, read_entries, read_state, saved_entry
+from clkit.schema import Many, Numbers, Whole, read_entries, read_state, saved_entry
 
 __all__ = ["ClassTable", "Recorded", "Results", "RunResults", "results_document", "write_predictions", "write_results"]
 
@@ -64,6 +64,7 @@ class RunResults:
         self.counts: dict[str, StreamCounts] = {}
         self.columns: dict[str, Tensor] = {}  # (n, 4) float64: stage, experience, mean, and the samples it is of
         self.layers: dict[str, Any] = {}  # where each predictor is read: {"layer": …, "features": …}
+        self.cut: set[int] = set()  # stages that were measured before their experience was over
         self._summaries: Results | None = None
 
     def forget(self, predictor: str) -> None:
@@ -71,9 +72,13 @@ class RunResults:
         self.counts.pop(predictor, None)
         self._summaries = None
 
-    def measure(self, stage: int, recorded: Recorded) -> None:
-        """Take one evaluation up; it takes the place of an earlier one of the same stage and experiences."""
+    def measure(self, stage: int, recorded: Recorded, *, cut: bool = False) -> None:
+        """Take one evaluation up; it takes the place of an earlier one of the same stage and experiences.
+
+        ``cut`` says that the fit had ended before the stage's experience was over.
+        """
         self._summaries = None
+        self.cut = self.cut | {stage} if cut else self.cut - {stage}
         for name, predicted in recorded.predicted.items():
             counts = self.counts.setdefault(name, StreamCounts())
             counts.measure(stage, recorded.experiences, recorded.own_targets.get(name, recorded.targets), predicted)
@@ -114,6 +119,7 @@ class RunResults:
         return {
             "rows": {name: counts.state_dict() for name, counts in self.counts.items()},
             "columns": dict(self.columns),
+            "cut": sorted(self.cut),
         }
 
     def load_state_dict(self, state: Any, owner: str) -> None:
@@ -133,7 +139,8 @@ class RunResults:
             places = columns[name][:, [0, 1, 3]]
             if bool((places != places.round()).any() | (places < 0).any()):
                 raise StateError(f"{owner}: the means of column {name!r} cannot be right; the file is damaged")
-        self.counts, self.columns, self._summaries = counts, columns, None
+        cut = read_state({"cut": saved_entry(state, "cut", list, owner)}, {"cut": Many(Whole())}, owner)["cut"]
+        self.counts, self.columns, self.cut, self._summaries = counts, columns, set(cut), None
 
 
 def results_document(
@@ -155,6 +162,7 @@ def results_document(
         },
         "layers": results.layers,
         "predictors": results.summaries(),
+        "cut_short": sorted(results.cut),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": _peak_memory(),
     }

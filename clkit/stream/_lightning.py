@@ -5,15 +5,19 @@ A release of Lightning that lacks one of these attributes is named in a :class:`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 
 from clkit.errors import ConfigurationError
 
 __all__ = [
     "accumulates",
+    "averaged_weights",
     "callbacks_of",
     "cap_max_epochs",
     "datamodule_of",
@@ -59,6 +63,19 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 def is_fast_dev_run(trainer: pl.Trainer) -> bool:
     """Whether the trainer only tries whether the code runs."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Have the module the weights with which Lightning validates it, where a callback keeps an average of them."""
+    averaging = [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
+    for callback in averaging:
+        callback.on_validation_epoch_start(trainer, module)
+    try:
+        yield
+    finally:
+        for callback in averaging:
+            callback.on_validation_epoch_end(trainer, module)
 
 
 # What Lightning does not promise to keep.

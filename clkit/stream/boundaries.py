@@ -2,8 +2,9 @@
 
 Each clkit callback and strategy passes the hooks it gets to the trainer's one :class:`Boundaries`, which compares them
 with the stream's schedule and, at a boundary, calls ``on_experience_start``, ``on_experience_phase`` and
-``on_experience_end`` of the strategy and of every callback that has them, in the fixed order of :class:`BoundaryPhase`,
-whatever their order in the list. Where no data module gives a schedule (plain loaders), one ``fit`` is one experience.
+``on_experience_end``, or ``on_experience_cut`` where a fit ends within an experience, of the strategy and of every
+callback that has them, in the fixed order of :class:`BoundaryPhase`, whatever their order in the list. Where no data
+module gives a schedule (plain loaders), one ``fit`` is one experience.
 """
 
 from __future__ import annotations
@@ -55,13 +56,15 @@ class Boundaries:
     Attributes:
         current: The experience that runs, or that ran last; ``None`` before the first batch.
         running: Whether ``current`` has started and not ended.
+        ending: Whether the fit is over: what is announced now is followed by no further training.
+        cut: Whether the fit ended before the last batch of ``current``.
     """
 
     _of_trainer: ClassVar[WeakKeyDictionary[pl.Trainer, Boundaries]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self.current: Experience | None = None
-        self.running = False
+        self.running = self.ending = self.cut = False
         self._was_over = False  # a loaded checkpoint was saved after the last batch of the experience that it says runs
         self._epoch: int | None = None  # the last in which a batch's start was looked at
 
@@ -96,6 +99,7 @@ class Boundaries:
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Announce the end of an experience whose hooks a resumed run has lost."""
         self._epoch = None
+        self.ending = self.cut = False
         schedule = _schedule(trainer)
         over, self._was_over = self._was_over, False
         if not self.running or self.current is None:
@@ -135,11 +139,15 @@ class Boundaries:
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Announce an end that nothing noticed: a strategy alone hears of no epoch's end and has no next batch."""
-        # with plain loaders a fit that stopped at an epoch's end (early stopping, say) was one experience
-        if self.running and is_last_batch(trainer):
-            schedule = _schedule(trainer)
-            if schedule is None or schedule.is_last_epoch(trainer.current_epoch - 1):  # the epoch counts as done by now
-                self._end(trainer, module)
+        first, self.ending = not self.ending, True
+        if not self.running or self.current is None or not first:
+            return
+        schedule, whole = _schedule(trainer), is_last_batch(trainer)
+        self.cut = not (whole and (schedule is None or schedule.is_last_epoch(trainer.current_epoch - 1)))
+        if schedule is None or not self.cut:  # with plain loaders a fit was one experience, wherever it stopped
+            self._end(trainer, module)
+        else:  # a resumed run goes on with it
+            _announce(trainer, module, "on_experience_cut", self.current)
 
     def is_over(self, trainer: pl.Trainer) -> bool:
         """Whether the experience that runs has had its last batch."""
@@ -153,8 +161,8 @@ class Boundaries:
     # ---- state: plain types
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the experience's fields and whether it runs."""
-        return {"experience": experience_state(self.current), "running": self.running}
+        """Return the experience's fields and whether it runs; one that was cut goes on in a resumed run."""
+        return {"experience": experience_state(self.current), "running": self.running or self.cut}
 
     def load_state_dict(self, state: dict[str, Any], *, over: bool = False) -> None:
         """Take the position that :meth:`state_dict` gave, saved after the experience's last batch if it is ``over``.
@@ -165,7 +173,7 @@ class Boundaries:
         current, running = saved_experience(state, "experience", _OWNER), saved_entry(state, "running", bool, _OWNER)
         if running and current is None:
             raise StateError(f"{_OWNER}: the saved state says that an experience runs, and names none")
-        self.current, self.running, self._was_over = current, running, over
+        self.current, self.running, self._was_over, self.cut = current, running, over, False
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self.current is not None
