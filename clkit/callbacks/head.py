@@ -39,8 +39,10 @@ class HeadCallback(FeatureCallback):
         name: Prefix of everything that is logged, and part of the key in checkpoints.
         layer: Where features are read; see :class:`~clkit.FeatureTap`.
         forward: ``"auto"`` learns from the pass that happens anyway when its features are eval-mode features, and pays
-            one extra pass a batch otherwise; ``"shared"`` never pays; ``"eval"`` always does.
-        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+            one extra pass a batch otherwise; ``"shared"`` never pays; ``"eval"`` always does. A pass of other inputs
+            than the batch's own (noise, a mix, another view) is not one that happens anyway.
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form; one that is given to the
+            strategy, to the module or to another callback serves here too.
         graft: When the head replaces the user's own classifier: ``"never"``, at each ``"experience_end"``, or at
             ``"fit_end"``.
         reset_each_task: Whether to start anew with each experience, for a backbone that still trains.
