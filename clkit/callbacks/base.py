@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from collections.abc import Hashable
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -224,7 +225,8 @@ class FeatureCallback(StreamCallback):
         stages: The stages whose batches are read.
         needs_graph: Whether training features are asked for with their graph, for a loss that is added in
             ``on_before_backward``: ``self.observer.features(graph=True)``.
-        observer: What the batch in work shows: its features, logits and targets. There is one while a run goes on.
+        observer: What the batch in work shows: its features, logits and targets. There is one while a run goes on, and
+            it reads the network from ``on_fit_start`` or the start of an evaluation on.
 
     Example:
         >>> class Count(FeatureCallback):
@@ -294,8 +296,13 @@ class FeatureCallback(StreamCallback):
         """Everything by which batches are read."""
         return [self.observer] if hasattr(self, "observer") else []
 
+    def refresh(self, trainer: pl.Trainer, moment: Hashable = None) -> None:
+        """Look for the tapped layers again; of several calls with one ``moment`` the first looks."""
+        for observer in self.observers:
+            observer.refresh(moment)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tap the user's network before it may be compiled or wrapped."""
+        """Ask for what reads the user's network, which ``setup`` and ``configure_model`` of the module may build."""
         super().setup(trainer, pl_module, stage)
         self.observer = BatchObserver.attach(trainer, pl_module, self)
 
@@ -306,9 +313,8 @@ class FeatureCallback(StreamCallback):
             del self.observer
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look for the classifier again, which may have been replaced since, and say which layer is read."""
-        for observer in self.observers:
-            observer.refresh()
+        """Tap the user's network, which is built by now and has not run, and say which layer is read."""
+        self.refresh(trainer)
         if "train" in self.stages:
             tap = self.observer.tap
             width = "" if tap.width is None else f", {tap.width} features"
@@ -347,8 +353,7 @@ class FeatureCallback(StreamCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin an evaluation, once the end of an experience was noticed."""
         super().on_validation_start(trainer, pl_module)
-        for observer in self.observers:
-            observer.refresh((trainer.state.stage, trainer.global_step))
+        self.refresh(trainer, (trainer.state.stage, trainer.global_step))
         self._stage = _STAGES[trainer.state.stage]
         self.on_evaluation_start(trainer, pl_module, self._stage)
 

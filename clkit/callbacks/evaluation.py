@@ -129,7 +129,7 @@ class StreamEvaluation(FeatureCallback):
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tap the network where each predictor reads it, once it is known that figures can be drawn."""
+        """Join the readers of each predictor, once it is known that figures can be drawn."""
         if stage == "fit" and self.figures and self.files and not has_matplotlib():
             missing = 'figures need matplotlib, which is not installed: pip install "clkit[report]"'
             if self.figures != "auto":
@@ -137,17 +137,25 @@ class StreamEvaluation(FeatureCallback):
             rank_zero_info(f"clkit: {missing}")
         predictors = [callback for callback in callbacks_of(trainer) if isinstance(callback, Predictor)]
         self._watched = {each.name: (each, BatchObserver.attach(trainer, pl_module, each)) for each in predictors}
-        try:
-            super().setup(trainer, pl_module, stage)
-        except TapError as error:
-            if self.layer != "auto" or self.module is True or not predictors:
-                raise
-            self._left_out = f"it has no classifier ({error})"
+        super().setup(trainer, pl_module, stage)
 
     @property
     def observers(self) -> list[BatchObserver]:
         """What shows the module's own classifier, and what each predictor reads."""
         return list(dict.fromkeys([*super().observers, *(observer for _, observer in self._watched.values())]))
+
+    def refresh(self, trainer: pl.Trainer, moment: Hashable = None) -> None:
+        """Look for the tapped layers again; without a classifier the module is no predictor."""
+        try:
+            if hasattr(self, "observer"):
+                self.observer.refresh(moment)
+        except TapError as error:
+            if self.layer != "auto" or self.module is True or not self._watched:
+                raise
+            self._left_out = f"it has no classifier ({error})"
+            self.observer.detach(trainer)
+            del self.observer
+        super().refresh(trainer, moment)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
@@ -344,8 +352,7 @@ class StreamEvaluation(FeatureCallback):
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
         if trainer.world_size > 1:
             share_buffers(trainer.strategy.model)
-        for observer in self.observers:
-            observer.refresh()
+        self.refresh(trainer)
         self._stage = "validate"
         self.on_evaluation_start(trainer, module, "validate")
         data, limits = datamodule_of(trainer), None

@@ -117,7 +117,7 @@ class HeadCallback(FeatureCallback):
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tap the user's network, and refuse what cannot be read or told apart."""
+        """Join the readers of the batch, and refuse what cannot be read or told apart."""
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ConfigurationError(
                 f"{self.state_key} cannot read features under {type(trainer.strategy).__name__}, which splits the "

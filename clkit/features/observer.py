@@ -37,8 +37,9 @@ class BatchObserver:
     of noise, of a mix of samples or of an augmented view do not belong to the targets of the batch. What a strategy
     runs that says by ``stream_rows`` which rows are the stream's counts too.
 
+    The tap is made by the first :meth:`refresh`, when ``setup`` and ``configure_model`` have built the network.
+
     Attributes:
-        tap: The feature tap on the user's module.
         inputs: The batch's inputs as its reader found them.
         targets: The batch's targets (B,), or ``None`` where a batch to predict has none.
     """
@@ -46,12 +47,10 @@ class BatchObserver:
     _of_trainer: ClassVar[WeakKeyDictionary[pl.Trainer, dict[Hashable, BatchObserver]]] = WeakKeyDictionary()
 
     def __init__(self, module: nn.Module, layer: str) -> None:
-        self.tap = FeatureTap(module, layer)
-        self._module = module
+        self._module, self._layer = module, layer
+        self._tap: FeatureTap | None = None
         self._watch = InputWatch()
-        self._watch.follow(module, self.tap)
-        self._handle = self.tap.listen(self._hear)
-        self._sensitive: list[nn.Module] = self.tap.mode_sensitive()
+        self._sensitive: list[nn.Module] = []
         self._users = 0
         self._refreshed: Hashable = None
         self._batch: Hashable = None
@@ -68,6 +67,20 @@ class BatchObserver:
         self._left_out = False  # whether the step runs without some rows of the batch
         self.inputs: Any = None
         self.targets: Tensor | None = None
+
+    @property
+    def tap(self) -> FeatureTap:
+        """The feature tap on the user's module.
+
+        Raises:
+            TapError: Before the run begins, when the module may not have built its network.
+        """
+        if self._tap is None:
+            raise TapError(
+                "the network is read from `on_fit_start` and from the start of an evaluation on: in `setup` the module "
+                "may not have built it yet"
+            )
+        return self._tap
 
     # ---- one per trainer
 
@@ -90,9 +103,9 @@ class BatchObserver:
         self._users -= 1
         if self._users > 0:
             return
-        self._handle.remove()
-        self._watch.close()
-        self.tap.close()
+        if self._tap is not None:
+            self._watch.close()
+            self._tap.close()
         self.forget()
         observers = self._of_trainer.get(trainer, {})
         for key in [key for key, observer in observers.items() if observer is self]:
@@ -103,8 +116,11 @@ class BatchObserver:
         if moment is not None and moment == self._refreshed:
             return
         self._refreshed = moment
-        self.tap.resolve()
-        self._watch.follow(self._module, self.tap)
+        if self._tap is None:
+            self._tap = FeatureTap(self._module, self._layer)
+            self._tap.listen(self._hear)
+        self._tap.resolve()
+        self._watch.follow(self._module, self._tap)
         self._sensitive = self.tap.mode_sensitive()
         self.forget()
 

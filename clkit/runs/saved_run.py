@@ -181,8 +181,8 @@ class _Collector(FeatureCallback):
         self.targets: list[Tensor] = []
         self.inputs: Any = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+    def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        """Refuse a network that has the features elsewhere."""
         point = self.observer.tap.point
         if self._point not in (None, point):
             raise StateError(

@@ -37,7 +37,7 @@ class MemorySettings:
             where all processes have seen equally many, and mixed pairs come from one process's part.
 
     Raises:
-        ArgumentError: If the scope is none of the two; what else is not allowed, the memory says.
+        ArgumentError: If scope, policy or storage is none of its choices; what else is not allowed, the memory says.
 
     Example:
         >>> from clkit.strategies import ERStrategy
@@ -54,6 +54,8 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, ("replicated", "sharded"))
+        check_choice("policy", self.policy, ("uniform", "class_balanced"))  # also where no memory is made
+        check_choice("storage", self.storage, ("same", "uint8", "float16"))
 
 
 class ReplayMemory:

@@ -7,6 +7,7 @@ from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -87,6 +88,8 @@ class LearningStrategy(DDPStrategy):
                 hint = f"; it is a setting of {groups[0]}" if groups else did_you_mean(name, [*own, *known])
                 raise ArgumentError(f"{type(self).__name__} has no argument {name!r}{hint}")
         super().__init__(**ddp_options)
+        self._given = self._accelerator, self._precision_plugin
+        self._last = self._given  # of the last run's trainer
         self.batch_reader = batch_reader
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
         self._begun = self._learned = -1  # batches that were done when the one in work began, and was learned
@@ -106,6 +109,26 @@ class LearningStrategy(DDPStrategy):
     @property
     def _trainer(self) -> pl.Trainer:
         return self._module.trainer
+
+    # ---- one trainer after another: Lightning takes what a strategy holds for what the user has set, and refuses it
+
+    @property
+    def accelerator(self) -> Any:
+        """That of the trainer, also between its runs."""
+        return self._accelerator or self._last[0]
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    @property
+    def precision_plugin(self) -> Any:
+        """That of the trainer, also between its runs."""
+        return self._precision_plugin or self._last[1] or Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Any) -> None:
+        self._precision_plugin = precision_plugin
 
     # ---- one device: the process itself
 
@@ -148,8 +171,10 @@ class LearningStrategy(DDPStrategy):
             super().setup(trainer)
 
     def teardown(self) -> None:
-        """Let go of the user's module."""
+        """Let go of the user's module, and be free for another trainer."""
         super().teardown()
+        self._last = self.accelerator, self.precision_plugin
+        self._accelerator, self._precision_plugin = self._given
         module = self.lightning_module
         if module is not None and self.projector is not None and _PROJECTOR in module._modules:
             delattr(module, _PROJECTOR)
