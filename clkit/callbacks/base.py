@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from collections.abc import Hashable
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
