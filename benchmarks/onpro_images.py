@@ -42,7 +42,7 @@ from clkit.data.sources.base import data_root
 from clkit.errors import DataError
 from clkit.methods import OnProLosses, RandomViews
 from clkit.models import TimmClassifier
-from clkit.strategies import ERACEStrategy, ERStrategy, OnProStrategy, ReplayStrategy
+from clkit.strategies import ERACEStrategy, ERStrategy, OnProStrategy, Projection, ReplayStrategy
 
 FILE = "cifar10_subset.npz"
 MEAN, STD = [0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2616]
@@ -58,19 +58,20 @@ Results = dict[str, dict[str, list[float]]]
 """``method, M`` -> seed -> last accuracy, average incremental accuracy, forgetting and seconds; per cent."""
 
 
-def strategy(method: str, capacity: int, seed: int) -> ReplayStrategy:
-    """The strategy of a method, with the settings of the paper.
+def strategy(method: str, capacity: int, seed: int, features: int) -> ReplayStrategy:
+    """The strategy of a method, with the settings of the paper, p = D / 4 among them.
 
     Args:
         method: ``"ER"``, ``"ER-ACE"``, ``"OnPro rot4"`` or ``"OnPro rot16"``.
         capacity: M.
         seed: Of its draws.
+        features: D, the width of the network's features.
     """
     name, _, rotation = method.partition(" ")
     shared: dict[str, Any] = {"replay_batch": REPLAY_BATCH, "transform": RandomViews(), "seed": seed}
     if name == "OnPro":
         losses: Any = {"rotation": rotation, "similarity_scale": 0.5}
-        return OnProStrategy(capacity, losses=OnProLosses(**losses), **shared)
+        return OnProStrategy(capacity, losses=OnProLosses(**losses), projection=Projection(dim=features // 4), **shared)
     return {"ER": ERStrategy, "ER-ACE": ERACEStrategy}[name](capacity, **shared)
 
 
@@ -106,7 +107,7 @@ def run(method: str, capacity: int, seed: int, root: Path, options: argparse.Nam
             devices=1,
             precision=options.precision,
             max_epochs=-1,
-            strategy=strategy(method, capacity, seed),
+            strategy=strategy(method, capacity, seed, 8 * options.width),
             callbacks=[evaluation],
             logger=False,
             enable_checkpointing=False,

@@ -332,9 +332,10 @@ def test_replay_on_images_runs_and_says_which_order_holds(
 
 
 def test_the_methods_on_images_have_the_settings_of_the_paper(images: ModuleType) -> None:
-    er, ace, onpro = (images.strategy(method, 200, 3) for method in ("ER", "ER-ACE", "OnPro rot16"))
+    er, ace, onpro = (images.strategy(method, 200, 3, 64) for method in ("ER", "ER-ACE", "OnPro rot16"))
     assert [each.state_key for each in (er, ace, onpro)] == ["er", "er_ace", "onpro"]
     assert onpro.losses == OnProLosses(rotation="rot16", similarity_scale=0.5)
+    assert onpro.projection.dim == 16  # a quarter of the features, as published
     assert {each.replay_batch for each in (er, ace, onpro)} == {64}
     assert {each.seed for each in (er, ace, onpro)} == {3}
 

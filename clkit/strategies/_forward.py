@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from clkit.methods.replay.rows import check_labels
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.step import StepOutputs, StepViews
 
-__all__ = ["Projection", "SingleForward", "check_range", "checked_batch"]
+__all__ = ["Projection", "SingleForward", "check_range", "checked_batch", "without_autocast"]
 
 _UNLABELLED = -1
 
@@ -132,22 +133,27 @@ def checked_batch(x: Any, y: Tensor, width: int | None) -> tuple[Tensor, Tensor]
         raise BatchError(f"replay needs images as one floating-point tensor (B, …), got {seen}")
     check_labels("targets", y, len(x))
     labels = y.cpu().long()
-    known = labels != _UNLABELLED
-    if not bool(known.all()):
+    if check_range(labels, width, least=_UNLABELLED) == _UNLABELLED:
+        known = labels != _UNLABELLED
         x, labels = x[known.to(x.device)], labels[known]
-    if not bool(x.isfinite().all()):
+    if not (math.isfinite(x.sum()) or bool(x.isfinite().all())):  # a sum of finite values may overflow
         raise BatchError("images of the batch are not finite; it was refused, nothing was changed")
-    check_range(labels, width)
     return x, labels
 
 
-def check_range(labels: Tensor, width: int | None) -> None:
-    """Refuse labels for which the classifier has no output."""
-    if not len(labels):
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (width is not None and high >= width):
+def check_range(labels: Tensor, width: int | None, least: int = 0) -> int:
+    """Refuse labels on the host for which the classifier has no output; return the lowest, 0 of none."""
+    ids = labels.numpy()
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low < least or (width is not None and high >= width and len(ids)):
         raise BatchError(
-            f"a batch has the label {low if low < 0 else high}, and the classifier {width} outputs (0 to "
+            f"a batch has the label {low if low < least else high}, and the classifier {width} outputs (0 to "
             f"{'?' if width is None else width - 1}); build it with as many outputs as there will be classes"
         )
+    return low
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Run a block in the precision of its tensors."""
+    # entering autocast costs as much as a loss of few rows, and most runs have none to leave
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -26,7 +26,7 @@ class Incoming(NamedTuple):
     offered: Tensor  # (m, …) images that the memory of this process is offered
     offered_labels: Tensor  # (m,) theirs, on the host
     stored: int  # rows in memory, of all processes where each has its own
-    spare: Tensor  # (1, …) an image of this process, or of another where it has none
+    spare: Tensor  # (n, …) images of this process, or one of another where it has none
 
 
 class ReplayRanks:
@@ -49,10 +49,10 @@ class ReplayRanks:
         """Return the batches of all processes; a call on all of them."""
         stored = 0 if memory is None else memory.size
         if self.size == 1:
-            return Incoming(Block.whole(images, labels), labels, images, labels, stored, images[:1])
+            return Incoming(Block.whole(images, labels), labels, images, labels, stored, images)
         own, all_labels, sizes, _ = self._of_all(images, labels, stored)
         offered = _all_rows(images, sizes)
-        return Incoming(own, all_labels, offered, all_labels, stored, offered[:1])
+        return Incoming(own, all_labels, offered, all_labels, stored, offered)
 
     def drawn_here(self, count: int) -> int:
         """Return how many of so many rows over all processes this one draws."""
@@ -144,9 +144,9 @@ class ShardedRanks(ReplayRanks):
     def incoming(self, images: Tensor, labels: Tensor, memory: ReservoirBuffer | None) -> Incoming:
         """Return the labels of all; one image goes around where a process has none, all others stay."""
         own, all_labels, sizes, stored = self._of_all(images, labels, 0 if memory is None else memory.size)
-        spare = images[:1]
+        spare = images
         if 0 in sizes and any(sizes):
-            spare = _all_rows(images[:1], [min(size, 1) for size in sizes])[:1]
+            spare = _all_rows(images[:1], [min(size, 1) for size in sizes])
         return Incoming(own, all_labels, images, labels, stored, spare)
 
     def drawn_here(self, count: int) -> int:

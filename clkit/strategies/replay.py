@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, 
 from clkit.methods.replay.stored import MemoryRows
 from clkit.schema import Instance, Many, Nested, Table, read_own
 from clkit.strategies._augmentation import Augmentation
-from clkit.strategies._forward import Projection, SingleForward, checked_batch
+from clkit.strategies._forward import Projection, SingleForward, checked_batch, without_autocast
 from clkit.strategies._memory import Counters, MemorySettings, ReplayMemory
 from clkit.strategies._ranks import Incoming
 from clkit.strategies.base import LearningStrategy
+from clkit.stream._lightning import callbacks_of, is_logged
 from clkit.stream.experience import Experience
 
 __all__ = ["ReplayStrategy"]
@@ -51,7 +53,9 @@ class ReplayStrategy(LearningStrategy):
     :meth:`retrieve` which rows are replayed, and by ``extra_names`` and :meth:`remember` what is kept beside an image.
 
     Logged under ``name``: ``er/loss``, each term, ``er/memory`` (rows in this process's memory) and, at the end of
-    each experience, ``er/memory/class_3`` (rows of a class); nothing that the ``training_step`` logs.
+    each experience, ``er/memory/class_3`` (rows of a class); nothing that the ``training_step`` logs. Values of a step
+    are those of every ``log_every_n_steps``-th and of the last of an epoch, or of each where a callback or a schedule
+    has one of them as its ``monitor``.
 
     With several processes the memory is that of one process fed with the batches of all, or each has a part of it for
     its own stream (``memory.scope="sharded"``); ``replay_batch`` is shared out. Losses are over each process's own
@@ -127,6 +131,7 @@ class ReplayStrategy(LearningStrategy):
         self._counters = Counters()
         self._forward: SingleForward | None = None  # while a fit runs
         self._work: _Work | None = None
+        self._monitored = False  # whether a callback or a schedule of this fit asks for what is logged
         self._said: set[str] = set()
 
     @property
@@ -200,6 +205,8 @@ class ReplayStrategy(LearningStrategy):
                 f"{type(self).__name__} steps one optimizer, configure_optimizers() of {type(module).__name__} gives "
                 f"{len(self.optimizers)}"
             )
+        monitors = [getattr(part, "monitor", None) for part in (*callbacks_of(trainer), *self.lr_scheduler_configs)]
+        self._monitored = any(str(monitor).startswith(f"{self.name}/") for monitor in monitors)
         segments = self.batch_norm == "segments" and self.segmented
         self._forward = SingleForward(module, self.layer, segments=segments, wrapped=not self.single_device)
 
@@ -260,7 +267,7 @@ class ReplayStrategy(LearningStrategy):
             return self._forward.zero()
         with self.precision_plugin.train_step_context():
             own = self._forward(self.model, work.views, work.incoming.own.labels, self.projector)
-        with torch.autocast(own.all_logits.device.type, enabled=False):
+        with without_autocast(own.all_logits.device.type):
             outputs = own if self.gather is None else self._ranks.joined(own)
             terms = self.terms(outputs)
             loss = total_loss(terms, outputs)
@@ -282,12 +289,14 @@ class ReplayStrategy(LearningStrategy):
         rows, replay = self.drawn(incoming.own, count, SAMPLE)
         extras = {name: self._ranks.mine(rows.extras[name]).cpu() for name in self.extra_names}
         step = StepBatch(incoming.own, replay, count, rows, extras)
-        augment = partial(self.augmentation, generator=self._generator(VIEWS))
-        views = arrange(self.views(step), None if self.augmentation.is_identity else augment, x)
+        augment = None
+        if not self.augmentation.is_identity:
+            augment = partial(self.augmentation, generator=self._generator(VIEWS))
+        views = arrange(self.views(step), augment, x)
         self.stream_rows = views.stream
         if not len(views.images) and len(incoming.labels):
             # other processes wait for this one's part in the step: it runs a row that no loss looks at
-            views.images, views.segments = incoming.spare, [1]
+            views.images, views.segments = incoming.spare[:1], [1]
         work.views = views
         return work
 
@@ -316,21 +325,27 @@ class ReplayStrategy(LearningStrategy):
         self._counters.batch_in_experience += 1
 
     def _report(self, work: _Work, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
-        losses = {name: term.detach() for name, (_, term) in terms.items()}
-        bad = [name for name, term in losses.items() if name not in self._said and not bool(term.isfinite())]
-        if bad:  # once for each term: what follows is not finite either
-            self._said.update(bad)
-            rank_zero_warn(
-                f"batch {work.step}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
-                f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
-            )
-        values: dict[str, Any] = {"loss": loss, **losses, **self.logged()}
+        if not math.isfinite(loss):  # with any of its terms, whatever their weights
+            self._tell_not_finite(work.step, terms)
+        if not (self._monitored or is_logged(self._trainer)):
+            return
+        values: dict[str, Any] = {"loss": loss, **{name: term.detach() for name, (_, term) in terms.items()}}
+        values |= self.logged()
         memory = self._memory.rows
         if memory is not None:  # once it has the batch
             values["memory"] = float(min(memory.size + len(work.incoming.offered_labels), memory.capacity or 0))
         logged = {f"{self.name}/{key}": value for key, value in values.items()}
         count = max(1, len(work.incoming.labels))
         self._module.log_dict(logged, on_step=True, on_epoch=False, batch_size=count)
+
+    def _tell_not_finite(self, step: int, terms: Mapping[str, tuple[float, Tensor]]) -> None:
+        bad = [name for name, (_, term) in terms.items() if name not in self._said and not math.isfinite(term.detach())]
+        if bad:  # once for each term: what follows is not finite either
+            self._said.update(bad)
+            rank_zero_warn(
+                f"batch {step}: the loss term{'s' * (len(bad) > 1)} {', '.join(bad)} of "
+                f"{type(self).__name__} {'are' if len(bad) > 1 else 'is'} not finite; a lower learning rate may help"
+            )
 
     def _generator(self, purpose: int, shard: int = 0) -> torch.Generator:
         """Return the draws of one purpose and batch."""

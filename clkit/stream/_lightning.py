@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +26,7 @@ __all__ = [
     "in_step",
     "is_fast_dev_run",
     "is_last_batch",
+    "is_logged",
     "keep_samplers",
     "loaded_checkpoint",
     "longest_validation_interval",
@@ -36,15 +39,17 @@ __all__ = [
 
 def _seen(owner: object, path: str) -> Any:
     """Follow a dotted path of attributes, with an error that names the missing one."""
-    value: Any = owner
-    for part in path.split("."):
-        if not hasattr(value, part):
-            raise ConfigurationError(
-                f"this Lightning ({version('lightning')}) has no `{type(owner).__name__}.{path}` (missing: `{part}`), "
-                "which clkit relies on; install a Lightning release from the tested range, see pyproject.toml"
-            )
-        value = getattr(value, part)
-    return value
+    try:
+        return _getter(path)(owner)
+    except AttributeError as error:
+        raise ConfigurationError(
+            f"this Lightning ({version('lightning')}) has no `{type(owner).__name__}.{path}` (missing: "
+            f"`{error.name}`), which clkit relies on; install a Lightning release from the tested range, see "
+            "pyproject.toml"
+        ) from error
+
+
+_getter = cache(attrgetter)  # asked several times a batch
 
 
 # Public attributes of a trainer that type checkers do not see: Lightning's connectors set them.
@@ -84,6 +89,15 @@ def averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
 def is_last_batch(trainer: pl.Trainer) -> bool:
     """Whether the batch in work, or the one just done, is the last of its training epoch."""
     return bool(_seen(trainer, "fit_loop.epoch_loop.batch_progress.is_last_batch"))
+
+
+def is_logged(trainer: pl.Trainer) -> bool:
+    """Whether what the training batch in work logs goes on to a logger, or stays as the last value of its epoch."""
+    every = _seen(trainer, "log_every_n_steps")
+    stepped = _seen(trainer, "fit_loop.epoch_loop._batches_that_stepped")
+    if (every and (stepped + 1) % every == 0) or is_last_batch(trainer) or trainer.should_stop:
+        return True
+    return is_fast_dev_run(trainer) or trainer.global_step + 1 == trainer.max_steps
 
 
 def accumulates(trainer: pl.Trainer) -> bool:

@@ -6,12 +6,15 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from onpro_runs import (
@@ -761,6 +764,50 @@ def test_terms_are_logged_by_name(make_trainer: Make) -> None:
     pairs = mixed.batches[-1]
     share = float(((pairs.first != pairs.second) & (pairs.share > 0)).float().mean())
     assert 0 < watch.logged[-1]["onpro/mixed_share"] == pytest.approx(share)
+
+
+class Written(Logger):
+    """What a logger is given, by step."""
+
+    name, version = "written", "0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.values.setdefault(step, {}).update({k: v for k, v in metrics.items() if "class" not in k})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_values_of_a_step_are_computed_where_lightning_logs_or_somebody_asks(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve batches, six an experience: what is written is the same values that a log of each step has."""
+    calls, log = [], Lit.log_dict
+    monkeypatch.setattr(Lit, "log_dict", lambda self, *args, **options: (calls.append(1), log(self, *args, **options)))
+    written, counts = [], []
+    asks = ModelCheckpoint(tmp_path, monitor="onpro/loss", every_n_train_steps=1, save_top_k=1)
+    for every, callbacks in ((1, []), (5, []), (5, [asks])):
+        calls.clear()
+        logger = Written()
+        trainer = make_trainer(
+            strategy=onpro(), callbacks=callbacks, logger=logger, log_every_n_steps=every, limit_val_batches=0
+        )
+        trainer.fit(lit(), datamodule=stream())
+        written.append(logger.values)
+        counts.append(len(calls))
+        assert "onpro/loss" in trainer.callback_metrics
+    own = [{step for step, values in each.items() if "onpro/loss" in values} for each in written]
+    assert own == [set(range(12)), {4, 9}, {4, 9}]
+    assert written[1][4] == written[0][4]
+    assert written[1][9]["onpro/loss"] == written[0][9]["onpro/loss"]
+    assert counts == [12, 4, 12]  # 4 and 9, and 5 and 11, the last of their epochs
+    lowest = min(written[0][step]["onpro/loss"] for step in range(12))
+    assert float(asks.best_model_score) == pytest.approx(lowest)
 
 
 def test_the_entropy_is_that_of_the_distribution_over_pairs(make_trainer: Make) -> None:

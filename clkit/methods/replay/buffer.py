@@ -128,7 +128,7 @@ class ReservoirBuffer(StoredRows):
         """
         with exact():
             labels, tensors = checked_rows(data, label, extras)
-            numbers = {"label": labels, "experience": checked_experience(experience, labels.size)}
+            experiences = checked_experience(experience, labels.size)
             layout = layout_of(tensors)
             if self._table is not None:
                 check_layout(layout, self._table.layout)
@@ -148,15 +148,17 @@ class ReservoirBuffer(StoredRows):
                 slots, rows = selection.balanced_slots(self._table, drawn, labels, self._class_seen)
             else:
                 slots, rows = selection.uniform_slots(self._table, drawn, self.n_seen)
-            numbers["arrival"] = self._seen[0] + np.arange(labels.size)
-            numbers["origin"] = np.zeros_like(labels)  # a merge may have left another one in the slot
+            arrivals = self._seen[0] + rows
             self._seen[0] += labels.size
             self._class_seen.update(labels.tolist())
             if slots.size:
                 kept = {name: taken(tensor, rows) for name, tensor in tensors.items()}
                 if not encoded:
                     kept["data"] = self._codec.encode(kept["data"], check=False)
-                self._table.put(slots, kept, {name: values[rows] for name, values in numbers.items()})
+                of_each = experiences if isinstance(experiences, int) else experiences[rows]
+                # 0: a merge may have left another origin in the slot
+                numbers = {"label": labels[rows], "arrival": arrivals, "experience": of_each, "origin": 0}
+                self._table.put(slots, kept, numbers)
 
     def check(self, data: Tensor, label: Tensor, extras: Sequence[str] = ()) -> None:
         """Raise the :class:`BatchError` with which :meth:`add` would refuse a batch, and change nothing.

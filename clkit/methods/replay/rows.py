@@ -67,14 +67,15 @@ def checked_rows(data: Tensor, label: Tensor, extras: Mapping[str, Tensor]) -> t
     return _host_integers("label", label, len(data)), tensors
 
 
-def checked_experience(experience: int | Tensor, rows: int) -> Ids:
-    """Return a number for each row; refuse others than whole numbers up to 2**31 - 1."""
+def checked_experience(experience: int | Tensor, rows: int) -> int | Ids:
+    """Return the number of all rows, or one for each; refuse others than whole numbers up to 2**31 - 1."""
+    numbers: int | Ids
     if isinstance(experience, Tensor):
         numbers = _host_integers("experience", experience, rows)
         largest = numbers.max(initial=0)
     else:
         largest = check_count("experience", experience, at_least=0)
-        numbers = np.full(rows, min(largest, EXPERIENCE_LIMIT))
+        numbers = largest
     if largest > EXPERIENCE_LIMIT:
         raise BatchError(f"experience must be at most {EXPERIENCE_LIMIT}, got {largest}")
     return numbers
@@ -133,10 +134,11 @@ class RowTable:
         ids, counts = np.unique(self.now("label"), return_counts=True)
         return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
-    def put(self, slots: Ids, tensors: Mapping[str, Tensor], numbers: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Write rows to distinct slots."""
+    def put(self, slots: Ids, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Write rows to distinct slots; each number is one for all rows, or an array of one for each."""
+        at = torch.from_numpy(slots)
         for name, own in self.tensors.items():
-            own.index_copy_(0, torch.from_numpy(slots).to(own.device), tensors[name].to(own.device))
+            own.index_copy_(0, at.to(own.device), tensors[name].to(own.device))
         for name, values in numbers.items():
             self.numbers[name][slots] = values
 

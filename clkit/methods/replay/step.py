@@ -160,5 +160,5 @@ def total_loss(terms: Mapping[str, tuple[float, Tensor]], outputs: StepOutputs) 
     if outputs.all_embeddings is not None:
         total = total + outputs.all_embeddings[:0].sum()
     for weight, term in terms.values():
-        total = total + weight * term
+        total = total + (term if weight == 1 else weight * term)
     return total

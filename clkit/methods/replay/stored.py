@@ -194,7 +194,10 @@ class StoredRows(PlainState):
 
     def _rows_at(self, table: RowTable, at: Ids) -> MemoryRows:
         with exact():
-            numbers = torch.from_numpy(np.stack([table.numbers[name][at] for name in NUMBERS])).to(self._device)
+            drawn = np.empty((len(NUMBERS), at.size), dtype=np.int64)
+            for row, name in enumerate(NUMBERS):
+                drawn[row] = table.numbers[name][at]
+            numbers = torch.from_numpy(drawn).to(self._device)
             tensors = {name: taken(tensor, at) for name, tensor in table.tensors.items()}
             data = self._codec.decode(tensors.pop("data"), table.layout["data"][1])
             return MemoryRows(data, **dict(zip(NUMBERS, numbers.unbind(), strict=True)), extras=tensors)
