@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from clkit.methods.replay.rows import check_labels
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.step import StepOutputs, StepViews
 
-__all__ = ["Projection", "SingleForward", "check_range", "checked_batch", "without_autocast"]
+__all__ = ["Projection", "SingleForward", "check_range", "checked_batch"]
 
 _UNLABELLED = -1
 
@@ -151,9 +151,3 @@ def check_range(labels: Tensor, width: int | None, least: int = 0) -> int:
             f"{'?' if width is None else width - 1}); build it with as many outputs as there will be classes"
         )
     return low
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Run a block in the precision of its tensors."""
-    # entering autocast costs as much as a loss of few rows, and most runs have none to leave
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

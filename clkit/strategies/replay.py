@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -25,7 +26,7 @@ from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, 
 from clkit.methods.replay.stored import MemoryRows
 from clkit.schema import Instance, Many, Nested, Table, read_own
 from clkit.strategies._augmentation import Augmentation
-from clkit.strategies._forward import Projection, SingleForward, checked_batch, without_autocast
+from clkit.strategies._forward import Projection, SingleForward, checked_batch
 from clkit.strategies._memory import Counters, MemorySettings, ReplayMemory
 from clkit.strategies._ranks import Incoming
 from clkit.strategies.base import LearningStrategy
@@ -132,6 +133,7 @@ class ReplayStrategy(LearningStrategy):
         self._forward: SingleForward | None = None  # while a fit runs
         self._work: _Work | None = None
         self._monitored = False  # whether a callback or a schedule of this fit asks for what is logged
+        self._logs = False  # whether the batch in work logs
         self._said: set[str] = set()
 
     @property
@@ -244,9 +246,10 @@ class ReplayStrategy(LearningStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let go of what was prepared for the last batch."""
+        trainer, counters = self._trainer, self._counters
         super().on_train_batch_start(batch, batch_idx)
-        self._work = None
-        epoch, counters = self._trainer.current_epoch, self._counters
+        self._work, self._logs = None, self._monitored or is_logged(trainer)
+        epoch = trainer.current_epoch
         counters.epoch = epoch if counters.epoch is None else counters.epoch
         if epoch > counters.epoch and self.capacity and "epochs" not in self._said:
             self._said.add("epochs")
@@ -267,7 +270,9 @@ class ReplayStrategy(LearningStrategy):
             return self._forward.zero()
         with self.precision_plugin.train_step_context():
             own = self._forward(self.model, work.views, work.incoming.own.labels, self.projector)
-        with without_autocast(own.all_logits.device.type):
+        # entering autocast costs as much as a loss of few rows, and most runs have none to leave
+        kind = own.all_logits.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             outputs = own if self.gather is None else self._ranks.joined(own)
             terms = self.terms(outputs)
             loss = total_loss(terms, outputs)
@@ -327,7 +332,7 @@ class ReplayStrategy(LearningStrategy):
     def _report(self, work: _Work, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
         if not math.isfinite(loss):  # with any of its terms, whatever their weights
             self._tell_not_finite(work.step, terms)
-        if not (self._monitored or is_logged(self._trainer)):
+        if not self._logs:
             return
         values: dict[str, Any] = {"loss": loss, **{name: term.detach() for name, (_, term) in terms.items()}}
         values |= self.logged()

@@ -93,11 +93,12 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
 
 def is_logged(trainer: pl.Trainer) -> bool:
     """Whether what the training batch in work logs goes on to a logger, or stays as the last value of its epoch."""
-    every = _seen(trainer, "log_every_n_steps")
+    # written without the functions beside it: a strategy asks in every step
     stepped = _seen(trainer, "fit_loop.epoch_loop._batches_that_stepped")
-    if (every and (stepped + 1) % every == 0) or is_last_batch(trainer) or trainer.should_stop:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # as above, Lightning's connectors set them
+    if trainer.is_last_batch or trainer.should_stop or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return True
-    return is_fast_dev_run(trainer) or trainer.global_step + 1 == trainer.max_steps
+    return (every > 0 and (stepped + 1) % every == 0) or trainer.global_step + 1 == trainer.max_steps
 
 
 def accumulates(trainer: pl.Trainer) -> bool:
