@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from inspect import Parameter, signature
+from typing import Any, get_args, get_type_hints
 
 from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
 
@@ -89,3 +91,43 @@ class ProcessLostError(ClkitError, RuntimeError):
 
 class ContractError(ClkitError, AssertionError):
     """A method breaks a rule of the contract in :mod:`clkit.testing`; the message names the rule."""
+
+
+_BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+def refuse_unknown_arguments(cls: type, options: Mapping[str, Any], others: Collection[str] | None = None) -> None:
+    """Refuse a keyword argument that none of the constructors behind a class takes.
+
+    Args:
+        cls: The class.
+        options: The keyword arguments that its own constructor does not name.
+        others: Names that the first class behind it takes that is not clkit's; ``None`` if it may take any.
+
+    Raises:
+        ArgumentError: If there is one; the message names the argument that is near, or the group that it belongs to.
+    """
+    known: dict[str, Parameter] = {}
+    groups: dict[str, Any] = {}  # by argument the types that it takes
+    for kind in [kind for kind in cls.__mro__ if "__init__" in vars(kind)]:
+        init = vars(kind)["__init__"]
+        own = signature(init).parameters
+        known |= {name: each for name, each in own.items() if each.kind in _BY_NAME and name != "self"}
+        if not any(each.kind is Parameter.VAR_KEYWORD for each in own.values()):
+            break  # nobody gets what it does not name
+        if kind.__module__.partition(".")[0] != "clkit":
+            if others is None:
+                return
+            known |= dict.fromkeys(others, Parameter("option", Parameter.KEYWORD_ONLY))
+            break
+        if not options.keys() <= known.keys():
+            groups |= {name: (hint, *get_args(hint)) for name, hint in get_type_hints(init).items()}
+    for name in options.keys() - known.keys():
+        fits = [key for key, kinds in groups.items() for kind in kinds if name in _settings(kind)]
+        hint = f"; it is a setting of {fits[0]}" if fits else did_you_mean(name, known)
+        raise ArgumentError(f"{cls.__name__} has no argument {name!r}{hint}")
+
+
+def _settings(kind: Any) -> Any:
+    """Return the names of the settings in a group of them; none of another type."""
+    return getattr(kind, "__dataclass_fields__", ())

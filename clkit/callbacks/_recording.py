@@ -19,7 +19,7 @@ from clkit.features.observer import BatchObserver
 from clkit.report.results import Recorded
 from clkit.stream._lightning import callbacks_of, datamodule_of
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "layers_of"]
 
 
 class Recorder:
@@ -107,6 +107,13 @@ class Recorder:
         self._batches.append(recorded)
         self.samples[experience] = self.samples.get(experience, 0) + size
 
+    def is_complete(self, trainer: pl.Trainer) -> bool:
+        """Return whether this process saw every sample that the loader was to give (a resumed validation may not)."""
+        loaders: Any = trainer.val_dataloaders
+        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
+        expects = hasattr(loader, "expected_samples")
+        return not expects or bool(self.samples == loader.expected_samples(int(trainer.num_val_batches[0])))
+
     def gathered(self) -> Recorded:
         """Return everything, of all processes in the order of their ranks."""
         nothing = torch.empty(0, dtype=torch.int64)
@@ -186,3 +193,13 @@ def why_no_class_scores(observer: BatchObserver, classes: int | None, *, learned
             "not classify. module=True evaluates it all the same"
         )
     return ""
+
+
+def layers_of(
+    predictors: Mapping[str, tuple[Predictor, BatchObserver]], module: BatchObserver | None
+) -> dict[str, Any]:
+    """Return where each predictor, and the user's module, is read, for ``results.json``."""
+    taps = {name: observer.tap for name, (_, observer) in predictors.items()}
+    if module is not None:
+        taps[MODULE] = module.tap
+    return {name: {"layer": tap.point, "features": tap.width} for name, tap in taps.items()}

@@ -93,3 +93,17 @@ def show(trainer: pl.Trainer, what: Any) -> None:
     bar = trainer.progress_bar_callback
     live = bar.progress if isinstance(bar, RichProgressBar) else None
     (Console() if live is None else live.console).print(what)
+
+
+def show_evaluation(
+    trainer: pl.Trainer, module: pl.LightningModule, recorded: Recorded, what: str, *, table: bool
+) -> None:
+    """Log the accuracies of one evaluation that the user asked for, and print them."""
+    shown = RunResults()
+    shown.measure(1, recorded)
+    accuracies = {name: counts.accuracies() for name, counts in shown.counts.items()}
+    module.log_dict({f"{name}/accuracy_seen": seen for name, (_, seen) in accuracies.items() if seen is not None})
+    if table:
+        from clkit.report.tables import evaluation_table
+
+        show(trainer, evaluation_table(accuracies, title=what))

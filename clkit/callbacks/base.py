@@ -12,9 +12,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from clkit.callbacks._arguments import refuse_unknown_arguments
 from clkit.distributed import share_buffers
-from clkit.errors import BatchError, StateError
+from clkit.errors import BatchError, StateError, refuse_unknown_arguments
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods._checks import check_batch

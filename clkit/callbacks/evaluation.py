@@ -5,25 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from clkit.callbacks._recording import Recorder
-from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show
+from clkit.callbacks._own_pass import own_pass
+from clkit.callbacks._recording import Recorder, layers_of
+from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show, show_evaluation
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
-from clkit.distributed import share_buffers
 from clkit.errors import ArgumentError, ConfigurationError, TapError, first_line
 from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, forward
-from clkit.features.tap import evaluating
 from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import saved_entry
-from clkit.stream._lightning import averaged_weights, callbacks_of, datamodule_of
+from clkit.stream._lightning import callbacks_of, datamodule_of
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
@@ -215,7 +212,7 @@ class StreamEvaluation(FeatureCallback):
     def _conclude(self, trainer: pl.Trainer, folder: RunFolder) -> None:
         self._seconds["fit"] = time.perf_counter() - self._fit_clock
         if self._measured.counts:
-            self._measured.layers = self._layers()
+            self._measured.layers = layers_of(self._watched, getattr(self, "observer", None))
             folder.write(self._measured, self.config, self._seconds)
             if self.figures:
                 folder.draw(self.results)
@@ -272,7 +269,8 @@ class StreamEvaluation(FeatureCallback):
         elif trainer.state.fn != "fit":
             self._show_evaluation(trainer, module, stage)
         elif self._pending is not None and not trainer.sanity_checking:
-            self._fill(trainer, module, self._pending.index + 1, self._complete(trainer))
+            self._recorder = self._recorder or self._new_recorder(trainer)
+            self._fill(trainer, module, self._pending.index + 1, self._recorder.is_complete(trainer))
             self._pending = None
 
     def on_backbone_changed(self, trainer: pl.Trainer, module: pl.LightningModule, reason: str) -> None:
@@ -316,14 +314,6 @@ class StreamEvaluation(FeatureCallback):
             learned = current.index - int(trainer.state.fn == "fit" and self._pending is None)
         return Recorder(trainer, self, self._watched, module, learned)
 
-    def _layers(self) -> dict[str, Any]:
-        """Return where each predictor that was measured is read, for ``results.json``."""
-        taps = {name: observer.tap for name, (_, observer) in self._watched.items()}
-        if hasattr(self, "observer"):
-            taps[MODULE] = self.observer.tap
-        counts = self._measured.counts
-        return {name: {"layer": tap.point, "features": tap.width} for name, tap in taps.items() if name in counts}
-
     def _module_predicts(self, trainer: pl.Trainer) -> bool:
         if self.module != "auto" or getattr(trainer.strategy, "trains_module", True):
             return bool(self.module)
@@ -334,14 +324,6 @@ class StreamEvaluation(FeatureCallback):
 
     # ---- rows
 
-    def _complete(self, trainer: pl.Trainer) -> bool:
-        """Return whether this process saw every sample that the loader was to give (a resumed validation may not)."""
-        loaders: Any = trainer.val_dataloaders
-        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        samples = {} if self._recorder is None else self._recorder.samples
-        expects = hasattr(loader, "expected_samples")
-        return not expects or bool(samples == loader.expected_samples(int(trainer.num_val_batches[0])))
-
     def _flush(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._pending is None:
             return
@@ -350,37 +332,23 @@ class StreamEvaluation(FeatureCallback):
             self._own_pass(trainer, module, stage=pending.index + 1)
 
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
-        if trainer.world_size > 1:
-            share_buffers(trainer.strategy.model)
+        def measure(loaders: Any, place: int, batch: Any, batch_idx: int) -> None:
+            self.open(trainer, module, batch, ("own", stage, place, batch_idx))
+            self._opened(loaders, batch, batch_idx, place)
+            for observer in {(id(each.inputs), each.tap.network): each for each in self.observers}.values():
+                if not observer.is_own:
+                    forward(module, observer.tap.network, observer.inputs)
+            self.on_batch(trainer, module, "validate", batch_idx, place)
+
         self.refresh(trainer)
         self._stage = "validate"
         self.on_evaluation_start(trainer, module, "validate")
-        data, limits = datamodule_of(trainer), None
-        if hasattr(data, "evaluation_loader"):
-            loaders: Any = [data.evaluation_loader(max(stage - 1, 0))]
-        else:  # with plain loaders most rows come from validations that Lightning runs, and this from the same loaders
-            given, limits = trainer.val_dataloaders, trainer.num_val_batches
-            given = list(given.values()) if isinstance(given, dict) else given
-            loaders = list(given) if isinstance(given, list | tuple) else [given] if given is not None else []
-        with evaluating(module), torch.no_grad(), averaged_weights(trainer, module):
-            for place, loader in enumerate(loaders):
-                limit = None if limits is None else None if limits[place] == float("inf") else int(limits[place])
-                for batch_idx, host_batch in enumerate(islice(loader, limit)):
-                    with trainer.precision_plugin.val_step_context():
-                        converted = trainer.precision_plugin.convert_input(host_batch)
-                        batch = trainer.strategy.batch_to_device(converted, dataloader_idx=place)
-                        key = ("own", stage, place, batch_idx)
-                        self.open(trainer, module, batch, key)
-                        self._opened(loaders, batch, batch_idx, place)
-                        for observer in {(id(each.inputs), each.tap.network): each for each in self.observers}.values():
-                            if not observer.is_own:
-                                forward(module, observer.tap.network, observer.inputs)
-                        self.on_batch(trainer, module, "validate", batch_idx, place)
+        measured = own_pass(trainer, module, stage, measure)
         self._kept.end()
         for observer in self.observers:
             observer.forget()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
-        if loaders:
+        if measured:
             self._fill(trainer, module, stage, complete=True, log_with_module=False)
 
     def _fill(
@@ -404,7 +372,7 @@ class StreamEvaluation(FeatureCallback):
         folder = self._folder = RunFolder(trainer, self.files)
         last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
         if time.perf_counter() - last >= 10 * cost:
-            self._measured.layers = self._layers()
+            self._measured.layers = layers_of(self._watched, getattr(self, "observer", None))
             cost = folder.write(self._measured, self.config, self._seconds)
             self._written = time.perf_counter(), cost
 
@@ -413,15 +381,7 @@ class StreamEvaluation(FeatureCallback):
         current = self._boundaries.current
         if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
             self._measured.measure(current.index + 1, recorded)  # plain loaders: this is how a row of R is measured
-        shown = RunResults()
-        shown.measure(1, recorded)
-        accuracies = {name: counts.accuracies() for name, counts in shown.counts.items()}
-        values = {f"{name}/accuracy_seen": seen for name, (_, seen) in accuracies.items() if seen is not None}
-        module.log_dict(values)
-        if self.table:
-            from clkit.report.tables import evaluation_table
-
-            show(trainer, evaluation_table(accuracies, title=what))
+        show_evaluation(trainer, module, recorded, what, table=self.table)
 
     # ---- state
 

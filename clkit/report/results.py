@@ -160,7 +160,7 @@ def results_document(
                 for each in getattr(datamodule, "experiences", None) or []
             ],
         },
-        "layers": results.layers,
+        "layers": {name: layer for name, layer in results.layers.items() if name in results.counts},
         "predictors": results.summaries(),
         "cut_short": sorted(results.cut),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.distributed import report_lost_process
-from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean
+from clkit.errors import ConfigurationError, StateError, refuse_unknown_arguments
 from clkit.features.batch import BatchReader, Readings
 from clkit.models.timm_classifier import refuse_unsafe_layout
 from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_own, read_state, saved_entry
@@ -79,14 +79,8 @@ class LearningStrategy(DDPStrategy):
                 "find_unused_parameters=True cannot be combined with a clkit strategy: parts of a step run outside the "
                 "wrapped module; leave it out"
             )
-        known = [*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters]
-        for name in ddp_options:
-            if name not in known:
-                kinds = [kind for kind in type(self).__mro__ if issubclass(kind, LearningStrategy)]
-                own = {key: each for kind in kinds for key, each in signature(kind).parameters.items()}
-                groups = [key for key, each in own.items() if name in getattr(each.default, "__dataclass_fields__", ())]
-                hint = f"; it is a setting of {groups[0]}" if groups else did_you_mean(name, [*own, *known])
-                raise ArgumentError(f"{type(self).__name__} has no argument {name!r}{hint}")
+        of_ddp = [*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters]
+        refuse_unknown_arguments(type(self), ddp_options, of_ddp)
         super().__init__(**ddp_options)
         self._given = self._accelerator, self._precision_plugin
         self._last = self._given  # of the last run's trainer
@@ -105,10 +99,6 @@ class LearningStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         return module
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        return self._module.trainer
 
     # ---- one trainer after another: Lightning takes what a strategy holds for what the user has set, and refuses it
 
@@ -233,7 +223,7 @@ class LearningStrategy(DDPStrategy):
         Raises:
             BatchError: If it has another form; the message says what was seen.
         """
-        inputs, targets = Readings.of(self._trainer).read(self, batch)
+        inputs, targets = Readings.of(self._module.trainer).read(self, batch)
         assert targets is not None
         return inputs, targets
 
@@ -306,8 +296,8 @@ class LearningStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; a fit goes on from it without losing or repeating a batch."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        if self._trainer.state.fn == "fit":
-            resume.load(self._trainer, checkpoint)
+        if self._module.trainer.state.fn == "fit":
+            resume.load(self._module.trainer, checkpoint)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -315,7 +305,7 @@ class LearningStrategy(DDPStrategy):
         # Lightning casts the module (64-true, bf16-true) after loading: double weights would be rounded on the way
         self.precision_plugin.convert_module(self._module)
         super().load_model_state_dict(checkpoint, strict=strict)
-        if self._trainer.state.fn == "fit":
+        if self._module.trainer.state.fn == "fit":
             self._load_state(checkpoint.get(STRATEGY))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -84,7 +84,7 @@ class GradientFreeStrategy(LearningStrategy):
     def on_train_start(self) -> None:
         """Freeze where the epoch says so: the phase is not in a checkpoint."""
         super().on_train_start()
-        if Boundaries.of(self._trainer).upcoming(self._trainer).phase == "learn":
+        if Boundaries.of(self._module.trainer).upcoming(self._module.trainer).phase == "learn":
             self._freeze()
 
     # ---- boundaries

@@ -171,7 +171,7 @@ class OnProStrategy(ReplayStrategy):
         super().on_train_start()
         if not self.capacity or self.first_experience != "paper" or self._boundaries.current is not None:
             return
-        data, epochs = datamodule_of(self._trainer), self._trainer.max_epochs
+        data, epochs = datamodule_of(self._module.trainer), self._module.trainer.max_epochs
         advice = "replays nothing in the cross-entropy; use first_experience='replay' where there are no boundaries"
         if not hasattr(data, "experience_at"):
             self._tell_once(

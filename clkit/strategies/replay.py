@@ -246,7 +246,7 @@ class ReplayStrategy(LearningStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let go of what was prepared for the last batch."""
-        trainer, counters = self._trainer, self._counters
+        trainer, counters = self._module.trainer, self._counters
         super().on_train_batch_start(batch, batch_idx)
         self._work, self._logs = None, self._monitored or is_logged(trainer)
         epoch = trainer.current_epoch
