@@ -50,17 +50,18 @@ class PseudoFeatures:
 class AEFOCL(HeadCallback):
     r"""Learns an analytic (ridge) head beside any training, one pass, no gradient, no exemplars.
 
-    Choose it as the first classifier on a frozen pretrained backbone: after any amount of data it equals the ridge
-    regression fitted to all data at once, whatever the order. Class imbalance is corrected before each prediction by
-    pseudo-features (``balance="pfg"``). Not for a backbone that keeps changing: its sums cannot be recomputed from
-    what is stored (see ``reset_each_task``).
+    Choose it on a frozen pretrained backbone where a lift or the balancing of classes is wanted: after any amount of
+    data it equals the ridge regression fitted to all data at once, whatever the order. Class imbalance is corrected
+    before each prediction by pseudo-features (``balance="pfg"``). Not for a backbone that keeps changing: its sums
+    cannot be recomputed from what is stored (see ``reset_each_task``).
 
     .. math:: W = (H^\top H + \gamma I)^{-1} H^\top Y
 
     with the lifted features :math:`H` (N, D) and one-hot labels :math:`Y` of everything seen.
 
     Args:
-        gamma: Ridge strength, > 0; an absolute amount, so its effect shrinks as data arrive.
+        gamma: Ridge strength, > 0; an absolute amount, so its effect shrinks as data arrive. ``"auto"``: what
+            generalised cross-validation chooses from the sums, anew at each solve (not with ``solver="recursive"``).
         lift: The :class:`Lift` of the features; ``None`` for none.
         balance: ``"pfg"`` adds Gaussian pseudo-features for the minority classes, ``"expected"`` their expectation
             (without a lift only), ``"reweight"`` weighs classes by 1/n (a Gram matrix per class), ``"none"`` nothing.
@@ -89,7 +90,7 @@ class AEFOCL(HeadCallback):
 
     def __init__(
         self,
-        gamma: float = 1.0,
+        gamma: float | Literal["auto"] = 1.0,
         lift: Lift | None = None,
         *,
         balance: Literal["none", "pfg", "reweight", "expected"] = "pfg",

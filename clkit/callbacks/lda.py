@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from clkit.callbacks.head import HeadCallback
 from clkit.methods import LDAHead
@@ -13,14 +13,16 @@ __all__ = ["LDA"]
 class LDA(HeadCallback):
     r"""Linear discriminant analysis on a stream: the nearest mean in the metric of the pooled covariance.
 
-    Choose it between the two others: it sees the shape of the classes, which :class:`~clkit.callbacks.NMC` does not,
-    and needs no ridge strength. It is the exact, order-free form of what Deep SLDA approximates sample by sample.
+    Choose it as the first classifier on a frozen pretrained backbone: it sees the shape of the classes, which
+    :class:`~clkit.callbacks.NMC` does not, and has nothing to tune. It is the exact, order-free form of what Deep SLDA
+    approximates sample by sample.
 
     .. math:: \hat y(x) = \arg\min_c (x - \mu_c)^\top \Lambda (x - \mu_c), \qquad
-              \Lambda = [(1 - \varepsilon) \Sigma + \varepsilon I]^{-1}
+              \Lambda = [\Sigma + \tfrac{\gamma}{N} I]^{-1}
 
     Args:
-        shrinkage: ε in [0, 1].
+        shrinkage: ``"auto"``: γ is what generalised cross-validation chooses from the sums at each solve; a number ε in
+            [0, 1] makes it Λ = [(1 - ε) Σ + ε I]⁻¹, as in Deep SLDA, which takes 1e-4.
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
         options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft`` and
@@ -36,11 +38,17 @@ class LDA(HeadCallback):
 
     Reference:
         T. Hayes and C. Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis", CVPR
-        Workshops 2020, for the rule and ε.
+        Workshops 2020, for the rule and ε. Generalised cross-validation: G. Golub, M. Heath,
+        G. Wahba, Technometrics 21, 1979.
     """
 
     def __init__(
-        self, shrinkage: float = 1e-4, *, max_classes: int = 65_536, name: str = "lda", **options: Any
+        self,
+        shrinkage: float | Literal["auto"] = "auto",
+        *,
+        max_classes: int = 65_536,
+        name: str = "lda",
+        **options: Any,
     ) -> None:
         super().__init__(name=name, **options)
         self.shrinkage = shrinkage

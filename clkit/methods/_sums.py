@@ -24,32 +24,32 @@ _CENTRE_LIMIT = 1e30  # centres are kept in float32, which ends at 3e38
 class Sums:
     """The sums of one share of the data; row i of each table belongs to class ``ids[i]``.
 
-    With squares, ``sums`` holds the sum of ``feature - centre``, where the centre of a class is its first row rounded
-    to float32: means and squares then keep their digits whatever the offset of the features.
+    With squares or scatter, ``sums`` holds the sum of ``feature - centre``, where the centre of a class is its first
+    row rounded to float32, and ``scatter`` the products of these differences, of all classes together: means, squares
+    and scatter then keep their digits whatever the offset of the features.
     """
 
     ids: Ids
     tables: dict[str, Tensor]
     gram: Tensor | None = None
+    scatter: Tensor | None = None
 
     @classmethod
     def empty(cls, width: int, kept: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> Sums:
         """Return sums of nothing."""
         tables = {"counts": torch.zeros(0, dtype=torch.int64, device=device)}
-        if "squares" in kept:
+        if "squares" in kept or "scatter" in kept:
             tables["centres"] = torch.zeros(0, width, dtype=torch.float32, device=device)
         for name, shape in {"sums": (width,), "squares": (width,), "class_grams": (width, width)}.items():
             if name in kept:
                 tables[name] = torch.zeros(0, *shape, dtype=dtype, device=device)
-        gram = new_gram(width, dtype, device) if "gram" in kept else None
-        return cls(np.empty(0, dtype=np.int64), tables, gram)
+        grams = [new_gram(width, dtype, device) if name in kept else None for name in ("gram", "scatter")]
+        return cls(np.empty(0, dtype=np.int64), tables, *grams)
 
     def to(self, device: torch.device, copy: bool = False) -> Sums:
         """Return the same on ``device``, sharing memory where nothing moves unless ``copy``."""
-        gram = self.gram
-        if gram is not None and (copy or gram.device != device):
-            gram = new_gram(gram.shape[0], gram.dtype, device).copy_(gram)
-        return Sums(self.ids, {name: table.to(device, copy=copy) for name, table in self.tables.items()}, gram)
+        tables = {name: table.to(device, copy=copy) for name, table in self.tables.items()}
+        return Sums(self.ids, tables, *[_moved(gram, device, copy) for gram in (self.gram, self.scatter)])
 
     def add(self, rows: Tensor, batch: Batch) -> None:
         """Add the rows of a batch."""
@@ -57,8 +57,10 @@ class Sums:
         positions = self._include(batch.ids)
         tables, at = self._arrays(positions, batch)
         values = rows.numpy() if batch.on_host else rows
-        if "squares" in tables:
-            _add_centred(tables, at, values, batch)
+        if "centres" in tables:
+            relative = _relative_to_centres(tables, at, values, batch)
+            self._add_scatter(relative, 1.0)
+            _add_centred(tables, at, relative, batch)
         elif "sums" in tables:
             tables["sums"][at] += _summed(values, batch)
         tables["counts"][at] += batch.counts
@@ -69,15 +71,18 @@ class Sums:
         positions = np.searchsorted(self.ids, batch.ids)
         tables, at = self._arrays(positions, batch)
         values = rows.numpy() if batch.on_host else rows
-        if "squares" in tables:
-            _remove_centred(tables, at, values, batch)
+        if "centres" in tables:
+            relative = values - _double(tables["centres"][at])[batch.inverse]
+            self._add_scatter(relative, -1.0)
+            _remove_centred(tables, at, relative, batch)
         elif "sums" in tables:
             tables["sums"][at] -= _summed(values, batch)
         tables["counts"][at] -= batch.counts
         self._add_grams(positions, rows, batch, -1.0)
         self.drop_empty()
-        if self.gram is not None and self.ids.size == 0:
-            self.gram.zero_()  # nothing is left, not even rounding
+        for gram in (self.gram, self.scatter):
+            if gram is not None and self.ids.size == 0:
+                gram.zero_()  # nothing is left, not even rounding
 
     def merge(self, other: Sums) -> None:
         """Add the sums of another share."""
@@ -86,17 +91,29 @@ class Sums:
         before, added = _double(own["counts"][at])[:, None], other.tables["counts"][:, None]
         if "sums" in own:
             total = _double(other.tables["sums"])
-            if "squares" in own:
+            if "centres" in own:
                 origins = _double(other.tables["centres"])
                 _open_centres(own, at, before == 0, origins)
-                total = total + (origins - own["centres"][at]) * added
-                _merge_squares(own, at, before, added, total / added, _double(other.tables["squares"]))
+                moves = origins - own["centres"][at]
+                if self.scatter is not None and other.scatter is not None:
+                    self.scatter.add_(other.scatter_around(moves))
+                total = total + moves * added
+                if "squares" in own:
+                    _merge_squares(own, at, before, added, total / added, _double(other.tables["squares"]))
             own["sums"][at] += total
         if "class_grams" in own:
             own["class_grams"][at] += other.tables["class_grams"]
         own["counts"][at] += other.tables["counts"]
         if self.gram is not None and other.gram is not None:
             self.gram.add_(other.gram)
+
+    def scatter_around(self, moves: Tensor) -> Tensor:
+        """Return the scatter as it is around other centres, which lie at the present ones less ``moves`` (k, D)."""
+        assert self.scatter is not None
+        if not bool(moves.any()):
+            return self.scatter
+        half: Tensor = moves.T @ (_double(self.tables["sums"]) + self.tables["counts"][:, None] * moves / 2)
+        return half.add_(half.T.clone()).add_(self.scatter)
 
     def drop_empty(self) -> None:
         """Remove classes without samples."""
@@ -125,12 +142,23 @@ class Sums:
             return {name: table.numpy() for name, table in self.tables.items()}, positions
         return self.tables, torch.from_numpy(positions).to(self.tables["counts"].device)
 
+    def _add_scatter(self, relative: Array, weight: float) -> None:
+        if self.scatter is not None:
+            rows = relative if isinstance(relative, Tensor) else torch.from_numpy(relative)
+            add_gram_(self.scatter, rows, weight)
+
     def _add_grams(self, positions: Ids, rows: Tensor, batch: Batch, weight: float) -> None:
         if self.gram is not None:
             add_gram_(self.gram, rows, weight)
         if "class_grams" in self.tables:
             for position, row in enumerate(positions.tolist()):
                 add_gram_(self.tables["class_grams"][row], rows[batch.inverse == position], weight)
+
+
+def _moved(gram: Tensor | None, device: torch.device, copy: bool) -> Tensor | None:
+    if gram is None or not (copy or gram.device != device):
+        return gram
+    return new_gram(gram.shape[0], gram.dtype, device).copy_(gram)
 
 
 # In what follows, ``at`` are the positions of the classes of a batch in the tables. ``table[at] += values`` adds in
@@ -149,27 +177,40 @@ def _summed(rows: Array, batch: Batch) -> Array:
     return total.index_add_(0, torch.from_numpy(batch.inverse), torch.from_numpy(rows)).numpy()
 
 
-def _add_centred(tables: dict[str, Array], at: Array, rows: Array, batch: Batch) -> None:
-    """Add to sums and squares, centred at the first row of each class; counts are still those from before."""
-    before = _double(tables["counts"][at])[:, None]
+def _relative_to_centres(tables: dict[str, Array], at: Array, rows: Array, batch: Batch) -> Array:
+    """Return the rows less the centre of their class, its first row; zeros if the batch turned out not to be finite."""
+    before = tables["counts"][at][:, None]
     if batch.finite is not None or not before.all():
         _open_centres(tables, at, before == 0, rows[batch.first])
     relative = rows - _double(tables["centres"][at])[batch.inverse]
+    return relative if batch.finite is None else torch.where(batch.finite, relative, 0.0)
+
+
+def _add_centred(tables: dict[str, Array], at: Array, relative: Array, batch: Batch) -> None:
+    """Add to sums and squares, and use up the rows; counts are still those from before."""
     total = _summed(relative, batch)
+    if "squares" in tables:
+        _add_squares(tables, at, relative, total, batch)
+    tables["sums"][at] += total
+
+
+def _add_squares(tables: dict[str, Array], at: Array, relative: Array, total: Array, batch: Batch) -> None:
+    before = _double(tables["counts"][at])[:, None]
     means = total / batch.weights
     relative -= means[batch.inverse]
     relative *= relative
     added = batch.weights if batch.finite is None else batch.weights * batch.finite
     _merge_squares(tables, at, before, added, means, _summed(relative, batch))
-    tables["sums"][at] += total
 
 
-def _remove_centred(tables: dict[str, Array], at: Array, rows: Array, batch: Batch) -> None:
+def _remove_centred(tables: dict[str, Array], at: Array, relative: Array, batch: Batch) -> None:
     """Do the opposite of :func:`_add_centred`; counts are still those from before."""
     before = _double(tables["counts"][at])[:, None]
     after = before - batch.weights
-    relative = rows - tables["centres"][at][batch.inverse]
     total = _summed(relative, batch)
+    if "squares" not in tables:
+        tables["sums"][at] -= total
+        return
     means = total / batch.weights
     relative -= means[batch.inverse]
     sums, squares = tables["sums"][at], tables["squares"][at]
@@ -231,6 +272,11 @@ def exchange_sums(own: Sums, bad: int, group: Any) -> Sums | None:
     if own.gram is not None:
         total.gram = own.gram.clone()
         dist.all_reduce(total.gram, group=group)
+    if own.scatter is not None:
+        at = torch.from_numpy(np.searchsorted(total.ids, own.ids)).to(device)
+        moves = _double(own.tables["centres"]) - total.tables["centres"][at]
+        total.scatter = own.scatter_around(moves).to(own.scatter.dtype, copy=True).contiguous()
+        dist.all_reduce(total.scatter, group=group)
     if grams is not None:
         total.tables["class_grams"] = grams.new_zeros((total.ids.size, *grams.shape[1:]))
         total.tables["class_grams"][torch.from_numpy(np.searchsorted(total.ids, own.ids)).to(device)] = grams

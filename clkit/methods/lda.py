@@ -2,11 +2,15 @@ r"""Linear discriminant analysis from the same sums: nearest mean in the metric 
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from clkit.errors import ArgumentError
 from clkit.methods._checks import check_probability
+from clkit.methods._solving import condition_number, spectrum, warn_of_lost_digits
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
@@ -23,7 +27,7 @@ class LDAHead(Head):
     lift. With the pooled within-class covariance of all N samples
 
     .. math::
-        \Sigma = \frac{1}{N} \Big( G - \sum_c n_c \mu_c \mu_c^\top \Big), \quad
+        \Sigma = \frac{1}{N} \sum_c \sum_{x \in F_c} (x - \mu_c) (x - \mu_c)^\top, \quad
         \Lambda = [(1-\varepsilon) \Sigma + \varepsilon I]^{-1}, \quad
         \mathrm{score}_c(x) = -(x - \mu_c)^\top \Lambda (x - \mu_c).
 
@@ -33,10 +37,13 @@ class LDAHead(Head):
 
     Args:
         in_features: D, width of the features; the state has D² numbers.
-        shrinkage: ε in [0, 1]: 0 takes Σ as it is, 1 is the nearest mean. Absolute: ε is compared with Σ.
+        shrinkage: ``"auto"``: Λ = [Σ + γ/N I]⁻¹ with the γ that generalised cross-validation chooses, from the same
+            sums, for the ridge regression (with intercept) of the classes on the features: both damp the same noise.
+            It takes an eigendecomposition at each solve. A number ε in [0, 1], as above: 0 takes Σ as it is, 1 is the
+            nearest mean; it is absolute, compared with Σ.
         num_classes: Fixed number of score columns; ``None`` for the largest id seen + 1.
         max_classes: Class ids must be below this.
-        statistics: Sums to share with other heads (needs ``sums`` and ``gram``); update them, not the head.
+        statistics: Sums to share with other heads (needs ``sums`` and ``scatter``); update them, not the head.
 
     Raises:
         ArgumentError: If an argument is not allowed; at prediction, if the shrunk covariance is singular.
@@ -51,45 +58,74 @@ class LDAHead(Head):
     """
 
     _factor: Tensor
+    _gamma = 0.0
     _own_options = ("shrinkage",)
 
     def __init__(
         self,
         in_features: int,
         *,
-        shrinkage: float = 1e-4,
+        shrinkage: float | Literal["auto"] = "auto",
         num_classes: int | None = None,
         max_classes: int = 65536,
         statistics: FeatureStatistics | None = None,
     ) -> None:
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
-        self.shrinkage = check_probability("shrinkage", shrinkage)
+        if isinstance(shrinkage, str):
+            if shrinkage != "auto":
+                raise ArgumentError(f'shrinkage must be "auto" or a number from 0 to 1, got {shrinkage!r}')
+            self.shrinkage: float | Literal["auto"] = "auto"
+        else:
+            self.shrinkage = check_probability("shrinkage", shrinkage)
         self.feature_map = FeatureMap(in_features)
-        self.statistics = self._adopt(statistics, in_features, ("sums", "gram"))
+        self.statistics = self._adopt(statistics, in_features, ("sums", "scatter"))
+        self._warned = False
 
     @property
     def covariance(self) -> Tensor:
         """(D, D) float64, the pooled within-class covariance Σ before shrinkage; zero if nothing was learned."""
-        means, counts = self.statistics.means, self.statistics.counts
-        scatter = self.statistics.gram.to(torch.float64) - (means * counts[:, None]).T @ means
-        return (scatter + scatter.T) / 2 / counts.sum().clamp(min=1)
+        return self.statistics.scatter / max(self.statistics.samples, 1)
+
+    @property
+    def chosen_gamma(self) -> float:
+        """What ``"auto"`` adds to the diagonal of the scatter N Σ; 0 for a number, NaN before anything was learned."""
+        return self._gamma if self._solved().size else math.nan
+
+    def _best_gamma(self) -> float:
+        """Return the strength that the sums choose for the ridge regression with intercept of the same classes."""
+        means, counts = self.statistics.means, self.statistics.counts.to(torch.float64)[:, None]
+        rows = float(counts.sum())
+        # Relative to one of the means: at a distance from the origin the others differ from it by few digits only.
+        means = means - means[:1]
+        means = means - (counts * means).sum(dim=0) / rows
+        between = counts * means
+        square = rows - float(counts.square().sum()) / rows
+        return spectrum(self.statistics.scatter + between.T @ means, between).best_gamma(rows, square, spent=1.0)
 
     def _readout_of_sums(self) -> Readout:
+        self._gamma = 0.0
         classes = self.statistics.classes
         if not classes.numel():
             return nearest_mean_readout(classes, self.statistics.means)
-        shrunk = (1 - self.shrinkage) * self.covariance
-        shrunk.diagonal().add_(self.shrinkage)
+        shrunk = self.covariance
+        if self.shrinkage == "auto":
+            self._gamma = self._best_gamma()
+            shrunk.diagonal().add_(self._gamma / self.statistics.samples)
+        else:
+            shrunk *= 1 - self.shrinkage
+            shrunk.diagonal().add_(self.shrinkage)
         factor, failed = torch.linalg.cholesky_ex(shrunk)
+        condition = math.inf if int(failed) else condition_number(factor)
         # Rounding lets a singular matrix through with a tiny pivot; nothing computed from it would mean anything.
-        second_moment = self.statistics.lower_gram().diagonal().max() / self.statistics.samples
-        rounding = self.in_features * torch.finfo(torch.float64).eps * second_moment
-        if int(failed) or bool((factor.diagonal().square() <= rounding).any()):
+        if condition * torch.finfo(torch.float64).eps * self.in_features >= 1:
             raise ArgumentError(
                 f"the pooled covariance is singular with shrinkage={self.shrinkage}: its smallest variance is "
                 f"{float(shrunk.diagonal().min()):.3g} and {self.statistics.samples} samples were seen for "
-                f"{self.in_features} features; raise shrinkage (1e-4 is usual)"
+                f'{self.in_features} features; raise shrinkage, or let the sums choose it by shrinkage="auto"'
             )
+        if not self._warned:
+            advice = 'use shrinkage="auto" or scale the features'
+            self._warned = warn_of_lost_digits(condition, "the pooled covariance", advice)
         self._factor = factor
         plain = nearest_mean_readout(classes, self.statistics.means)
         weight = torch.cholesky_solve(plain.weight.T, factor).T  # 2 Λ (μ - o)

@@ -2,6 +2,7 @@ r"""Ridge regression on one-hot targets in closed form: the classifier of ACIL, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.methods._checks import Batch, check_choice, check_count, check_number, generator
 from clkit.methods._gram import add_gram_
 from clkit.methods._recursion import RecursiveLeastSquares, not_positive_definite, woodbury_update
+from clkit.methods._solving import check_strength, condition_number, spectrum, warn_of_lost_digits
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
 from clkit.methods.heads.readout import Readout, first_equal
@@ -38,6 +40,16 @@ class AnalyticHead(Head):
     ``gamma`` is an absolute amount, not divided by N. Learning adds to :math:`H^\top H` and to the per-class sums;
     the system is solved by Cholesky, in float64, when a prediction needs it.
 
+    ``gamma="auto"`` chooses it at each solve by generalised cross-validation, which needs nothing but the sums of what
+    is solved (balancing included): of the strengths from 10⁻⁸ to 10² times the mean eigenvalue of :math:`H^\top H`, in
+    steps of a twentieth of a decade, the one with the smallest
+
+    .. math:: \frac{n \, \mathrm{RSS}(\gamma)}{(n - \mathrm{df}(\gamma))^2}, \qquad
+              \mathrm{df}(\gamma) = \mathrm{tr} \, H (H^\top H + \gamma I)^{-1} H^\top
+
+    So it is the same after merges, unlearning and in several processes. It costs an eigendecomposition at a solve,
+    about ten times what Cholesky costs, and nothing at a batch. ``chosen_gamma`` tells it.
+
     Imbalance is corrected at solve time, never in what is learned; with :math:`m_c = \max_j n_j - n_c`:
 
     * ``"pfg"``: m_c Gaussian pseudo-features of each class join the sums (AEF-OCL);
@@ -51,7 +63,7 @@ class AnalyticHead(Head):
 
     Args:
         in_features: d, width of the features.
-        gamma: Ridge strength, above 0; its scale is that of the squared features.
+        gamma: Ridge strength, above 0; its scale is that of the squared features; or ``"auto"``, see above.
         expansion_dim: D, width of a fixed random lift; ``None`` for none.
         activation: ``"relu"``, ``"tanh"`` or ``"sigmoid"``, of the lift.
         projection_init: ``"uniform"`` or ``"normal"``, of the lift; see :class:`FeatureMap`.
@@ -83,7 +95,7 @@ class AnalyticHead(Head):
         tensor([[0.5000,   -inf, 0.3000]])
 
     Source: H. Zhuang et al., arXiv 2405.17779 (AEF-OCL); H. Zhuang et al., arXiv 2205.14922 (ACIL);
-    D. Fang et al., arXiv 2408.10349 (AIR).
+    D. Fang et al., arXiv 2408.10349 (AIR); G. Golub et al., Technometrics 21, 1979 (generalised cross-validation).
     """
 
     _own_options = (
@@ -105,7 +117,7 @@ class AnalyticHead(Head):
         self,
         in_features: int,
         *,
-        gamma: float = 1.0,
+        gamma: float | Literal["auto"] = 1.0,
         expansion_dim: int | None = None,
         activation: Activation = "relu",
         projection_init: ProjectionInit = "uniform",
@@ -122,7 +134,7 @@ class AnalyticHead(Head):
         statistics: FeatureStatistics | None = None,
     ) -> None:
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
-        self.gamma = check_number("gamma", gamma, above=0)
+        self.gamma = check_strength("gamma", gamma)
         self.balance = check_choice("balance", balance, ("none", "pfg", "reweight", "expected"))
         self.solver = check_choice("solver", solver, ("gram", "recursive"))
         self.noise = check_number("noise", noise, at_least=0)
@@ -136,6 +148,8 @@ class AnalyticHead(Head):
             raise ArgumentError(
                 'balance="expected" needs expansion_dim=None: behind a lift there is no such expectation; use "pfg"'
             )
+        if self.gamma == "auto" and solver == "recursive":
+            raise ArgumentError('gamma="auto" needs solver="gram": recursion begins with I/gamma, before there is data')
         if balance == "reweight" and solver == "recursive":
             raise ArgumentError('balance="reweight" needs solver="gram": it weighs sums that recursion does not keep')
         if statistics is not None and (bias or solver == "recursive" or expansion_dim is not None):
@@ -150,11 +164,13 @@ class AnalyticHead(Head):
         moments = ("sums", "squares") if balance in ("pfg", "expected") else ()
         sums = ("sums", "class_grams" if balance == "reweight" else "gram")
         self._factor: tuple[int, Tensor] | None = None
+        self._chosen = 1.0  # by the sums, where they choose
+        self._warned = False
         self.raw_statistics: FeatureStatistics | None = None  # of the features before the lift
         self.recursion: RecursiveLeastSquares | None = None
         if solver == "recursive":
             self.statistics = self._adopt(None, in_features, moments)
-            self.recursion = RecursiveLeastSquares(width, self.gamma)
+            self.recursion = RecursiveLeastSquares(width, float(self.gamma))
         elif self.feature_map.is_identity:
             self.statistics = self._adopt(statistics, width, (*sums, *moments))
         else:
@@ -169,6 +185,13 @@ class AnalyticHead(Head):
         width = readout.size if self.num_classes is None else self.num_classes
         weight = torch.zeros(compact.shape[0], width, dtype=torch.float64, device=compact.device)
         return weight.index_copy_(1, readout.classes, compact)
+
+    @property
+    def chosen_gamma(self) -> float:
+        """The ridge strength of the present solution; NaN if it is to be chosen and nothing was learned."""
+        if self.gamma != "auto":
+            return self.gamma
+        return self._chosen if self._solved().size else math.nan
 
     def leverage(self, features: Tensor) -> Tensor:
         r"""Return how far features are from what was learned.
@@ -244,21 +267,27 @@ class AnalyticHead(Head):
 
     def _solved_sums(self) -> Tensor:
         """Return W (D, k) of the balanced system."""
-        sums = self.statistics.sums.to(torch.float64)
+        sums, counts = self.statistics.sums.to(torch.float64), self.statistics.counts.to(torch.float64)
+        rows = square = float(counts.sum())
         if self.balance == "reweight":
-            inverse = 1 / self.statistics.counts.to(torch.float64)
-            weights = inverse * (inverse.numel() / inverse.sum())
-            grams = self.statistics.lower_class_grams().to(torch.float64)
-            lower = torch.einsum("c,cij->ij", weights, grams)
-            return _solve(self._factorised(lower), sums * weights[:, None])
-        if self.balance == "none":
-            return _solve(self._real_factor(), sums)
-        lower = self.statistics.lower_gram().to(torch.float64, copy=True)
-        for position, rows, weight in self._pseudo_rows():
-            add_gram_(lower, rows, weight)
-            if position is not None:
-                sums[position] += weight * rows.sum(dim=0)
-        return _solve(self._factorised(lower), sums)
+            weights = (1 / counts) * (counts.numel() / (1 / counts).sum())
+            lower = torch.einsum("c,cij->ij", weights, self.statistics.lower_class_grams().to(torch.float64))
+            sums, square = sums * weights[:, None], float((weights * counts).sum())
+        elif self.balance == "none" and self.gamma != "auto":
+            return _same_for_same(torch.cholesky_solve(sums.T, self._real_factor()), sums)
+        else:
+            lower = self.statistics.lower_gram().to(torch.float64, copy=True)
+            for position, drawn, weight in self._pseudo_rows():
+                add_gram_(lower, drawn, weight)
+                if position is not None:
+                    sums[position] += weight * drawn.sum(dim=0)
+            if self.balance != "none":
+                rows = square = float(counts.max()) * counts.numel()
+        if self.gamma != "auto":
+            return _same_for_same(torch.cholesky_solve(sums.T, self._factorised(lower, self.gamma)), sums)
+        system = spectrum(lower, sums)
+        self._chosen = system.best_gamma(rows, square)
+        return _same_for_same(system.solve(self._chosen), sums)
 
     def _balanced_recursion(self) -> Tensor:
         """Return W (D, k) after the pseudo-features, on copies."""
@@ -268,7 +297,7 @@ class AnalyticHead(Head):
             targets = rows.new_zeros(rows.shape[0], weight.shape[1])
             if position is not None:
                 targets[:, position] = factor**0.5
-            inverse, weight = woodbury_update(inverse, weight, rows * factor**0.5, targets, self.gamma)
+            inverse, weight = woodbury_update(inverse, weight, rows * factor**0.5, targets, self.recursion.gamma)
         return weight
 
     def _pseudo_rows(self) -> Iterator[tuple[int | None, Tensor, float]]:
@@ -308,24 +337,27 @@ class AnalyticHead(Head):
                 lower = self.statistics.lower_class_grams().to(torch.float64).sum(dim=0)
             else:
                 lower = self.statistics.lower_gram().to(torch.float64, copy=True)
-            self._factor = (version, self._factorised(lower))
+            self._factor = (version, self._factorised(lower, self.chosen_gamma))
         return self._factor[1]
 
-    def _factorised(self, lower: Tensor) -> Tensor:
+    def _factorised(self, lower: Tensor, gamma: float) -> Tensor:
         """Return the Cholesky factor of ``lower + gamma I``; ``lower`` is used up."""
-        lower.diagonal().add_(self.gamma)
+        lower.diagonal().add_(gamma)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(lower)
         if int(failed):
-            raise not_positive_definite(self.gamma, float(lower.diagonal().min()))
+            raise not_positive_definite(gamma, float(lower.diagonal().min()))
+        if not self._warned:
+            advice = 'use gamma="auto", raise gamma, or take the mean off the features and scale them'
+            self._warned = warn_of_lost_digits(
+                condition_number(factor), f"the ridge system with gamma={gamma:.3g}", advice
+            )
         return factor
 
 
-def _solve(factor: Tensor, sums: Tensor) -> Tensor:
-    """Return W (D, k) from the sums (k, D); classes with equal sums get equal weights."""
-    solved = torch.cholesky_solve(sums.T, factor)
-    duplicates = first_equal(sums)
-    return solved if duplicates is None else solved[:, duplicates]
+def _same_for_same(solved: Tensor, sums: Tensor) -> Tensor:
+    """Return W (D, k), in which classes with equal sums (k, D) get equal weights."""
+    return solved if (duplicates := first_equal(sums)) is None else solved[:, duplicates]
 
 
 def pseudo_features(

@@ -52,13 +52,15 @@ class FeatureStatistics(PlainState):
         width: D, features per row.
         sums: Keep per-class sums (k, D).
         gram: Keep the Gram matrix (D, D).
+        scatter: Keep the within-class scatter (D, D), which an offset of the features costs no digits; needs ``sums``.
+            Gives the Gram matrix too where ``gram`` is not kept.
         squares: Keep per-class centred squares (k, D); needs ``sums``.
         class_grams: Keep a Gram matrix per class (k, D, D); D² · 8 bytes a class.
         dtype: Of the stored sums, ``torch.float64``, or ``torch.float32`` for half the memory and about 7 digits.
         max_classes: Class ids must be below this; an id as large as 10⁹ is more often a mistake than a class.
 
     Attributes:
-        kept: Which of the four are kept, by the names of the arguments.
+        kept: Which of the five are kept, by the names of the arguments.
 
     Raises:
         ArgumentError: If an argument is not allowed.
@@ -87,6 +89,7 @@ class FeatureStatistics(PlainState):
         gram: bool = False,
         squares: bool = False,
         class_grams: bool = False,
+        scatter: bool = False,
         dtype: torch.dtype = torch.float64,
         max_classes: int = 65536,
     ) -> None:
@@ -95,10 +98,11 @@ class FeatureStatistics(PlainState):
         self.max_classes = check_count("max_classes", max_classes)
         if dtype not in (torch.float64, torch.float32):
             raise ArgumentError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
-        if squares and not sums:
-            raise ArgumentError("squares=True needs sums=True: centred squares are centred at the means")
+        if (squares or scatter) and not sums:
+            name = "squares" if squares else "scatter"
+            raise ArgumentError(f"{name}=True needs sums=True: what is centred is centred at the means")
         self.dtype = dtype
-        asked = {"sums": sums, "gram": gram, "squares": squares, "class_grams": class_grams}
+        asked = {"sums": sums, "gram": gram, "squares": squares, "class_grams": class_grams, "scatter": scatter}
         self.kept = tuple([name for name in asked if asked[name]])
         # counted with every batch: setting an attribute of a module costs as much as a small product
         self._steps = SimpleNamespace(batches=0, version=0)
@@ -249,9 +253,19 @@ class FeatureStatistics(PlainState):
 
     def lower_gram(self) -> Tensor:
         """Return the state's own (D, D), only the lower triangle of which means anything: for solvers, to copy from."""
+        if "scatter" in self.kept and "gram" not in self.kept:
+            part = self._read()
+            return part.scatter_around(part.tables["centres"].to(torch.float64))
         gram = self._read("gram").gram
         assert gram is not None
         return gram
+
+    @property
+    def scatter(self) -> Tensor:
+        """(D, D) float64, outer products of the features less the mean of their class, summed over all classes."""
+        part = self._read("scatter")
+        moves = -part.tables["sums"].to(torch.float64) / part.tables["counts"][:, None]
+        return mirrored(part.scatter_around(moves).to(torch.float64))
 
     def lower_class_grams(self) -> Tensor:
         """Return the same per class, (k, D, D)."""
@@ -356,20 +370,22 @@ class FeatureStatistics(PlainState):
             destination[prefix + "classes"] = torch.from_numpy(part.ids.copy())
             for name, table in part.tables.items():
                 destination[prefix + name] = table.clone()
-            if part.gram is not None:
-                destination[prefix + "gram"] = mirrored(part.gram)
+            for name, gram in (("gram", part.gram), ("scatter", part.scatter)):
+                if gram is not None:
+                    destination[prefix + name] = mirrored(gram)
 
     def _saved_table(self) -> Table:
         width, dtype, most = self.width, self.dtype, _SQUARE_LIMIT
+        symmetric = ("symmetric", lambda gram: torch.equal(gram, gram.mT))
+        product = Numbers((width, width), dtype, most=most, rule=symmetric)
         kinds = {
             "counts": Numbers(("C",), least=1, most=_COUNT_LIMIT),
             "centres": Numbers(("C", width), torch.float32),
             "sums": Numbers(("C", width), dtype),
             "squares": Numbers(("C", width), dtype, least=0, most=most),
             "class_grams": Numbers(("C", width, width), dtype, most=most),
-            "gram": Numbers(
-                (width, width), dtype, most=most, rule=("symmetric", lambda gram: torch.equal(gram, gram.mT))
-            ),
+            "gram": product,
+            "scatter": product,
         }
         return {
             "format": Numbers(least=_FORMAT, most=_FORMAT),
@@ -379,6 +395,6 @@ class FeatureStatistics(PlainState):
 
     def _take(self, saved: dict[str, Any]) -> None:
         ids = saved["classes"].cpu().numpy().copy()
-        part = Sums(ids, {name: saved[name] for name in self._shared.tables}, saved.get("gram"))
+        part = Sums(ids, {name: saved[name] for name in self._shared.tables}, saved.get("gram"), saved.get("scatter"))
         self._shared, self._own, self._both, self._bad = part.to(self._device, copy=True), None, None, None
         self._steps.version += 1

@@ -266,7 +266,7 @@ def test_works_in_inference_mode_and_autocast(make: Callable[..., Head]) -> None
 
 def test_heads_share_one_set_of_sums() -> None:
     features, targets = sample()
-    statistics = FeatureStatistics(D, gram=True, squares=True)
+    statistics = FeatureStatistics(D, scatter=True, squares=True)  # from which the Gram follows
     ridge, lda = AnalyticHead(D, balance="pfg", statistics=statistics), LDAHead(D, statistics=statistics)
     statistics.update(features, targets)
     alone = AnalyticHead(D, balance="pfg"), LDAHead(D)
@@ -286,7 +286,8 @@ def test_heads_share_one_set_of_sums() -> None:
     "build",
     [
         lambda: LDAHead(D, statistics=FeatureStatistics(D)),
-        lambda: LDAHead(D, statistics=FeatureStatistics(D + 1, gram=True)),
+        lambda: LDAHead(D, statistics=FeatureStatistics(D + 1, scatter=True)),
+        lambda: LDAHead(D, statistics=FeatureStatistics(D, gram=True)),
         lambda: AnalyticHead(D, balance="pfg", statistics=FeatureStatistics(D, gram=True)),
         lambda: AnalyticHead(D, bias=True, statistics=FeatureStatistics(D, gram=True)),
         lambda: AnalyticHead(D, expansion_dim=D, statistics=FeatureStatistics(D, gram=True)),

@@ -17,8 +17,8 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError
 from clkit.methods import FeatureStatistics, _checks
 
-ALL = {"gram": True, "squares": True, "class_grams": True}
-NAMES = ("classes", "counts", "sums", "means", "squares", "deviations", "gram", "class_grams")
+ALL = {"gram": True, "squares": True, "class_grams": True, "scatter": True}
+NAMES = ("scatter", "classes", "counts", "sums", "means", "squares", "deviations", "gram", "class_grams")
 
 
 def sample(rows: int = 60, width: int = 5, ids: tuple[int, ...] = (1, 4, 9), seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,7 @@ def by_numpy(features: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
     ids = np.unique(y)
     of = [x[y == c] for c in ids]
     return {
+        "scatter": sum(((f - f.mean(0)).T @ (f - f.mean(0)) for f in of), np.zeros((x.shape[1],) * 2)),
         "classes": ids,
         "counts": np.array([len(f) for f in of]),
         "sums": np.array([f.sum(0) for f in of]),

@@ -17,7 +17,7 @@ from clkit.errors import BatchError, ConfigurationError
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
 from clkit.testing._compare import changed
 
-PARTS = {"gram": True, "squares": True, "class_grams": True}
+PARTS = {"gram": True, "squares": True, "class_grams": True, "scatter": True}
 TOTAL = 41
 
 
@@ -36,6 +36,7 @@ def heads() -> list[Any]:
         AnalyticHead(6, balance="reweight"),
         NearestMeanHead(6),
         LDAHead(6),
+        AnalyticHead(6, gamma="auto"),
     ]
 
 

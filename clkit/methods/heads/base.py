@@ -228,9 +228,10 @@ class Head(nn.Module):
     def _adopt(self, statistics: FeatureStatistics | None, width: int, needed: tuple[str, ...]) -> FeatureStatistics:
         """Return the given statistics, if they have what is needed, or new ones."""
         if statistics is None:
-            kept: Any = {name: name in needed for name in ("sums", "gram", "squares", "class_grams")}
-            return FeatureStatistics(width, max_classes=self._limit[0], **kept)
-        if statistics.width != width or not set(needed) <= set(statistics.kept):
+            parts: Any = {name: name in needed for name in ("sums", "gram", "squares", "class_grams", "scatter")}
+            return FeatureStatistics(width, max_classes=self._limit[0], **parts)
+        kept = {*statistics.kept, *(["gram"] if "scatter" in statistics.kept else [])}  # the one gives the other
+        if statistics.width != width or not set(needed) <= kept:
             raise ArgumentError(
                 f"statistics must have width {width} and keep {needed}, "
                 f"got width {statistics.width} with {statistics.kept}"
