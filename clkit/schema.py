@@ -26,14 +26,18 @@ __all__ = [
     "Instance",
     "Kind",
     "Many",
+    "Named",
     "Nested",
     "Numbers",
     "OneOf",
+    "Real",
+    "Row",
     "Settings",
     "Table",
     "Whole",
     "check_format",
     "describe",
+    "is_same",
     "read_entries",
     "read_own",
     "read_state",
@@ -46,6 +50,7 @@ STREAM = "clkit_stream"  # the key of a checkpoint under which a run keeps its p
 STRATEGY = "clkit_strategy"  # the entry of a whole checkpoint that holds what the strategy has learned
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ORDERED = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 FINITE = 1e120  # squares of larger numbers, summed and multiplied, leave float64
 _ROW_BYTES = 2**40  # one row of a tensor, which says its shape even where no rows are stored
 _DAMAGED = "the file is damaged, or of another kind"
@@ -126,6 +131,22 @@ def describe(value: Any) -> str:
     return f"a number of {value.bit_length()} bits" if kind is int else f"a {kind.__name__}"
 
 
+def is_same(value: Any, own: Any) -> bool:
+    """Return whether a value of unknown origin is a plain one of one's own, to the types within.
+
+    Example:
+        >>> is_same([1, "a"], [1, "a"]), is_same(True, 1), is_same(torch.zeros(2), None)
+        (True, False, False)
+    """
+    if type(value) is not type(own):
+        return False
+    if isinstance(own, list | tuple):
+        return len(value) == len(own) and all(map(is_same, value, own))
+    if isinstance(own, dict):
+        return value.keys() == own.keys() and all(is_same(value[key], own[key]) for key in own)
+    return bool(value == own)
+
+
 @dataclass(frozen=True)
 class Numbers(Kind):
     """A tensor that stores each of its values; it is detached when it is read.
@@ -163,6 +184,7 @@ class Numbers(Kind):
             _refuse(name, self._wanted(sizes), "a tensor that does not store each of its values")
 
         fits = self.dtype in (None, value.dtype) or (self.dtype == FLOATS and value.dtype in FLOATS)
+        fits &= self.any_value or value.dtype in _ORDERED
         fits &= len(self.shape) == value.ndim or (... in self.shape and len(self.shape) - 1 <= value.ndim)
         for wanted, size in zip(self.shape, value.shape if fits else (), strict=False):
             fits &= wanted is ... or size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
@@ -218,6 +240,23 @@ class Whole(Kind):
 
 
 @dataclass(frozen=True)
+class Real(Kind):
+    """A finite number from ``least`` to ``most``, read as a float, or ``None`` if it is ``optional``."""
+
+    least: float = -FINITE
+    most: float = FINITE
+    optional: bool = False
+
+    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> float | None:
+        if value is None and self.optional:
+            return None
+        if type(value) not in (int, float) or not self.least <= value <= self.most:  # NaN is in no bounds
+            wanted = f"a finite number from {self.least} to {self.most}" + " or None" * self.optional
+            _refuse(name, wanted, describe(value))
+        return float(value)
+
+
+@dataclass(frozen=True)
 class OneOf(Kind):
     """One of some strings, numbers, truth values or ``None``, and what the reader of the error can do."""
 
@@ -243,7 +282,7 @@ class Settings(Kind):
         entries = read_entries(value, name)
         for key, own in self.values.items():
             seen = entries.get(key, own)
-            if key not in self.free and (type(seen) is not type(own) or seen != own):
+            if key not in self.free and not is_same(seen, own):
                 _refuse(f"{name}: {key}", describe(own), describe(seen), self.advice)
         if odd := entries.keys() ^ self.values.keys():
             differs = ", ".join(map(describe, sorted(odd)[:10]))
@@ -278,6 +317,19 @@ class Many(Kind):
 
 
 @dataclass(frozen=True)
+class Row(Kind):
+    """A list with the entries of a table, in its order and without their names."""
+
+    table: Table
+
+    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> list[Any]:
+        if type(value) is not list or len(value) != len(self.table):
+            seen = f"a list of {len(value)}" if type(value) is list else describe(value)
+            _refuse(name, f"a list of {len(self.table)}, {', '.join(self.table)}", seen)
+        return list(read_state(dict(zip(self.table, value, strict=True)), self.table, name).values())
+
+
+@dataclass(frozen=True)
 class Nested(Kind):
     """A dictionary with a table of its own."""
 
@@ -287,14 +339,24 @@ class Nested(Kind):
         return read_state(value, self.table, name)
 
 
+@dataclass(frozen=True)
+class Named(Kind):
+    """A dictionary of any names with values of one kind."""
+
+    kind: Kind
+
+    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
+        return read_state(value, dict.fromkeys(read_entries(value, name), self.kind), name)
+
+
 def read_own(state: Any, table: Table, owner: str) -> dict[str, Any]:
     """Return the entries of a saved state that a table names, checked as by :func:`read_state`; it may have others."""
     own = {name: value for name, value in read_entries(state, owner).items() if name in table}
     return read_state(own, table, owner)
 
 
-def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> Any:
-    """Return one entry, of a type, of a saved state that has others too; else raise a StateError.
+def saved_entry(state: Any, name: str, kind: type | UnionType | Kind, owner: str) -> Any:
+    """Return one entry, of a type or a kind, of a saved state that has others too; else raise a StateError.
 
     Example:
         >>> saved_entry({"batches": 3}, "batches", int, "NMC(nmc)")
@@ -303,7 +365,8 @@ def saved_entry(state: Any, name: str, kind: type | UnionType, owner: str) -> An
     entries = read_entries(state, owner)
     if name not in entries:
         raise StateError(f"{owner}: the saved state has no {name!r}; {_DAMAGED}")
-    return Instance(kind)._read(entries[name], f"{owner}: {name!r}", {})
+    kind = kind if isinstance(kind, Kind) else Instance(kind)
+    return kind._read(entries[name], f"{owner}: {name!r}", {})
 
 
 def check_format(state: Any, known: int, owner: str) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from clkit.arguments import check_arguments
 from clkit.callbacks.head import HeadCallback
-from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead
-from clkit.methods._checks import check_settings
 
 __all__ = ["AEFOCL", "Lift", "PseudoFeatures"]
 
@@ -29,6 +28,9 @@ class Lift:
     projection_init: Literal["uniform", "normal"] = "uniform"
     projection_seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_arguments(Lift, vars(self))
+
 
 @dataclass(frozen=True)
 class PseudoFeatures:
@@ -45,6 +47,9 @@ class PseudoFeatures:
     clamp_min: float | None = None
     pfg_max_per_class: int | None = None
     pfg_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_arguments(PseudoFeatures, vars(self))
 
 
 class AEFOCL(HeadCallback):
@@ -101,10 +106,8 @@ class AEFOCL(HeadCallback):
         name: str = "aef_ocl",
         **options: Any,
     ) -> None:
+        check_arguments(AEFOCL, locals())
         super().__init__(name=name, **options)
-        if not isinstance(lift, Lift | None):
-            raise ArgumentError(f"lift must be a Lift or None, got {lift!r}; write lift=Lift(500) for 500 dimensions")
-        check_settings("pseudo_features", pseudo_features, PseudoFeatures)
         self.max_classes = max_classes
         self._head_options: dict[str, Any] = {
             **({} if lift is None else asdict(lift)),

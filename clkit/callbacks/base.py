@@ -12,12 +12,13 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, StateError, refuse_unknown_arguments
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods._checks import check_batch
-from clkit.schema import MERGED, check_format, saved_entry
+from clkit.schema import MERGED, Whole, check_format, saved_entry
 from clkit.stream import resume
 from clkit.stream._lightning import trained_batches
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
@@ -155,7 +156,7 @@ class StreamCallback(pl.Callback):
             StateError: If it is of another format, or does not fit this callback.
         """
         check_format(state_dict, FORMAT, self.state_key)
-        batches = saved_entry(state_dict, "batches", int, self.state_key)
+        batches = saved_entry(state_dict, "batches", Whole(), self.state_key)
         self.load_stream_state(state_dict)
         self._batches = batches
 
@@ -192,7 +193,7 @@ class StreamCallback(pl.Callback):
             rank_zero_warn(f"the checkpoint has no state for {self.state_key}: it starts with nothing learned")
         elif loops := checkpoint.get("loops"):
             trained = loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
-            batches = saved_entry(entries[self.state_key], "batches", int, self.state_key)
+            batches = saved_entry(entries[self.state_key], "batches", Whole(), self.state_key)
             if batches < trained:
                 raise StateError(
                     f"{self.state_key} had learned {batches} of {trained} batches when the checkpoint was saved: a "
@@ -243,6 +244,7 @@ class FeatureCallback(StreamCallback):
     def __init__(
         self, *, layer: str = "auto", forward: FeaturesFrom = "auto", batch_reader: BatchReader | None = None
     ) -> None:
+        check_arguments(FeatureCallback, locals())
         super().__init__()
         self.layer = layer
         self.forward = forward

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from clkit.arguments import check_arguments
 from clkit.callbacks._own_pass import own_pass
 from clkit.callbacks._recording import Recorder, layers_of
 from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show, show_evaluation
@@ -19,7 +20,7 @@ from clkit.features.batch import BatchReader
 from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, forward
 from clkit.report.results import Recorded, Results, RunResults
-from clkit.schema import saved_entry
+from clkit.schema import Real, saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience, experience_state, saved_experience
@@ -80,12 +81,10 @@ class StreamEvaluation(FeatureCallback):
         layer: str = "auto",
         batch_reader: BatchReader | None = None,
     ) -> None:
+        check_arguments(StreamEvaluation, locals())
         super().__init__(layer=layer, batch_reader=batch_reader)
-        for name, value in (("module", module), ("figures", figures)):
-            if value not in ("auto", True, False):
-                raise ArgumentError(f"{name} must be 'auto', True or False, got {value!r}")
-        if isinstance(keep_features, bool) or not isinstance(keep_features, int | float) or keep_features < 0:
-            raise ArgumentError(f"keep_features must be a number of MiB of at least 0, got {keep_features!r}")
+        if keep_features < 0:
+            raise ArgumentError(f"keep_features must be a number of MiB of at least 0, got {keep_features}")
         self.module = module
         self.table = table
         self.files = files
@@ -395,6 +394,6 @@ class StreamEvaluation(FeatureCallback):
         measured = RunResults()
         measured.load_state_dict(state, self.state_key)
         clocks = saved_entry(state, "seconds", dict, self.state_key)
-        seconds = {name: float(saved_entry(clocks, name, int | float, self.state_key)) for name in self._seconds}
+        seconds = {name: saved_entry(clocks, name, Real(least=0), self.state_key) for name in self._seconds}
         self._pending = saved_experience(state, "pending", self.state_key)
         self._measured, self._seconds = measured, seconds

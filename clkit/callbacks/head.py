@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError, first_line
@@ -63,6 +64,7 @@ class HeadCallback(FeatureCallback):
         graft: GraftWhen = "never",
         reset_each_task: bool = False,
     ) -> None:
+        check_arguments(HeadCallback, locals())
         super().__init__(layer=layer, forward=forward, batch_reader=batch_reader)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == MODULE:
             raise ArgumentError(

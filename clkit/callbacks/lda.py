@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from clkit.arguments import check_arguments
 from clkit.callbacks.head import HeadCallback
 from clkit.methods import LDAHead
 
@@ -50,6 +51,7 @@ class LDA(HeadCallback):
         name: str = "lda",
         **options: Any,
     ) -> None:
+        check_arguments(LDA, locals())
         super().__init__(name=name, **options)
         self.shrinkage = shrinkage
         self.max_classes = max_classes

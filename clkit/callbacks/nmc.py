@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
+from clkit.arguments import check_arguments
 from clkit.callbacks.base import Stage
 from clkit.callbacks.head import HeadCallback
 from clkit.distributed import gather_objects, share_buffers
@@ -69,9 +70,8 @@ class NMC(HeadCallback):
         name: str = "nmc",
         **options: Any,
     ) -> None:
+        check_arguments(NMC, locals())
         super().__init__(name=name, **options)
-        if memory not in (None, "replay"):
-            raise ArgumentError(f"memory must be None or 'replay', got {memory!r}")
         if memory and (self.forward != "auto" or self.reset_each_task):
             raise ArgumentError(
                 f"memory='replay' learns no batches, so forward={self.forward!r} and "

@@ -9,28 +9,27 @@ import numpy as np
 
 from clkit.data.loader import Rows, cut_batches
 from clkit.errors import DataError, StateError
-from clkit.schema import Instance, Many, Nested, OneOf, Table, Whole, read_state
+from clkit.schema import Instance, Many, Nested, OneOf, Row, Table, Whole, read_state
 
 __all__ = ["StreamPosition"]
 
 FORMAT = 1
 
 _OWNER = "the saved stream position"
-_EXPERIENCE: Table = {"name": Instance(str), "classes": Many(Instance(int))}
 _SCHEDULE: Table = {"epochs_per_experience": Whole(1), "warmup_epochs": Whole()}
 _ORDER: Table = {
     "batch_size": Whole(1),
     "world_size": Whole(1),
-    "seed": Instance(int),
+    "seed": Whole(),
     "shuffle": Instance(bool),
     "train_samples": Whole(optional=True),
 }
 _TABLE: Table = {
     "format": OneOf((FORMAT,)),
-    "epoch": Whole(),
+    "epoch": Whole(most=2**24),
     "batches": Whole(),
     "reached": Whole(),
-    "experiences": Many(Instance(list)),
+    "experiences": Many(Row({"name": Instance(str), "classes": Many(Whole())})),
     "schedule": Nested(_SCHEDULE),
     "order": Nested(_ORDER),
 }
@@ -59,8 +58,6 @@ class StreamPosition:
             StateError: If it is none.
         """
         saved = read_state(state, _TABLE, _OWNER)
-        for each in saved["experiences"]:
-            read_state(dict(zip(_EXPERIENCE, each, strict=False)), _EXPERIENCE, f"{_OWNER}: experiences")
         del saved["format"]
         return cls(**saved)
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, DataError
 from clkit.methods._checks import check_choice, check_count
 
@@ -63,6 +65,7 @@ class Preprocessing:
     channels: int | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         for name in ("size", "resize", "channels"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -71,7 +74,7 @@ class Preprocessing:
             raise ArgumentError(
                 f"resize ({self.resize}) must not be smaller than size ({self.size}), which is cut of it"
             )
-        if self.std is not None and not bool((torch.as_tensor(self.std) > 0).all()):
+        if self.std is not None and not bool((np.asarray(self.std, dtype=np.float64) > 0).all()):
             raise ArgumentError(f"std must be positive, got {self.std}")
 
     @classmethod

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from clkit.arguments import check_arguments
 from clkit.data.class_orders import published_order
 from clkit.data.sources.base import Int64, id_vector
 from clkit.errors import ArgumentError, DataError
@@ -157,6 +158,7 @@ class _ClassScenario(Scenario):
     seed: int | None
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         if isinstance(self.class_order, str):
             published_order(self.class_order)  # what can be checked before the data is known
         _check_count("seed", self.seed, at_least=0)
@@ -310,6 +312,7 @@ class DomainIncremental(Scenario):
     ordered: bool = False
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         if self.by != "domain":
             raise ArgumentError(f"by={self.by!r} is not known; the only value is 'domain'")
         _check_count("seed", self.seed, at_least=0)
@@ -471,7 +474,7 @@ class LongTailed(Scenario):
     factor: float
 
     def __post_init__(self) -> None:
-        _check_inner(self.inner)
+        check_arguments(type(self), vars(self))
         if not 0 < self.factor <= 1:
             raise ArgumentError(f"factor={self.factor} must lie in (0, 1]: each class is that much rarer than the last")
 
@@ -519,6 +522,7 @@ class NaturalOrder(Scenario):
     experiences: int
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         _check_count("experiences", self.experiences)
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
@@ -561,10 +565,9 @@ class Joint(Scenario):
     experiences: int | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         _check_count("experiences", self.experiences)
-        if self.inner is not None:
-            _check_inner(self.inner)
-        elif self.experiences is not None:
+        if self.inner is None and self.experiences is not None:
             raise ArgumentError(f"experiences={self.experiences} needs inner, the scenario that cuts them")
 
     def split(self, train: Labels, test: Labels) -> list[Split]:
@@ -629,11 +632,6 @@ def _classes_name(classes: Int64) -> str:
 def _check_count(argument: str, value: int | None, at_least: int = 1) -> None:
     if value is not None:
         check_count(argument, value, at_least=at_least)
-
-
-def _check_inner(inner: Scenario) -> None:
-    if not isinstance(inner, Scenario):
-        raise ArgumentError(f"inner={inner!r} must be a Scenario, e.g. ClassIncremental(experiences=5)")
 
 
 def _check_permutation(argument: str, kind: str, order: Sequence[int], present: Int64) -> Int64:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.data._fit import prepare_fit
 from clkit.data.batch_form import BatchForm, batch_former
 from clkit.data.cutting import CutStream, PartName, cut_stream
@@ -107,9 +109,10 @@ class StreamDataModule(pl.LightningDataModule):
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
-        root: str | None = None,
+        root: str | Path | None = None,
         batch_form: BatchForm = "tuple",
     ) -> None:
+        check_arguments(StreamDataModule, locals())
         super().__init__()
         self.seed = check_count("seed", seed, at_least=0)
         self.num_workers = check_count("num_workers", num_workers, at_least=0)

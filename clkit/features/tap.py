@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from clkit.arguments import check_arguments
 from clkit.errors import TapError, did_you_mean
 
 __all__ = ["FeatureTap", "Handle", "Tapped"]
@@ -124,6 +125,7 @@ class FeatureTap:
     """Whether a forward is on its way that was run for its features alone, whichever tap asked for it."""
 
     def __init__(self, module: nn.Module, layer: str = "auto") -> None:
+        check_arguments(FeatureTap, locals())
         self.layer = layer
         self._module = module
         self._relay = _Relay()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clkit.arguments import in_short
 from clkit.errors import ArgumentError, BatchError
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "check_finite",
     "check_number",
     "check_probability",
-    "check_settings",
     "derived_seed",
     "generator",
 ]
@@ -172,8 +172,9 @@ def _labels(targets: Tensor, rows: int) -> Ids:
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:
     """Return an argument that must be an integer with a lower bound; else raise an ArgumentError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ArgumentError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**63:
+        size = " below 2**63" * (isinstance(value, int) and value >= 2**63)
+        raise ArgumentError(f"{name} must be an integer of at least {at_least}{size}, got {in_short(value)}")
     return value
 
 
@@ -199,12 +200,6 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
-
-
-def check_settings(name: str, value: object, kind: type) -> None:
-    """Raise an ArgumentError for an argument that is no object of a class of settings."""
-    if not isinstance(value, kind):
-        raise ArgumentError(f"{name} must be {kind.__name__}(…), got {value!r}")
 
 
 def derived_seed(seed: int, *path: int) -> int:

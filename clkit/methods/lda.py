@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
 from clkit.methods._checks import check_probability
 from clkit.methods._solving import condition_number, spectrum, warn_of_lost_digits
@@ -70,6 +71,7 @@ class LDAHead(Head):
         max_classes: int = 65536,
         statistics: FeatureStatistics | None = None,
     ) -> None:
+        check_arguments(LDAHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
         if isinstance(shrinkage, str):
             if shrinkage != "auto":

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
+from clkit.arguments import check_arguments
 from clkit.methods._checks import Batch, check_choice
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
@@ -71,6 +72,7 @@ class NearestMeanHead(Head):
         num_classes: int | None = None,
         max_classes: int = 65536,
     ) -> None:
+        check_arguments(NearestMeanHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
         self.metric = check_choice("metric", metric, ("janson", "euclidean", "icarl", "cosine"))
         self.normalizes = metric != "euclidean"

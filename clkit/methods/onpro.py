@@ -10,6 +10,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_number
 from clkit.methods._state import exact
@@ -73,6 +74,7 @@ class OnProLosses:
     similarity_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_choice("rotation", self.rotation, tuple(VARIANTS))
         for name in ("ce_new", "ce_mem", "instance_new", "instance_mem", "ope_new", "ope_seen"):
             check_number(name, getattr(self, name), at_least=0)
@@ -217,6 +219,7 @@ class OnlinePrototypes:
     """What a saved state must look like."""
 
     def __init__(self, mixing: Mixing = Mixing()) -> None:
+        check_arguments(OnlinePrototypes, locals())
         self.mixing = mixing
         self.reset()
 

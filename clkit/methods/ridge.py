@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clkit.arguments import check_arguments
 from clkit.distributed import world_size
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.methods._checks import Batch, check_choice, check_count, check_number, generator
@@ -26,6 +27,7 @@ __all__ = ["AnalyticHead", "pseudo_features"]
 Balance = Literal["none", "pfg", "reweight", "expected"]
 Solver = Literal["gram", "recursive"]
 
+_MOST_ROWS = 2**26  # of pseudo-features a solve, about an hour of drawing
 _BLOCK_ROWS = 256  # of pseudo-features at once; fixed for good: the numbers drawn depend on it
 
 
@@ -133,6 +135,7 @@ class AnalyticHead(Head):
         max_classes: int = 65536,
         statistics: FeatureStatistics | None = None,
     ) -> None:
+        check_arguments(AnalyticHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
         self.gamma = check_strength("gamma", gamma)
         self.balance = check_choice("balance", balance, ("none", "pfg", "reweight", "expected"))
@@ -307,6 +310,13 @@ class AnalyticHead(Head):
         moments = self.statistics if self.raw_statistics is None else self.raw_statistics
         counts = moments.counts
         missing = counts.max() - counts
+        if self.balance == "pfg":
+            wanted = int(missing.double().clamp(max=self.pfg_max_per_class or _MOST_ROWS * 2).sum())
+            if wanted > _MOST_ROWS:
+                raise ConfigurationError(
+                    f'balance="pfg" would draw {wanted} pseudo-features or more at each solve, of {_MOST_ROWS} at '
+                    f"most; pass a smaller pfg_max_per_class (it is {self.pfg_max_per_class})"
+                )
         means, deviations = moments.means[:, : self.in_features], moments.deviations[:, : self.in_features]
         for position, (class_id, count) in enumerate(zip(moments.classes.tolist(), missing.tolist(), strict=True)):
             if self.balance == "expected":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.distributed import report_lost_process, world_size
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
 from clkit.methods._checks import Batch, check_batch, check_count
@@ -93,6 +94,7 @@ class FeatureStatistics(PlainState):
         dtype: torch.dtype = torch.float64,
         max_classes: int = 65536,
     ) -> None:
+        check_arguments(FeatureStatistics, locals())
         super().__init__()
         self.width = check_count("width", width)
         self.max_classes = check_count("max_classes", max_classes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
 from clkit.metrics import figures, functional
 from clkit.metrics._stream_metric import AccuracyMetric, StreamMetric
@@ -293,6 +294,7 @@ class AMCA(_StreamValue):
     _label = "average mean class accuracy"
 
     def __init__(self, num_test_classes: int | None = None, **kwargs: Any) -> None:
+        check_arguments(AMCA, locals())
         super().__init__(**kwargs)
         if num_test_classes is not None and num_test_classes < 1:
             raise ArgumentError(

@@ -18,6 +18,8 @@ from clkit.schema import Numbers, Whole, read_state
 __all__ = ["StreamCounts", "Tables", "add_up", "staged_counts"]
 
 MOST_STAGES = 2**20  # more in a saved state are damage, for which no table should be made
+MOST_CELLS = 2**26  # of a dense table, by the same right
+MOST_SAMPLES = 2**53
 _TABLE = {"counts": Numbers(("n", 5)), "last": Whole(-1, MOST_STAGES - 1)}
 
 
@@ -144,6 +146,11 @@ class StreamCounts:
         lowest = torch.tensor([0, 0, 0, -1, 1])
         if bool((rows < lowest).any()) or not torch.equal(rows, add_up(rows[:, :4], rows[:, 4])):
             raise StateError(f"{owner}: its counts cannot be right; the file is damaged")
+        if float(rows[:, 4].double().sum()) > MOST_SAMPLES:
+            raise StateError(f"{owner}: its counts add up to more than {MOST_SAMPLES} samples; the file is damaged")
+        width = max(int(rows[:, 1].max()) + 1, len(rows[:, 2].unique())) if len(rows) else 0
+        if (last + 1) * width > MOST_CELLS:
+            raise StateError(f"{owner}: a table of {last + 1} stages by {width} cannot be right; the file is damaged")
         if bool((rows[:, 0] > last).any()):
             raise StateError(f"{owner}: {last} cannot be its last stage; the file is damaged")
         self.rows, self.last = rows, last

@@ -11,8 +11,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean, first_line
 from clkit.features.batch import BatchReader, Readings, read_batch, read_inputs
+from clkit.methods._checks import check_count
 from clkit.stream._lightning import datamodule_of
 
 __all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout"]
@@ -41,6 +43,7 @@ class IdentityBackbone(nn.Module):
     """
 
     def __init__(self, num_classes: int = 0, in_features: int | None = None) -> None:
+        check_arguments(IdentityBackbone, locals())
         super().__init__()
         self.num_features = in_features
         self.reset_classifier(num_classes)
@@ -51,6 +54,7 @@ class IdentityBackbone(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Make a new classifier."""
+        check_count("num_classes", num_classes, at_least=0)
         if num_classes and self.num_features is None:
             raise ArgumentError(
                 f"an identity backbone with num_classes={num_classes} needs the width of the features: "
@@ -102,7 +106,7 @@ class TimmClassifier(pl.LightningModule):
         backbone: str = "resnet18",
         *,
         pretrained: bool = False,
-        checkpoint_path: str | None = None,
+        checkpoint_path: str | Path | None = None,
         model_kwargs: dict[str, Any] | None = None,
         small_images: bool = False,
         channels_last: bool = False,
@@ -112,11 +116,12 @@ class TimmClassifier(pl.LightningModule):
         label_smoothing: float = 0.0,
         batch_reader: BatchReader | None = None,
     ) -> None:
+        check_arguments(TimmClassifier, locals())
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
             raise ArgumentError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         self.backbone = backbone
-        self.num_classes = num_classes
+        self.num_classes = None if num_classes is None else check_count("num_classes", num_classes, at_least=0)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.label_smoothing = label_smoothing
@@ -231,8 +236,11 @@ def _replace_stem(network: Any, backbone: str) -> None:
     network.maxpool = nn.Identity()
 
 
-def _build(backbone: str, pretrained: bool, checkpoint_path: str | None, options: dict[str, Any]) -> Any:
+def _build(backbone: str, pretrained: bool, checkpoint_path: str | Path | None, options: dict[str, Any]) -> Any:
     if backbone == "identity":
+        if unknown := options.keys() - {"in_features", "num_classes"}:
+            names = sorted(map(str, unknown))
+            raise ArgumentError(f"model_kwargs of the identity backbone can only be in_features, got {names}")
         return IdentityBackbone(**options)
     import timm
 
@@ -246,8 +254,8 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | None, options
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise ArgumentError(f"checkpoint_path={checkpoint_path!r} is not a file; give the path of the weights")
     try:
-        return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=checkpoint_path or "", **options)
-    except TypeError as error:
+        return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=str(checkpoint_path or ""), **options)
+    except (TypeError, ValueError, AssertionError) as error:
         raise ArgumentError(f"timm refuses the model_kwargs {options} for {backbone!r}: {error}") from error
     except OSError as error:
         if not pretrained:
@@ -258,7 +266,8 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | None, options
         ) from error
     except RuntimeError as error:
         if checkpoint_path is None:
-            raise
+            refused = f"timm refuses the model_kwargs {options} for {backbone!r}: {first_line(error)}"
+            raise ArgumentError(refused) from error
         raise StateError(
             f"checkpoint_path={checkpoint_path!r} does not fit {backbone!r} with {options}: {first_line(error)}; set "
             "num_classes and model_kwargs to those the file was saved with"

@@ -16,7 +16,7 @@ from torch import Tensor
 from clkit._version import __version__
 from clkit.errors import ArgumentError, StateError
 from clkit.files import atomic_write
-from clkit.metrics.counts import StreamCounts
+from clkit.metrics.counts import MOST_CELLS, MOST_SAMPLES, StreamCounts
 from clkit.metrics.functional import plain, summarize
 from clkit.schema import Many, Numbers, Whole, read_entries, read_state, saved_entry
 
@@ -137,7 +137,9 @@ class RunResults:
         for name, values in read_state(saved, table, f"{owner}, columns").items():
             columns[name] = values.cpu()
             places = columns[name][:, [0, 1, 3]]
-            if bool((places != places.round()).any() | (places < 0).any()):
+            cells = (places[:, :2].amax(dim=0) + 1).prod() if len(places) else 0  # of its table by stage and experience
+            whole = bool((places == places.round()).all() & (places >= 0).all() & (places <= MOST_SAMPLES).all())
+            if not whole or cells > MOST_CELLS:
                 raise StateError(f"{owner}: the means of column {name!r} cannot be right; the file is damaged")
         cut = read_state({"cut": saved_entry(state, "cut", list, owner)}, {"cut": Many(Whole())}, owner)["cut"]
         self.counts, self.columns, self.cut, self._summaries = counts, columns, set(cut), None

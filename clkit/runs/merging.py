@@ -14,7 +14,7 @@ from clkit.files import check_output, read_checkpoint, write_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import layer_values
 from clkit.runs.heads import build_head, head_entries
-from clkit.schema import MERGED, STRATEGY, STREAM, saved_entry
+from clkit.schema import MERGED, STRATEGY, STREAM, Named, Numbers, saved_entry
 
 __all__ = ["HeadSummary", "hand_over", "merge_checkpoints", "save_checkpoint"]
 
@@ -211,7 +211,7 @@ def hand_over(checkpoint: dict[str, Any], key: str, head: Head) -> None:
     graft = entry.get("graft")
     if graft is None:
         return
-    own = saved_entry(graft, "own", dict, key)
+    own = saved_entry(graft, "own", Named(Numbers((...,), None, any_value=True)), key)
     values = layer_values(head, own)
     # what does not fit any more, or stood in the classifier's place, is made anew of the head when it is loaded
     entry["graft"] = {"own": {} if values is None else own, "layer": {}} if head.classes.numel() else None

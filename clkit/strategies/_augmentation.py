@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clkit.errors import ArgumentError, BatchError
+from clkit.errors import BatchError
 from clkit.methods.replay.views import RandomViews
 
 __all__ = ["Augmentation"]
@@ -24,11 +24,6 @@ class Augmentation:
     """
 
     def __init__(self, transform: Callable[[Tensor], Tensor] | None) -> None:
-        if transform is not None and not callable(transform):
-            raise ArgumentError(
-                f"transform must be a callable on images, or None for RandomViews, got {transform!r}; "
-                "torch.nn.Identity() augments nothing"
-            )
         self.transform: Callable[[Tensor], Tensor] = RandomViews() if transform is None else transform
         self.is_identity = isinstance(self.transform, nn.Identity)
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_choice, check_count
@@ -40,6 +41,7 @@ class Projection:
     dim: int | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_choice("projection.kind", self.kind, ("linear", "mlp"))
         if self.dim is not None:
             check_count("projection.dim", self.dim)

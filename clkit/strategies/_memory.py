@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, StateError
 from clkit.methods._checks import check_choice, derived_seed
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.selection import even
-from clkit.schema import Many, Numbers, Table, Whole, read_own
+from clkit.schema import Many, Numbers, Table, Whole, read_own, saved_entry
 from clkit.strategies._ranks import ReplayRanks, ShardedRanks
 
 __all__ = ["Counters", "MemorySettings", "ReplayMemory"]
@@ -53,6 +53,7 @@ class MemorySettings:
     scope: Literal["replicated", "sharded"] = "replicated"
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_choice("scope", self.scope, ("replicated", "sharded"))
         check_choice("policy", self.policy, ("uniform", "class_balanced"))  # also where no memory is made
         check_choice("storage", self.storage, ("same", "uint8", "float16"))
@@ -66,7 +67,8 @@ class ReplayMemory:
         self.ranks: ReplayRanks = ShardedRanks() if settings.scope == "sharded" else ReplayRanks()
         self._seed = seed
         self._options = {name: getattr(settings, name) for name in ("policy", "storage", "mean", "std", "device")}
-        self.rows = ReservoirBuffer(capacity, seed=seed, **self._options) if capacity else None
+        rows = ReservoirBuffer(max(capacity, 1), seed=seed, **self._options)  # settings are checked without rows, too
+        self.rows = rows if capacity else None
         self._parts = 1  # of which `rows` is one
 
     def share_out(self) -> None:
@@ -97,9 +99,8 @@ class ReplayMemory:
                 f"capacity={self.capacity}; use the capacity of the saved run"
             )
         for memory in memories:
-            images = memory.get("data")
-            if isinstance(images, Tensor) and images.is_floating_point() and not bool(images.isfinite().all()):
-                raise StateError(f"{owner}: images in the saved memory are not finite; the file is damaged")
+            if "data" in memory:  # images have to be finite, which the memory does not ask of its rows
+                saved_entry(memory, "data", Numbers(("N", ...), None), f"{owner}: the saved memory")
 
     def load(self, memories: list[dict[str, Any]], owner: str) -> None:
         """Take the part of this process, or a share of all parts where there were more or fewer; all or nothing."""

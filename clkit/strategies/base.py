@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from clkit.arguments import check_arguments
 from clkit.distributed import report_lost_process
 from clkit.errors import ConfigurationError, StateError, refuse_unknown_arguments
 from clkit.features.batch import BatchReader, Readings
@@ -74,6 +75,7 @@ class LearningStrategy(DDPStrategy):
     projector: nn.Module | None = None
 
     def __init__(self, *, batch_reader: BatchReader | None = None, **ddp_options: Any) -> None:
+        check_arguments(LearningStrategy, locals())
         if ddp_options.get("find_unused_parameters"):
             raise ConfigurationError(
                 "find_unused_parameters=True cannot be combined with a clkit strategy: parts of a step run outside the "

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.methods._checks import check_number
 from clkit.methods.replay.step import Block, StepBatch, StepOutputs, cross_entropy
 from clkit.strategies.replay import SECOND, ReplayStrategy
@@ -45,6 +46,7 @@ class DERPPStrategy(ReplayStrategy):
     extra_names = ("logits",)
 
     def __init__(self, capacity: int = 200, *, alpha: float = 0.1, beta: float = 0.5, **options: Any) -> None:
+        check_arguments(DERPPStrategy, locals())
         super().__init__(capacity, **options)
         self.alpha = check_number("alpha", alpha, at_least=0)
         self.beta = check_number("beta", beta, at_least=0)

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from clkit.arguments import check_arguments
 from clkit.distributed import broadcast
 from clkit.features.tap import FeatureTap
 from clkit.methods._checks import check_count
@@ -54,6 +55,7 @@ class GradientFreeStrategy(LearningStrategy):
     """
 
     def __init__(self, warmup_epochs: int = 0, **options: Any) -> None:
+        check_arguments(GradientFreeStrategy, locals())
         super().__init__(**options)
         self.warmup_epochs = check_count("warmup_epochs", warmup_epochs, at_least=0)
         self.trains_module = warmup_epochs > 0

@@ -11,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
-from clkit.methods._checks import check_choice, check_count, check_settings
+from clkit.methods._checks import check_choice, check_count
 from clkit.methods.onpro import OnlinePrototypes, OnProLosses
 from clkit.methods.replay.contrast import PrototypeContrast
 from clkit.methods.replay.mixing import MixedBatch, Mixing, of_two_classes
@@ -69,12 +70,9 @@ class OnProStrategy(ReplayStrategy):
         first_experience: Literal["paper", "replay"] = "paper",
         **options: Any,
     ) -> None:
+        check_arguments(OnProStrategy, locals())
         super().__init__(capacity, **options)
         check_choice("first_experience", first_experience, ("paper", "replay"))
-        check_settings("losses", losses, OnProLosses)
-        check_settings("projection", projection, Projection)
-        if mixing is not None:
-            check_settings("mixing", mixing, Mixing)
         if mixing is not None and losses.replays and not losses.ope_seen:
             raise ArgumentError(
                 "images are mixed by the prototypes of the memory, which ope_seen=0 does without; pass mixing=None, or "

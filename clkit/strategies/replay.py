@@ -16,15 +16,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clkit.arguments import check_arguments
 from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.tap import evaluating
-from clkit.methods._checks import check_choice, check_count, check_settings, generator
+from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.contrast import wide
 from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, arrange, total_loss
 from clkit.methods.replay.stored import MemoryRows
-from clkit.schema import Instance, Many, Nested, Table, read_own
+from clkit.schema import Instance, Many, Nested, Table, describe, is_same, read_own
 from clkit.strategies._augmentation import Augmentation
 from clkit.strategies._forward import Projection, SingleForward, checked_batch
 from clkit.strategies._memory import Counters, MemorySettings, ReplayMemory
@@ -114,8 +115,8 @@ class ReplayStrategy(LearningStrategy):
         batch_reader: BatchReader | None = None,
         **ddp_options: Any,
     ) -> None:
+        check_arguments(ReplayStrategy, locals())
         super().__init__(batch_reader=batch_reader, **ddp_options)
-        check_settings("memory", memory, MemorySettings)
         self.capacity = check_count("capacity", capacity, at_least=0)
         self.replay_batch = check_count("replay_batch", replay_batch)
         self.batch_norm = check_choice("batch_norm", batch_norm, ("segments", "joint"))
@@ -380,9 +381,9 @@ class ReplayStrategy(LearningStrategy):
         self._memory.load(saved["memory"], key)
         self._counters = Counters.from_state(saved["counters"])
         changed = [
-            f"{name}={value!r} (was {saved['settings'][name]!r})"
+            f"{name}={value!r} (was {describe(saved['settings'][name])})"
             for name, value in self.settings.items()
-            if saved["settings"].get(name, value) != value
+            if not is_same(saved["settings"].get(name, value), value)
         ]
         if changed:
             rank_zero_warn(f"{key}: the checkpoint was saved with other settings: {', '.join(changed)}")

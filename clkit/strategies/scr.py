@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clkit.methods._checks import check_number, check_settings
+from clkit.arguments import check_arguments
+from clkit.methods._checks import check_number
 from clkit.methods.replay.contrast import supervised_contrast
 from clkit.methods.replay.step import Block, StepBatch, StepOutputs
 from clkit.strategies._forward import Projection
@@ -47,8 +48,8 @@ class SCRStrategy(ReplayStrategy):
         projection: Projection = Projection("mlp"),
         **options: Any,
     ) -> None:
+        check_arguments(SCRStrategy, locals())
         super().__init__(capacity, **options)
-        check_settings("projection", projection, Projection)
         self.temperature = check_number("temperature", temperature, above=0)
         self.projection = projection
         self.settings = {"temperature": self.temperature}

@@ -37,7 +37,7 @@ class Experience:
 
 
 _TABLE: Table = {
-    "index": Whole(),
+    "index": Whole(most=2**31 - 1),
     "name": Instance(str),
     "phase": OneOf(("warmup", "learn")),
     "classes": Many(Whole()),

@@ -18,23 +18,55 @@ from torch import Tensor
 
 from clkit.distributed import gather_objects
 from clkit.errors import StateError
-from clkit.schema import STREAM, Instance, Many, OneOf, Table, read_entries, read_state, saved_entry
+from clkit.schema import (
+    STREAM,
+    Instance,
+    Many,
+    Named,
+    Nested,
+    Numbers,
+    OneOf,
+    Real,
+    Row,
+    Table,
+    Whole,
+    read_state,
+    saved_entry,
+)
 from clkit.stream._lightning import accumulates, datamodule_of, in_step
 from clkit.stream.boundaries import Boundaries
 
-__all__ = ["begin", "capture_random_state", "load", "restore_random_state", "save"]
+__all__ = ["begin", "capture_random_state", "check_random_state", "load", "restore_random_state", "save"]
 
 FORMAT = 1
 
 _OWNER = "the saved place in the stream"
+_WORD = 2**32 - 1
+_RANDOM: Table = {
+    "torch": Numbers(("B",), torch.uint8),
+    "cuda": Many(Numbers((...,), torch.uint8)),
+    "python": Row(
+        {"version": Whole(3, 3), "words": Numbers((625,), least=0, most=_WORD), "gauss": Real(optional=True)}
+    ),
+    "numpy": Row(  # which writes and reads outside its words where the position says so
+        {
+            "name": OneOf(("MT19937",)),
+            "words": Numbers((624,), least=0, most=_WORD),
+            "position": Whole(0, 624),
+            "has_gauss": Whole(0, 1),
+            "gauss": Real(),
+        }
+    ),
+}
 _TABLE: Table = {
     "format": OneOf((FORMAT,)),
     "experience": Instance(object),
     "running": Instance(bool),
     "over": Instance(bool),
-    "random": Many(Instance(dict)),
+    "random": Many(Nested(_RANDOM)),
     "gradients": Instance(list | None),
 }
+_GRADIENTS = Many(Named(Numbers((...,), None, any_value=True)))
 _LOOPS = "the checkpoint's loops, which are not those of a Lightning release that clkit knows"
 
 
@@ -68,9 +100,8 @@ def load(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         return
     saved = read_state(state, _TABLE, _OWNER)
     for each in saved["random"]:
-        _check_random_state(each)
-    for own in saved["gradients"] or []:
-        read_state(own, {name: Instance(Tensor) for name in read_entries(own, _OWNER)}, _OWNER)
+        check_random_state(each)
+    saved["gradients"] = saved["gradients"] and saved_entry(saved, "gradients", _GRADIENTS, _OWNER)
     Boundaries.of(trainer).load_state_dict(state, over=saved["over"])
     if trainer.state.fn == "fit":
         _waiting[trainer] = saved
@@ -130,13 +161,18 @@ def restore_random_state(state: dict[str, Any]) -> None:
     _set_states(state, torch.default_generator, random, np.random)
 
 
-def _check_random_state(state: dict[str, Any]) -> None:
-    """Refuse what :func:`capture_random_state` never gave, by trying it on generators that nobody uses."""
+def check_random_state(state: Any) -> None:
+    """Refuse what :func:`capture_random_state` never gave: by its values, then by trying it on unused generators.
+
+    Raises:
+        StateError: If it cannot be taken up.
+    """
+    saved = read_state(state, _RANDOM, "the saved random state")
     try:
-        if not all(isinstance(each, torch.Tensor) and each.dtype == torch.uint8 for each in state["cuda"]):
-            raise TypeError("states of CUDA devices must be tensors of bytes")
-        _set_states(state, torch.Generator(), random.Random(), np.random.RandomState())
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        for each in saved["cuda"] if torch.cuda.is_available() else []:
+            torch.Generator("cuda").set_state(each)
+        _set_states(saved, torch.Generator(), random.Random(), np.random.RandomState())
+    except (RuntimeError, TypeError, ValueError) as error:
         raise StateError(f"the saved random state cannot be taken up ({error}): the file is damaged") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -13,10 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from clkit.errors import ConfigurationError, StateError
 from clkit.features.tap import FeatureTap, put_at, width_of
 from clkit.methods.heads.readout import is_linear, layer_values, linear_of, readout_module
-from clkit.schema import saved_entry
+from clkit.schema import FLOATS, Named, Numbers, Table, read_state, saved_entry
 from clkit.surgery.change import Change, changes_of
 
 __all__ = ["Graft", "copy_into", "outputs_of", "ungraft"]
+
+_ANY = Numbers((...,), FLOATS, any_value=True)  # a network that diverged may be saved, too
+_LINEAR: Table = {"weight": replace(_ANY, shape=("C", "D")), "bias": replace(_ANY, shape=("C",))}
 
 
 class Graft(Change):
@@ -39,9 +43,8 @@ class Graft(Change):
         self._original: nn.Module | None = None  # the replaced classifier
         self._own = {} if saved is None else _tensors(saved, "own", owner)  # what an overwritten classifier held
         self._layer = {} if saved is None else _tensors(saved, "layer", owner)  # the last of the layers that replace it
-        dimensions = {name: tensor.ndim for name, tensor in self._layer.items()}
-        if dimensions not in ({}, {"weight": 2, "bias": 1}):
-            raise StateError(f"{owner}: 'layer' of the saved graft is no linear layer: the file is damaged")
+        if self._layer:
+            read_state(self._layer, _LINEAR, f"{owner}: 'layer' of the saved graft")
 
     def check(self, module: nn.Module, layer: str, make_head: Callable[[int], Any] | None = None) -> None:
         """Refuse a classifier that a head for features read at ``layer`` cannot replace, or another change holds."""
@@ -93,6 +96,8 @@ class Graft(Change):
         """Take up the graft of a checkpoint as it was; the head may have learned more since."""
         slot = self._slot(module, layer)
         if self._own:  # the weights that were loaded with it are those of the graft
+            table = {name: replace(_ANY, shape=tuple(tensor.shape)) for name, tensor in slot.named_parameters()}
+            read_state(self._own, table, f"{self.owner}: 'own' of the saved graft")
             self.mark(slot)
         elif self._layer:
             with torch.inference_mode(False):
@@ -190,6 +195,11 @@ class Graft(Change):
         reference = next(slot.parameters())
         outputs = max(outputs_of(self._original) or 0, int(head.classes.max()) + 1)
         graft = readout_module(head, outputs, reference.dtype)
+        if last is not None and last.in_features != graft[-1].in_features:
+            raise StateError(
+                f"{self.owner}: 'layer' of the saved graft takes {last.in_features} inputs, and the head gives "
+                f"{graft[-1].in_features}; the file is damaged"
+            )
         if last is not None:
             graft[-1] = last
         graft.to(reference.device, reference.dtype).requires_grad_(False)
@@ -242,7 +252,5 @@ def _is_copied(classifier: nn.Module, head: Any) -> bool:
 
 
 def _tensors(saved: Mapping[str, Any], name: str, owner: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = dict(saved_entry(saved, name, dict, owner))
-    for each in tensors:
-        saved_entry(tensors, each, Tensor, f"{owner}: {name}")
+    tensors: dict[str, Tensor] = saved_entry(saved, name, Named(_ANY), owner)
     return tensors

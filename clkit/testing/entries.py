@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+from clkit.arguments import check_arguments
 from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
@@ -75,6 +76,7 @@ class Entry:
     volatile: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         for argument, allowed in (("kind", get_args(Kind)), ("processes", get_args(Processes))):
             value = getattr(self, argument)
             if value not in allowed:

@@ -443,7 +443,7 @@ def test_an_unknown_predictor_is_named(run: Any) -> None:
 
 
 def test_a_wrong_choice_is_named() -> None:
-    with pytest.raises(ArgumentError, match=r"module must be 'auto', True or False, got 'yes'"):
+    with pytest.raises(ArgumentError, match=r"module must be 'auto' or True or False, got 'yes'"):
         StreamEvaluation(module="yes")
 
 

@@ -461,7 +461,7 @@ def test_a_strategy_without_a_memory_is_refused_before_training(make_trainer: Ma
 
 
 def test_arguments_that_would_say_nothing_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="memory must be None or 'replay', got 'stream'"):
+    with pytest.raises(ArgumentError, match="memory must be 'replay' or None, got 'stream'"):
         NMC(memory="stream")
     with pytest.raises(ArgumentError, match="forward='eval'"):
         NMC(memory="replay", forward="eval")

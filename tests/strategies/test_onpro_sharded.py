@@ -429,7 +429,7 @@ def test_an_unknown_scope_is_refused() -> None:
         (lambda memories: memories.append("no memory"), r"memory\[2\] must be dict"),
         (lambda memories: memories[1].update(capacity=torch.tensor(0)), "memory 1: capacity must be"),
         (lambda memories: memories[1].update(capacity=torch.tensor([3.0, 1.0])), "memory 1: capacity must be"),
-        (lambda memories: memories[1]["data"].fill_(torch.nan), "images in the saved memory are not finite"),
+        (lambda memories: memories[1]["data"].fill_(torch.nan), "'data' must be .*with finite values"),
         (lambda memories: memories[1].update(capacity=torch.tensor(5)), "have a capacity of 9 rows together"),
         (lambda memories: memories[1].update(storage="uint8"), "storage"),
         (lambda memories: memories[1].update(other_rows()), "do not fit together"),

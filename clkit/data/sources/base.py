@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, DataError, did_you_mean
 
 __all__ = ["Source", "SourcePart", "data_root"]
@@ -83,6 +84,9 @@ class NamedSource(Source):
     class_names: dict[int, str] = field(init=False, repr=False, compare=False, default_factory=dict)
     domain_names: dict[int, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
+
 
 class SlicedSource(NamedSource):
     """A source of which ``train_rows`` and ``test_rows``, each ``[start, stop, step]`` or ``None``, take a part."""
@@ -91,6 +95,7 @@ class SlicedSource(NamedSource):
     test_rows: RowRange | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for rows in (self.train_rows, self.test_rows):
             if rows is None:
                 continue

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from clkit.arguments import check_arguments
 from clkit.data.sources.base import Int64, Source, SourcePart, id_vector, stack_inputs
 from clkit.data.sources.images import FULL_SCALE, pil_to_tensor
 from clkit.errors import ArgumentError, DataError
@@ -61,6 +62,7 @@ class Custom(Source):
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        check_arguments(Custom, vars(self))
         for argument, dataset in (("train", self.train), ("test", self.test)):
             indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
             if not indexed or isinstance(dataset, IterableDataset | Mapping):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.methods._checks import check_choice, check_count
 from clkit.methods._state import PlainState, exact
 from clkit.schema import Numbers, Table
@@ -57,6 +58,7 @@ class FeatureMap(PlainState):
         init: ProjectionInit = "uniform",
         seed: int = 0,
     ) -> None:
+        check_arguments(FeatureMap, locals())
         super().__init__()
         self.in_features = self.out_features = check_count("in_features", in_features)
         self.expansion_dim = expansion_dim

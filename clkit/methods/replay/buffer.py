@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError, NotFittedError, first_line
 from clkit.methods._checks import check_choice, check_count, generator
 from clkit.methods._state import exact
@@ -90,6 +91,7 @@ class ReservoirBuffer(StoredRows):
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
+        check_arguments(ReservoirBuffer, locals())
         super().__init__()
         if (capacity is None) == (capacity_bytes is None):
             raise ArgumentError(

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_count, check_number
 from clkit.methods.replay.rows import check_labels
@@ -51,6 +52,7 @@ class Projector(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, kind: Literal["linear", "mlp"] = "linear", *, seed: int = 0
     ) -> None:
+        check_arguments(Projector, locals())
         super().__init__()
         check_choice("kind", kind, ("linear", "mlp"))
         if check_count("out_features", out_features) > check_count("in_features", in_features):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_number, check_probability
 from clkit.methods.replay.contrast import check_rows, wide
@@ -139,6 +140,7 @@ class Mixing:
     probability_rule: Literal["squared", "once"] = "squared"
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         for name in ("base_rate", "probability", "largest"):
             check_probability(name, getattr(self, name))
         check_number("alpha", self.alpha, above=0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
 
 __all__ = ["BatchNormSegments"]
@@ -57,6 +58,7 @@ class BatchNormSegments:
     """
 
     def __init__(self, network: nn.Module) -> None:
+        check_arguments(BatchNormSegments, locals())
         layers = {}
         for name, module in network.named_modules():
             if isinstance(module, _BatchNorm):

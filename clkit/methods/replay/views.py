@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_choice, check_probability
 
@@ -124,6 +125,7 @@ class RandomViews:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_probability("flip", self.flip)
         check_probability("grey", self.grey)
         _check_range("area", self.area, 1.0)
