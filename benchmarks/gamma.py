@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ridge.append(ridge_row(name, lift, balance, data))
         lda.append(lda_row(name, data))
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-    columns = ("γ = 1", "auto", "best", "auto - best", "γ chosen", "γ best")
+    columns = ("gamma = 1", "auto", "best", "auto - best", "gamma chosen", "gamma best")
     console.print(table("ridge, accuracy in per cent", ("features", "", "balance", *columns), ridge))
     columns = (f"{DEEP_SLDA:g}", *columns[1:])
     console.print(table("LDA, accuracy in per cent", ("features", *columns), lda))

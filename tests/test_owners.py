@@ -25,7 +25,7 @@ Make = Callable[..., Any]
 PIXELS, LABELS = load_digits(return_X_y=True)
 X, FINE = torch.from_numpy(PIXELS / 16).float(), torch.from_numpy(LABELS).long()
 COARSE = (FINE > 4).long()
-STREAM = {"batch_size": 64}
+STREAM = {"batch_size": 64, "eval_batch_size": 64}  # of each experience the first batch is compared, others are kept
 
 
 def stream(**options: Any) -> StreamDataModule:

@@ -115,12 +115,12 @@ class BatchObserver:
         """Look for the classifier again; of several calls with the same ``moment`` the first looks."""
         if moment is not None and moment == self._refreshed:
             return
-        self._refreshed = moment
         if self._tap is None:
             self._tap = FeatureTap(self._module, self._layer)
             self._tap.listen(self._hear)
         self._tap.resolve()
         self._watch.follow(self._module, self._tap)
+        self._refreshed = moment  # once it has looked: the next part is told what the first was
         self._sensitive = self.tap.mode_sensitive()
         self.forget()
 

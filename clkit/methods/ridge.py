@@ -13,12 +13,13 @@ from torch.nn.functional import pad
 from clkit.arguments import check_arguments
 from clkit.distributed import world_size
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
-from clkit.methods._checks import Batch, check_choice, check_count, check_number, generator
+from clkit.methods._checks import Batch, check_choice, check_count, check_number
 from clkit.methods._gram import add_gram_
 from clkit.methods._recursion import RecursiveLeastSquares, not_positive_definite, woodbury_update
 from clkit.methods._solving import check_strength, condition_number, spectrum, warn_of_lost_digits
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
+from clkit.methods.heads.pseudo_features import pseudo_features
 from clkit.methods.heads.readout import Readout, first_equal
 from clkit.methods.statistics import FeatureStatistics
 
@@ -28,7 +29,6 @@ Balance = Literal["none", "pfg", "reweight", "expected"]
 Solver = Literal["gram", "recursive"]
 
 _MOST_ROWS = 2**26  # of pseudo-features a solve, about an hour of drawing
-_BLOCK_ROWS = 256  # of pseudo-features at once; fixed for good: the numbers drawn depend on it
 
 
 class AnalyticHead(Head):
@@ -368,38 +368,3 @@ class AnalyticHead(Head):
 def _same_for_same(solved: Tensor, sums: Tensor) -> Tensor:
     """Return W (D, k), in which classes with equal sums (k, D) get equal weights."""
     return solved if (duplicates := first_equal(sums)) is None else solved[:, duplicates]
-
-
-def pseudo_features(
-    mean: Tensor,
-    deviation: Tensor,
-    count: int,
-    *,
-    class_id: int,
-    seed: int = 0,
-    noise: float = 1.0,
-    clamp_min: float | None = None,
-) -> Iterator[Tensor]:
-    r"""Draw pseudo-features :math:`z = \mu_c + \text{noise} \cdot \sigma_c \odot \varepsilon`, block by block.
-
-    Row r is a function of ``(seed, class_id, r)`` alone: independent of the device, of how many rows are drawn and of
-    everything drawn before. Noise is always drawn on the CPU in float64 blocks of (256, d), and surplus rows are
-    dropped, because how many numbers are asked for at once changes what a generator returns. The global random state
-    is not touched.
-
-    Yields:
-        (at most 256, d) float64 on the device of ``mean``, which is (d,) float64 as ``deviation`` is; together
-        ``count`` rows.
-
-    Example:
-        >>> mean, deviation = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-        >>> [len(rows) for rows in pseudo_features(mean, deviation, 300, class_id=0)]
-        [256, 44]
-
-    Source: H. Zhuang et al., arXiv 2405.17779.
-    """
-    noise_of_class = generator(seed, class_id)
-    for start in range(0, count, _BLOCK_ROWS):
-        drawn = torch.randn(_BLOCK_ROWS, mean.numel(), generator=noise_of_class, dtype=torch.float64, device="cpu")
-        rows = mean + noise * deviation * drawn[: count - start].to(mean.device)
-        yield rows if clamp_min is None else rows.clamp(min=clamp_min)

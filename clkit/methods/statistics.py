@@ -53,8 +53,7 @@ class FeatureStatistics(PlainState):
         width: D, features per row.
         sums: Keep per-class sums (k, D).
         gram: Keep the Gram matrix (D, D).
-        scatter: Keep the within-class scatter (D, D), which an offset of the features costs no digits; needs ``sums``.
-            Gives the Gram matrix too where ``gram`` is not kept.
+        scatter: Keep the within-class scatter (D, D), which an offset costs no digits and gives the Gram; needs ``sums``.
         squares: Keep per-class centred squares (k, D); needs ``sums``.
         class_grams: Keep a Gram matrix per class (k, D, D); D² · 8 bytes a class.
         dtype: Of the stored sums, ``torch.float64``, or ``torch.float32`` for half the memory and about 7 digits.

@@ -84,8 +84,7 @@ class LearningStrategy(DDPStrategy):
         of_ddp = [*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters]
         refuse_unknown_arguments(type(self), ddp_options, of_ddp)
         super().__init__(**ddp_options)
-        self._given = self._accelerator, self._precision_plugin
-        self._last = self._given  # of the last run's trainer
+        self._given = self._last = self._accelerator, self._precision_plugin  # `_last` is of the last run's trainer
         self.batch_reader = batch_reader
         self._boundaries = Boundaries()  # replaced by the trainer's own in `setup`
         self._begun = self._learned = -1  # batches that were done when the one in work began, and was learned
@@ -98,9 +97,8 @@ class LearningStrategy(DDPStrategy):
 
     @property
     def _module(self) -> pl.LightningModule:
-        module = self.lightning_module
-        assert module is not None
-        return module
+        assert self.lightning_module is not None
+        return self.lightning_module
 
     # ---- one trainer after another: Lightning takes what a strategy holds for what the user has set, and refuses it
 

@@ -375,8 +375,7 @@ class ReplayStrategy(LearningStrategy):
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`stream_state` gave."""
-        key = self.state_key
-        saved = read_own(state, self.table, key)
+        saved = read_own(state, self.table, key := self.state_key)
         self._memory.check(saved["memory"], key)
         self._memory.load(saved["memory"], key)
         self._counters = Counters.from_state(saved["counters"])

@@ -99,15 +99,17 @@ def test_a_network_built_late_is_read_when_it_exists(make_trainer: Make, kind: A
     torch.compiler.reset()
 
 
-def test_a_network_that_is_never_built_is_named_before_the_first_batch(make_trainer: Make) -> None:
+@pytest.mark.parametrize("run", ["fit", "validate"])
+def test_a_network_that_is_never_built_is_named_before_the_first_batch(make_trainer: Make, run: str) -> None:
     class Nothing(Empty):
         def __init__(self) -> None:
             super().__init__()
             self.other = None  # type: ignore[assignment]
             self.scale = nn.Parameter(torch.ones(1))
 
+    parts = [StreamEvaluation(table=False, files=False), NMC()]  # what is said to the first is said to the second
     with pytest.raises(TapError, match="Nothing holds no network with get_classifier"):
-        make_trainer(callbacks=[NMC()]).fit(Nothing(), datamodule=stream())
+        getattr(make_trainer(callbacks=parts), run)(Nothing(), datamodule=stream())
 
 
 def test_the_tap_is_not_read_in_setup(make_trainer: Make) -> None:
