@@ -197,7 +197,7 @@ class FeatureTap:
         others, listeners[:] = listeners[:], []
         outer, FeatureTap.extracting = FeatureTap.extracting, True
         try:
-            self.listen(heard.append)
+            self.listen(lambda tapped: heard.append(tapped))  # torch 2.7 compiles no builtin
             with evaluating(self.network), torch.no_grad():
                 (run or self.network)(inputs)
         finally:

@@ -102,7 +102,7 @@ class SingleForward:
         if self._runs_itself:
             model = self._tap.network
         heard: list[Tapped] = []
-        listener = self._tap.listen(heard.append)
+        listener = self._tap.listen(lambda tapped: heard.append(tapped))  # torch 2.7 compiles no builtin
         try:
             with nullcontext() if self._segments is None else self._segments.step(views.segments):
                 output = model(views.images)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit.errors import StateError
@@ -39,6 +39,7 @@ def cells(correct: torch.Tensor, total: torch.Tensor, ids: Any) -> list[dict[int
 
 
 @given(steps=STEPS)
+@settings(deadline=None)
 def test_measured_stages_equal_a_count_one_by_one(steps: Any) -> None:
     counts, plain = StreamCounts(), {}
     for stage, samples in steps:
@@ -85,6 +86,7 @@ def test_adding_and_merging_are_counting_everything_at_once(steps: Any, cut: int
 
 
 @given(steps=STEPS)
+@settings(deadline=None)
 def test_a_saved_table_comes_back(steps: Any) -> None:
     counts, back, file = StreamCounts(), StreamCounts(), io.BytesIO()
     for stage, samples in steps:
