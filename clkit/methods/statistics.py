@@ -53,7 +53,7 @@ class FeatureStatistics(PlainState):
         width: D, features per row.
         sums: Keep per-class sums (k, D).
         gram: Keep the Gram matrix (D, D).
-        scatter: Keep the within-class scatter (D, D), which an offset costs no digits and gives the Gram; needs ``sums``.
+        scatter: Keep the within-class scatter (D, D), to which an offset costs no digits; needs ``sums``.
         squares: Keep per-class centred squares (k, D); needs ``sums``.
         class_grams: Keep a Gram matrix per class (k, D, D); D² · 8 bytes a class.
         dtype: Of the stored sums, ``torch.float64``, or ``torch.float32`` for half the memory and about 7 digits.
@@ -254,12 +254,10 @@ class FeatureStatistics(PlainState):
 
     def lower_gram(self) -> Tensor:
         """Return the state's own (D, D), only the lower triangle of which means anything: for solvers, to copy from."""
-        if "scatter" in self.kept and "gram" not in self.kept:
-            part = self._read()
+        part = self._read("gram" if "gram" in self.kept or "scatter" not in self.kept else "scatter")
+        if part.gram is None:
             return part.scatter_around(part.tables["centres"].to(torch.float64))
-        gram = self._read("gram").gram
-        assert gram is not None
-        return gram
+        return part.gram
 
     @property
     def scatter(self) -> Tensor:
