@@ -136,7 +136,6 @@ def test_fewer_rows_than_features() -> None:
     features = features + 3 * torch.linspace(-1, 1, 40, dtype=torch.float64) * (targets[:, None] - 2)
     head = learned(AnalyticHead(40, gamma="auto"), features, targets)
     assert head.chosen_gamma == pytest.approx(best_by_the_hat_matrix(features.numpy(), one_hot(targets)), rel=1e-9)
-    assert torch.equal(head.predict(features), targets)
 
 
 @pytest.mark.parametrize("wrong", ["Auto", "best", 0, -1.0, float("nan"), None, True])
