@@ -61,7 +61,8 @@ def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": -1,
-        "log_every_n_steps": 1,  # so that a test sees the values of each
+        # so that a test sees the values of each
+        **({} if options.get("barebones") else {"log_every_n_steps": 1}),
         "logger": False,
         "enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in options.get("callbacks") or []),
         "enable_progress_bar": False,

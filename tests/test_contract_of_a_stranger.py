@@ -661,7 +661,7 @@ def test_what_cannot_apply_is_skipped_with_its_reason(tmp_path: Path) -> None:
     [
         ({"kind": "metric"}, r"kind must be one of 'head', 'callback', 'strategy', got 'metric'"),
         ({"processes": "maybe"}, r"processes must be one of .*got 'maybe'"),
-        ({"make": LabelCounts()}, r"make must be a class or a function that makes the callback, got <.*LabelCounts"),
+        ({"make": LabelCounts()}, r"make must be a function, got <.*LabelCounts"),
     ],
 )
 def test_a_wrong_entry_is_named(options: dict[str, Any], message: str) -> None:

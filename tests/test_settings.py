@@ -131,7 +131,7 @@ ALL = taken(*BATCHES)
 # settings of the trainer, of the stream, rows learned of each experience, rows of R
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], list[Rows], int]] = {
     "none": ({}, {}, ALL, 3),
-    "max_steps inside": ({"max_steps": 14}, {}, taken(12, 2), 1),
+    "max_steps inside": ({"max_steps": 14}, {}, taken(12, 2), 2),
     "max_steps at a boundary": ({"max_steps": 24}, {}, taken(12, 12), 2),
     "max_steps beyond": ({"max_steps": 99}, {}, ALL, 3),
     "limit_train_batches number": ({"limit_train_batches": 3}, {}, taken(3, 3, 3), 3),

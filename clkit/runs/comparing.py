@@ -61,7 +61,8 @@ class _Run:
         except ValueError as error:
             raise StateError(f"{file} cannot be read ({error}); remove the folder to do the run again") from error
         stages = max((len(summary["accuracy_matrix"]) for summary in document["predictors"].values()), default=0)
-        return document if stages and stages == len(document["stream"]["experiences"]) else None
+        whole = stages == len(document["stream"]["experiences"]) and not document["cut_short"]
+        return document if stages and whole else None
 
     def check_folder(self) -> None:
         """Refuse a folder that holds something else than this run."""

@@ -163,7 +163,13 @@ class SavedRun:
                 raise ConfigurationError(
                     f"the run was computed with {computing}, which is not here ({error}): other numbers would come out"
                 ) from error
-            trainer.validate(self.module, datamodule=data, ckpt_path=self.path, verbose=False, weights_only=True)
+            try:
+                trainer.validate(self.module, datamodule=data, ckpt_path=self.path, verbose=False, weights_only=True)
+            except RuntimeError as error:
+                if not str(error).startswith("Error(s) in loading state_dict for"):
+                    raise
+                differs = " ".join(str(error).partition("\n")[2].split())
+                raise StateError(f"the network of the settings is not that of the run: {differs}") from error
 
 
 class _Collector(FeatureCallback):

@@ -159,7 +159,7 @@ def test_the_long_tailed_scenario_equals_a_computation_on_the_rows_that_it_keeps
 
 
 def test_lda_equals_scikit_learn_through_a_trainer(make_trainer: Callable[..., pl.Trainer]) -> None:
-    callback = LDA()
+    callback = LDA(shrinkage=1e-4)
     evaluation = run(make_trainer, ClassIncremental(experiences=5), [callback])
     train, train_targets, test, test_targets = digits()
     means = np.stack([train[train_targets == c].mean(0) for c in range(10)])

@@ -661,7 +661,7 @@ def test_a_second_fit_from_the_start_forgets_the_position(make_trainer: Trainers
         ({"evaluate": "past"}, "evaluate must be one of 'seen', 'all', got 'past'"),
         ({"preprocessing": "imagenet"}, "preprocessing must be .* got 'imagenet'"),
         ({"scenario": "class_incremental"}, "scenario must be a Scenario .* got 'class_incremental'"),
-        ({"batch_form": "list"}, "batch_form must be 'tuple', 'dict', 'named', .* got 'list'"),
+        ({"batch_form": "list"}, "batch_form must be one of 'tuple', 'dict', 'named', .* got 'list'"),
         ({"batch_form": ["x"]}, r"batch_form must be .* got \['x'\]"),
         ({"batch_form": ["x", "x"]}, "batch_form must be .* keys"),
         ({"source": "cifar"}, "source='cifar' is not known; allowed: 'digits'"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods import RandomViews
+from clkit.strategies import ERStrategy
 from clkit.strategies._augmentation import Augmentation
 
 
@@ -217,8 +218,8 @@ def test_other_shapes_of_a_whole_batch_are_refused() -> None:
 
 def test_what_cannot_be_called_is_refused() -> None:
     name: Any = "flip"
-    with pytest.raises(ArgumentError, match="transform must be a callable on images"):
-        Augmentation(name)
+    with pytest.raises(ArgumentError, match="transform must be a function"):
+        ERStrategy(transform=name)
 
 
 @pytest.mark.gpu

@@ -123,7 +123,7 @@ def test_each_batch_is_learned_once(make_trainer: Make, kind: type[Module], accu
 
     class Counting(LearningStrategy):
         def on_batch_learned(self) -> None:
-            learned.append(self._trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+            learned.append(self._module.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
 
     loader = DataLoader(TensorDataset(torch.randn(20, 64), torch.arange(20) % 10), batch_size=4)
     options = {} if kind is Manual else {"accumulate_grad_batches": accumulate}

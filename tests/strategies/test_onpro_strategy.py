@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from onpro_runs import (
     BATCHES,
     SAMPLES,
@@ -488,16 +487,6 @@ def test_plain_loaders_one_fit_a_task(make_trainer: Make) -> None:
     assert len({id(part) for part, _ in projectors}) == 1
     assert not equal(projectors[0][1], projectors[1][1])
     assert strategy.prototypes.ids.tolist() == list(range(6))
-
-
-def test_lightning_refuses_a_strategy_for_a_second_trainer_and_nothing_is_lost(make_trainer: Make) -> None:
-    """So one trainer fits all tasks; a checkpoint takes what was learned to another."""
-    strategy = onpro()
-    make_trainer(strategy=strategy).fit(lit(), datamodule=stream())
-    with pytest.raises(MisconfigurationException, match="accelerator set through both strategy class and accelerator"):
-        make_trainer(strategy=strategy)
-    assert strategy.memory is not None
-    assert strategy.memory.n_seen == sum(SAMPLES)
 
 
 # ---- batches at the edge
