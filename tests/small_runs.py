@@ -45,7 +45,7 @@ class LitSmall(pl.LightningModule):
         accuracy = (self(batch[0]).argmax(1) == batch[1]).float().mean()
         self.log("val_acc", accuracy, batch_size=len(batch[1]))
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # Lightning's hook of `trainer.test`, no test
         self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean(), batch_size=len(batch[1]))
 
     def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -170,7 +170,7 @@ def test_no_wrong_argument_ends_in_an_error_without_a_name() -> None:
                     counts["refused by name"] += 1
                     if argument not in str(error) and not fits:
                         wrong.append(f"{case}: the message does not name it: {error}")
-                except Exception as error:
+                except Exception as error:  # any that is not clkit's is what the test looks for
                     wrong.append(f"{case}: {type(error).__name__}: {str(error)[:80]}")
                 else:
                     counts["made"] += 1

@@ -191,14 +191,13 @@ def issubclass_of(package: Any, name: str, base: type) -> bool:
         (["clkit", "fit", "--config", "on"], set()),  # a file
     ],
 )
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs the shell whose completion is tested")
 def test_bash_completes(line: list[str], expected: set[str], capsys: pytest.CaptureFixture[str]) -> None:
-    if (bash := shutil.which("bash")) is None:
-        pytest.skip("there is no bash")
     assert main(["complete", "bash"]) == 0
     words = " ".join(map(shlex.quote, line))
     ask = f'COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}; _clkit; printf "%s\\n" "${{COMPREPLY[@]}}"'
     script = capsys.readouterr().out + ask
-    done = subprocess.run([bash, "--norc", "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == expected
     assert done.stderr == ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -96,13 +96,16 @@ def known_keys(mapping: Mapping[Any, Any]) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Go through the tensors of nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(each)
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of nested lists, tuples and mappings, in their order."""
+    found, waiting = [], [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, Mapping | list | tuple):
+            waiting += reversed(list(each.values()) if isinstance(each, Mapping) else each)
+    return found
 
 
 def sample_size(inputs: Any) -> tuple[int, int]:
@@ -155,7 +158,11 @@ class Readings:
     def given(self, part: Any) -> BatchReader | None:
         """Return the reader that was given to a part, or to those whose reading it shares."""
         leading, _ = self._parts()
-        return next(filter(None, (_reader(each) for each in (part, *leading))), None)
+        for each in (part, *leading):
+            reader: BatchReader | None = getattr(each, "batch_reader", None)
+            if callable(reader):
+                return reader
+        return None
 
     def begin(self, batch: Any, moment: Hashable) -> None:
         """Have a batch in work until :meth:`end`, or until one with another ``moment`` begins."""
@@ -179,7 +186,7 @@ class Readings:
             return self._read(part, None, batch, needs_targets)
         except BatchError as error:
             _, callbacks = self._parts()
-            lent = {_reader(each): each for each in callbacks if _reader(each) is not None}
+            lent = {each.batch_reader: each for each in callbacks if callable(getattr(each, "batch_reader", None))}
             if not lent:
                 raise
             if len(lent) > 1:
@@ -203,11 +210,6 @@ class Readings:
         if batch is self._batch:
             self._memo[key] = pair
         return pair
-
-
-def _reader(part: Any) -> BatchReader | None:
-    reader: BatchReader | None = getattr(part, "batch_reader", None)
-    return reader if callable(reader) else None
 
 
 def _name(part: Any) -> str:

@@ -75,13 +75,12 @@ class InputWatch:
     # ---- hooks; in compiled code nothing may depend on the batch, so what is inside of it is not looked at
 
     def _enter(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._looks():
+        if not self._looks() or (self.own and depth > self._depth):  # what an own call does inside is its own
             return
         if depth == 0 and "forward" in vars(module) and any(leaf is self._targets for leaf in tensors_in(args)):
             return  # a step that DDP runs as the module's forward: it is given the batch, not an input
         if self._are_own((args, kwargs)):
-            if not self.own or depth <= self._depth:
-                self.own, self._depth = True, depth
+            self.own, self._depth = True, depth
         elif depth <= self._depth:  # called anew, with something else
             self.own = False
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clkit.errors import ArgumentError
-from clkit.methods._checks import check_number
-
-__all__ = ["Spectrum", "check_strength", "condition_number", "spectrum", "warn_of_lost_digits"]
+__all__ = ["Spectrum", "condition_number", "spectrum", "warn_of_lost_digits"]
 
 # strengths that are tried, as factors of the mean eigenvalue: the choice then does not depend on the features' unit
 _FACTORS = 10.0 ** (torch.arange(-160, 41, dtype=torch.float64) / 20)
@@ -72,15 +69,6 @@ def spectrum(lower: Tensor, sums: Tensor) -> Spectrum:
     values, vectors = torch.linalg.eigh(lower)  # reads the lower triangle
     values = torch.where(values > values[-1] * _EPSILON * values.numel(), values, 0.0)
     return Spectrum(values, vectors, vectors.T @ sums.T)
-
-
-def check_strength(name: str, value: float | Literal["auto"]) -> float | Literal["auto"]:
-    """Return a ridge strength, a number above 0 or ``"auto"``; else raise an ArgumentError."""
-    if isinstance(value, str):
-        if value != "auto":
-            raise ArgumentError(f'{name} must be a number above 0 or "auto", got {value!r}')
-        return "auto"
-    return check_number(name, value, above=0)
 
 
 def condition_number(factor: Tensor) -> float:

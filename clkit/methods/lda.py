@@ -73,12 +73,7 @@ class LDAHead(Head):
     ) -> None:
         check_arguments(LDAHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
-        if isinstance(shrinkage, str):
-            if shrinkage != "auto":
-                raise ArgumentError(f'shrinkage must be "auto" or a number from 0 to 1, got {shrinkage!r}')
-            self.shrinkage: float | Literal["auto"] = "auto"
-        else:
-            self.shrinkage = check_probability("shrinkage", shrinkage)
+        self.shrinkage = shrinkage if isinstance(shrinkage, str) else check_probability("shrinkage", shrinkage)
         self.feature_map = FeatureMap(in_features)
         self.statistics = self._adopt(statistics, in_features, ("sums", "scatter"))
         self._warned = False

@@ -16,7 +16,7 @@ from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.methods._checks import Batch, check_choice, check_count, check_number
 from clkit.methods._gram import add_gram_
 from clkit.methods._recursion import RecursiveLeastSquares, not_positive_definite, woodbury_update
-from clkit.methods._solving import check_strength, condition_number, spectrum, warn_of_lost_digits
+from clkit.methods._solving import condition_number, spectrum, warn_of_lost_digits
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
 from clkit.methods.heads.pseudo_features import pseudo_features
@@ -137,7 +137,7 @@ class AnalyticHead(Head):
     ) -> None:
         check_arguments(AnalyticHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
-        self.gamma = check_strength("gamma", gamma)
+        self.gamma = gamma if isinstance(gamma, str) else check_number("gamma", gamma, above=0)
         self.balance = check_choice("balance", balance, ("none", "pfg", "reweight", "expected"))
         self.solver = check_choice("solver", solver, ("gram", "recursive"))
         self.noise = check_number("noise", noise, at_least=0)

@@ -136,7 +136,7 @@ class StreamCLI(LightningCLI):
                 args=list(arguments) if arguments is not None else None,
                 run=run,
             )
-        except Exception as error:
+        except Exception as error:  # whatever it was is raised again; only the folder of a refused run goes first
             trainer = getattr(self, "trainer", None)
             if trainer is not None and line_for_error(error) is not None:
                 _remove_empty_folder(trainer)

@@ -62,12 +62,12 @@ def datamodule_of(trainer: pl.Trainer) -> Any:
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """Return the trainer's callbacks, in Lightning's order."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
+    return list(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning's connectors set it
 
 
 def is_fast_dev_run(trainer: pl.Trainer) -> bool:
     """Whether the trainer only tries whether the code runs."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning's connectors set it
 
 
 @contextmanager
@@ -95,8 +95,8 @@ def is_logged(trainer: pl.Trainer) -> bool:
     """Whether what the training batch in work logs goes on to a logger, or stays as the last value of its epoch."""
     # written without the functions beside it: a strategy asks in every step
     stepped = _seen(trainer, "fit_loop.epoch_loop._batches_that_stepped")
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # as above, Lightning's connectors set them
-    if trainer.is_last_batch or trainer.should_stop or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
+    if trainer.is_last_batch or trainer.should_stop or is_fast_dev_run(trainer):
         return True
     return (every > 0 and (stepped + 1) % every == 0) or trainer.global_step + 1 == trainer.max_steps
 

@@ -104,7 +104,7 @@ def test_a_network_that_is_never_built_is_named_before_the_first_batch(make_trai
     class Nothing(Empty):
         def __init__(self) -> None:
             super().__init__()
-            self.other = None  # type: ignore[assignment]
+            self.other = None  # type: ignore[assignment]  # not even a layer of another purpose
             self.scale = nn.Parameter(torch.ones(1))
 
     parts = [StreamEvaluation(table=False, files=False), NMC()]  # what is said to the first is said to the second

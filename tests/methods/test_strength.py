@@ -51,11 +51,16 @@ def one_hot(targets: Tensor) -> np.ndarray:
     return (targets.numpy()[:, None] == np.unique(targets.numpy())).astype(float)
 
 
-@pytest.mark.parametrize("balance", ["none", "pfg", "expected", "reweight"])
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"expansion_dim": 20}], ids=["raw", "bias", "lift"])
+@pytest.mark.parametrize(
+    ("balance", "options"),
+    [
+        (balance, options)
+        for balance in ("none", "pfg", "expected", "reweight")
+        for options in ({}, {"bias": True}, {"expansion_dim": 20})
+        if balance != "expected" or "expansion_dim" not in options  # there is no such balance behind a lift
+    ],
+)
 def test_the_choice_is_made_on_what_is_solved(balance: Any, options: dict[str, Any]) -> None:
-    if balance == "expected" and "expansion_dim" in options:
-        pytest.skip("no such balance behind a lift")
     features, targets = sample()
     head = learned(AnalyticHead(D, gamma="auto", balance=balance, **options), features, targets)
     counts, weights, rows = torch.bincount(targets)[::2], np.ones(len(targets)), None
@@ -207,7 +212,8 @@ def test_a_system_without_digits_is_said_once_with_its_number(make: Any, scale: 
 
 def test_ordinary_systems_are_solved_in_silence() -> None:
     features, targets = sample((6, 6, 6), width=40)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         for head in (AnalyticHead(40, gamma=1e-3), AnalyticHead(40, gamma="auto"), LDAHead(40)):
             learned(head, 30 * features, targets).predict(features)
+    assert said == []
