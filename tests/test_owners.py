@@ -33,7 +33,7 @@ def stream(**options: Any) -> StreamDataModule:
 
 
 def loader(*columns: Tensor) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*columns), 64)
+    return DataLoader(TensorDataset(*columns), batch_size=64)
 
 
 def fine(batch: Any) -> tuple[Tensor, Tensor]:
