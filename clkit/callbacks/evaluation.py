@@ -51,8 +51,8 @@ class StreamEvaluation(FeatureCallback):
         figures: Whether to draw figures at the end of a fit, which needs matplotlib (``pip install "clkit[report]"``);
             ``"auto"`` draws them where it is installed, and says so where it is not.
         keep_features: Most MiB of evaluation features that are kept while the network inside the module stays as it is,
-            so that T experiences cost about T passes through it and not T(T+1)/2; the bits are the same. The first
-            batch of each experience is always run, and compared. 0 keeps none.
+            so that T experiences cost about T passes through it and not T(T+1)/2; the bits are the same. The first batch
+            of each experience is run and compared, so one that fits in a batch saves nothing. 0 keeps none.
         layer: Where the module's own classifier is, if it is not the one that :class:`~clkit.FeatureTap` finds. Each
             callback is evaluated on the features of its own ``layer``.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
