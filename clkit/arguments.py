@@ -48,9 +48,15 @@ def check_arguments(owner: type, values: Mapping[str, Any]) -> None:
         Traceback (most recent call last):
         clkit.errors.ArgumentError: names must be a list, each a string, or None, got ['a', 3]
     """
-    for name, wanted in _hints(owner).items():
-        if name in values and not _fits(values[name], wanted):
-            raise ArgumentError(f"{name} must be {_in_words(wanted)}, got {in_short(values[name])}")
+    for name, (wanted, kinds, words) in _hints(owner).items():
+        if name not in values:
+            continue
+        value = values[name]
+        kind = type(value)
+        # the usual values need no more than a look
+        usual = value in words if kind is str and words else kind in kinds and (kind is not float or value == value)
+        if not usual and not _fits(value, wanted):
+            raise ArgumentError(f"{name} must be {_in_words(wanted)}, got {in_short(value)}")
 
 
 def in_short(value: object) -> str:
@@ -68,13 +74,21 @@ def in_short(value: object) -> str:
 
 
 @cache
-def _hints(owner: type) -> dict[str, Any]:
+def _hints(owner: type) -> dict[str, tuple[Any, frozenset[type], frozenset[str]]]:
+    """Return the annotated types of a constructor's arguments, each with classes and words that certainly fit it."""
     constructor = getattr_static(owner, "__init__")
     try:
         hints, parameters = get_type_hints(constructor), signature(constructor).parameters
     except NameError:  # a user's own subclass, with names that only a type checker knows
         return {}
-    return {name: hint for name, hint in hints.items() if name in parameters and parameters[name].kind != _OTHERS}
+    found = {}
+    for name, hint in hints.items():
+        if name in parameters and parameters[name].kind != _OTHERS:
+            either = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            kinds = {each for each in either if isinstance(each, type) and get_origin(each) is None}
+            words = {word for each in either if get_origin(each) is Literal for word in get_args(each)}
+            found[name] = hint, frozenset(kinds | ({int} if float in kinds else set())), frozenset(words)
+    return found
 
 
 def _fits(value: Any, wanted: Any) -> bool:

@@ -138,13 +138,22 @@ def is_same(value: Any, own: Any) -> bool:
         >>> is_same([1, "a"], [1, "a"]), is_same(True, 1), is_same(torch.zeros(2), None)
         (True, False, False)
     """
-    if type(value) is not type(own):
-        return False
-    if isinstance(own, list | tuple):
-        return len(value) == len(own) and all(map(is_same, value, own))
-    if isinstance(own, dict):
-        return value.keys() == own.keys() and all(is_same(value[key], own[key]) for key in own)
-    return bool(value == own)
+    pairs = [(value, own)]
+    while pairs:
+        one, other = pairs.pop()
+        if type(one) is not type(other):
+            return False
+        if isinstance(other, list | tuple):
+            if len(one) != len(other):
+                return False
+            pairs += zip(one, other, strict=True)
+        elif isinstance(other, dict):
+            if one.keys() != other.keys():
+                return False
+            pairs += [(one[key], other[key]) for key in other]
+        elif one != other:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -280,10 +289,11 @@ class Settings(Kind):
 
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
         entries = read_entries(value, name)
-        for key, own in self.values.items():
-            seen = entries.get(key, own)
-            if key not in self.free and not is_same(seen, own):
-                _refuse(f"{name}: {key}", describe(own), describe(seen), self.advice)
+        fixed = {key: own for key, own in self.values.items() if key not in self.free}
+        seen = {key: entries.get(key, own) for key, own in fixed.items()}
+        if not is_same(seen, fixed):
+            key = next(key for key in fixed if not is_same(seen[key], fixed[key]))
+            _refuse(f"{name}: {key}", describe(fixed[key]), describe(seen[key]), self.advice)
         if odd := entries.keys() ^ self.values.keys():
             differs = ", ".join(map(describe, sorted(odd)[:10]))
             wanted = ", ".join(self.values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from clkit.errors import BatchError, ConfigurationError
 from clkit.features.batch import Readings, sample_size
 from clkit.features.observer import BatchObserver
 from clkit.report.results import Recorded
-from clkit.stream._lightning import callbacks_of, datamodule_of
+from clkit.stream._lightning import datamodule_of
 
 __all__ = ["Recorder", "layers_of"]
 
@@ -33,6 +33,7 @@ class Recorder:
         owner: The callback that evaluates, whose reader finds the targets.
         predictors: Each with what shows the features that it reads, by name.
         module: What shows the user's own classifier, where that is a predictor.
+        callbacks: All of the trainer, some of which may give columns.
         learned: Index of the last experience that it has learned, -1 for none.
 
     Attributes:
@@ -46,23 +47,23 @@ class Recorder:
         owner: Any,
         predictors: Mapping[str, tuple[Predictor, BatchObserver]],
         module: BatchObserver | None,
+        callbacks: Sequence[Any],
         learned: int,
     ) -> None:
         self.samples: dict[int, int] = {}
         self.left_out = ""
         self._batches: list[Recorded] = []
-        self._owner = owner
+        self._owner, self._own = owner, getattr(owner, "observer", None)
         self._learned = learned
         self._readings = Readings.of(trainer)
-        callbacks, datamodule = list(callbacks_of(trainer)), datamodule_of(trainer)
+        self._offering = [callback for callback in callbacks if hasattr(callback, "sample_columns")]
+        datamodule = datamodule_of(trainer)
         self._predictors: dict[str, tuple[Predictor | None, BatchObserver]] = {**predictors}  # None: the module itself
         if module is not None:
             self._predictors = {MODULE: (None, module), **predictors}
-        self._others = {
-            name for name, (each, _) in predictors.items() if self._readings.given(each) != self._readings.given(owner)
-        }
+        self._reader = self._readings.given(owner) if self._own is None else self._own.reader
+        self._others = {name for name, (_, observer) in predictors.items() if observer.reader is not self._reader}
         self._classes = getattr(datamodule, "num_classes", None)
-        self._offering = [callback for callback in callbacks if hasattr(callback, "sample_columns")]
         original = getattr(datamodule, "original_ids", None)
         self._original = None if original is None else torch.tensor([*original, -1])
         self._tasks = datamodule.experiences if getattr(datamodule, "gives_task_id", False) else None
@@ -74,7 +75,10 @@ class Recorder:
             BatchError: If a column of a callback is not a (B,) tensor of numbers.
             ConfigurationError: If the name of a column is taken.
         """
-        inputs, targets = self._readings.read(self._owner, batch, needs_targets=False)
+        if self._own is None:
+            inputs, targets = self._readings.read(self._owner, batch, needs_targets=False)
+        else:
+            inputs, targets = self._own.inputs, self._own.targets
         size, seen = sample_size(inputs)[0] if targets is None else len(targets), sum(self.samples.values())
         recorded = Recorded(
             experiences=torch.full((size,), experience),
@@ -117,9 +121,10 @@ class Recorder:
     def gathered(self) -> Recorded:
         """Return everything, of all processes in the order of their ranks."""
         nothing = torch.empty(0, dtype=torch.int64)
-        own = Recorded.join(self._batches or [Recorded(nothing, nothing, nothing)])
-        parts, reasons = zip(*gather_objects((own, self.left_out), "what they evaluated"), strict=True)
-        recorded = Recorded.join(parts)
+        recorded = Recorded.join(self._batches or [Recorded(nothing, nothing, nothing)])
+        parts, reasons = zip(*gather_objects((recorded, self.left_out), "what they evaluated"), strict=True)
+        if len(parts) > 1:
+            recorded = Recorded.join(parts)
         self.left_out = next(filter(None, reasons), "")
         if self.left_out:
             recorded.predicted.pop(MODULE, None)
@@ -139,7 +144,7 @@ class Recorder:
         return self._original[torch.where(inside, ids, -1)]
 
     def _say_other_targets(self, recorded: Recorded) -> None:
-        if MODULE in recorded.predicted and self._readings.given(self._owner) is None:
+        if MODULE in recorded.predicted and self._reader is None:
             others = [name for name, ids in recorded.own_targets.items() if not torch.equal(ids, recorded.targets)]
             if others:
                 self._predictors[MODULE][1].say_once(

@@ -37,8 +37,8 @@ class RunFolder:
         start = time.perf_counter()
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            document = results_document(measured, self._data, config, seconds)
             names = getattr(self._data, "class_names", None) or {}
+            document = results_document(measured, self._data, config, seconds)
             write_results(self.path, document, measured.class_tables(), names)
         return time.perf_counter() - start
 

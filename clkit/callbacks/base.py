@@ -226,6 +226,7 @@ class FeatureCallback(StreamCallback):
             ``on_before_backward``: ``self.observer.features(graph=True)``.
         observer: What the batch in work shows: its features, logits and targets. There is one while a run goes on, and
             it reads the network from ``on_fit_start`` or the start of an evaluation on.
+        observers: Everything by which batches are read: that one, and further ones of a subclass.
 
     Example:
         >>> class Count(FeatureCallback):
@@ -240,6 +241,7 @@ class FeatureCallback(StreamCallback):
     stages: ClassVar[frozenset[Stage]] = frozenset({"train"})
     needs_graph: ClassVar[bool] = False
     observer: BatchObserver
+    observers: list[BatchObserver]
 
     def __init__(
         self, *, layer: str = "auto", forward: FeaturesFrom = "auto", batch_reader: BatchReader | None = None
@@ -249,6 +251,7 @@ class FeatureCallback(StreamCallback):
         self.layer = layer
         self.forward = forward
         self.batch_reader = batch_reader
+        self.observers = []
         self._reads = False  # whether the training batch in work is read
         self._said_layer: tuple[str, str] | None = None
         self._stage: Stage = "validate"  # of the last evaluation
@@ -291,11 +294,6 @@ class FeatureCallback(StreamCallback):
 
     # ---- one run
 
-    @property
-    def observers(self) -> list[BatchObserver]:
-        """Everything by which batches are read."""
-        return [self.observer] if hasattr(self, "observer") else []
-
     def refresh(self, trainer: pl.Trainer, moment: Hashable = None) -> None:
         """Look for the tapped layers again; of several calls with one ``moment`` the first looks."""
         for observer in self.observers:
@@ -305,12 +303,14 @@ class FeatureCallback(StreamCallback):
         """Ask for what reads the user's network, which ``setup`` and ``configure_model`` of the module may build."""
         super().setup(trainer, pl_module, stage)
         self.observer = BatchObserver.attach(trainer, pl_module, self)
+        self.observers = [self.observer]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
         if hasattr(self, "observer"):
             self.observer.detach(trainer)
             del self.observer
+        self.observers = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tap the user's network, which is built by now and has not run, and say which layer is read."""

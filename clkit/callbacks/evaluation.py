@@ -51,8 +51,9 @@ class StreamEvaluation(FeatureCallback):
         figures: Whether to draw figures at the end of a fit, which needs matplotlib (``pip install "clkit[report]"``);
             ``"auto"`` draws them where it is installed, and says so where it is not.
         keep_features: Most MiB of evaluation features that are kept while the network inside the module stays as it is,
-            so that T experiences cost about T passes through it and not T(T+1)/2; the bits are the same. The first batch
-            of each experience is run and compared, so one that fits in a batch saves nothing. 0 keeps none.
+            so that T experiences cost about T passes through it and not T(T+1)/2; the bits are the same. 8 rows of each
+            experience or more are run again and compared; :doc:`announce </guide/boundaries>` what may change only few
+            of the others. 0 keeps none.
         layer: Where the module's own classifier is, if it is not the one that :class:`~clkit.FeatureTap` finds. Each
             callback is evaluated on the features of its own ``layer``.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
@@ -93,18 +94,18 @@ class StreamEvaluation(FeatureCallback):
         self._measured = RunResults()
         self._pending: Experience | None = None
         self._seconds = {"fit": 0.0, "evaluate": 0.0}
-        self._switching: list[Any] = []  # callbacks that change the network for each experience
-        self._active = ExitStack()  # what they keep up for the experience of the batch in work
+        self._callbacks: list[Any] = []  # of the trainer
+        self._active = ExitStack()  # what callbacks keep up for the experience of the batch in work
         self._kept = KeptFeatures(keep_features * 2**20)
         self._recorder: Recorder | None = None
         self._watched: dict[str, tuple[Predictor, BatchObserver]] = {}  # by name, with what shows what each reads
+        self._parts: dict[BatchObserver, Any] = {}  # whose reader each goes by: a predictor's, or this callback's
         self._left_out = ""  # why the module is no predictor though it might be
         self._said_left_out = False
         self._folder: RunFolder | None = None
         self._measured_at = 0  # training batches that were done when a row was measured last
         self._batch: tuple[Any, int, Any] = (None, 0, None)  # the one in work, its experience and rows
-        self._clock = 0.0
-        self._fit_clock = 0.0
+        self._clock = self._fit_clock = 0.0
         self._written = (0.0, 0.0)  # when files were last written, and how long that took
 
     # ---- what the user reads afterwards
@@ -131,27 +132,27 @@ class StreamEvaluation(FeatureCallback):
             if self.figures != "auto":
                 raise ConfigurationError(f"{missing}, or set figures=False")
             rank_zero_info(f"clkit: {missing}")
-        predictors = [callback for callback in callbacks_of(trainer) if isinstance(callback, Predictor)]
+        self._callbacks = callbacks_of(trainer)
+        predictors = [callback for callback in self._callbacks if isinstance(callback, Predictor)]
         self._watched = {each.name: (each, BatchObserver.attach(trainer, pl_module, each)) for each in predictors}
         super().setup(trainer, pl_module, stage)
-
-    @property
-    def observers(self) -> list[BatchObserver]:
-        """What shows the module's own classifier, and what each predictor reads."""
-        return list(dict.fromkeys([*super().observers, *(observer for _, observer in self._watched.values())]))
+        self._parts = {self.observer: self, **{observer: part for part, observer in self._watched.values()}}
+        self.observers = list(self._parts)
 
     def refresh(self, trainer: pl.Trainer, moment: Hashable = None) -> None:
         """Look for the tapped layers again; without a classifier the module is no predictor."""
-        try:
-            if hasattr(self, "observer"):
-                self.observer.refresh(moment)
-        except TapError as error:
-            if self.layer != "auto" or self.module is True or not self._watched:
-                raise
-            self._left_out = f"it has no classifier ({error})"
-            self.observer.detach(trainer)
-            del self.observer
-        super().refresh(trainer, moment)
+        for observer in tuple(self.observers):
+            try:
+                observer.refresh(moment)
+            except TapError as error:
+                optional = self.layer == "auto" and self.module is not True and self._watched
+                if not optional or self._parts[observer] is not self:
+                    raise
+                self._left_out = f"it has no classifier ({error})"
+                self.observers.remove(observer)
+                del self._parts[observer]
+                observer.detach(trainer)
+                del self.observer
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
@@ -160,7 +161,7 @@ class StreamEvaluation(FeatureCallback):
         self._kept.clear()
         for _, observer in self._watched.values():
             observer.detach(trainer)
-        self._watched = {}
+        self._callbacks, self._watched, self._parts = [], {}, {}
         super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,11 +227,10 @@ class StreamEvaluation(FeatureCallback):
         """Begin recording."""
         self._clock = time.perf_counter()
         self._recorder = None  # made at the first batch, when everyone else is ready
-        self._switching = [callback for callback in callbacks_of(trainer) if hasattr(callback, "activated")]
-        if stage == "validate" and not self._switching:  # else features tell nothing of the next evaluation
-            taps = [observer.tap for observer in self.observers]
-            if taps:
-                self._kept.begin(module, taps[0], *(tap for tap in taps[1:] if tap.point != taps[0].point))
+        switched = any(hasattr(callback, "activated") for callback in self._callbacks)
+        if stage == "validate" and self.observers and not switched:  # else features tell nothing of the next one
+            tap, *others = [observer.tap for observer in self.observers]
+            self._kept.begin(module, tap, *(each for each in others if each.point != tap.point))
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -244,16 +244,15 @@ class StreamEvaluation(FeatureCallback):
 
     def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Hashable) -> None:
         """Begin a batch for the module's classifier and for each predictor, which may read it in its own way."""
-        if hasattr(self, "observer"):
-            super().open(trainer, module, batch, key)
-        for predictor, observer in self._watched.values():
-            observer.open(trainer, module, batch, key, part=predictor, needs_targets=self._stage != "predict")
+        for observer, part in self._parts.items():
+            observer.open(trainer, module, batch, key, part=part, needs_targets=self._stage != "predict")
 
     def on_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Record what each predictor says."""
-        self._kept.after_batch(all(observer.is_own for observer in self.observers))
+        if self._kept.active:
+            self._kept.after_batch(all(observer.is_own for observer in self.observers))
         self._recorder = self._recorder or self._new_recorder(trainer)
         self._recorder.add(*self._batch)
         self._batch = (None, 0, None)
@@ -283,13 +282,14 @@ class StreamEvaluation(FeatureCallback):
         if hasattr(loader, "expected_samples"):  # that of a stream
             experience, rows = loader.batches[batch_idx]
         else:  # plain loaders: one for each experience, or one for the current experience alone
-            several = is_list and len(loaders) > 1
-            experience = dataloader_idx if several or current is None else current.index
+            experience = dataloader_idx if current is None or (is_list and len(loaders) > 1) else current.index
         self._batch = batch, experience, rows
         self._active.close()
-        for callback in self._switching:
-            self._active.enter_context(callback.activated(experience))
-        self._kept.before_batch(experience, rows)
+        for callback in self._callbacks:
+            if hasattr(callback, "activated"):
+                self._active.enter_context(callback.activated(experience))
+        if self._kept.active:
+            self._kept.before_batch(experience, rows)
 
     def _recorded(self, trainer: pl.Trainer) -> Recorded:
         """Return what all processes recorded in this evaluation; a call on all of them."""
@@ -303,23 +303,24 @@ class StreamEvaluation(FeatureCallback):
 
     def _new_recorder(self, trainer: pl.Trainer) -> Recorder:
         observer = getattr(self, "observer", None)
-        wanted = self._module_predicts(trainer)
+        grafted = any(getattr(callback, "grafted", False) for callback in self._callbacks)
+        wanted = self._module_predicts(trainer, grafted)
         if wanted and observer is None and not self._said_left_out:
             self._said_left_out = True
             rank_zero_warn(f"{self.state_key} leaves the module out: {self._left_out}")
         module = observer if wanted and not self._left_out else None
         current, learned = self._boundaries.current, -1
-        if current is not None and not any(getattr(callback, "grafted", False) for callback in callbacks_of(trainer)):
+        if current is not None and not grafted:
             learned = current.index - int(trainer.state.fn == "fit" and self._pending is None)
-        return Recorder(trainer, self, self._watched, module, learned)
+        return Recorder(trainer, self, self._watched, module, self._callbacks, learned)
 
-    def _module_predicts(self, trainer: pl.Trainer) -> bool:
+    def _module_predicts(self, trainer: pl.Trainer, grafted: bool) -> bool:
         if self.module != "auto" or getattr(trainer.strategy, "trains_module", True):
             return bool(self.module)
         # grafted only at a fit's end it would be a row with one entry, the same as that of the head
         measured = self._measured.counts
         fitting = trainer.state.fn == "fit" and bool(measured) and MODULE not in measured
-        return not fitting and any(getattr(callback, "grafted", False) for callback in callbacks_of(trainer))
+        return grafted and not fitting
 
     # ---- rows
 

@@ -19,7 +19,6 @@ from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError, first_line
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
-from clkit.methods._checks import check_choice
 from clkit.methods.heads.base import Head
 from clkit.schema import saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
@@ -73,9 +72,8 @@ class HeadCallback(FeatureCallback):
             )
         if not isinstance(layer, str):
             raise ArgumentError(f"layer must be 'auto', 'output' or the dotted path of a layer, got {layer!r}")
-        check_choice("forward", forward, ("auto", "shared", "eval"))
         self.name = name
-        self.graft_when = check_choice("graft", graft, ("never", "experience_end", "fit_end"))
+        self.graft_when = graft
         self.reset_each_task = reset_each_task
         self._head: Head | None = None
         self._evaluated_head: Head | None = None  # a copy summed over ranks, while an evaluation runs
@@ -182,7 +180,7 @@ class HeadCallback(FeatureCallback):
             features = observer.features(self.forward)
             source = observer.source(self.forward)
             head = self._ensure_head(features, observer.tap.point)
-            key = ("checked", source, head.statistics.device)  # what is wrong with a batch is asked once for all heads
+            key = ("checked", source, self._device)  # what is wrong with a batch is asked once for all heads
             head.learn(observer.remember(key, lambda: head.checked(features, targets)))
             self._learned_in_fit = True
             return

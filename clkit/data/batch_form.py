@@ -34,7 +34,7 @@ def batch_former(form: BatchForm) -> Callable[[tuple[Any, ...]], Any]:
         3
     """
     if form == "tuple":
-        return _as_it_is
+        return tuple  # which a tuple passes as it is
     if form == "named":
         kinds = {number: namedtuple("Batch", NAMES[:number]) for number in (2, 3)}
         return lambda batch: kinds[len(batch)](*batch)
@@ -49,7 +49,3 @@ def batch_former(form: BatchForm) -> Callable[[tuple[Any, ...]], Any]:
         )
     keys = (*names, *NAMES[len(names) :])
     return lambda batch: dict(zip(keys, batch, strict=False))
-
-
-def _as_it_is(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    return batch

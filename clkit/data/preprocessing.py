@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, DataError
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_count
 
 __all__ = ["Preprocessing"]
 
@@ -69,7 +69,6 @@ class Preprocessing:
         for name in ("size", "resize", "channels"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        check_choice("interpolation", self.interpolation, get_args(Interpolation))
         if self.resize is not None and self.size is not None and self.resize < self.size:
             raise ArgumentError(
                 f"resize ({self.resize}) must not be smaller than size ({self.size}), which is cut of it"

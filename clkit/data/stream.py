@@ -31,7 +31,7 @@ from clkit.data.scenarios import ClassIncremental, Scenario
 from clkit.data.sources import resolve_source
 from clkit.data.sources.base import Source, data_root
 from clkit.errors import ArgumentError, ConfigurationError, DataError
-from clkit.methods._checks import check_choice, check_count, check_probability
+from clkit.methods._checks import check_count, check_probability
 from clkit.stream import resume
 from clkit.stream._lightning import loaded_checkpoint, started_epochs, stream_position
 from clkit.stream.experience import Experience
@@ -120,7 +120,7 @@ class StreamDataModule(pl.LightningDataModule):
         self.eval_batch_size = check_count("eval_batch_size", eval_batch_size)
         self.epochs_per_experience = check_count("epochs_per_experience", epochs_per_experience)
         self.stop_after = None if stop_after is None else check_count("stop_after", stop_after)
-        self.evaluate = check_choice("evaluate", evaluate, ("seen", "all"))
+        self.evaluate = evaluate
         if scenario is not None and not isinstance(scenario, Scenario):
             raise ArgumentError(
                 f"scenario must be a Scenario such as ClassIncremental(experiences=5), got {scenario!r}"

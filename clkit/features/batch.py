@@ -146,13 +146,8 @@ class Readings:
     def of(cls, trainer: Any) -> Readings:
         """Return those of a trainer's parts."""
         if trainer not in cls._of_trainer:
-            weak = weakref.ref(trainer)  # the values of this dictionary must not keep its keys alive
-
-            def parts() -> tuple[Iterable[Any], Iterable[Any]]:
-                alive: Any = weak()
-                return (alive.strategy, alive.strategy.lightning_module), alive.callbacks
-
-            cls._of_trainer[trainer] = cls(parts)
+            alive = weakref.proxy(trainer)  # the values of this dictionary must not keep its keys alive
+            cls._of_trainer[trainer] = cls(lambda: ((alive.strategy, alive.strategy.lightning_module), alive.callbacks))
         return cls._of_trainer[trainer]
 
     def given(self, part: Any) -> BatchReader | None:
@@ -164,41 +159,34 @@ class Readings:
                 return reader
         return None
 
-    def begin(self, batch: Any, moment: Hashable) -> None:
-        """Have a batch in work until :meth:`end`, or until one with another ``moment`` begins."""
-        if batch is not self._batch or moment != self._moment:
-            self._batch, self._moment, self._memo = batch, moment, {}
-
     def end(self) -> None:
         """Let go of the batch in work."""
         self._batch, self._moment, self._memo = None, None, {}
 
-    def read(self, part: Any, batch: Any, *, needs_targets: bool = True) -> tuple[Any, Tensor | None]:
-        """Return inputs and targets as a part reads them; ``None`` for targets that a batch need not have.
+    def read(
+        self,
+        part: Any,
+        batch: Any,
+        *,
+        needs_targets: bool = True,
+        moment: Hashable = None,
+        lent: BatchReader | None = None,
+    ) -> tuple[Any, Tensor | None]:
+        """Return inputs and targets as a part reads them.
+
+        Args:
+            part: Whose reader is asked.
+            batch: The batch.
+            needs_targets: Whether a batch must have targets; ``None`` is returned for them otherwise.
+            moment: Has the batch in work from now on: until :meth:`end`, or until one of another moment.
+            lent: A reader of another part, for a part without one.
 
         Raises:
             BatchError: If the part cannot read the batch; the message names the part.
         """
-        reader = self.given(part)
-        if reader is not None:
-            return self._read(part, reader, batch, needs_targets)
-        try:
-            return self._read(part, None, batch, needs_targets)
-        except BatchError as error:
-            _, callbacks = self._parts()
-            lent = {each.batch_reader: each for each in callbacks if callable(getattr(each, "batch_reader", None))}
-            if not lent:
-                raise
-            if len(lent) > 1:
-                owners = " and ".join(map(_name, lent.values()))
-                raise BatchError(
-                    f"{_name(part)} has no batch_reader, and those of {owners} are not the same: pass it one; {error}"
-                ) from error
-        return self._read(part, next(iter(lent)), batch, needs_targets)
-
-    def _read(
-        self, part: Any, reader: BatchReader | None, batch: Any, needs_targets: bool
-    ) -> tuple[Any, Tensor | None]:
+        if moment is not None and (batch is not self._batch or moment != self._moment):
+            self._batch, self._moment, self._memo = batch, moment, {}
+        reader = lent or self.given(part)
         key = None if reader is None else id(reader)
         known = self._memo.get(key) if batch is self._batch else None
         if known is not None and (known[1] is not None or not needs_targets):
@@ -206,10 +194,22 @@ class Readings:
         try:
             pair = (read_batch if needs_targets else read_inputs)(batch, reader)
         except BatchError as error:
-            raise BatchError(f"{_name(part)}: {error}") from error
+            named = BatchError(f"{_name(part)}: {error}")
+            lent = None if reader is not None else self._lent(named)
+            if lent is None:
+                raise named from error
+            return self.read(part, batch, needs_targets=needs_targets, lent=lent)
         if batch is self._batch:
             self._memo[key] = pair
         return pair
+
+    def _lent(self, error: BatchError) -> BatchReader | None:
+        """Return the one reader of the callbacks, for a part that cannot read the usual form."""
+        owners = {each.batch_reader: each for each in self._parts()[1] if callable(getattr(each, "batch_reader", None))}
+        if len(owners) > 1:
+            names = " and ".join(map(_name, owners.values()))
+            raise BatchError(f"{error}; it has no batch_reader, and those of {names} are not the same: pass it one")
+        return next(iter(owners), None)
 
 
 def _name(part: Any) -> str:

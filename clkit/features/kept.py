@@ -3,8 +3,8 @@
 In later evaluations the network's ``forward`` answers with ``classifier(kept features)`` for the length of one step, so
 the user's own ``validation_step`` and metrics see the same bits. A changed weight or buffer is noticed by its version,
 and whoever changes the network otherwise announces it (:func:`clkit.stream.boundaries.backbone_changed`). For what
-nobody announces, the first batch of each experience is computed afresh in each evaluation and compared, bit for bit:
-the loader of a stream gives these batches before all others.
+nobody announces, some rows of each experience's first batch are run alone when it is kept and again in each evaluation,
+and compared bit for bit: the loader of a stream gives these batches before all others.
 """
 
 from __future__ import annotations
@@ -16,22 +16,28 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from clkit.features.tap import FeatureTap, Tapped
 
 __all__ = ["KeptFeatures"]
 
+_SOME = 8  # rows of a batch that are run again
+_APART = 16  # at most, in a large batch, of which more rows are run
+
 
 class KeptFeatures:
     """Keeps at most ``limit`` bytes of features of evaluation batches and lets the network answer with them.
 
     Attributes:
+        active: Whether features are kept in the evaluation in work.
         served: Batches that were answered from what was kept.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.active = False
         self.served = 0
         self._features: dict[Hashable, list[Tensor]] = {}  # at the classifier, then at each of the others
         self._bytes = 0
@@ -39,7 +45,7 @@ class KeptFeatures:
         self._usable = True  # until the network is seen to do more with its features than its classifier says
         self._told = False
         self._warned = False
-        self._compared: set[int] = set()  # experiences of which a batch was compared in this evaluation
+        self._samples: dict[int, tuple[Hashable, list[Tensor]]] = {}  # by experience: of which batch, and what it gave
         self._tap: FeatureTap | None = None
         self._others: list[FeatureTap] = []
         self._points: list[str] = []  # of the others
@@ -48,7 +54,9 @@ class KeptFeatures:
         self._hooks: list[Any] = []
         self._heard: Tapped | None = None
         self._overridden: nn.Module | None = None
+        self._experience = 0  # of the batch in work
         self._key: Hashable = None
+        self._sample: list[Tensor] | None = None
 
     # ---- one evaluation
 
@@ -67,20 +75,26 @@ class KeptFeatures:
         if points != self._points:
             self.clear()
             self._points = points
-        made_by = _fingerprint(self._tap)
-        if made_by != self._made_by:
+        before, now = self._made_by, _fingerprint(self._tap)
+        if now != before:
             self.clear()
-            self._made_by = made_by
+            self._made_by = now
+            if before:  # a network that trains will have changed by the next evaluation, too
+                self._tap = None
+                return
+        self.active = True
         self._others = list(others)
         self._hooks = [
             tap.listen(self._hear),
             *(other.listen(partial(self._hear_other, index)) for index, other in enumerate(others)),
-            tap.network.register_forward_hook(self._see),
+            tap.network.register_forward_hook(self._see, with_kwargs=True),
         ]
-        self._compared.clear()
 
     def end(self) -> None:
         """Give the network back: after the last batch, or where something went wrong."""
+        if not self.active:
+            return
+        self.active = False
         self.after_batch()
         for hook in self._hooks:
             hook.remove()
@@ -90,17 +104,23 @@ class KeptFeatures:
 
     def before_batch(self, experience: int, rows: Any) -> None:
         """Have the network answer with what was kept of these rows of an experience, if known and if anything was."""
+        self._experience = experience
         self._key = None if rows is None else (experience, len(rows), int(rows[0]), int(rows[-1]))
-        self._heard, self._heard_others, self._calls = None, {}, 0
-        if self._tap is None or self._key is None or self._key not in self._features:
+        self._heard, self._heard_others, self._calls, self._sample = None, {}, 0, None
+        if self._key not in self._features:
             return
-        if experience not in self._compared:
-            self._compared.add(experience)
-            return  # the network runs, and `after_batch` compares
+        assert self._tap is not None
         classifier, network = self._tap.classifier, self._tap.network
         kept, *kept_of_others = self._features[self._key]
+        sampled, sample = self._samples[experience]
 
         def answer(*args: Any, **kwargs: Any) -> Any:
+            if self._calls:  # another forward in the same step, which the step that was kept did not have
+                return type(network).forward(network, *args, **kwargs)
+            if sampled == self._key and not _same(self._sampled(len(kept), args, kwargs), sample):
+                self._drop()
+                self._give_back()
+                return type(network).forward(network, *args, **kwargs)
             for other, features in zip(self._others, kept_of_others, strict=True):
                 other.deliver(features)
             return _classified(classifier, kept)
@@ -108,8 +128,26 @@ class KeptFeatures:
         self._overridden = network
         network.forward = answer
 
+    def _sampled(self, count: int, args: Any, kwargs: Any) -> list[Tensor]:
+        """Run some rows of a batch of ``count`` alone; without a result if the classifier does not give the output."""
+        assert self._tap is not None
+        apart = min(-(-count // _SOME), _APART)
+        some_args, some_kwargs = apply_to_collection(
+            (args, kwargs), Tensor, lambda each: each[::apart] if each.dim() and len(each) == count else each
+        )
+        heard, self._heard = self._heard, None
+        others, self._heard_others = self._heard_others, {}
+        network = self._tap.network
+        with FeatureTap.aside():
+            output = type(network).forward(network, *some_args, **some_kwargs)
+            features = output if self._heard is None else self._heard.features
+            given = [features, *self._heard_others.values()] if _answers(self._tap.classifier, features, output) else []
+        self._heard, self._heard_others = heard, others
+        return [each.detach().clone() for each in given]
+
     def _drop(self) -> None:
         self._features.clear()
+        self._samples.clear()
         self._bytes = 0
         if not self._warned:
             self._warned = True
@@ -126,17 +164,18 @@ class KeptFeatures:
             own: Whether the network was given the batch's own inputs, of which alone anything is kept.
         """
         if self._overridden is not None:
-            del self._overridden.forward  # the class's own shows through again
-            self._overridden = None
+            self._give_back()
             self.served += 1
-        elif self._key is not None and self._calls:
-            fresh, kept = self._fresh() if own and self._usable else None, self._features.get(self._key)
-            if kept is not None and not (fresh and all(map(_same, kept, fresh))):
-                self._drop()
-                kept = None
-            if kept is None and fresh:
-                self._keep(fresh)
-        self._key = self._heard = None
+        elif self._key is not None and own and self._usable:
+            fresh = self._fresh()
+            if fresh and self._keep(fresh) and self._sample is not None:
+                self._samples[self._experience] = self._key, self._sample
+        self._key = self._heard = self._sample = None
+
+    def _give_back(self) -> None:
+        assert self._overridden is not None
+        del self._overridden.forward  # the class's own shows through again
+        self._overridden = None
 
     def _fresh(self) -> list[Tensor] | None:
         """Return what a forward showed at the classifier and at the others; ``None`` where that is not all."""
@@ -148,6 +187,7 @@ class KeptFeatures:
     def clear(self) -> None:
         """Let go of everything."""
         self._features.clear()
+        self._samples.clear()
         self._bytes, self._usable, self._made_by = 0, True, ()
 
     # ----
@@ -159,15 +199,18 @@ class KeptFeatures:
     def _hear_other(self, index: int, tapped: Tapped) -> None:
         self._heard_others.setdefault(index, tapped.features)
 
-    def _see(self, network: nn.Module, args: Any, output: Any) -> None:
-        self._calls += 1  # of several one answer cannot be that of all
+    def _see(self, network: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._calls += 1
+        waits = self._usable and self._overridden is None and self._heard is not None and self._key is not None
         # in the forward itself, where autocast is as it will be when the kept features answer
-        first = not self._features or self._key in self._features  # of an evaluation, or of one of its experiences
-        if self._usable and first and self._overridden is None and self._heard is not None:
+        if waits and self._calls == 1 and self._experience not in self._samples:
             assert self._tap is not None
-            self._usable = _answers(self._tap.classifier, self._heard.features, output)
+            assert self._heard is not None
+            if _answers(self._tap.classifier, self._heard.features, output):
+                self._sample = self._sampled(len(self._heard.features), args, kwargs)
+            self._usable = bool(self._sample)
 
-    def _keep(self, features: list[Tensor]) -> None:
+    def _keep(self, features: list[Tensor]) -> bool:
         features = [each.detach().clone() for each in features]
         size = sum(each.numel() * each.element_size() for each in features)
         if self._bytes + size > self.limit:
@@ -177,9 +220,10 @@ class KeptFeatures:
                     f"clkit: {self._bytes / 2**20:.0f} MiB of evaluation features are kept, which is the limit; the "
                     "rest is computed at each evaluation (StreamEvaluation(keep_features=MiB) sets it)"
                 )
-            return
+            return False
         self._features[self._key] = features
         self._bytes += size
+        return True
 
 
 def _can_answer(module: pl.LightningModule, tap: FeatureTap, others: Sequence[FeatureTap]) -> bool:
@@ -187,9 +231,11 @@ def _can_answer(module: pl.LightningModule, tap: FeatureTap, others: Sequence[Fe
     network = tap.network
     own = [] if tap.classifier is None else list(tap.classifier.modules())
     for other in others:  # what is inside the classifier, or around it, changes with it
-        if other.network is not network or any(
-            part in own or any(inner is tap.classifier for inner in part.modules()) for part in other.layers
-        ):
+        if (
+            other.network is not network or len(other.layers) > 1
+        ):  # what is put together ends with the network's forward
+            return False
+        if any(part in own or any(inner is tap.classifier for inner in part.modules()) for part in other.layers):
             return False
     return (
         network is not module
@@ -221,11 +267,16 @@ def _classified(classifier: nn.Module | None, features: Tensor) -> Tensor:
     return logits
 
 
-def _same(kept: Tensor, fresh: Tensor) -> bool:
-    return kept.dtype == fresh.dtype and torch.equal(kept.nan_to_num(), fresh.nan_to_num())
+def _same(fresh: list[Tensor], sample: list[Tensor]) -> bool:
+    return len(fresh) == len(sample) and all(
+        now.dtype == then.dtype and torch.equal(now.nan_to_num(), then.nan_to_num())
+        for now, then in zip(fresh, sample, strict=True)
+    )
 
 
-def _answers(classifier: nn.Module | None, features: Tensor, output: Any) -> bool:
+def _answers(classifier: nn.Module | None, features: Any, output: Any) -> bool:
     """Whether classifier(features) is the network's output, bit for bit."""
+    if not isinstance(features, Tensor):
+        return False
     answer = _classified(classifier, features)
     return isinstance(output, Tensor) and answer.dtype == output.dtype and torch.equal(answer, output)

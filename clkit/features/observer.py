@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
-from clkit.features.batch import Readings
+from clkit.features.batch import BatchReader, Readings
 from clkit.features.origin import InputWatch
 from clkit.features.tap import FeatureTap, Tapped, evaluating
 
@@ -40,14 +40,15 @@ class BatchObserver:
     The tap is made by the first :meth:`refresh`, when ``setup`` and ``configure_model`` have built the network.
 
     Attributes:
+        reader: The batch reader that was given for what it shows, if any.
         inputs: The batch's inputs as its reader found them.
         targets: The batch's targets (B,), or ``None`` where a batch to predict has none.
     """
 
     _of_trainer: ClassVar[WeakKeyDictionary[pl.Trainer, dict[Hashable, BatchObserver]]] = WeakKeyDictionary()
 
-    def __init__(self, module: nn.Module, layer: str) -> None:
-        self._module, self._layer = module, layer
+    def __init__(self, module: nn.Module, layer: str, readings: Readings, reader: BatchReader | None) -> None:
+        self._module, self._layer, self._readings, self.reader = module, layer, readings, reader
         self._tap: FeatureTap | None = None
         self._watch = InputWatch()
         self._sensitive: list[nn.Module] = []
@@ -91,10 +92,12 @@ class BatchObserver:
         Its ``layer`` says where features are read, ``"auto"`` for a part that does not say; its ``batch_reader`` how.
         """
         layer = getattr(part, "layer", "auto")
-        key = layer, id(Readings.of(trainer).given(part))
+        readings = Readings.of(trainer)
+        reader = readings.given(part)
+        key = layer, id(reader)
         observers = cls._of_trainer.setdefault(trainer, {})
         if key not in observers:
-            observers[key] = cls(module, layer)
+            observers[key] = cls(module, layer, readings, reader)
         observers[key]._users += 1
         return observers[key]
 
@@ -121,8 +124,9 @@ class BatchObserver:
         self._tap.resolve()
         self._watch.follow(self._module, self._tap)
         self._refreshed = moment  # once it has looked: the next part is told what the first was
-        self._sensitive = self.tap.mode_sensitive()
-        self.forget()
+        self._sensitive = self._tap.mode_sensitive()
+        if self._batch is not None:
+            self.forget()
 
     # ---- one batch
 
@@ -152,9 +156,8 @@ class BatchObserver:
             graph: Whether features will be asked for with their graph.
         """
         if key != self._batch:
-            readings = Readings.of(trainer)
-            readings.begin(batch, key)
-            self.inputs, self.targets = readings.read(part, batch, needs_targets=needs_targets)
+            reading = self._readings.read(part, batch, needs_targets=needs_targets, moment=key)
+            self.inputs, self.targets = reading
             self._watch.begin(self.inputs, self.targets)
             self._batch = key
             self._armed = True
@@ -224,9 +227,10 @@ class BatchObserver:
                     "forward has not run, or it is done"
                 )
             return self._rows(self._live)
-        self.settle(source)
+        if not self._is_own:
+            self.settle(source)
         evaluated = source != "shared" and self._evaluated is not None
-        if not evaluated and self._shared is not None and not self._counts():
+        if not evaluated and self._shared is not None and not (self._is_own or self._counts()):
             self.say_once(_NOT_OWN, rank_zero_warn)
         if self._left_out and not evaluated:
             raise BatchError(
@@ -297,8 +301,7 @@ class BatchObserver:
         self._shared = self._evaluated = self._live = None
         self._memo.clear()
         self._watch.end()
-        if self._trainer is not None:
-            Readings.of(self._trainer).end()
+        self._readings.end()
         self.inputs = self.targets = self._strategy = self._trainer = None
 
     # ----

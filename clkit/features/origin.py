@@ -65,57 +65,59 @@ class InputWatch:
 
     def begin(self, inputs: Any, targets: Tensor | None) -> None:
         """Look for a batch with these inputs."""
-        self._inputs = [(tensor, _version(tensor)) for tensor in tensors_in(inputs)]
-        self._targets, self.own, self.shape = targets, False, None
+        self._inputs, self._targets, self.own, self.shape = [], targets, False, None
+        self._add(inputs)
 
     def end(self) -> None:
         """Let go of the batch."""
         self._inputs, self._targets, self.own = [], None, False
 
+    def _add(self, inputs: Any) -> None:
+        # how often a tensor was written to; those of an inference do not count
+        self._inputs += [(each, 0 if each.is_inference() else each._version) for each in tensors_in(inputs)]
+
     # ---- hooks; in compiled code nothing may depend on the batch, so what is inside of it is not looked at
 
     def _enter(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._looks() or (self.own and depth > self._depth):  # what an own call does inside is its own
+        if not self._inputs or FeatureTap.extracting or torch.compiler.is_compiling():
+            return
+        if self.own and depth > self._depth:  # what an own call does inside is its own
             return
         if depth == 0 and "forward" in vars(module) and any(leaf is self._targets for leaf in tensors_in(args)):
             return  # a step that DDP runs as the module's forward: it is given the batch, not an input
-        if self._are_own((args, kwargs)):
+        if self._is_own((args, kwargs)):
             self.own, self._depth = True, depth
         elif depth <= self._depth:  # called anew, with something else
             self.own = False
 
     def _leave(self, depth: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._looks() and depth == self._depth:
+        if depth == self._depth and not FeatureTap.extracting and not torch.compiler.is_compiling():
             self.own = False  # it has been heard of by now, or gives no features
             self.shape = tuple(output.shape) if isinstance(output, Tensor) else None
 
     def _leave_beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._looks() and self._are_own((args, kwargs)):
-            self._inputs += [(tensor, _version(tensor)) for tensor in tensors_in(output)]
+        waits = bool(self._inputs) and not FeatureTap.extracting and not torch.compiler.is_compiling()
+        if waits and self._is_own((args, kwargs)):
+            self._add(output)
 
-    def _looks(self) -> bool:
-        return bool(self._inputs) and not torch.compiler.is_compiling() and not FeatureTap.extracting
-
-    def _are_own(self, given: Any) -> bool:
+    def _is_own(self, given: Any) -> bool:
         """Whether a call was given something of the batch, and no floating-point tensor that is not of it."""
-        known = [(tensor, self._is_own(tensor)) for tensor in tensors_in(given)]
-        return any(own for _, own in known) and all(own or not tensor.is_floating_point() for tensor, own in known)
-
-    def _is_own(self, tensor: Tensor) -> bool:
-        return any(_same(tensor, own) and _version(tensor) == version for own, version in self._inputs)
-
-
-def _same(tensor: Tensor, own: Tensor) -> bool:
-    """Whether two tensors are one, or views of all of one."""
-    if tensor is own:
-        return True
-    alike = tensor.numel() == own.numel() > 0 and tensor.dtype == own.dtype and tensor.device == own.device
-    return alike and tensor.layout == own.layout == torch.strided and tensor.data_ptr() == own.data_ptr()
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; tensors of an inference do not count."""
-    return 0 if tensor.is_inference() else int(tensor._version)
+        found = False
+        for each in tensors_in(given):
+            for own, version in self._inputs:
+                alike = each is own or (
+                    each.numel() == own.numel() > 0
+                    and (each.dtype, each.device) == (own.dtype, own.device)
+                    and each.layout == own.layout == torch.strided
+                    and each.data_ptr() == own.data_ptr()
+                )  # views of all of one tensor are that tensor
+                if alike and version == (0 if each.is_inference() else each._version):
+                    found = True
+                    break
+            else:
+                if each.is_floating_point():
+                    return False
+        return found
 
 
 def _path(module: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:

@@ -195,13 +195,11 @@ class FeatureTap:
         heard: list[Tapped] = []
         listeners = self._relay.listeners
         others, listeners[:] = listeners[:], []
-        outer, FeatureTap.extracting = FeatureTap.extracting, True
         try:
             self.listen(lambda tapped: heard.append(tapped))  # torch 2.7 compiles no builtin
-            with evaluating(self.network), torch.no_grad():
+            with FeatureTap.aside(), evaluating(self.network), torch.no_grad():
                 (run or self.network)(inputs)
         finally:
-            FeatureTap.extracting = outer
             listeners[:] = others
         if not heard:
             raise TapError(
@@ -209,6 +207,16 @@ class FeatureTap:
                 "or layer='output'"
             )
         return heard[0].features.detach()
+
+    @classmethod
+    @contextmanager
+    def aside(cls) -> Iterator[None]:
+        """Have no forward of a block count as that of a batch."""
+        outer, FeatureTap.extracting = FeatureTap.extracting, True
+        try:
+            yield
+        finally:
+            FeatureTap.extracting = outer
 
     def mode_sensitive(self) -> list[nn.Module]:
         """Return the layers whose forward differs between training and evaluation mode, in order of definition.
@@ -398,7 +406,7 @@ class _Relay:
         if rows is None:
             self._refuse(features)
         self.width = rows.shape[1]
-        tapped = Tapped(rows, _rows(logits))
+        tapped = Tapped(rows, None if logits is None else _rows(logits))
         for listener in tuple(self.listeners):
             listener(tapped)
 

@@ -49,7 +49,13 @@ class Sums:
     def to(self, device: torch.device, copy: bool = False) -> Sums:
         """Return the same on ``device``, sharing memory where nothing moves unless ``copy``."""
         tables = {name: table.to(device, copy=copy) for name, table in self.tables.items()}
-        return Sums(self.ids, tables, *[_moved(gram, device, copy) for gram in (self.gram, self.scatter)])
+        grams = [
+            new_gram(len(gram), gram.dtype, device).copy_(gram)
+            if gram is not None and (copy or gram.device != device)
+            else gram
+            for gram in (self.gram, self.scatter)
+        ]
+        return Sums(self.ids, tables, *grams)
 
     def add(self, rows: Tensor, batch: Batch) -> None:
         """Add the rows of a batch."""
@@ -59,7 +65,8 @@ class Sums:
         values = rows.numpy() if batch.on_host else rows
         if "centres" in tables:
             relative = _relative_to_centres(tables, at, values, batch)
-            self._add_scatter(relative, 1.0)
+            if self.scatter is not None:
+                add_gram_(self.scatter, relative if isinstance(relative, Tensor) else torch.from_numpy(relative), 1.0)
             _add_centred(tables, at, relative, batch)
         elif "sums" in tables:
             tables["sums"][at] += _summed(values, batch)
@@ -73,7 +80,8 @@ class Sums:
         values = rows.numpy() if batch.on_host else rows
         if "centres" in tables:
             relative = values - _double(tables["centres"][at])[batch.inverse]
-            self._add_scatter(relative, -1.0)
+            if self.scatter is not None:
+                add_gram_(self.scatter, relative if isinstance(relative, Tensor) else torch.from_numpy(relative), -1.0)
             _remove_centred(tables, at, relative, batch)
         elif "sums" in tables:
             tables["sums"][at] -= _summed(values, batch)
@@ -142,23 +150,12 @@ class Sums:
             return {name: table.numpy() for name, table in self.tables.items()}, positions
         return self.tables, torch.from_numpy(positions).to(self.tables["counts"].device)
 
-    def _add_scatter(self, relative: Array, weight: float) -> None:
-        if self.scatter is not None:
-            rows = relative if isinstance(relative, Tensor) else torch.from_numpy(relative)
-            add_gram_(self.scatter, rows, weight)
-
     def _add_grams(self, positions: Ids, rows: Tensor, batch: Batch, weight: float) -> None:
         if self.gram is not None:
             add_gram_(self.gram, rows, weight)
         if "class_grams" in self.tables:
             for position, row in enumerate(positions.tolist()):
                 add_gram_(self.tables["class_grams"][row], rows[batch.inverse == position], weight)
-
-
-def _moved(gram: Tensor | None, device: torch.device, copy: bool) -> Tensor | None:
-    if gram is None or not (copy or gram.device != device):
-        return gram
-    return new_gram(gram.shape[0], gram.dtype, device).copy_(gram)
 
 
 # In what follows, ``at`` are the positions of the classes of a batch in the tables. ``table[at] += values`` adds in
@@ -182,7 +179,7 @@ def _relative_to_centres(tables: dict[str, Array], at: Array, rows: Array, batch
     before = tables["counts"][at][:, None]
     if batch.finite is not None or not before.all():
         _open_centres(tables, at, before == 0, rows[batch.first])
-    relative = rows - _double(tables["centres"][at])[batch.inverse]
+    relative = rows - tables["centres"][at][batch.inverse]  # in float64, as the rows are
     return relative if batch.finite is None else torch.where(batch.finite, relative, 0.0)
 
 
@@ -190,17 +187,13 @@ def _add_centred(tables: dict[str, Array], at: Array, relative: Array, batch: Ba
     """Add to sums and squares, and use up the rows; counts are still those from before."""
     total = _summed(relative, batch)
     if "squares" in tables:
-        _add_squares(tables, at, relative, total, batch)
+        before = tables["counts"][at][:, None]
+        means = total / batch.weights
+        relative -= means[batch.inverse]
+        relative *= relative
+        added = batch.weights if batch.finite is None else batch.weights * batch.finite
+        _merge_squares(tables, at, before, added, means, _summed(relative, batch))
     tables["sums"][at] += total
-
-
-def _add_squares(tables: dict[str, Array], at: Array, relative: Array, total: Array, batch: Batch) -> None:
-    before = _double(tables["counts"][at])[:, None]
-    means = total / batch.weights
-    relative -= means[batch.inverse]
-    relative *= relative
-    added = batch.weights if batch.finite is None else batch.weights * batch.finite
-    _merge_squares(tables, at, before, added, means, _summed(relative, batch))
 
 
 def _remove_centred(tables: dict[str, Array], at: Array, relative: Array, batch: Batch) -> None:

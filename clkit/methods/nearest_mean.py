@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from clkit.arguments import check_arguments
-from clkit.methods._checks import Batch, check_choice
+from clkit.methods._checks import Batch
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
@@ -74,7 +74,7 @@ class NearestMeanHead(Head):
     ) -> None:
         check_arguments(NearestMeanHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
-        self.metric = check_choice("metric", metric, ("janson", "euclidean", "icarl", "cosine"))
+        self.metric = metric
         self.normalizes = metric != "euclidean"
         self.feature_map = FeatureMap(in_features)
         self.statistics = self._adopt(None, in_features, ("sums",))
@@ -105,10 +105,10 @@ class NearestMeanHead(Head):
         return [(self.statistics, rows)]
 
     def _readout_of_sums(self) -> Readout:
-        means = self.means
+        means, classes = self.means, self.statistics.classes
         if self.metric == "cosine":
-            return Readout.of(self.classes, means, means.new_zeros(means.shape[0]))
-        return nearest_mean_readout(self.classes, means)
+            return Readout.of(classes, means, means.new_zeros(means.shape[0]))
+        return nearest_mean_readout(classes, means)
 
     def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         return scores if self.metric == "cosine" else negative_distances(scores, centred)

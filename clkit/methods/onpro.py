@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods._checks import check_choice, check_number
+from clkit.methods._checks import check_number
 from clkit.methods._state import exact
 from clkit.methods.replay import contrast
 from clkit.methods.replay.buffer import ReservoirBuffer
@@ -75,7 +75,6 @@ class OnProLosses:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
-        check_choice("rotation", self.rotation, tuple(VARIANTS))
         for name in ("ce_new", "ce_mem", "instance_new", "instance_mem", "ope_new", "ope_seen"):
             check_number(name, getattr(self, name), at_least=0)
         for name in ("prototype_temperature", "instance_temperature", "similarity_scale"):

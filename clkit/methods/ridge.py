@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from clkit.arguments import check_arguments
 from clkit.distributed import world_size
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
-from clkit.methods._checks import Batch, check_choice, check_count, check_number
+from clkit.methods._checks import Batch, check_count, check_number
 from clkit.methods._gram import add_gram_
 from clkit.methods._recursion import RecursiveLeastSquares, not_positive_definite, woodbury_update
 from clkit.methods._solving import condition_number, spectrum, warn_of_lost_digits
@@ -138,8 +138,8 @@ class AnalyticHead(Head):
         check_arguments(AnalyticHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
         self.gamma = gamma if isinstance(gamma, str) else check_number("gamma", gamma, above=0)
-        self.balance = check_choice("balance", balance, ("none", "pfg", "reweight", "expected"))
-        self.solver = check_choice("solver", solver, ("gram", "recursive"))
+        self.balance = balance
+        self.solver = solver
         self.noise = check_number("noise", noise, at_least=0)
         self.pfg_seed = check_count("pfg_seed", pfg_seed, at_least=0)
         self.pfg_max_per_class = (

@@ -184,7 +184,8 @@ class FeatureStatistics(PlainState):
             ProcessLostError: If another process died meanwhile.
         """
         if world_size(group) == 1:
-            self.check()
+            if self._bad is not None:
+                self.check()
             return
         with exact():
             own = self._own if self._own is not None else self._new_part()
@@ -323,8 +324,7 @@ class FeatureStatistics(PlainState):
     def _take_bad(self) -> int:
         """Return the number of the first batch masked since the last call, else 0; drop the rows it has opened."""
         bad, self._bad = self._bad, None
-        number = 0 if bad is None else int(bad)
-        if number:
+        if number := 0 if bad is None else int(bad):
             self._shared.drop_empty()
             if self._own is not None:
                 self._own.drop_empty()
@@ -334,7 +334,8 @@ class FeatureStatistics(PlainState):
         """Return everything learned, shared and own; not to be changed."""
         if name is not None and name not in self.kept:
             raise ConfigurationError(f"these statistics keep {self.kept}, not {name!r}; build them with {name}=True")
-        self.check()
+        if self._bad is not None:
+            self.check()
         if self._own is None or self._own.ids.size == 0:
             return self._shared
         if self._both is None or self._both[0] != self.version:

@@ -77,7 +77,7 @@ def accuracy_matrix(correct: Array, total: Array) -> Tensor:
         tensor([[0.9000,    nan],
                 [0.6000, 0.8000]], dtype=torch.float64)
     """
-    return _ratio(*map(_by_experience, _as_counts(correct, total)))
+    return _ratio(*_as_counts(correct, total, by_experience=True))
 
 
 def per_class_accuracy(class_correct: Array, class_total: Array) -> Tensor:
@@ -107,7 +107,7 @@ def accuracy_seen(correct: Array, total: Array) -> Tensor:
         >>> accuracy_seen([[9, 0], [6, 24]], [[10, 0], [10, 30]])  # (6 + 24) / (10 + 30)
         tensor([0.9000, 0.7500], dtype=torch.float64)
     """
-    hits, samples = map(_by_experience, _as_counts(correct, total))
+    hits, samples = _as_counts(correct, total, by_experience=True)
     learned = torch.ones_like(samples, dtype=torch.bool).tril()
     accuracy = _ratio((hits * learned).sum(1), (samples * learned).sum(1))
     return accuracy.masked_fill((learned & (samples == 0)).any(1), nan)
@@ -152,7 +152,7 @@ def average_accuracy(matrix: Array) -> float:
         >>> average_accuracy([[1.0, float("nan")], [0.5, 1.0]])
         0.75
     """
-    R = _as_matrix(matrix)
+    R = as_floats("matrix", matrix, 2)
     T = len(R)
     return float(R[-1, :T].mean()) if T else nan
 
@@ -173,7 +173,7 @@ def forgetting(matrix: Array) -> float:
         >>> forgetting([[1.0, nan, nan], [0.5, 1.0, nan], [0.75, 0.5, 1.0]])  # (1 - 0.75 + 1 - 0.5) / 2
         0.375
     """
-    R = _as_matrix(matrix)
+    R = as_floats("matrix", matrix, 2)
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
@@ -195,7 +195,7 @@ def backward_transfer(matrix: Array) -> float:
         >>> backward_transfer([[1.0, float("nan")], [0.75, 1.0]])
         -0.25
     """
-    R = _as_matrix(matrix)
+    R = as_floats("matrix", matrix, 2)
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
@@ -215,7 +215,7 @@ def forward_transfer(matrix: Array, baseline: Array | None) -> float:
         >>> forward_transfer([[1.0, 0.5], [0.75, 1.0]], baseline=[0.5, 0.25])  # R[1, 2] - R[0, 2]
         0.25
     """
-    R = _as_matrix(matrix)
+    R = as_floats("matrix", matrix, 2)
     T, E = R.shape
     if baseline is None or T < 2 or E < 2:
         return nan
@@ -306,12 +306,14 @@ def summarize(
 
 
 def as_floats(name: str, values: Array, ndim: int) -> Tensor:
-    """Return numbers as float64 on the CPU, ``None`` as ``NaN``."""
+    """Return numbers as float64 on the CPU, ``None`` as ``NaN``; a table has a column for each experience."""
     if not isinstance(values, Tensor):
         values = torch.from_numpy(np.array(values, dtype=np.float64))
     table = values.detach().cpu().double()
     if table.ndim != ndim:
         raise ArgumentError(f"{name} has {table.ndim} dimensions (shape {tuple(table.shape)}): it must have {ndim}")
+    if ndim == 2:
+        _check_experiences(table)
     return table
 
 
@@ -323,7 +325,7 @@ def plain(values: Tensor) -> list[Any]:
     return nested
 
 
-def _as_counts(correct: Array, total: Array) -> tuple[Tensor, Tensor]:
+def _as_counts(correct: Array, total: Array, *, by_experience: bool = False) -> tuple[Tensor, Tensor]:
     hits, samples = torch.as_tensor(correct).cpu(), torch.as_tensor(total).cpu()
     if hits.ndim != 2 or hits.shape != samples.shape:
         raise ArgumentError(
@@ -339,23 +341,20 @@ def _as_counts(correct: Array, total: Array) -> tuple[Tensor, Tensor]:
             f"correct[{row}, {column}] is {int(hits[row, column])} of total {int(samples[row, column])}:"
             " 0 <= correct <= total must hold"
         )
+    if by_experience:
+        _check_experiences(hits)
     return hits, samples
-
-
-def _as_matrix(values: Array) -> Tensor:
-    return _by_experience(as_floats("matrix", values, 2))
 
 
 def _ratio(correct: Tensor, total: Tensor) -> Tensor:
     return correct.double() / total.double()  # 0 / 0 is NaN in IEEE arithmetic, which means "not evaluated" here
 
 
-def _by_experience(table: Tensor) -> Tensor:
-    """Return a table with a column for each experience, or a single one for one fixed test set; refuse any other."""
+def _check_experiences(table: Tensor) -> None:
+    """Refuse a table without a column for each experience, unless it has a single one for one fixed test set."""
     stages, experiences = table.shape
     if 1 < experiences < stages:
         raise ArgumentError(
             f"{stages} stages and {experiences} experiences: each stage learns one experience, so give a column for "
             "each, NaN (or 0 of 0) where it was not evaluated, or a single column for one fixed test set"
         )
-    return table

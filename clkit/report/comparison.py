@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from clkit._version import __version__
 from clkit.metrics.functional import staged_counts, summarize
-from clkit.report.results import write_csv, write_json
+from clkit.report.results import write_json, write_tables
 
 __all__ = ["COMPARED", "ComparisonRow", "Interval", "joint_metrics", "t_interval", "write_comparison"]
 
@@ -83,7 +83,7 @@ def write_comparison(folder: Path, rows: Sequence[ComparisonRow], **more: Any) -
         ends = [row["summary"][metric][end] for metric in COMPARED for end in ("mean", "low", "high")]
         cells = ["" if value is None else f"{value:.6f}" for value in ends]
         lines.append([row["name"], row["recipe"], row["predictor"], len(row["runs"]), *cells])
-    write_csv(folder / "compare.csv", ["name", "recipe", "predictor", "seeds", *columns], lines)
+    write_tables(folder, {"compare.csv": [["name", "recipe", "predictor", "seeds", *columns], *lines]})
 
 
 def joint_metrics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,15 +191,18 @@ def write_results(
         )
     ]
     experiences = [f"experience_{j + 1}" for j in range(width)]
-    write_csv(folder / "accuracy.csv", ["predictor", "stage", "accuracy_seen", *experiences], stages)
     counted = [
         [predictor, label, names.get(label, ""), n, hits, f"{hits / n:.6f}"]
         for predictor, (counts, _) in classes.items()
         for label, hits, n in counts
     ]
-    write_csv(folder / "per_class.csv", ["predictor", "class", "name", "samples", "correct", "accuracy"], counted)
+    tables: dict[str, list[Sequence[Any]]] = {
+        "accuracy.csv": [["predictor", "stage", "accuracy_seen", *experiences], *stages],
+        "per_class.csv": [["predictor", "class", "name", "samples", "correct", "accuracy"], *counted],
+    }
     for predictor, (_, pairs) in classes.items():
-        write_csv(folder / f"confusion_{predictor}.csv", ["true", "predicted", "count"], pairs)
+        tables[f"confusion_{predictor}.csv"] = [["true", "predicted", "count"], *pairs]
+    write_tables(folder, tables)
 
 
 def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) -> None:
@@ -217,7 +220,8 @@ def write_predictions(path: Path, recorded: Recorded, names: Mapping[int, str]) 
             columns += ids(f"{name}_target", recorded.own_targets[name])
         columns += [*ids(name, predicted), (f"{name}_score", _cells(recorded.scores[name][order]))]
     columns += [(name, _cells(values[order])) for name, values in recorded.columns.items()]
-    write_csv(path, [header for header, _ in columns], zip(*(cells for _, cells in columns), strict=True))
+    rows = [[header for header, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
+    write_tables(path.parent, {path.name: rows})
 
 
 def _means(stage: int, experiences: Tensor, values: Tensor) -> Tensor:
@@ -252,10 +256,11 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table, whole or not at all."""
-    with atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+def write_tables(folder: Path, tables: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+    """Write tables as CSV by the names of their files, the header first; each whole or not at all."""
+    for name, rows in tables.items():
+        with atomic_write(folder / name) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
 
 def _peak_memory() -> int | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
 from clkit.features.tap import FeatureTap, Tapped
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_count
 from clkit.methods.replay.contrast import Projector
 from clkit.methods.replay.rows import check_labels
 from clkit.methods.replay.segments import BatchNormSegments
@@ -42,7 +42,6 @@ class Projection:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
-        check_choice("projection.kind", self.kind, ("linear", "mlp"))
         if self.dim is not None:
             check_count("projection.dim", self.dim)
 

@@ -10,7 +10,7 @@ import torch
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, StateError
-from clkit.methods._checks import check_choice, derived_seed
+from clkit.methods._checks import derived_seed
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.selection import even
 from clkit.schema import Many, Numbers, Table, Whole, read_own, saved_entry
@@ -54,9 +54,6 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
-        check_choice("scope", self.scope, ("replicated", "sharded"))
-        check_choice("policy", self.policy, ("uniform", "class_balanced"))  # also where no memory is made
-        check_choice("storage", self.storage, ("same", "uint8", "float16"))
 
 
 class ReplayMemory:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -73,6 +75,7 @@ class LearningStrategy(DDPStrategy):
     augments_stream: bool = False
     skips_unlabelled: bool = False
     projector: nn.Module | None = None
+    _module: pl.LightningModule
 
     def __init__(self, *, batch_reader: BatchReader | None = None, **ddp_options: Any) -> None:
         check_arguments(LearningStrategy, locals())
@@ -94,11 +97,6 @@ class LearningStrategy(DDPStrategy):
     def state_key(self) -> str:
         """Whose state a checkpoint holds; a strategy of another key does not take it up."""
         return type(self).__qualname__
-
-    @property
-    def _module(self) -> pl.LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
 
     # ---- one trainer after another: Lightning takes what a strategy holds for what the user has set, and refuses it
 
@@ -134,6 +132,7 @@ class LearningStrategy(DDPStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         """Take the user's module; checkpoints are written and read whole from now on."""
         super().connect(model)
+        self._module = model
         protect_checkpoints(self)
 
     def setup_distributed(self) -> None:
@@ -363,25 +362,27 @@ class LearningStrategy(DDPStrategy):
 
     def barrier(self, *args: Any, **options: Any) -> None:
         """Wait for all processes; a :class:`ProcessLostError` if one of them died, here and below."""
-        with report_lost_process("that they are there"):
+        with self._exchanging("that they are there"):
             super().barrier(*args, **options)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Give all processes what one of them has."""
-        with report_lost_process("what one of them has"):
+        with self._exchanging("what one of them has"):
             return super().broadcast(obj, src)
 
     def reduce(self, *args: Any, **options: Any) -> Any:
         """Sum or average over all processes."""
-        with report_lost_process("a value"):
+        with self._exchanging("a value"):
             return super().reduce(*args, **options)
+
+    def _exchanging(self, what: str) -> AbstractContextManager[None]:
+        return report_lost_process(what) if dist.is_initialized() else nullcontext()
 
     # ---- following the stream, also where no callback does
 
     def on_train_start(self) -> None:
         """Take up what a resumed run left."""
-        module = self._module
-        resume.begin(module.trainer, module)
+        resume.begin(self._module.trainer, self._module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Notice the start of an experience."""
@@ -391,8 +392,7 @@ class LearningStrategy(DDPStrategy):
 
     def on_validation_start(self) -> None:
         """Notice the end of an experience."""
-        module = self._module
-        Boundaries.of(module.trainer).on_validation_start(module.trainer, module)
+        Boundaries.of(self._module.trainer).on_validation_start(self._module.trainer, self._module)
 
     def on_train_end(self) -> None:
         """Notice the end of an experience."""

@@ -17,7 +17,6 @@ from clkit.distributed import broadcast
 from clkit.features.tap import FeatureTap
 from clkit.methods._checks import check_count
 from clkit.strategies.base import LearningStrategy
-from clkit.stream._lightning import is_last_batch
 from clkit.stream.boundaries import Boundaries, backbone_changed
 from clkit.stream.experience import Experience
 
@@ -159,7 +158,7 @@ class GradientFreeStrategy(LearningStrategy):
             self._loss = summed + loss[0], known + loss[1]
         module = self._module
         trainer = module.trainer
-        last = is_last_batch(trainer) or trainer.global_step + 1 == trainer.max_steps
+        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
         if last and self._loss is not None:
             summed, known = self._loss
             module.log("gradient_free/loss", summed / known.clamp(min=1), on_step=False, on_epoch=True, batch_size=1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_count
 from clkit.methods.onpro import OnlinePrototypes, OnProLosses
 from clkit.methods.replay.contrast import PrototypeContrast
 from clkit.methods.replay.mixing import MixedBatch, Mixing, of_two_classes
@@ -72,7 +72,6 @@ class OnProStrategy(ReplayStrategy):
     ) -> None:
         check_arguments(OnProStrategy, locals())
         super().__init__(capacity, **options)
-        check_choice("first_experience", first_experience, ("paper", "replay"))
         if mixing is not None and losses.replays and not losses.ope_seen:
             raise ArgumentError(
                 "images are mixed by the prototypes of the memory, which ope_seen=0 does without; pass mixing=None, or "

@@ -20,7 +20,7 @@ from clkit.arguments import check_arguments
 from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.tap import evaluating
-from clkit.methods._checks import check_choice, check_count, generator
+from clkit.methods._checks import check_count, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.contrast import wide
 from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, arrange, total_loss
@@ -119,8 +119,8 @@ class ReplayStrategy(LearningStrategy):
         super().__init__(batch_reader=batch_reader, **ddp_options)
         self.capacity = check_count("capacity", capacity, at_least=0)
         self.replay_batch = check_count("replay_batch", replay_batch)
-        self.batch_norm = check_choice("batch_norm", batch_norm, ("segments", "joint"))
-        self.gather = gather if check_choice("gather", gather or "none", ("none", "embeddings")) != "none" else None
+        self.batch_norm = batch_norm
+        self.gather = gather
         self.name = name or self.state_key
         self.layer = layer
         self.seed = check_count("seed", seed, at_least=0)

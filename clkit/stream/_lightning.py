@@ -25,7 +25,6 @@ __all__ = [
     "datamodule_of",
     "in_step",
     "is_fast_dev_run",
-    "is_last_batch",
     "is_logged",
     "keep_samplers",
     "loaded_checkpoint",
@@ -84,11 +83,6 @@ def averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
 
 
 # What Lightning does not promise to keep.
-
-
-def is_last_batch(trainer: pl.Trainer) -> bool:
-    """Whether the batch in work, or the one just done, is the last of its training epoch."""
-    return bool(_seen(trainer, "fit_loop.epoch_loop.batch_progress.is_last_batch"))
 
 
 def is_logged(trainer: pl.Trainer) -> bool:

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 
 from clkit.errors import StateError
 from clkit.schema import saved_entry
-from clkit.stream._lightning import callbacks_of, is_last_batch
+from clkit.stream._lightning import callbacks_of
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule", "backbone_changed"]
@@ -142,7 +142,7 @@ class Boundaries:
         first, self.ending = not self.ending, True
         if not self.running or self.current is None or not first:
             return
-        schedule, whole = _schedule(trainer), is_last_batch(trainer)
+        schedule, whole = _schedule(trainer), trainer.is_last_batch
         self.cut = not (whole and (schedule is None or schedule.is_last_epoch(trainer.current_epoch - 1)))
         if schedule is None or not self.cut:  # with plain loaders a fit was one experience, wherever it stopped
             self._end(trainer, module)
@@ -151,7 +151,7 @@ class Boundaries:
 
     def is_over(self, trainer: pl.Trainer) -> bool:
         """Whether the experience that runs has had its last batch."""
-        if not is_last_batch(trainer):
+        if not trainer.is_last_batch:
             return False
         schedule = _schedule(trainer)
         if schedule is not None:

@@ -131,7 +131,8 @@ class Head(nn.Module):
         self._check_allowed("synchronize")
         everything = self._all_statistics()
         # A masked batch is in all sums: let one of them tell the other ranks, before anything is exchanged.
-        everything[0]._bad = torch.tensor(self._take_bad(), device=everything[0].device)
+        if number := self._take_bad():
+            everything[0]._bad = torch.tensor(number, device=everything[0].device)
         for statistics in everything:
             statistics.synchronize(group)
 
@@ -244,7 +245,7 @@ class Head(nn.Module):
         return self._final_scores(readout.scores(centred), centred)
 
     def _check_features(self, features: Tensor) -> Tensor:
-        rows = check_features(features, self.in_features, self.statistics.device)
+        rows = check_features(features, self.in_features, self.statistics._device)
         if rows.device.type == "cpu":
             check_finite(rows)
         return rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clkit.arguments import check_arguments
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_count
 from clkit.methods._state import PlainState, exact
 from clkit.schema import Numbers, Table
 
@@ -63,8 +63,8 @@ class FeatureMap(PlainState):
         self.in_features = self.out_features = check_count("in_features", in_features)
         self.expansion_dim = expansion_dim
         self.is_identity = expansion_dim is None
-        self.activation = check_choice("activation", activation, ("relu", "tanh", "sigmoid"))
-        self.init = check_choice("projection_init", init, ("uniform", "normal"))
+        self.activation = activation
+        self.init = init
         self.seed = check_count("projection_seed", seed, at_least=0)
         self.projection: Tensor | None = None
         if expansion_dim is not None:

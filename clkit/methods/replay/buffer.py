@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError, NotFittedError, first_line
-from clkit.methods._checks import check_choice, check_count, generator
+from clkit.methods._checks import check_count, generator
 from clkit.methods._state import exact
 from clkit.methods.replay import selection
 from clkit.methods.replay.rows import (
@@ -100,9 +100,9 @@ class ReservoirBuffer(StoredRows):
             )
         self._capacity = None if capacity is None else check_count("capacity", capacity)
         self._capacity_bytes = None if capacity_bytes is None else check_count("capacity_bytes", capacity_bytes)
-        self.policy = check_choice("policy", policy, ("uniform", "class_balanced"))
+        self.policy = policy
         self._balanced = policy == "class_balanced"
-        self.storage = check_choice("storage", storage, ("same", "uint8", "float16"))
+        self.storage = storage
         self._codec = RowCodec(self.storage, mean, std)
         try:
             self._device = torch.empty(0, device=device).device

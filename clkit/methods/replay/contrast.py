@@ -54,7 +54,6 @@ class Projector(nn.Module):
     ) -> None:
         check_arguments(Projector, locals())
         super().__init__()
-        check_choice("kind", kind, ("linear", "mlp"))
         if check_count("out_features", out_features) > check_count("in_features", in_features):
             raise ArgumentError(
                 f"out_features={out_features} is above in_features={in_features}; an embedding is at most as wide"

@@ -144,9 +144,6 @@ class Mixing:
         for name in ("base_rate", "probability", "largest"):
             check_probability(name, getattr(self, name))
         check_number("alpha", self.alpha, above=0)
-        check_choice("pair_rule", self.pair_rule, ("round", "multinomial"))
-        check_choice("pure_class", self.pure_class, ("first", "either"))
-        check_choice("probability_rule", self.probability_rule, ("squared", "once"))
 
 
 class MixedBatch(NamedTuple):
