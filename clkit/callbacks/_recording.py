@@ -68,8 +68,10 @@ class Recorder:
         self._original = None if original is None else torch.tensor([*original, -1])
         self._tasks = datamodule.experiences if getattr(datamodule, "gives_task_id", False) else None
 
-    def add(self, batch: Any, experience: int, rows: Any = None) -> None:
-        """Record the batch that the observer has open, its experience's index, and its rows of the data set if known.
+    def add(self, batch: Any, experience: int | Tensor, rows: Any = None) -> None:
+        """Record the batch that the observer has open, and its rows of the data set if known.
+
+        Its experience is an index, or (B,) int64 where each row has its own, -1 for a row that belongs to none.
 
         Raises:
             BatchError: If a column of a callback is not a (B,) tensor of numbers.
@@ -81,14 +83,15 @@ class Recorder:
             inputs, targets = self._own.inputs, self._own.targets
         size, seen = sample_size(inputs)[0] if targets is None else len(targets), sum(self.samples.values())
         recorded = Recorded(
-            experiences=torch.full((size,), experience),
+            experiences=torch.full((size,), experience) if isinstance(experience, int) else experience,
             targets=torch.full((size,), -1) if targets is None else targets.long().cpu(),
             rows=torch.arange(seen, seen + size) if rows is None else torch.as_tensor(rows),
         )
+        learned = (recorded.experiences >= 0) & (recorded.experiences <= self._learned)
         for name, (predictor, observer) in self._predictors.items():
             if predictor is None:
                 self.left_out = self.left_out or why_no_class_scores(
-                    observer, self._classes, learned=experience <= self._learned, insists=self._owner.module is True
+                    observer, self._classes, recorded.targets[learned], insists=self._owner.module is True
                 )
                 if self.left_out:
                     continue
@@ -99,7 +102,7 @@ class Recorder:
                 continue
             scores = scores.double().cpu()
             if self._tasks is not None:
-                classes = torch.tensor(list(self._tasks[experience].classes))
+                classes = torch.tensor(list(self._tasks[int(experience)].classes))
                 allowed = torch.isin(self._own_ids(torch.arange(scores.shape[1])), classes)
                 scores = torch.where(allowed, scores, -torch.inf)
             best = scores.max(dim=1)
@@ -109,7 +112,9 @@ class Recorder:
         for callback in self._offering:
             self._add_columns(recorded.columns, callback, batch, size)
         self._batches.append(recorded)
-        self.samples[experience] = self.samples.get(experience, 0) + size
+        found, counts = torch.unique(recorded.experiences, return_counts=True)
+        for index, count in zip(found.tolist(), counts.tolist(), strict=True):
+            self.samples[index] = self.samples.get(index, 0) + count
 
     def is_complete(self, trainer: pl.Trainer) -> bool:
         """Return whether this process saw every sample that the loader was to give (a resumed validation may not)."""
@@ -169,11 +174,11 @@ class Recorder:
             columns[name] = values.detach().cpu().to(torch.bool if values.dtype == torch.bool else wide)
 
 
-def why_no_class_scores(observer: BatchObserver, classes: int | None, *, learned: bool, insists: bool) -> str:
+def why_no_class_scores(observer: BatchObserver, classes: int | None, learned: Tensor, *, insists: bool) -> str:
     """Return why the output of the user's classifier cannot be scores of classes for the open batch, if it cannot.
 
-    ``classes`` is how many the data have, if they say so, and ``learned`` whether the network has learned those of the
-    batch; who ``insists`` gets the accuracy of any two columns.
+    ``classes`` is how many the data have, if they say so, and ``learned`` are the targets in the batch that the network
+    has learned; who ``insists`` gets the accuracy of any two columns.
     """
     logits, shape = observer.logits, observer.output_shape
     where = f"{observer.tap.point!r}, taken for the input of its classifier"
@@ -185,8 +190,8 @@ def why_no_class_scores(observer: BatchObserver, classes: int | None, *, learned
         return ""
     if shape is not None and len(shape) > 2:
         return f"it returns {shape}, which are no scores (B, C); its layer was read at {where}"
-    highest = -1 if observer.targets is None or not len(observer.targets) else int(observer.targets.max())
-    if learned and highest >= logits.shape[1]:
+    highest = int(learned.max()) if len(learned) else -1
+    if highest >= logits.shape[1]:
         return (
             f"the layer at {where}, gives {logits.shape[1]} numbers a sample, which cannot be scores of what it has "
             f"learned: there are samples of class {highest}. module=True evaluates it all the same"

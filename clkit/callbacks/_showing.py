@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from clkit.metrics.functional import METRICS
 from clkit.report.results import Recorded, Results, RunResults, results_document, write_predictions, write_results
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
+from clkit.stream.boundaries import Boundaries
 
-__all__ = ["RunFolder", "has_matplotlib", "log_metrics", "show"]
+__all__ = ["RunFolder", "has_matplotlib", "measure_stage", "show", "show_evaluation", "show_stage"]
 
 
 class RunFolder:
@@ -93,6 +95,36 @@ def show(trainer: pl.Trainer, what: Any) -> None:
     bar = trainer.progress_bar_callback
     live = bar.progress if isinstance(bar, RichProgressBar) else None
     (Console() if live is None else live.console).print(what)
+
+
+def measure_stage(
+    trainer: pl.Trainer,
+    measured: RunResults,
+    stage: int,
+    recorded: Recorded,
+    notes: Mapping[str, str],
+    *,
+    cut: bool = False,
+) -> None:
+    """Take the evaluation of a stage up, and say once what must be known of it: notes by kind, and why one is null."""
+    experiences = getattr(datamodule_of(trainer), "experiences", None) or ()
+    measured.measure(stage, recorded, cut=cut, experiences=experiences, said=notes)
+    for note in measured.new_notes():
+        rank_zero_info(f"clkit: {note}")
+
+
+def show_stage(
+    trainer: pl.Trainer, module: pl.LightningModule | None, measured: RunResults, stage: int, *, table: bool
+) -> None:
+    """Log the metrics after a stage, through the module if there is one, and print the table."""
+    log_metrics(trainer, module, measured.summaries())
+    if table:
+        from clkit.report.tables import stage_table
+
+        boundaries = Boundaries.of(trainer)
+        name = "" if boundaries.current is None else f": {boundaries.current.name}"
+        title = f"after experience {stage}{name}{', cut short' * boundaries.cut}"
+        show(trainer, stage_table(measured.summaries(), title=title))
 
 
 def show_evaluation(

@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from clkit.arguments import check_arguments
+from clkit.callbacks._brought import BroughtClasses
 from clkit.callbacks._own_pass import own_pass
 from clkit.callbacks._recording import Recorder, layers_of
-from clkit.callbacks._showing import RunFolder, has_matplotlib, log_metrics, show, show_evaluation
+from clkit.callbacks._showing import RunFolder, has_matplotlib, measure_stage, show, show_evaluation, show_stage
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.errors import ArgumentError, ConfigurationError, TapError, first_line
 from clkit.features.batch import BatchReader
@@ -33,7 +34,7 @@ class StreamEvaluation(FeatureCallback):
 
     Predictors are the module's own classifier and every callback that answers ``scores(features)``. After each
     experience one pass over the validation loader fills one row R[i, :] for all of them: Lightning's own validation
-    where one comes, a pass of this callback's own otherwise.
+    where one comes, a pass of this callback's own otherwise. With plain loaders the class of a row says whose it is.
 
     Logged as ``<predictor>/<metric>``, as :mod:`clkit.metrics` defines them: ``accuracy_seen``,
     ``average_incremental_accuracy``, ``average_accuracy``, ``forgetting``, ``backward_transfer``, ``forward_transfer``,
@@ -95,16 +96,18 @@ class StreamEvaluation(FeatureCallback):
         self._pending: Experience | None = None
         self._seconds = {"fit": 0.0, "evaluate": 0.0}
         self._callbacks: list[Any] = []  # of the trainer
-        self._active = ExitStack()  # what callbacks keep up for the experience of the batch in work
+        self._switching: list[Any] = []  # those that change the network for each experience
+        self._active = ExitStack()  # what they keep up for the experience of the batch in work
         self._kept = KeptFeatures(keep_features * 2**20)
         self._recorder: Recorder | None = None
         self._watched: dict[str, tuple[Predictor, BatchObserver]] = {}  # by name, with what shows what each reads
         self._parts: dict[BatchObserver, Any] = {}  # whose reader each goes by: a predictor's, or this callback's
         self._left_out = ""  # why the module is no predictor though it might be
         self._said_left_out = False
+        self._brought = BroughtClasses()
         self._folder: RunFolder | None = None
         self._measured_at = 0  # training batches that were done when a row was measured last
-        self._batch: tuple[Any, int, Any] = (None, 0, None)  # the one in work, its experience and rows
+        self._batch: tuple[Any, Any, Any] = (None, 0, None)  # the one in work, its experience and rows
         self._clock = self._fit_clock = 0.0
         self._written = (0.0, 0.0)  # when files were last written, and how long that took
 
@@ -133,6 +136,7 @@ class StreamEvaluation(FeatureCallback):
                 raise ConfigurationError(f"{missing}, or set figures=False")
             rank_zero_info(f"clkit: {missing}")
         self._callbacks = callbacks_of(trainer)
+        self._switching = [callback for callback in self._callbacks if hasattr(callback, "activated")]
         predictors = [callback for callback in self._callbacks if isinstance(callback, Predictor)]
         self._watched = {each.name: (each, BatchObserver.attach(trainer, pl_module, each)) for each in predictors}
         super().setup(trainer, pl_module, stage)
@@ -161,7 +165,7 @@ class StreamEvaluation(FeatureCallback):
         self._kept.clear()
         for _, observer in self._watched.values():
             observer.detach(trainer)
-        self._callbacks, self._watched, self._parts = [], {}, {}
+        self._callbacks, self._switching, self._watched, self._parts = [], [], {}, {}
         super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -182,6 +186,13 @@ class StreamEvaluation(FeatureCallback):
     def on_experience_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Note that the state reached is to be measured, though the fit ends within the experience."""
         self._pending = experience
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which classes the batch brings, where no stream says so."""
+        self._brought.see(trainer, self, batch)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the last row if no validation did, however the fit came to its end, and draw the figures."""
@@ -227,8 +238,8 @@ class StreamEvaluation(FeatureCallback):
         """Begin recording."""
         self._clock = time.perf_counter()
         self._recorder = None  # made at the first batch, when everyone else is ready
-        switched = any(hasattr(callback, "activated") for callback in self._callbacks)
-        if stage == "validate" and self.observers and not switched:  # else features tell nothing of the next one
+        self._brought.begin(trainer)
+        if stage == "validate" and self.observers and not self._switching:  # else features tell nothing of the next one
             tap, *others = [observer.tap for observer in self.observers]
             self._kept.begin(module, tap, *(each for each in others if each.point != tap.point))
 
@@ -238,7 +249,7 @@ class StreamEvaluation(FeatureCallback):
         """Open a batch with everything in place that belongs to its experience."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         loaders = getattr(trainer, f"{'val' if self._stage == 'validate' else self._stage}_dataloaders")
-        self._opened(loaders, batch, batch_idx, dataloader_idx)
+        self._opened(trainer, loaders, batch, batch_idx, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
@@ -275,19 +286,14 @@ class StreamEvaluation(FeatureCallback):
         """Let go of features that were kept of the network as it was."""
         self._kept.clear()
 
-    def _opened(self, loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def _opened(self, trainer: pl.Trainer, loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Have everything in place that belongs to the batch: its kept features, and who changes by its experience."""
-        is_list = isinstance(loaders, list | tuple)  # Lightning gives a single one without a list
-        loader, rows, current = loaders[dataloader_idx] if is_list else loaders, None, self._boundaries.current
-        if hasattr(loader, "expected_samples"):  # that of a stream
-            experience, rows = loader.batches[batch_idx]
-        else:  # plain loaders: one for each experience, or one for the current experience alone
-            experience = dataloader_idx if current is None or (is_list and len(loaders) > 1) else current.index
-        self._batch = batch, experience, rows
+        found, rows = self._brought.of_batch(trainer, self, batch, loaders, batch_idx, dataloader_idx)
+        self._batch = batch, found, rows
+        experience = self._brought.one_of(trainer, found, self._switching)
         self._active.close()
-        for callback in self._callbacks:
-            if hasattr(callback, "activated"):
-                self._active.enter_context(callback.activated(experience))
+        for callback in self._switching:
+            self._active.enter_context(callback.activated(experience))
         if self._kept.active:
             self._kept.before_batch(experience, rows)
 
@@ -334,7 +340,7 @@ class StreamEvaluation(FeatureCallback):
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
         def measure(loaders: Any, place: int, batch: Any, batch_idx: int) -> None:
             self.open(trainer, module, batch, ("own", stage, place, batch_idx))
-            self._opened(loaders, batch, batch_idx, place)
+            self._opened(trainer, loaders, batch, batch_idx, place)
             for observer in {(id(each.inputs), each.tap.network): each for each in self.observers}.values():
                 if not observer.is_own:
                     forward(module, observer.tap.network, observer.inputs)
@@ -357,17 +363,11 @@ class StreamEvaluation(FeatureCallback):
         recorded = self._recorded(trainer)
         if not complete:
             return
-        cut = self._boundaries.cut
-        self._measured.measure(stage, recorded, cut=cut)
+        measure_stage(trainer, self._measured, stage, recorded, self._brought.notes, cut=self._boundaries.cut)
         self._measured_at = self._batches
         if stage == 0 or not self._measured.counts:
             return
-        log_metrics(trainer, module if log_with_module else None, self.results)
-        if self.table:
-            from clkit.report.tables import stage_table
-
-            name = "" if self._boundaries.current is None else f": {self._boundaries.current.name}"
-            show(trainer, stage_table(self.results, title=f"after experience {stage}{name}{', cut short' * cut}"))
+        show_stage(trainer, module if log_with_module else None, self._measured, stage, table=self.table)
         # before a decision that each process takes by its own clock
         folder = self._folder = RunFolder(trainer, self.files)
         last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
@@ -380,15 +380,16 @@ class StreamEvaluation(FeatureCallback):
         recorded = self._recorded(trainer)
         current = self._boundaries.current
         if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
-            self._measured.measure(current.index + 1, recorded)  # plain loaders: this is how a row of R is measured
+            # plain loaders: this is how a row of R is measured
+            measure_stage(trainer, self._measured, current.index + 1, recorded, self._brought.notes)
         show_evaluation(trainer, module, recorded, what, table=self.table)
 
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
         """Return what was measured, and clocks: tensors and plain types."""
-        pending = experience_state(self._pending)
-        return {**self._measured.state_dict(), "pending": pending, "seconds": dict(self._seconds)}
+        own = {"pending": experience_state(self._pending), "seconds": dict(self._seconds)}
+        return {**self._measured.state_dict(), **own, "brought": self._brought.state_dict()}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take it back."""
@@ -396,5 +397,6 @@ class StreamEvaluation(FeatureCallback):
         measured.load_state_dict(state, self.state_key)
         clocks = saved_entry(state, "seconds", dict, self.state_key)
         seconds = {name: saved_entry(clocks, name, Real(least=0), self.state_key) for name in self._seconds}
-        self._pending = saved_experience(state, "pending", self.state_key)
-        self._measured, self._seconds = measured, seconds
+        pending = saved_experience(state, "pending", self.state_key)
+        self._brought.load_state_dict(saved_entry(state, "brought", dict, self.state_key), self.state_key)
+        self._pending, self._measured, self._seconds = pending, measured, seconds

@@ -116,12 +116,16 @@ class StreamCounts:
         hits, total = (sum(row[column] for row in counted) for column in (1, 2))
         return {j: correct / n for j, correct, n in counted}, hits / total if total else None
 
-    def tables(self) -> Tables:
-        """Return the dense tables of all stages; a class that only stage 0 evaluated has no column."""
+    def tables(self, *, by_experience: bool = False) -> Tables:
+        """Return the dense tables of all stages; a class that only stage 0 evaluated has no column.
+
+        Where only the first experience was evaluated that is one fixed test set, if not said to be ``by_experience``.
+        """
         rows = self.rows.cpu()
         (stage, experience, label), both = rows[:, :3].unbind(1), _hits(rows)
         stages, width = max(self.last, 0), int(experience.max()) + 1 if len(experience) else 0
-        width = width if width == 1 else max(width, stages)  # an experience that was not evaluated has a column too
+        if width != 1 or by_experience:
+            width = max(width, stages)  # an experience that was not evaluated has a column too
         correct, total = _dense(stage, experience, both, stages + 1, width)
         later = stage > 0
         ids, column = torch.unique(label[later], return_inverse=True)

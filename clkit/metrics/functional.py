@@ -14,7 +14,9 @@ Arguments are tensors, NumPy arrays or nested lists; the arithmetic is float64 o
 * ``correct`` and ``total`` are (T, E) integers, the correctly classified and the evaluated test samples of each
   experience after each stage (0 = not evaluated); ``class_correct`` and ``class_total``, (T, K), are those by class;
 * ``matrix`` is what :func:`accuracy_matrix` returns, (T, E) with ``NaN`` where not evaluated;
-* ``seen`` is what :func:`accuracy_seen` returns, (T,).
+* ``seen`` is what :func:`accuracy_seen` returns, (T,);
+* ``without`` are the experiences, counted from 0, that have no test samples (``n_j = 0``). They are no missing entries:
+  sums and means are over the rest.
 
 All functions raise an :class:`~clkit.errors.ArgumentError` for tables of another or of different shape, for several
 experiences but fewer than stages, and for counts that are no integers or violate ``0 <= correct <= total``.
@@ -22,7 +24,7 @@ experiences but fewer than stages, and for counts that are no integers or violat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import inf, isnan, nan
 from typing import Any, TypeAlias
 
@@ -93,7 +95,7 @@ def per_class_accuracy(class_correct: Array, class_total: Array) -> Tensor:
     return _ratio(*_as_counts(class_correct, class_total))
 
 
-def accuracy_seen(correct: Array, total: Array) -> Tensor:
+def accuracy_seen(correct: Array, total: Array, without: Collection[int] = ()) -> Tensor:
     """Return the accuracy after each stage on all experiences learned so far, every test sample counting the same.
 
     ``A_i = Σ_{j ≤ i} n_j R[i, j] / Σ_{j ≤ i} n_j``, the usual curve over time: Rebuffi et al., "iCaRL: Incremental
@@ -101,7 +103,8 @@ def accuracy_seen(correct: Array, total: Array) -> Tensor:
     of a row's first ``i`` entries.
 
     Returns:
-        (T,) float64 in [0, 1]; ``NaN`` at a stage that did not evaluate all experiences learned by then.
+        (T,) float64 in [0, 1]; ``NaN`` at a stage that did not evaluate all experiences learned by then, or had none to
+        evaluate.
 
     Example:
         >>> accuracy_seen([[9, 0], [6, 24]], [[10, 0], [10, 30]])  # (6 + 24) / (10 + 30)
@@ -109,6 +112,7 @@ def accuracy_seen(correct: Array, total: Array) -> Tensor:
     """
     hits, samples = _as_counts(correct, total, by_experience=True)
     learned = torch.ones_like(samples, dtype=torch.bool).tril()
+    learned[:, [j for j in without if j < learned.shape[1]]] = False
     accuracy = _ratio((hits * learned).sum(1), (samples * learned).sum(1))
     return accuracy.masked_fill((learned & (samples == 0)).any(1), nan)
 
@@ -141,7 +145,7 @@ def final_accuracy(seen: Array) -> float:
     return float(values[-1]) if len(values := as_floats("seen", seen, 1)) else nan
 
 
-def average_accuracy(matrix: Array) -> float:
+def average_accuracy(matrix: Array, without: Collection[int] = ()) -> float:
     """Return the mean accuracy over the experiences learned, after the last stage, each counting the same.
 
     ``(1/T) Σ_{j ≤ T} R[T, j]``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
@@ -154,10 +158,10 @@ def average_accuracy(matrix: Array) -> float:
     """
     R = as_floats("matrix", matrix, 2)
     T = len(R)
-    return float(R[-1, :T].mean()) if T else nan
+    return float(R[-1, :T][_but(without, T, R)].mean()) if T else nan
 
 
-def forgetting(matrix: Array) -> float:
+def forgetting(matrix: Array, without: Collection[int] = ()) -> float:
     """Return how far each earlier experience has fallen from its best accuracy, averaged; lower is better.
 
     ``(1/(T−1)) Σ_{j < T} ( max_{i < T} R[i, j] − R[T, j] )``: Chaudhry et al., "Riemannian Walk for Incremental
@@ -177,14 +181,14 @@ def forgetting(matrix: Array) -> float:
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
-    past = R[:-1, : T - 1]
-    if bool(past.isnan().tril().any()):
+    past, kept = R[:-1, : T - 1], _but(without, T - 1, R)
+    if bool(past.isnan().tril()[:, kept].any()):
         return nan
     best = past.nan_to_num(nan=-inf).amax(0)
-    return float((best - R[-1, : T - 1]).mean())
+    return float((best - R[-1, : T - 1])[kept].mean())
 
 
-def backward_transfer(matrix: Array) -> float:
+def backward_transfer(matrix: Array, without: Collection[int] = ()) -> float:
     """Return how much later learning changed what was just learned; negative is forgetting.
 
     ``(1/(T−1)) Σ_{j < T} ( R[T, j] − R[j, j] )``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2.
@@ -199,10 +203,10 @@ def backward_transfer(matrix: Array) -> float:
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
-    return float((R[-1, : T - 1] - R.diagonal()[: T - 1]).mean())
+    return float((R[-1, : T - 1] - R.diagonal()[: T - 1])[_but(without, T - 1, R)].mean())
 
 
-def forward_transfer(matrix: Array, baseline: Array | None) -> float:
+def forward_transfer(matrix: Array, baseline: Array | None, without: Collection[int] = ()) -> float:
     """Return how much earlier learning helps with an experience before it is learned, over an untrained model.
 
     ``(1/(T−1)) Σ_{1 < j ≤ T} ( R[j−1, j] − R[0, j] )``: Lopez-Paz and Ranzato, arXiv 1706.08840, section 2. Needs every
@@ -222,7 +226,8 @@ def forward_transfer(matrix: Array, baseline: Array | None) -> float:
     before = as_floats("baseline", baseline, 1)
     if len(before) < T:
         return nan
-    return float((R.diagonal(offset=1)[: T - 1] - before[1:T]).mean())
+    gains = R.diagonal(offset=1)[: T - 1] - before[1:T]
+    return float(gains[_but([j - 1 for j in without], T - 1, R)].mean())
 
 
 def amca(class_correct: Array, class_total: Array, num_test_classes: int | None = None) -> float:
@@ -267,6 +272,7 @@ def summarize(
     class_total: Array | None = None,
     baseline: Array | None = None,
     num_test_classes: int | None = None,
+    without: Collection[int] = (),
 ) -> dict[str, float | list[Any] | None]:
     """Return all metrics of one predictor, as they stand in ``results.json``.
 
@@ -277,7 +283,8 @@ def summarize(
         ``accuracy_matrix`` (T lists), ``accuracy_seen`` (a list), ``average_incremental_accuracy``, ``final_accuracy``,
         ``average_accuracy``, ``forgetting``, ``backward_transfer``, ``forward_transfer`` and ``amca``: plain floats,
         ``None`` where not evaluated or not defined, so that ``json.dumps`` writes ``null``. ``amca`` is also ``None``
-        when a stage did not evaluate all experiences learned by then.
+        when a stage did not evaluate all experiences learned by then. Means over stages leave out the first ones where
+        none of the experiences learned by then has test samples.
 
     Example:
         >>> summary = summarize([[9, 0], [6, 8]], [[10, 0], [10, 10]])
@@ -286,20 +293,21 @@ def summarize(
         >>> round(summary["forgetting"], 12), summary["forward_transfer"]
         (0.3, None)
     """
-    matrix, seen, mean_class = accuracy_matrix(correct, total), accuracy_seen(correct, total), nan
+    matrix, seen, mean_class = accuracy_matrix(correct, total), accuracy_seen(correct, total, without), nan
+    first = next(j for j in range(len(without) + 1) if j not in without)  # the stage that has something to evaluate
     if class_correct is not None and class_total is not None:
-        mean_class = amca(class_correct, class_total, num_test_classes)
+        mean_class = amca(class_correct[first:], class_total[first:], num_test_classes)
     elif class_correct is not class_total:
         missing = "class_correct" if class_correct is None else "class_total"
         raise ArgumentError(f"{missing} is missing: give class_correct and class_total together, or neither")
     values = {
-        "average_incremental_accuracy": average_incremental_accuracy(seen),
+        "average_incremental_accuracy": average_incremental_accuracy(seen[first:]),
         "final_accuracy": final_accuracy(seen),
-        "average_accuracy": average_accuracy(matrix),
-        "forgetting": forgetting(matrix),
-        "backward_transfer": backward_transfer(matrix),
-        "forward_transfer": forward_transfer(matrix, baseline),
-        "amca": nan if bool(seen.isnan().any()) else mean_class,
+        "average_accuracy": average_accuracy(matrix, without),
+        "forgetting": forgetting(matrix, without),
+        "backward_transfer": backward_transfer(matrix, without),
+        "forward_transfer": forward_transfer(matrix, baseline, without),
+        "amca": nan if bool(seen[first:].isnan().any()) else mean_class,
     }
     defined = {name: None if isnan(value) else value for name, value in values.items()}
     return {"accuracy_matrix": plain(matrix), "accuracy_seen": plain(seen), **defined}
@@ -344,6 +352,11 @@ def _as_counts(correct: Array, total: Array, *, by_experience: bool = False) -> 
     if by_experience:
         _check_experiences(hits)
     return hits, samples
+
+
+def _but(without: Collection[int], count: int, matrix: Tensor) -> list[int]:
+    """Return the first ``count`` columns of a matrix except those that have no test samples."""
+    return [j for j in range(min(count, matrix.shape[1])) if j not in without]
 
 
 def _ratio(correct: Tensor, total: Tensor) -> Tensor:

@@ -102,5 +102,6 @@ def joint_metrics(
                 for line in csv.DictReader(lines)
                 if line["predictor"] == predictor
             }
-        values = summarize(*staged_counts(counts, stages))
+        without = [j for j, stage in enumerate(stages) if not any(label in counts for label in stage)]
+        values = summarize(*staged_counts(counts, stages), without=without)
     return {**values, "final_accuracy": results["final_accuracy"], "forgetting": None}

@@ -18,7 +18,9 @@ from clkit.errors import ArgumentError, StateError
 from clkit.files import atomic_write
 from clkit.metrics.counts import MOST_CELLS, MOST_SAMPLES, StreamCounts
 from clkit.metrics.functional import plain, summarize
+from clkit.report.notes import notes_on
 from clkit.schema import Many, Numbers, Whole, read_entries, read_state, saved_entry
+from clkit.stream.experience import Experience
 
 __all__ = ["ClassTable", "Recorded", "Results", "RunResults", "results_document", "write_predictions", "write_results"]
 
@@ -30,7 +32,7 @@ Results = dict[str, dict[str, Any]]
 class Recorded:
     """One evaluation of n samples on the CPU; by predictor what it said, by name further numbers."""
 
-    experiences: Tensor  # (n,) int64, index of the experience that each belongs to
+    experiences: Tensor  # (n,) int64, index of the experience that each belongs to, -1 for none: not counted
     targets: Tensor  # (n,) int64 class ids, -1 where unlabelled
     rows: Tensor  # (n,) int64, which row of the data set each is
     predicted: dict[str, Tensor] = field(default_factory=dict)  # (n,) int64 class ids, -1 for none
@@ -65,25 +67,44 @@ class RunResults:
         self.columns: dict[str, Tensor] = {}  # (n, 4) float64: stage, experience, mean, and the samples it is of
         self.layers: dict[str, Any] = {}  # where each predictor is read: {"layer": …, "features": …}
         self.cut: set[int] = set()  # stages that were measured before their experience was over
+        self.without: set[int] = set()  # experiences that have no test samples with a label
+        self._said: dict[str, str] = {}  # by kind, what whoever evaluated has to say of it
+        self._noted: set[str] = set()  # kinds of notes that were handed out
         self._summaries: Results | None = None
+        self._notes: dict[str, str] = {}
 
     def forget(self, predictor: str) -> None:
         """Let go of what was measured of a predictor."""
         self.counts.pop(predictor, None)
         self._summaries = None
 
-    def measure(self, stage: int, recorded: Recorded, *, cut: bool = False) -> None:
+    def measure(
+        self,
+        stage: int,
+        recorded: Recorded,
+        *,
+        cut: bool = False,
+        experiences: Iterable[Experience] = (),
+        said: Mapping[str, str] | None = None,
+    ) -> None:
         """Take one evaluation up; it takes the place of an earlier one of the same stage and experiences.
 
-        ``cut`` says that the fit had ended before the stage's experience was over.
+        ``cut`` says that the fit had ended before the stage's experience was over, ``experiences`` are those of the
+        stream where they are known, and ``said`` are notes on this evaluation by kind.
         """
-        self._summaries = None
+        self._summaries, self._said = None, dict(said or {})
         self.cut = self.cut | {stage} if cut else self.cut - {stage}
+        some = recorded.experiences >= 0
+        of = recorded.experiences[some]
+        labelled = set(torch.unique(recorded.experiences[some & (recorded.targets >= 0)]).tolist())
+        self.without |= {each.index for each in experiences if each.eval_samples == 0} | set(torch.unique(of).tolist())
+        self.without -= labelled
         for name, predicted in recorded.predicted.items():
             counts = self.counts.setdefault(name, StreamCounts())
-            counts.measure(stage, recorded.experiences, recorded.own_targets.get(name, recorded.targets), predicted)
+            targets = recorded.own_targets.get(name, recorded.targets)
+            counts.measure(stage, of, targets[some], predicted[some])
         for name, values in recorded.columns.items():
-            means = _means(stage, recorded.experiences, values)
+            means = _means(stage, of, values[some])
             table = self.columns.get(name, means[:0])
             again = (table[:, 0] == stage) & torch.isin(table[:, 1], means[:, 1])
             self.columns[name] = torch.cat([table[~again], means])
@@ -91,8 +112,25 @@ class RunResults:
     def summaries(self) -> Results:
         """Return the metrics of every predictor as they stand in ``results.json``."""
         if self._summaries is None:
-            self._summaries = {name: summarize(*counts.tables()[:5]) for name, counts in self.counts.items()}
+            # each stage is of one experience, also where only the first one was evaluated
+            tables = {name: counts.tables(by_experience=True) for name, counts in self.counts.items()}
+            self._summaries = {name: summarize(*each[:5], without=self.without) for name, each in tables.items()}
+            totals = {name: each.total for name, each in tables.items()}
+            self._notes = {**self._said, **notes_on(self._summaries, totals, self.without)}
         return self._summaries
+
+    def notes(self) -> list[str]:
+        """Return in sentences why a metric is null, and of what samples others are."""
+        self.summaries()
+        return list(self._notes.values())
+
+    def new_notes(self) -> list[str]:
+        """Return the notes of kinds that this method has not returned before, once there is a stage with metrics."""
+        if not any(summary["accuracy_seen"] for summary in self.summaries().values()):
+            return []
+        new = {kind: note for kind, note in self._notes.items() if kind not in self._noted}
+        self._noted |= new.keys()
+        return list(new.values())
 
     def class_counts(self, predictor: str) -> dict[int, tuple[int, int]]:
         """Return correct and evaluated samples of each class after the last stage.
@@ -120,6 +158,7 @@ class RunResults:
             "rows": {name: counts.state_dict() for name, counts in self.counts.items()},
             "columns": dict(self.columns),
             "cut": sorted(self.cut),
+            "without": sorted(self.without),
         }
 
     def load_state_dict(self, state: Any, owner: str) -> None:
@@ -141,8 +180,10 @@ class RunResults:
             whole = bool((places == places.round()).all() & (places >= 0).all() & (places <= MOST_SAMPLES).all())
             if not whole or cells > MOST_CELLS:
                 raise StateError(f"{owner}: the means of column {name!r} cannot be right; the file is damaged")
-        cut = read_state({"cut": saved_entry(state, "cut", list, owner)}, {"cut": Many(Whole())}, owner)["cut"]
-        self.counts, self.columns, self.cut, self._summaries = counts, columns, set(cut), None
+        lists = {name: saved_entry(state, name, list, owner) for name in ("cut", "without")}
+        lists = read_state(lists, dict.fromkeys(lists, Many(Whole())), owner)
+        self.counts, self.columns, self._summaries = counts, columns, None
+        self.cut, self.without = set(lists["cut"]), set(lists["without"])
 
 
 def results_document(
@@ -164,6 +205,7 @@ def results_document(
         },
         "layers": {name: layer for name, layer in results.layers.items() if name in results.counts},
         "predictors": results.summaries(),
+        "notes": results.notes(),
         "cut_short": sorted(results.cut),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": _peak_memory(),

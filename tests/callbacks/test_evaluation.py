@@ -94,6 +94,7 @@ def test_results_json_has_the_documented_format(run: Any) -> None:
         "stream",
         "layers",
         "predictors",
+        "notes",
         "cut_short",
         "seconds",
         "peak_memory_bytes",

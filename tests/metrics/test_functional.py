@@ -456,3 +456,33 @@ def test_staged_counts_want_classes_that_come_once() -> None:
 def test_staged_counts_of_a_class_without_test_samples() -> None:
     correct, total = F.staged_counts({0: (1, 2)}, [(0,), (1,)])
     assert F.summarize(correct, total)["accuracy_matrix"] == [[0.5, None], [0.5, None]]
+
+
+@given(st.integers(2, 5), st.data())
+@settings(max_examples=60, deadline=None)
+def test_experiences_without_test_samples_cost_only_themselves(stages: int, data: st.DataObject) -> None:
+    """Sums over what is there, by plain NumPy; no entry on or below the diagonal is missing but theirs."""
+    without = data.draw(st.sets(st.integers(0, stages - 1), max_size=stages - 1))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**20)))
+    n = draw.integers(1, 20, stages) * [j not in without for j in range(stages)]
+    total = np.tile(n, (stages + 1, 1))  # the first row is before any training
+    correct = draw.integers(0, total + 1)
+    with np.errstate(invalid="ignore"):
+        before, R = correct[0] / total[0], correct[1:] / total[1:]
+    hits, total = correct[1:].tolist(), total[1:].tolist()
+    found = F.summarize(hits, total, hits, total, before, without=without)
+    last = stages - 1
+    seen = [correct[i + 1, : i + 1].sum() / n[: i + 1].sum() if n[: i + 1].any() else None for i in range(stages)]
+    wanted: dict[str, list[Any]] = {
+        "average_incremental_accuracy": [value for value in seen if value is not None],
+        "average_accuracy": [R[last, j] for j in range(stages) if n[j]],
+        "forgetting": [R[:last, j].max() - R[last, j] for j in range(last) if n[j]],
+        "backward_transfer": [R[last, j] - R[j, j] for j in range(last) if n[j]],
+        "forward_transfer": [R[j - 1, j] - before[j] for j in range(1, stages) if n[j]],
+    }
+    assert found["accuracy_seen"] == [None if value is None else pytest.approx(value) for value in seen]
+    for name, values in wanted.items():
+        assert found[name] == (pytest.approx(np.mean(values)) if values else None), name
+    begun = [i for i in range(stages) if n[: i + 1].any()]
+    classes = [j for j in range(stages) if n[j]]
+    assert found["amca"] == pytest.approx(np.mean([[R[i, j] for j in classes] for i in begun]))
