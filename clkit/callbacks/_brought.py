@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clkit.distributed import gather_objects
 from clkit.errors import BatchError
-from clkit.features.batch import Readings
+from clkit.features.batch import Readings, sample_size
+from clkit.features.repeats import repeated_rows
 from clkit.schema import Instance, Many, Row, Table, Whole, read_state, saved_entry
 from clkit.stream._lightning import datamodule_of
 from clkit.stream.boundaries import Boundaries
@@ -96,18 +97,24 @@ class BroughtClasses:
         self._owners = owners
 
     def of_batch(
-        self, trainer: pl.Trainer, owner: Any, batch: Any, loaders: Any, batch_idx: int, place: int
+        self, trainer: pl.Trainer, owner: Any, batch: Any, loaders: Sequence[Any], batch_idx: int, place: int
     ) -> tuple[Tensor | int, Any]:
         """Return whose the rows of a batch are, and which rows of the data set where a stream says so.
 
-        They are (B,) int64 with -1 for no experience's yet, or one index for all. ``loaders`` are all of the
-        evaluation, of which Lightning gives a single one without a list, and ``place`` is the number of the batch's.
+        They are (B,) int64 with -1 for no experience's yet and for what another process has, too, or one index for
+        all. ``loaders`` are all of the evaluation, and ``place`` is the number of the batch's.
         """
-        listed = loaders if isinstance(loaders, list | tuple) else [loaders]
-        if hasattr(listed[place], "expected_samples"):
-            experience, rows = listed[place].batches[batch_idx]
+        if hasattr(loaders[place], "expected_samples"):
+            experience, rows = loaders[place].batches[batch_idx]
             return int(experience), rows
-        return self._by_class(trainer, owner, batch, place, several=len(listed) > 1), None
+        whose = self._by_class(trainer, owner, batch, place, several=len(loaders) > 1)
+        if trainer.world_size > 1:
+            inputs, targets = Readings.of(trainer).read(owner, batch, needs_targets=False)
+            size = sample_size(inputs)[0] if targets is None else len(targets)
+            if repeated := repeated_rows(trainer, loaders[place], batch_idx, size):
+                whose = torch.full((size,), whose) if isinstance(whose, int) else whose
+                whose[size - repeated :] = -1
+        return whose, None
 
     def _by_class(self, trainer: pl.Trainer, owner: Any, batch: Any, place: int, several: bool) -> Tensor | int:
         current = Boundaries.of(trainer).current

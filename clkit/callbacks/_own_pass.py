@@ -11,7 +11,7 @@ import torch
 
 from clkit.distributed import share_buffers
 from clkit.features.tap import evaluating
-from clkit.stream._lightning import averaged_weights, datamodule_of
+from clkit.stream._lightning import averaged_weights, datamodule_of, evaluated_loaders
 
 __all__ = ["own_pass"]
 
@@ -36,9 +36,7 @@ def own_pass(
     if hasattr(data, "evaluation_loader"):
         loaders: Any = [data.evaluation_loader(max(stage - 1, 0))]
     else:  # with plain loaders most rows come from validations that Lightning runs, and this from the same loaders
-        given, limits = trainer.val_dataloaders, trainer.num_val_batches
-        given = list(given.values()) if isinstance(given, dict) else given
-        loaders = list(given) if isinstance(given, list | tuple) else [given] if given is not None else []
+        loaders, limits = evaluated_loaders(trainer), trainer.num_val_batches
     with evaluating(module), torch.no_grad(), averaged_weights(trainer, module):
         for place, loader in enumerate(loaders):
             limit = None if limits is None or limits[place] == float("inf") else int(limits[place])

@@ -17,7 +17,7 @@ from clkit.errors import BatchError, ConfigurationError
 from clkit.features.batch import Readings, sample_size
 from clkit.features.observer import BatchObserver
 from clkit.report.results import Recorded
-from clkit.stream._lightning import datamodule_of
+from clkit.stream._lightning import datamodule_of, evaluated_loaders
 
 __all__ = ["Recorder", "layers_of"]
 
@@ -118,10 +118,10 @@ class Recorder:
 
     def is_complete(self, trainer: pl.Trainer) -> bool:
         """Return whether this process saw every sample that the loader was to give (a resumed validation may not)."""
-        loaders: Any = trainer.val_dataloaders
-        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        expects = hasattr(loader, "expected_samples")
-        return not expects or bool(self.samples == loader.expected_samples(int(trainer.num_val_batches[0])))
+        loader: Any = next(iter(evaluated_loaders(trainer)), None)
+        if not hasattr(loader, "expected_samples"):
+            return True
+        return bool(self.samples == loader.expected_samples(int(trainer.num_val_batches[0])))
 
     def gathered(self) -> Recorded:
         """Return everything, of all processes in the order of their ranks."""

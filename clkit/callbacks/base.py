@@ -20,7 +20,7 @@ from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods._checks import check_batch
 from clkit.schema import MERGED, Whole, check_format, saved_entry
 from clkit.stream import resume
-from clkit.stream._lightning import trained_batches
+from clkit.stream._lightning import loader_of, trained_batches
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
 from clkit.stream.checkpoint_io import protect_checkpoints
 
@@ -330,8 +330,8 @@ class FeatureCallback(StreamCallback):
         self._reads = "train" in self.stages and self.learns(trainer)
         if self._reads:
             key = ("train", trainer.current_epoch, batch_idx)
-            reading: dict[str, Any] = {"source": self.forward, "part": self, "graph": self.needs_graph}
-            self.observer.open(trainer, pl_module, batch, key, **reading)
+            reading: dict[str, Any] = {"source": self.forward, "graph": self.needs_graph}
+            self.observer.open(trainer, pl_module, batch, key, part=self, loader=trainer.train_dataloader, **reading)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Read the batch once more where the step ran something else, before its network moves."""
@@ -365,10 +365,10 @@ class FeatureCallback(StreamCallback):
             key = (trainer.state.stage, trainer.global_step, trainer.current_epoch, dataloader_idx, batch_idx)
             self.open(trainer, pl_module, batch, key)
 
-    def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Hashable) -> None:
-        """Begin a batch of an evaluation, which ``key`` tells from others."""
-        needs_targets = self._stage != "predict"
-        self.observer.open(trainer, module, batch, key, part=self, needs_targets=needs_targets)
+    def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: tuple[Hashable, ...]) -> None:
+        """Begin a batch of an evaluation, which ``key`` tells from others; it ends with loader and number."""
+        reading: dict[str, Any] = {"needs_targets": self._stage != "predict", "loader": loader_of(trainer, key[-2])}
+        self.observer.open(trainer, module, batch, key, part=self, **reading)
 
     def on_validation_batch_end(
         self,

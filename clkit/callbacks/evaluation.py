@@ -22,7 +22,7 @@ from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, forward
 from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import Real, saved_entry
-from clkit.stream._lightning import callbacks_of, datamodule_of
+from clkit.stream._lightning import callbacks_of, datamodule_of, evaluated_loaders, loader_of
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
@@ -248,15 +248,15 @@ class StreamEvaluation(FeatureCallback):
     ) -> None:
         """Open a batch with everything in place that belongs to its experience."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        loaders = getattr(trainer, f"{'val' if self._stage == 'validate' else self._stage}_dataloaders")
-        self._opened(trainer, loaders, batch, batch_idx, dataloader_idx)
+        self._opened(trainer, evaluated_loaders(trainer), batch, batch_idx, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: Hashable) -> None:
+    def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: tuple[Hashable, ...]) -> None:
         """Begin a batch for the module's classifier and for each predictor, which may read it in its own way."""
+        reading: dict[str, Any] = {"needs_targets": self._stage != "predict", "loader": loader_of(trainer, key[-2])}
         for observer, part in self._parts.items():
-            observer.open(trainer, module, batch, key, part=part, needs_targets=self._stage != "predict")
+            observer.open(trainer, module, batch, key, part=part, **reading)
 
     def on_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int

@@ -18,6 +18,7 @@ from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
 from clkit.features.batch import BatchReader, Readings
 from clkit.features.origin import InputWatch
+from clkit.features.repeats import mark_repeats
 from clkit.features.tap import FeatureTap, Tapped, evaluating
 
 __all__ = ["BatchObserver", "FeaturesFrom", "forward"]
@@ -141,6 +142,7 @@ class BatchObserver:
         source: FeaturesFrom = "shared",
         needs_targets: bool = True,
         graph: bool = False,
+        loader: Any = None,
     ) -> None:
         """Begin a batch; every callback calls it with the same ``key`` before the step.
 
@@ -148,16 +150,19 @@ class BatchObserver:
             trainer: The trainer.
             module: The user's module.
             batch: The batch, on the module's device.
-            key: What tells this batch from the last one.
+            key: What tells this batch from the last one; its own number is last.
             part: Whose reader reads the batch; see :class:`~clkit.features.batch.Readings`.
             source: ``"auto"`` reads the pass that happens anyway where it gives eval-mode features and pays one extra
                 pass before the step otherwise; ``"shared"`` never pays; ``"eval"`` always does.
             needs_targets: Whether a batch without targets is an error.
             graph: Whether features will be asked for with their graph.
+            loader: The plain loader that it comes from, which may give rows of it to another process, too.
         """
         if key != self._batch:
-            reading = self._readings.read(part, batch, needs_targets=needs_targets, moment=key)
-            self.inputs, self.targets = reading
+            self.inputs, targets = self._readings.read(part, batch, needs_targets=needs_targets, moment=key)
+            if loader is not None and targets is not None:
+                targets = mark_repeats(trainer, loader, key[-1] if isinstance(key, tuple) else 0, targets)
+            self.targets = targets
             self._watch.begin(self.inputs, self.targets)
             self._batch = key
             self._armed = True

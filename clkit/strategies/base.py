@@ -20,6 +20,7 @@ from clkit.arguments import check_arguments
 from clkit.distributed import report_lost_process
 from clkit.errors import ConfigurationError, StateError, refuse_unknown_arguments
 from clkit.features.batch import BatchReader, Readings
+from clkit.features.repeats import mark_repeats
 from clkit.models.timm_classifier import refuse_unsafe_layout
 from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_own, read_state, saved_entry
 from clkit.stream import resume
@@ -217,14 +218,14 @@ class LearningStrategy(DDPStrategy):
     # ---- one batch
 
     def read_batch(self, batch: Any) -> tuple[Any, Tensor]:
-        """Return inputs and targets (B,) of a batch, as the strategy's or else the run's ``batch_reader`` finds them.
+        """Return inputs and targets (B,) of a training batch, as the strategy's or the run's ``batch_reader`` has them.
 
         Raises:
             BatchError: If it has another form; the message says what was seen.
         """
-        inputs, targets = Readings.of(self._module.trainer).read(self, batch)
+        inputs, targets = Readings.of(trainer := self._module.trainer).read(self, batch)
         assert targets is not None
-        return inputs, targets
+        return inputs, mark_repeats(trainer, trainer.train_dataloader, trainer.fit_loop.batch_idx, targets)
 
     def on_batch_learned(self) -> None:
         """Learn what a batch leaves beside its gradient; called once a batch.

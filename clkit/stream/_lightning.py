@@ -23,11 +23,13 @@ __all__ = [
     "callbacks_of",
     "cap_max_epochs",
     "datamodule_of",
+    "evaluated_loaders",
     "in_step",
     "is_fast_dev_run",
     "is_logged",
     "keep_samplers",
     "loaded_checkpoint",
+    "loader_of",
     "longest_validation_interval",
     "reload_loaders_every_epoch",
     "started_epochs",
@@ -111,6 +113,26 @@ def in_step(trainer: pl.Trainer) -> bool:
 def started_epochs(trainer: pl.Trainer) -> int:
     """How many training epochs were begun."""
     return int(_seen(trainer, "fit_loop.epoch_progress.current.ready"))
+
+
+def evaluated_loaders(trainer: pl.Trainer) -> list[Any]:
+    """Return the loaders of the evaluation that runs, or that a fit has, in the order of their numbers.
+
+    ``trainer.val_dataloaders`` are those of the last fit also while ``validate`` runs with others.
+    """
+    loops = {"fit": "fit_loop.epoch_loop.val_loop", "validate": "validate_loop", "test": "test_loop"}
+    combined = _seen(trainer, f"{loops.get(trainer.state.fn or 'fit', 'predict_loop')}._combined_loader")
+    loaders = None if combined is None else combined.iterables
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]
+
+
+def loader_of(trainer: pl.Trainer, place: Any) -> Any:
+    """Return the plain loader of that number in the evaluation that runs; ``None`` in one process and for a stream."""
+    if trainer.world_size == 1 or hasattr(datamodule_of(trainer), "evaluation_loader"):
+        return None
+    return evaluated_loaders(trainer)[place]
 
 
 def stream_position(trainer: pl.Trainer) -> tuple[int, int]:

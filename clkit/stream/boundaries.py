@@ -17,7 +17,8 @@ import lightning.pytorch as pl
 
 from clkit.errors import StateError
 from clkit.schema import saved_entry
-from clkit.stream._lightning import callbacks_of
+from clkit.stream._lightning import callbacks_of, trained_batches
+from clkit.stream.equal_batches import check_last_batch, check_number_of_batches
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
 __all__ = ["Boundaries", "BoundaryPhase", "StreamSchedule", "backbone_changed"]
@@ -67,6 +68,8 @@ class Boundaries:
         self.running = self.ending = self.cut = False
         self._was_over = False  # a loaded checkpoint was saved after the last batch of the experience that it says runs
         self._epoch: int | None = None  # the last in which a batch's start was looked at
+        self._compares = False  # whether processes have to tell each other at each batch if it is their last
+        self._compared = -1  # batches that were done when they did
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> Boundaries:
@@ -112,6 +115,11 @@ class Boundaries:
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Announce a start, here because a resume may skip ``on_train_epoch_start``."""
+        if self._epoch != trainer.current_epoch:
+            self._compares = check_number_of_batches(trainer)
+        if self._compares and self._compared != (batches := trained_batches(trainer)):
+            self._compared = batches
+            check_last_batch(trainer, batches)
         if self.running and self._epoch == trainer.current_epoch:  # nothing changes within an epoch
             return
         self._epoch = trainer.current_epoch

@@ -204,6 +204,19 @@ def test_where_classes_come_again_a_sentence_says_whose_the_rows_are_taken_for(t
     assert len(json.loads((tmp_path / "results.json").read_text())["notes"]) == 2  # and why metrics are null
 
 
+@pytest.mark.parametrize("listed", [list, lambda loaders: dict(zip("ab", loaders, strict=True))])
+def test_the_loaders_of_validate_count_and_not_those_of_the_fit_before(make_trainer: Make, listed: Any) -> None:
+    head, evaluation = NMC("euclidean"), StreamEvaluation(table=False, files=False)
+    parts = [tuple(each[rows] for each in TEST) for rows in (slice(0, 300), slice(300, None))]
+    trainer = make_trainer(strategy="gradient_free", callbacks=[head, evaluation], max_epochs=1)
+    for _ in parts:  # the same classes again, so only the list tells whose a row is
+        trainer.fit(TimmClassifier("identity"), loader(TRAIN), loader(parts[0]))
+        trainer.fit_loop.max_epochs += 1
+    trainer.validate(TimmClassifier("identity"), listed([loader(part) for part in parts]), verbose=False)
+    right = nearest_means([range(10)])[0] == TEST[1]
+    assert evaluation.results["nmc"]["accuracy_matrix"][1] == pytest.approx([right[:300].mean(), right[300:].mean()])
+
+
 def test_an_experience_measured_on_different_samples_is_named(tmp_path: Path) -> None:
     cuts = [slice(None), slice(0, 500), slice(0, 500)]
     fitted(tmp_path, FITS, lambda stage: loader((TEST[0][cuts[stage]], TEST[1][cuts[stage]])))
