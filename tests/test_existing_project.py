@@ -27,7 +27,7 @@ Make = Callable[..., Any]
 
 
 drift = pytest.mark.warns("the backbone still trains")
-twice = pytest.mark.warns("a second epoch over an experience")
+twice = pytest.mark.warns("the backbone trains for several epochs")
 
 
 class Project(pl.LightningModule):

@@ -700,6 +700,26 @@ def test_what_forget_refuses(
     assert [path.name for path in Path().iterdir()] == ["s.npz"]
 
 
+def test_forget_what_was_learned_in_the_last_epochs_alone(last: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = yaml.safe_load((last.parents[1] / "config.yaml").read_text())
+    settings["trainer"]["callbacks"] = [
+        {"class_path": "NMC", "init_args": {"epochs": "last"}},
+        {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_top_k": 0}},
+    ]
+    settings["trainer"] |= {"enable_progress_bar": False, "logger": False, "default_root_dir": "once"}
+    Path("once.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", "once.yaml"]) == 0
+    (path,) = Path("once").rglob("last.ckpt")
+    np.savez("ids.npz", ids=[0, 7, 299])
+    printed = said(capsys, "forget", path, "--samples", "ids.npz", "-o", "less.ckpt", "--config", "once.yaml", status=0)
+    assert "NMC(nmc): 297 samples of 10 classes" in printed
+    images, targets = digits()
+    kept = ~torch.isin(torch.arange(300), torch.tensor([0, 7, 299]))
+    assert_equal_heads(
+        load_head("less.ckpt", "nmc"), by_hand("janson", images[:300][kept], targets[:300][kept]), images[1500:]
+    )
+
+
 def test_forget_in_the_middle_of_a_run(last: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Samples that were not passed yet were not learned, and some were passed once only."""
     settings = yaml.safe_load((last.parents[1] / "config.yaml").read_text())

@@ -75,8 +75,8 @@ class AEFOCL(HeadCallback):
         bias: Whether a constant feature is appended (and regularised).
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
-        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft`` and
-            ``reset_each_task``.
+        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft``,
+            ``reset_each_task`` and ``epochs``.
 
     Raises:
         ArgumentError: If an argument is out of its range; the head's own checks run here, before any training.

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit.arguments import check_arguments
+from clkit.callbacks._last_epoch import backbone_trains, check_last_epoch_is_known, is_last_epoch, on_second_epoch
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError, first_line
@@ -46,6 +47,9 @@ class HeadCallback(FeatureCallback):
         graft: When the head replaces the user's own classifier: ``"never"``, at each ``"experience_end"``, or at
             ``"fit_end"``.
         reset_each_task: Whether to start anew with each experience, for a backbone that still trains.
+        epochs: Which epochs of an experience are learned: ``"all"``, or the ``"last"`` one alone, for a backbone that
+            trains for several, whose earlier features are stale by then. With plain loaders, where one fit is one
+            experience, the last epoch is that of ``max_epochs``, and nothing may end the fit before it.
     """
 
     stages = frozenset({"train", "validate", "test"})
@@ -62,6 +66,7 @@ class HeadCallback(FeatureCallback):
         batch_reader: BatchReader | None = None,
         graft: GraftWhen = "never",
         reset_each_task: bool = False,
+        epochs: Literal["all", "last"] = "all",
     ) -> None:
         check_arguments(HeadCallback, locals())
         super().__init__(layer=layer, forward=forward, batch_reader=batch_reader)
@@ -75,6 +80,7 @@ class HeadCallback(FeatureCallback):
         self.name = name
         self.graft_when = graft
         self.reset_each_task = reset_each_task
+        self.epochs = check_choice("epochs", epochs, ("all", "last"))
         self._head: Head | None = None
         self._evaluated_head: Head | None = None  # a copy summed over ranks, while an evaluation runs
         self._tap_point: str | None = None
@@ -84,6 +90,8 @@ class HeadCallback(FeatureCallback):
         self._device: torch.device | None = None
         self._processes = 1
         self._first_epoch: int | None = None  # in which the running experience was first learned
+        self._again = False  # whether it was learned in a second one
+        self._waits = False  # whether it is not learned yet because its last epoch is still to come
         self._learned_in_fit = False
         self._said: set[str] = set()
 
@@ -136,9 +144,18 @@ class HeadCallback(FeatureCallback):
         super().teardown(trainer, pl_module, stage)
         self._evaluated_head = None
 
+    def learns(self, trainer: pl.Trainer) -> bool:
+        """Whether the training batch in work is learned: none of a warm-up, and of some epochs as ``epochs`` says."""
+        if not super().learns(trainer):
+            return False
+        self._waits = self.epochs == "last" and not is_last_epoch(trainer)
+        return not self._waits
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for the classifier again, put a restored graft back, and check what could fail at the end."""
         super().on_fit_start(trainer, pl_module)
+        if self.epochs == "last":
+            check_last_epoch_is_known(trainer, self.state_key)
         self._restore_graft(pl_module)
         self._learned_in_fit = False
         if self.graft_when != "never":
@@ -172,11 +189,10 @@ class HeadCallback(FeatureCallback):
         if stage == "train":
             if self._first_epoch is None:
                 self._first_epoch = trainer.current_epoch
-            elif self.counts_epochs and trainer.current_epoch > self._first_epoch:
-                self._say(
-                    "a second epoch over an experience counts each sample again, as if the ridge strength were "
-                    "smaller; one epoch an experience is enough"
-                )
+            elif trainer.current_epoch > self._first_epoch and not self._again:
+                self._again = True
+                if message := on_second_epoch(observer.tap, self.counts_epochs):
+                    self._say(message)
             features = observer.features(self.forward)
             source = observer.source(self.forward)
             head = self._ensure_head(features, observer.tap.point)
@@ -192,21 +208,18 @@ class HeadCallback(FeatureCallback):
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Forget the last experience where the user asked for that."""
-        self._first_epoch = None
+        self._first_epoch, self._waits, self._again = None, False, False
         if experience.index == 0 and self._head is not None and self._head.classes.numel():
             self._say(
                 "it has learned before and adds this stream to that; use a new callback, or head.reset(), to start anew"
             )
         if self.reset_each_task and self._head is not None and experience.index > 0:
             self._head.reset()
-        elif experience.index > 0:
-            tap = self.observer.tap
-            own = set() if tap.classifier is None else {id(parameter) for parameter in tap.classifier.parameters()}
-            if any(parameter.requires_grad and id(parameter) not in own for parameter in tap.network.parameters()):
-                self._say(
-                    "the backbone still trains, so what was learned of earlier experiences no longer fits its "
-                    "features; freeze it, use strategy='gradient_free', or pass reset_each_task=True"
-                )
+        elif experience.index > 0 and backbone_trains(self.observer.tap):
+            self._say(
+                "the backbone still trains, so what was learned of earlier experiences no longer fits its "
+                "features; freeze it, use strategy='gradient_free', or pass reset_each_task=True"
+            )
 
     def on_backbone_changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
         """Say that what was learned of the features from before may no longer fit."""
@@ -230,6 +243,9 @@ class HeadCallback(FeatureCallback):
         self._conclude(pl_module, again or self.graft_when == "fit_end")
 
     def _conclude(self, module: pl.LightningModule, graft: bool) -> None:
+        if self._waits:
+            self._waits = False
+            self._say("the fit ended before the last epoch of its experience, of which epochs='last' learned nothing")
         if self._head is not None:
             self._head.synchronize()
             if graft:

@@ -26,8 +26,8 @@ class LDA(HeadCallback):
             [0, 1] makes it Λ = [(1 - ε) Σ + ε I]⁻¹, as in Deep SLDA, which takes 1e-4.
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
-        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft`` and
-            ``reset_each_task``.
+        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft``,
+            ``reset_each_task`` and ``epochs``.
 
     Raises:
         ArgumentError: If an argument is out of its range.

@@ -43,8 +43,8 @@ class NMC(HeadCallback):
             memory, ``strategy.memory``.
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
-        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft`` and
-            ``reset_each_task``.
+        options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft``,
+            ``reset_each_task`` and ``epochs``.
 
     Raises:
         ArgumentError: If an argument is out of its range, or says how to learn batches beside ``memory="replay"``.
@@ -72,9 +72,9 @@ class NMC(HeadCallback):
     ) -> None:
         check_arguments(NMC, locals())
         super().__init__(name=name, **options)
-        if memory and (self.forward != "auto" or self.reset_each_task):
+        if memory and (self.forward != "auto" or self.reset_each_task or self.epochs != "all"):
             raise ArgumentError(
-                f"memory='replay' learns no batches, so forward={self.forward!r} and "
+                f"memory='replay' learns no batches, so forward={self.forward!r}, epochs={self.epochs!r} and "
                 f"reset_each_task={self.reset_each_task!r} would say nothing; leave them out"
             )
         self.metric = metric

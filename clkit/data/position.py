@@ -141,12 +141,18 @@ class StreamPosition:
             missing = int(rows.max() if rows.min() >= 0 else rows.min())
             raise DataError(f"there is no sample {missing}: the training part has the rows 0 to {available - 1}")
 
-    def learned_epochs(self, *, last_experience: bool) -> list[tuple[int, int]]:
-        """Return each epoch in which batches were learned, with the index of its experience."""
+    def learned_epochs(self, *, last_experience: bool, last_epochs: bool) -> list[tuple[int, int]]:
+        """Return each epoch in which batches were learned, with the index of its experience.
+
+        With ``last_epochs`` only the last one of each experience.
+        """
         warmup, length = self.schedule["warmup_epochs"], self.schedule["epochs_per_experience"]
         last = self.epoch if self.batches else self.epoch - 1
         first = warmup + (last - warmup) // length * length if last_experience else warmup
-        return [(epoch, self._index_of(epoch)) for epoch in range(max(first, warmup), last + 1)]
+        epochs = range(max(first, warmup), last + 1)
+        if last_epochs:
+            epochs = range(warmup + self._index_of(epochs.start) * length + length - 1, last + 1, length)
+        return [(epoch, self._index_of(epoch)) for epoch in epochs]
 
     def learned_rows(self, epoch: int, arriving: Rows, wanted: Rows) -> list[Rows]:
         """Return the learned batches of an epoch, whose rows arrive in this order, that hold some of the wanted."""

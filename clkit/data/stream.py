@@ -317,12 +317,12 @@ class StreamDataModule(pl.LightningDataModule):
         return np.sort(self._cut.splits[index].train)
 
     def learned_batches(
-        self, position: dict[str, Any], rows: Rows, *, last_experience: bool = False
+        self, position: dict[str, Any], rows: Rows, *, last_experience: bool = False, last_epochs: bool = False
     ) -> list[tuple[int, Rows]]:
         """Return the batches with some training rows that a run had learned when its position was saved.
 
         They come as epoch and rows, whole, in the order in which they were learned; with ``last_experience`` only those
-        of the experience in which learning was last.
+        of the experience in which learning was last, with ``last_epochs`` only those of the last epoch of each.
 
         Raises:
             DataError: If the training part has no such row.
@@ -332,7 +332,7 @@ class StreamDataModule(pl.LightningDataModule):
         saved.check_replay(self._position_at(saved.epoch), rows, len(self._cut.train))
         return [
             (epoch, batch)
-            for epoch, index in saved.learned_epochs(last_experience=last_experience)
+            for epoch, index in saved.learned_epochs(last_experience=last_experience, last_epochs=last_epochs)
             for batch in saved.learned_rows(epoch, self._order(index, epoch), rows)
         ]
 

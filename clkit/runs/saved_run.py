@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import sys
 import tempfile
@@ -98,11 +99,15 @@ class SavedRun:
         if position is None:
             raise StateError(f"{self.path} does not say how far its stream had come; {instead}")
         stream.setup("validate")  # learning ends with what a trainer says; this only cuts the stream
-        resets = [key for key in keys if self.callbacks[key].reset_each_task]
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        for group, last_experience in (([key for key in keys if key not in resets], False), (resets, True)):
+        for resets, epochs in itertools.product((False, True), ("all", "last")):
+            group = [
+                key
+                for key in keys
+                if self.callbacks[key].reset_each_task is resets and self.callbacks[key].epochs == epochs
+            ]
             if group:
-                plan = stream.learned_batches(position, rows, last_experience=last_experience)
+                plan = stream.learned_batches(position, rows, last_experience=resets, last_epochs=epochs == "last")
                 unlearned = np.setdiff1d(rows, np.concatenate([rows[:0], *(batch for _, batch in plan)]))
                 if unlearned.size:
                     shown, more = ", ".join(map(str, unlearned[:10])), len(unlearned) - 10
