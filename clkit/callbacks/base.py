@@ -22,7 +22,7 @@ from clkit.schema import MERGED, Whole, check_format, saved_entry
 from clkit.stream import resume
 from clkit.stream._lightning import loader_of, trained_batches
 from clkit.stream.boundaries import Boundaries, BoundaryPhase
-from clkit.stream.checkpoint_io import protect_checkpoints
+from clkit.stream.entering import enter
 
 __all__ = ["MODULE", "FeatureCallback", "Predictor", "Stage", "StreamCallback"]
 
@@ -82,7 +82,7 @@ class StreamCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take over the position that an earlier fit left, where each experience is a fit of its own."""
-        protect_checkpoints(trainer.strategy)
+        enter(trainer)
         self._trained = False
         self._boundaries = Boundaries.join(trainer, self._boundaries)
 

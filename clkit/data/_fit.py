@@ -1,8 +1,9 @@
-"""What a fit over a stream sets on the trainer, and refuses."""
+"""What a stream asks of its trainer: the right package, and a fit that is as long as the stream."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
@@ -16,9 +17,26 @@ from clkit.stream._lightning import (
     longest_validation_interval,
     reload_loaders_every_epoch,
 )
+from clkit.stream.entering import check_trainer
 from clkit.stream.experience import Experience
 
-__all__ = ["prepare_fit"]
+__all__ = ["LightningData", "prepare_fit"]
+
+
+class LightningData(pl.LightningDataModule):
+    """A data module that only a trainer of its own package takes; another fails later, and not in words."""
+
+    _trainer: pl.Trainer | None = None
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer that runs on the data, ``None`` without one."""
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        check_trainer(trainer)
+        self._trainer = trainer
 
 
 def prepare_fit(

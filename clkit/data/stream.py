@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from clkit.arguments import check_arguments
-from clkit.data._fit import prepare_fit
+from clkit.data._fit import LightningData, prepare_fit
 from clkit.data.batch_form import BatchForm, batch_former
 from clkit.data.cutting import CutStream, PartName, cut_stream
 from clkit.data.loader import (
@@ -39,7 +39,7 @@ from clkit.stream.experience import Experience
 __all__ = ["StreamDataModule"]
 
 
-class StreamDataModule(pl.LightningDataModule):
+class StreamDataModule(LightningData):
     """A stream of experiences cut from a data set: one ``fit``, one checkpoint, one logger.
 
     The experience is a function of the trainer's epoch. Validation gives one loader over all experiences seen so far,

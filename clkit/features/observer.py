@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clkit.distributed import share_buffers
 from clkit.errors import BatchError, TapError
 from clkit.features.batch import BatchReader, Readings
+from clkit.features.calling import call
 from clkit.features.origin import InputWatch
 from clkit.features.repeats import mark_repeats
 from clkit.features.tap import FeatureTap, Tapped, evaluating
@@ -160,7 +161,7 @@ class BatchObserver:
         """
         if key != self._batch:
             self.inputs, targets = self._readings.read(part, batch, needs_targets=needs_targets, moment=key)
-            if loader is not None and targets is not None:
+            if trainer.world_size > 1 and targets is not None:
                 targets = mark_repeats(trainer, loader, key[-1] if isinstance(key, tuple) else 0, targets)
             self.targets = targets
             self._watch.begin(self.inputs, self.targets)
@@ -363,5 +364,6 @@ class BatchObserver:
 
 def forward(module: pl.LightningModule, network: nn.Module, inputs: Any) -> Any:
     """Return the user's own ``forward``, or the tapped network where the module defines none."""
-    own = type(module).forward is not pl.LightningModule.forward
-    return module(inputs) if own else network(inputs)
+    if type(module).forward is not pl.LightningModule.forward:
+        return call(module, inputs, ', or to a head forward="shared", which learns from what the training step runs')
+    return call(network, inputs, ", or layer=, the dotted path of a layer of the part that takes them")

@@ -10,9 +10,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
+from clkit.features.calling import call
 from clkit.features.tap import FeatureTap, Tapped
 from clkit.methods._checks import check_count
 from clkit.methods.replay.contrast import Projector
@@ -104,7 +106,8 @@ class SingleForward:
         listener = self._tap.listen(lambda tapped: heard.append(tapped))  # torch 2.7 compiles no builtin
         try:
             with nullcontext() if self._segments is None else self._segments.step(views.segments):
-                output = model(views.images)
+                wrapped = isinstance(model, DistributedDataParallel)  # it fails, too, where a process is lost
+                output = model(views.images) if wrapped else call(model, views.images)
         finally:
             listener.remove()
         if not heard:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,16 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.arguments import check_arguments
-from clkit.distributed import report_lost_process
 from clkit.errors import ConfigurationError, StateError, refuse_unknown_arguments
 from clkit.features.batch import BatchReader, Readings
 from clkit.features.repeats import mark_repeats
 from clkit.models.timm_classifier import refuse_unsafe_layout
 from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_own, read_state, saved_entry
+from clkit.strategies._collectives import SpokenDDP
+from clkit.strategies._company import IN_CLKIT, Misfits, refuse_misfits
 from clkit.stream import resume
-from clkit.stream._lightning import in_step, keep_samplers, trained_batches
+from clkit.stream._lightning import callbacks_of, in_step, keep_samplers, trained_batches
 from clkit.stream.boundaries import Boundaries
 from clkit.stream.checkpoint_io import protect_checkpoints
+from clkit.stream.entering import check_ends
 
 __all__ = ["LearningStrategy"]
 
@@ -40,7 +40,7 @@ _TABLE: Table = {
 _PROJECTOR = "replay_projector"  # its name in the user's module
 
 
-class LearningStrategy(DDPStrategy):
+class LearningStrategy(SpokenDDP):
     """A strategy that says in one method how a batch becomes a loss, on one device or many.
 
     With one device it runs in the process itself, bit for bit as ``strategy="auto"``; with several devices or nodes it
@@ -136,6 +136,17 @@ class LearningStrategy(DDPStrategy):
         self._module = model
         protect_checkpoints(self)
 
+    @property
+    def misfits(self) -> Misfits:
+        """Callbacks of Lightning that are refused beside the strategy, each with the reason."""
+        return IN_CLKIT
+
+    def setup_environment(self) -> None:
+        """Refuse what cannot work, before Lightning's own callbacks begin to."""
+        trainer = self._module.trainer
+        refuse_misfits(self, callbacks_of(trainer), self.misfits if trainer.state.fn == "fit" else IN_CLKIT)
+        super().setup_environment()
+
     def setup_distributed(self) -> None:
         """Start the process group; on one device only the ranks are set."""
         if self.single_device:
@@ -148,6 +159,7 @@ class LearningStrategy(DDPStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Prepare the module; on one device as the simplest of Lightning's strategies does."""
+        check_ends(trainer)
         if trainer.state.fn == "fit":
             self._boundaries = Boundaries.join(trainer, self._boundaries)
             self._attach_projector()
@@ -223,9 +235,12 @@ class LearningStrategy(DDPStrategy):
         Raises:
             BatchError: If it has another form; the message says what was seen.
         """
-        inputs, targets = Readings.of(trainer := self._module.trainer).read(self, batch)
+        trainer = self._module.trainer
+        inputs, targets = Readings.of(trainer).read(self, batch)
         assert targets is not None
-        return inputs, mark_repeats(trainer, trainer.train_dataloader, trainer.fit_loop.batch_idx, targets)
+        if trainer.world_size > 1:
+            targets = mark_repeats(trainer, trainer.train_dataloader, trainer.fit_loop.batch_idx, targets)
+        return inputs, targets
 
     def on_batch_learned(self) -> None:
         """Learn what a batch leaves beside its gradient; called once a batch.
@@ -304,7 +319,10 @@ class LearningStrategy(DDPStrategy):
         """Load the user's module and, where a fit goes on, what the strategy had learned."""
         # Lightning casts the module (64-true, bf16-true) after loading: double weights would be rounded on the way
         self.precision_plugin.convert_module(self._module)
-        super().load_model_state_dict(checkpoint, strict=strict)
+        weights = checkpoint["state_dict"]
+        if self.projector is not None and _PROJECTOR in self._module._modules:  # a tuner restores in mid-fit
+            weights = {**weights, **self.projector.state_dict(prefix=f"{_PROJECTOR}.")}
+        super().load_model_state_dict({**checkpoint, "state_dict": weights}, strict=strict)
         if self._module.trainer.state.fn == "fit":
             self._load_state(checkpoint.get(STRATEGY))
 
@@ -358,26 +376,6 @@ class LearningStrategy(DDPStrategy):
                 read_state(saved, table, f"{self.state_key}: {_PROJECTOR}")
             except StateError as error:
                 raise StateError(f"{error}; use the network and the settings of the saved run") from error
-
-    # ---- several devices: a process that is lost is said in words, not in those of the backend
-
-    def barrier(self, *args: Any, **options: Any) -> None:
-        """Wait for all processes; a :class:`ProcessLostError` if one of them died, here and below."""
-        with self._exchanging("that they are there"):
-            super().barrier(*args, **options)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give all processes what one of them has."""
-        with self._exchanging("what one of them has"):
-            return super().broadcast(obj, src)
-
-    def reduce(self, *args: Any, **options: Any) -> Any:
-        """Sum or average over all processes."""
-        with self._exchanging("a value"):
-            return super().reduce(*args, **options)
-
-    def _exchanging(self, what: str) -> AbstractContextManager[None]:
-        return report_lost_process(what) if dist.is_initialized() else nullcontext()
 
     # ---- following the stream, also where no callback does
 

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 from clkit.arguments import check_arguments
 from clkit.distributed import broadcast
+from clkit.features.calling import call
 from clkit.features.tap import FeatureTap
 from clkit.methods._checks import check_count
+from clkit.strategies._company import FROZEN, UNTRAINED, Misfits
 from clkit.strategies.base import LearningStrategy
 from clkit.stream.boundaries import Boundaries, backbone_changed
 from clkit.stream.experience import Experience
@@ -66,6 +68,11 @@ class GradientFreeStrategy(LearningStrategy):
         self._loss: tuple[Tensor, Tensor] | None = None  # of the running epoch: sum and number of labels
 
     # ---- before the loops run
+
+    @property
+    def misfits(self) -> Misfits:
+        """Callbacks of Lightning that are refused beside the strategy, each with the reason."""
+        return {**super().misfits, **FROZEN, **({} if self.warmup_epochs else UNTRAINED)}
 
     def _setup_model(self, model: nn.Module) -> Any:
         # the DDP wrapper refuses a module without trainable parameters, and without gradients it has nothing to do
@@ -145,7 +152,7 @@ class GradientFreeStrategy(LearningStrategy):
         assert self._network is not None
         inputs, targets = self.read_batch(args[0] if args else kwargs["batch"])
         with torch.no_grad(), self.precision_plugin.train_step_context():
-            output = self._network(inputs)
+            output = call(self._network, inputs)
         self._log_loss(output, targets)
         # with several processes Lightning refuses a step that returns nothing
         return targets.new_zeros((), dtype=torch.float32)

@@ -1,0 +1,58 @@
+"""Calling the user's network, with an error that says who called it, and with what, where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.arguments import in_short
+from clkit.errors import BatchError, ClkitError, first_line
+
+__all__ = ["call", "shape_of"]
+
+
+def call(network: nn.Module, inputs: Any, remedy: str = "") -> Any:
+    """Return ``network(inputs)``.
+
+    Args:
+        network: The user's network.
+        inputs: What its ``forward`` is given, as its only argument.
+        remedy: What else helps where that fails, beside a ``batch_reader``.
+
+    Raises:
+        BatchError: If the forward raises; an error of clkit, and a full memory, come through as they are.
+
+    Example:
+        >>> call(nn.Linear(2, 1), torch.zeros(3, 2)).shape
+        torch.Size([3, 1])
+    """
+    try:
+        return network(inputs)
+    except (ClkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BatchError(
+            f"clkit called forward() of {type(network).__name__} with the inputs of the batch, {shape_of(inputs)}, as "
+            f"its one argument, and it failed with {type(error).__name__}: {first_line(error)}. If it takes something "
+            f"else, pass batch_reader=, a function batch -> (inputs, targets) that gives that{remedy}"
+        ) from error
+
+
+def shape_of(value: Any) -> str:
+    """Return in a few words what a value is: types, shapes, data types.
+
+    Example:
+        >>> shape_of({"image": torch.zeros(2, 3), "size": 4})
+        "a dict of 'image': a float32 tensor (2, 3); 'size': 4"
+    """
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
+    parts = [(f"{key!r}: ", each) for key, each in value.items()] if isinstance(value, Mapping) else []
+    parts = [("", each) for each in value] if isinstance(value, list | tuple) else parts
+    if not parts:
+        return in_short(value)
+    shown = "; ".join(f"{key}{shape_of(each)}" for key, each in parts[:4]) + ("; …" if len(parts) > 4 else "")
+    return f"a {type(value).__name__} of {shown}"

@@ -1,0 +1,72 @@
+"""Lightning's callbacks that make no sense beside a strategy of clkit, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from clkit.errors import ConfigurationError
+
+__all__ = ["FROZEN", "IN_CLKIT", "UNTRAINED", "Misfits", "refuse_misfits"]
+
+Misfits = dict[type, str]
+
+IN_CLKIT: Misfits = {
+    BatchSizeFinder: (
+        "Lightning runs it under no kind of DDP, of which clkit's strategies are one even on a single device; find the "
+        'size with a Trainer of strategy="auto", and pass it on'
+    ),
+}
+"""Beside any strategy of clkit, also where nothing is trained."""
+
+_AVERAGE = (
+    "the heads learn from the frozen network, and an average would take its place when they are done; average the "
+    "weights in a fit of its own before this one"
+)
+
+FROZEN: Misfits = {
+    LearningRateFinder: (
+        'it runs its steps past the warm-up, where no optimizer steps; find the rate with a Trainer of strategy="auto"'
+    ),
+    StochasticWeightAveraging: _AVERAGE,
+    WeightAveraging: _AVERAGE,
+    ModelPruning: (
+        "it changes the network after each epoch, and heads have learned from it as it was; prune the network before "
+        "the fit"
+    ),
+}
+"""Beside a strategy that freezes the network, be it after a warm-up."""
+
+UNTRAINED: Misfits = {
+    BaseFinetuning: (
+        "it freezes layers and trains them later, and without warmup_epochs nothing is trained; leave it out"
+    ),
+    GradientAccumulationScheduler: (
+        "there are no gradients to accumulate, and max_steps would count fewer steps than batches; leave it out"
+    ),
+}
+"""Beside a strategy that trains nothing at all."""
+
+
+def refuse_misfits(owner: Any, callbacks: Iterable[Any], misfits: Misfits) -> None:
+    """Refuse callbacks that cannot work beside a strategy, by name.
+
+    Raises:
+        ConfigurationError: If there is one; the message says why, and what to do.
+    """
+    for callback in callbacks:
+        for kind, reason in misfits.items():
+            if isinstance(callback, kind):
+                raise ConfigurationError(
+                    f"{type(callback).__name__} makes no sense beside {type(owner).__name__}: {reason}"
+                )
