@@ -108,7 +108,7 @@ def test_each_callback_of_lightning_is_refused_or_changes_nothing_of_a_frozen_ne
     logger = pl.loggers.CSVLogger(str(tmp_path))
     trainer = make_trainer(strategy="gradient_free", callbacks=[*callbacks, head], logger=logger, max_epochs=2)
     trainer.fit(module, loader())
-    assert int(head.head.counts.sum()) == 40
+    assert int(head.head.counts.sum()) == 80
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -80,11 +81,12 @@ class HeadCallback(FeatureCallback):
         self.name = name
         self.graft_when = graft
         self.reset_each_task = reset_each_task
-        self.epochs = check_choice("epochs", epochs, ("all", "last"))
+        self.epochs = epochs
         self._head: Head | None = None
         self._evaluated_head: Head | None = None  # a copy summed over ranks, while an evaluation runs
         self._tap_point: str | None = None
         self._graft: Graft | None = None
+        self._checks_classes: Callable[[int], None] | None = None  # of a graft that not every class has a place in
         self._correct = 0
         self._counted = 0
         self._device: torch.device | None = None
@@ -154,6 +156,7 @@ class HeadCallback(FeatureCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for the classifier again, put a restored graft back, and check what could fail at the end."""
         super().on_fit_start(trainer, pl_module)
+        self._checks_classes = None
         if self.epochs == "last":
             check_last_epoch_is_known(trainer, self.state_key)
         self._restore_graft(pl_module)
@@ -167,6 +170,8 @@ class HeadCallback(FeatureCallback):
                     )
             graft = self._graft or Graft(self.state_key)
             graft.check(pl_module, self.layer, self.make_head)
+            graft.check_classes((getattr(datamodule_of(trainer), "num_classes", None) or 1) - 1)
+            self._checks_classes = graft.check_classes if graft.one_output else None
             strategy = trainer.strategy
             trains = getattr(strategy, "trains_module", True) and not getattr(strategy, "warmup_epochs", 0)
             several = len(getattr(datamodule_of(trainer), "experiences", ())) > 1
@@ -197,7 +202,10 @@ class HeadCallback(FeatureCallback):
             source = observer.source(self.forward)
             head = self._ensure_head(features, observer.tap.point)
             key = ("checked", source, self._device)  # what is wrong with a batch is asked once for all heads
-            head.learn(observer.remember(key, lambda: head.checked(features, targets)))
+            checked = observer.remember(key, lambda: head.checked(features, targets))
+            if self._checks_classes is not None and checked.ids.size:
+                self._checks_classes(int(checked.ids[-1]))
+            head.learn(checked)
             self._learned_in_fit = True
             return
         scores = observer.scores(self)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from clkit.errors import BatchError
+from clkit.features.targets import are_class_ids, check_targets
 
 __all__ = [
     "INPUT_KEYS",
@@ -182,7 +183,7 @@ class Readings:
             lent: A reader of another part, for a part without one.
 
         Raises:
-            BatchError: If the part cannot read the batch; the message names the part.
+            BatchError: If the part cannot read the batch, or its targets are no class ids; the message names the part.
         """
         if moment is not None and (batch is not self._batch or moment != self._moment):
             self._batch, self._moment, self._memo = batch, moment, {}
@@ -193,6 +194,10 @@ class Readings:
             return known
         try:
             pair = (read_batch if needs_targets else read_inputs)(batch, reader)
+            if pair[1] is not None and needs_targets:
+                check_targets(pair[1])
+            elif pair[1] is not None and not are_class_ids(pair[1]):  # a prediction has no use for them
+                pair = pair[0], None
         except BatchError as error:
             named = BatchError(f"{_name(part)}: {error}")
             lent = None if reader is not None else self._lent(named)

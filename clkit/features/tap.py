@@ -479,16 +479,19 @@ def _linear_heads(module: nn.Module, path: str) -> Iterator[str]:
     """Paths of the layers that may be a classifier, in order of definition: no part that a strategy attached is one."""
     if isinstance(module, NonDynamicallyQuantizableLinear):  # of nn.MultiheadAttention, which never calls it
         return
-    # the mark of clkit.surgery.change, which this room does not import
-    grafted = getattr(getattr(module, "clkit_change", None), "noun", None) == "graft"
     own = _is_of(module, "clkit")
-    if isinstance(module, nn.Linear) or grafted or (own and type(module).__name__.endswith("Head")):
+    if isinstance(module, nn.Linear) or _is_graft(module) or (own and type(module).__name__.endswith("Head")):
         yield path
         return
     if own and path:
         return
     for name, child in module.named_children():
         yield from _linear_heads(child, f"{path}.{name}" if path else name)
+
+
+def _is_graft(module: nn.Module) -> bool:
+    """Whether a head was put here in the place of a classifier: the mark is of clkit.surgery, which is above."""
+    return getattr(getattr(module, "clkit_change", None), "noun", None) == "graft"
 
 
 def _runnable(module: nn.Module, path: str) -> nn.Module:
@@ -592,7 +595,7 @@ def _is_empty(module: nn.Module) -> bool:
 
 def _reads_input(module: nn.Module, network: nn.Module) -> bool:
     """Whether a path to this layer means its input: linear, convolutional, or what timm calls the classifier."""
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_graft(module):
         return True
     core = _unwrapped(network)
     if not callable(getattr(core, "get_classifier", None)):

@@ -13,7 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clkit.errors import ConfigurationError, StateError
 from clkit.features.tap import FeatureTap, put_at, width_of
-from clkit.methods.heads.readout import is_linear, layer_values, linear_of, readout_module
+from clkit.methods.heads.readout import (
+    LinearReadout,
+    difference_of,
+    is_linear,
+    layer_values,
+    linear_of,
+    readout_module,
+    readout_tensors,
+)
 from clkit.schema import FLOATS, Named, Numbers, Table, read_state, saved_entry
 from clkit.surgery.change import Change, changes_of
 
@@ -30,6 +38,12 @@ class Graft(Change):
     keys and a compiled graph stay valid. Otherwise the classifier is replaced by a ``Sequential`` that ends in an
     ``nn.Linear``; checkpoints then keep the user's own tensors under the user's own keys.
 
+    A classifier of one output, of which the sigmoid is the probability of class 1, gets the difference of the two
+    classes' outputs, and takes no head of other classes.
+
+    Attributes:
+        one_output: Whether the classifier has a single output; known once it was checked.
+
     Raises:
         StateError: If ``saved`` is damaged.
     """
@@ -39,6 +53,7 @@ class Graft(Change):
 
     def __init__(self, owner: str, saved: Mapping[str, Any] | None = None) -> None:
         super().__init__(owner)
+        self.one_output = False
         self._path = ""
         self._original: nn.Module | None = None  # the replaced classifier
         self._own = {} if saved is None else _tensors(saved, "own", owner)  # what an overwritten classifier held
@@ -51,6 +66,15 @@ class Graft(Change):
         slot = self._slot(module, layer)
         if make_head is not None and isinstance(slot, nn.ModuleList):
             self._refuse_split(slot, make_head(sum(width_of(leaf) or 0 for leaf in slot)))
+
+    def check_classes(self, highest: int) -> None:
+        """Refuse a class id for which a classifier of one output has no place, before it is learned."""
+        if self.one_output and highest > 1:
+            self._refuse(
+                f"the classifier at {self._path!r} has one output, which tells class 1 from class 0, and there is a "
+                f"class {highest}; give the network as many outputs as there are classes, relabel them to 0 and 1, or "
+                'pass graft="never"'
+            )
 
     def check_training(self, module: nn.Module, wrapped: Any, head: Any) -> None:
         """Refuse training behind a graft where DDP would wait for the classifier's gradients, or nothing has any.
@@ -75,10 +99,11 @@ class Graft(Change):
     def apply(self, module: nn.Module, layer: str, head: Any) -> None:
         """Graft a head whose features are read at ``layer``, or refresh its graft; raises as :meth:`check`."""
         slot = self._slot(module, layer)
+        self.check_classes(int(head.classes.max()) if head.classes.numel() else 0)
         with torch.inference_mode(False):  # a graft that an evaluation puts back must serve the next training too
             values = None
             if self._original is None and _is_copied(slot, head):
-                values = layer_values(head, dict(slot.named_parameters()))
+                values = layer_values(_one_output_of(head) if self.one_output else head, dict(slot.named_parameters()))
             if values is not None:
                 self._own = self._own or {name: tensor.detach().clone() for name, tensor in slot.named_parameters()}
                 copy_into(slot, values)
@@ -168,7 +193,7 @@ class Graft(Change):
                 f"the classifier at {path!r} is a {type(leaves[0]).__name__}, and only linear and 1x1 convolution "
                 "classifiers can be replaced"
             )
-        self._path = path
+        self._path, self.one_output = path, all(outputs_of(leaf) == 1 for leaf in leaves)
         return classifier
 
     def _refuse(self, reason: str) -> NoReturn:
@@ -193,8 +218,10 @@ class Graft(Change):
             self.unmark(slot)
             self._original = slot
         reference = next(slot.parameters())
-        outputs = max(outputs_of(self._original) or 0, int(head.classes.max()) + 1)
+        outputs = max(outputs_of(self._original) or 0, int(head.classes.max()) + 1, 2 if self.one_output else 0)
         graft = readout_module(head, outputs, reference.dtype)
+        if self.one_output:
+            graft[-1] = linear_of(*difference_of(*readout_tensors(head, 2, reference.dtype)))
         if last is not None and last.in_features != graft[-1].in_features:
             raise StateError(
                 f"{self.owner}: 'layer' of the saved graft takes {last.in_features} inputs, and the head gives "
@@ -240,6 +267,11 @@ def outputs_of(layer: nn.Module) -> int | None:
     """Return the number of outputs of a linear or convolutional layer, ``None`` of any other."""
     found = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     return found if isinstance(found, int) else None
+
+
+def _one_output_of(head: Any) -> LinearReadout:
+    """Return a linear head as one of a single column: what class 1 has above class 0."""
+    return LinearReadout(torch.zeros(1, dtype=torch.int64), *difference_of(*readout_tensors(head, 2, torch.float64)))
 
 
 def _leaves(classifier: nn.Module) -> list[nn.Module]:

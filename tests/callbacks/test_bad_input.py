@@ -75,10 +75,10 @@ BAD: dict[str, tuple[Callable[[Batch], Any], str]] = {
     "nan": (nan, r"features of rows \[3\] are not finite"),
     "infinite": (infinite, r"features of rows \[0\] are not finite"),
     "negative": (negative, r"targets must be class ids.*got -2 in row 5"),
-    "fractional": (fractional, r"targets must be integer class ids, got torch.float32"),
+    "fractional": (fractional, r"targets of type float32 are no class ids.*single-label classification"),
     "too large": (too_large, r"target 100 in row 2 is not below max_classes=50"),
     "too few labels": (too_few_labels, r"8 rows.*5 targets|5 targets"),
-    "one-hot": (wide_labels, r"targets must have shape \(8,\).*\(8, 4\)"),
+    "one-hot": (wide_labels, r"targets of shape \(8, 4\) look like several labels a sample, or one-hot"),
     "a lone tensor": (lone_tensor, r"a batch must be \(inputs, targets, …\) or a mapping, got Tensor.*batch_reader"),
     "unknown keys": (unknown_keys, r"no inputs in a batch with keys \['label', 'pixels'\].*batch_reader"),
 }

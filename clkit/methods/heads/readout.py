@@ -19,6 +19,7 @@ __all__ = [
     "L2Normalize",
     "LinearReadout",
     "Readout",
+    "difference_of",
     "first_equal",
     "is_linear",
     "layer_values",
@@ -121,6 +122,16 @@ def readout_tensors(head: Head | LinearReadout, outputs: int, dtype: torch.dtype
     full_bias = bias.new_full((outputs,), max(_UNSEEN_BIAS, torch.finfo(dtype).min / 4))
     full_weight[classes.to(weight.device)], full_bias[classes.to(bias.device)] = weight, bias
     return full_weight.to(dtype), full_bias.to(dtype)
+
+
+def difference_of(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight (1, D) and bias (1,) of one output, whose sigmoid is the second softmax of two outputs.
+
+    Example:
+        >>> difference_of(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0.5, 0.0]))
+        (tensor([[-1.,  3.]]), tensor([-0.5000]))
+    """
+    return weight[1:] - weight[:1], bias[1:] - bias[:1]
 
 
 def layer_values(head: Head | LinearReadout, own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
