@@ -24,6 +24,7 @@ __all__ = [
     "cap_max_epochs",
     "datamodule_of",
     "evaluated_loaders",
+    "go_on",
     "in_step",
     "is_fast_dev_run",
     "is_logged",
@@ -95,6 +96,16 @@ def is_logged(trainer: pl.Trainer) -> bool:
     if trainer.is_last_batch or trainer.should_stop or is_fast_dev_run(trainer):
         return True
     return (every > 0 and (stepped + 1) % every == 0) or trainer.global_step + 1 == trainer.max_steps
+
+
+def go_on(trainer: pl.Trainer) -> None:
+    """Have Lightning take the epoch that a resume goes on with for any other, once its loop has found its place.
+
+    At the end of an epoch that it takes for a resumed one it passes over what is done once an epoch: a schedule of the
+    learning rate that waits for a plateau would miss a step.
+    """
+    _seen(trainer, "fit_loop._restarting")
+    trainer.fit_loop._restarting = False
 
 
 def accumulates(trainer: pl.Trainer) -> bool:

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 
 from clkit.errors import StateError
 from clkit.schema import saved_entry
-from clkit.stream._lightning import callbacks_of, trained_batches
+from clkit.stream._lightning import callbacks_of, go_on, trained_batches
 from clkit.stream.equal_batches import check_last_batch, check_number_of_batches
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
@@ -123,6 +123,7 @@ class Boundaries:
         if self.running and self._epoch == trainer.current_epoch:  # nothing changes within an epoch
             return
         self._epoch = trainer.current_epoch
+        go_on(trainer)
         now = self.upcoming(trainer)
         if self.running and self.current is not None:
             if now.index == self.current.index:

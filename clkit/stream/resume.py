@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from clkit.schema import (
     read_state,
     saved_entry,
 )
-from clkit.stream._lightning import accumulates, datamodule_of, in_step
+from clkit.stream._lightning import accumulates, datamodule_of, in_step, stream_position
 from clkit.stream.boundaries import Boundaries
 
 __all__ = ["begin", "capture_random_state", "check_random_state", "load", "restore_random_state", "save"]
@@ -95,6 +96,7 @@ def load(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         StateError: If the saved state is damaged; nothing is changed then.
     """
     _make_loops_whole(trainer, checkpoint)
+    _load_unrounded(trainer, checkpoint)
     state = checkpoint.get(STREAM)
     if state is None:
         return
@@ -126,7 +128,21 @@ def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 f"(accumulate_grad_batches={trainer.accumulate_grad_batches}): the next step of the optimizer is "
                 "without those batches"
             )
+        _say_lost_steps(trainer)
     Boundaries.of(trainer).on_train_start(trainer, module)
+
+
+def _say_lost_steps(trainer: pl.Trainer) -> None:
+    """Warn where a schedule has a step between the writing of a checkpoint and the next batch, which none repeats."""
+    _, batches = stream_position(trainer)
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and (config.interval == "step" or not batches):
+            what = "batch" if config.interval == "step" else "epoch"
+            rank_zero_warn(
+                f"the checkpoint was written before ReduceLROnPlateau looked at {config.monitor!r} of its last {what}, "
+                "and does not hold that value: the schedule goes on without it, so learning rates may come to differ "
+                f"from those of a run that was not interrupted{'; within an epoch nothing is lost' * (what == 'epoch')}"
+            )
 
 
 # ---- random states
@@ -182,6 +198,19 @@ def _set_states(state: dict[str, Any], of_torch: torch.Generator, of_python: Any
     of_python.setstate((version, tuple(words.tolist()), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     of_numpy.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+# ---- weights of 64 bits
+
+
+def _load_unrounded(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Load weights once more, where Lightning has loaded double ones into a module that it makes double afterwards."""
+    module, plugin = trainer.lightning_module, trainer.precision_plugin
+    if not isinstance(plugin, DoublePrecision) or all(part.dtype != torch.float32 for part in module.parameters()):
+        return
+    if any(getattr(part, "dtype", None) == torch.float64 for part in checkpoint.get("state_dict", {}).values()):
+        plugin.convert_module(module)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
 
 
 # ---- gradients that wait for further batches

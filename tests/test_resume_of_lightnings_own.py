@@ -1,0 +1,122 @@
+"""What Lightning itself loses when a fit goes on from a checkpoint, and what clkit gets back, under any strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small_runs import LitSmall
+from torch import Tensor
+
+from clkit.callbacks import StreamCallback
+from clkit.data import ClassIncremental, StreamDataModule
+from clkit.strategies import LearningStrategy
+
+Make = Callable[..., Any]
+LENGTH = 5  # batches of an epoch
+STRATEGIES = {"lightning's": lambda: "auto", "clkit's": LearningStrategy}
+
+
+class Plateau(LitSmall):
+    """A schedule that waits for a plateau, and finds one at once."""
+
+    interval = "epoch"
+    monitor = "train_loss"
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+        config = {"scheduler": schedule, "monitor": self.monitor, "interval": self.interval}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+class OfValidation(Plateau):
+    """The same, for a value of the validation."""
+
+    monitor = "val_acc"
+
+
+class OfSteps(Plateau):
+    """The same, at every step."""
+
+    interval = "step"
+
+
+class Double(LitSmall):
+    """A network of float64, built in ``setup``."""
+
+    def setup(self, stage: str) -> None:
+        torch.manual_seed(1)
+        self.late = torch.nn.Linear(10, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.late(super().forward(inputs))
+
+
+def run(
+    make_trainer: Make, kind: Any, strategy: str, *callbacks: Any, resume: str | None = None, **options: Any
+) -> Any:
+    torch.manual_seed(0)
+    module = kind()
+    stream = StreamDataModule("digits:flat", ClassIncremental(experiences=2), epochs_per_experience=2, batch_size=64)
+    trainer = make_trainer(
+        strategy=STRATEGIES[strategy](), callbacks=[StreamCallback(), *callbacks], limit_train_batches=LENGTH, **options
+    )
+    trainer.fit(module, datamodule=stream, ckpt_path=resume)
+    return module, trainer
+
+
+def checkpoints(
+    make_trainer: Make, kind: Any, strategy: str, folder: Path, **options: Any
+) -> tuple[Any, dict[int, str]]:
+    saving = ModelCheckpoint(str(folder), every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    module, _ = run(make_trainer, kind, strategy, saving, enable_checkpointing=True, **options)
+    return module, {int(file.stem.partition("=")[2]): str(file) for file in folder.glob("step=*.ckpt")}
+
+
+def same(one: pl.LightningModule, two: pl.LightningModule) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", [Plateau, OfValidation])
+def test_a_plateau_is_seen_after_a_resume_within_an_epoch(
+    make_trainer: Make, tmp_path: Path, strategy: str, kind: Any
+) -> None:
+    module, files = checkpoints(make_trainer, kind, strategy, tmp_path)
+    for step in (2, LENGTH + 1, 2 * LENGTH + 3):
+        resumed, trainer = run(make_trainer, kind, strategy, resume=files[step])
+        assert same(module, resumed), step
+        assert trainer.optimizers[0].param_groups[0]["lr"] < 0.05
+
+
+@pytest.mark.parametrize(("kind", "step"), [(Plateau, 0), (OfSteps, 3)])
+def test_a_step_of_a_plateau_that_is_lost_is_said(make_trainer: Make, tmp_path: Path, kind: Any, step: int) -> None:
+    _, files = checkpoints(make_trainer, kind, "lightning's", tmp_path)
+    with pytest.warns(
+        UserWarning,
+        match=rf"before ReduceLROnPlateau looked at 'train_loss' of its last {'epoch' if not step else 'batch'}",
+    ):
+        run(make_trainer, kind, "lightning's", resume=files[step or LENGTH])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", [LitSmall, Double])
+def test_double_weights_are_not_rounded_on_their_way(
+    make_trainer: Make, tmp_path: Path, strategy: str, kind: Any
+) -> None:
+    module, files = checkpoints(make_trainer, kind, strategy, tmp_path, precision="64-true")
+    assert next(module.parameters()).dtype == torch.float64
+    resumed, trainer = run(make_trainer, kind, strategy, resume=files[3], precision="64-true")
+    assert same(module, resumed)
+    last = str(max(files.items())[1])
+    trainer = make_trainer(strategy=STRATEGIES[strategy](), callbacks=[StreamCallback()], precision="64-true")
+    fresh = kind()
+    trainer.validate(fresh, datamodule=StreamDataModule("digits:flat"), ckpt_path=last, verbose=False)
+    saved = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in fresh.state_dict().items())
