@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import clkit._registry
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamCallback, StreamEvaluation
 from clkit.data import ClassIncremental, StreamDataModule
-from clkit.errors import BatchError, ConfigurationError
+from clkit.errors import BatchError, ConfigurationError, StateError
 from clkit.strategies import ERStrategy, GradientFreeStrategy, OnProStrategy
 
 Make = Callable[..., Any]
@@ -200,6 +200,10 @@ def test_a_trainer_of_the_other_package_is_told_which_import_to_change(tmp_path:
 # ---- a forward that does not take the inputs
 
 
+class OwnError(Exception):
+    """What a user's own code raises and catches."""
+
+
 class TwoInputs(LitSmall):
     """A forward that needs more than the inputs."""
 
@@ -246,6 +250,13 @@ def test_a_forward_that_takes_something_else_is_named(make_trainer: Make, strate
         fit(Whole())
     assert caught.value.__cause__ is not None  # with the traceback of the user's own
 
+    class Interrupting(LitSmall):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise OwnError
+
+    with pytest.raises(OwnError):  # a class of one's own is meant to be caught
+        fit(Interrupting())
+
 
 @pytest.mark.parametrize("strategy", ["gradient_free", "auto"])
 def test_what_the_message_says_helps(make_trainer: Make, strategy: str) -> None:
@@ -262,3 +273,21 @@ def test_what_the_message_says_helps(make_trainer: Make, strategy: str) -> None:
         with warns:
             make_trainer(callbacks=[shared], max_epochs=1).fit(TwoInputs(), loader())
         assert int(shared.head.counts.sum()) == 40
+
+
+# ---- the checkpoint of another strategy
+
+
+@pytest.mark.parametrize("kinds", [(OnProStrategy, ERStrategy), (ERStrategy, OnProStrategy)])
+def test_the_checkpoint_of_another_strategy_names_both(make_trainer: Make, tmp_path: Path, kinds: Any) -> None:
+    theirs, own = (partial(kind, capacity=9) for kind in kinds)
+    trainer = make_trainer(strategy=theirs(), max_steps=2)
+    trainer.fit(Finding(), datamodule=stream("digits"))
+    trainer.save_checkpoint(tmp_path / "theirs.ckpt")
+    resumed = make_trainer(strategy=own())
+    names = trainer.strategy.state_key, resumed.strategy.state_key
+    with (
+        pytest.warns(UserWarning, match=rf"no state for the strategy '{names[1]}', but for '{names[0]}'"),
+        pytest.raises(StateError, match=rf"of the strategy '{names[0]}', .* is '{names[1]}', .* ckpt_path out"),
+    ):
+        resumed.fit(Finding(), datamodule=stream("digits"), ckpt_path=str(tmp_path / "theirs.ckpt"))

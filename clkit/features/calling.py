@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from clkit.arguments import in_short
-from clkit.errors import BatchError, ClkitError, first_line
+from clkit.errors import BatchError, first_line
 
 __all__ = ["call", "shape_of"]
 
@@ -23,17 +22,18 @@ def call(network: nn.Module, inputs: Any, remedy: str = "") -> Any:
         remedy: What else helps where that fails, beside a ``batch_reader``.
 
     Raises:
-        BatchError: If the forward raises; an error of clkit, and a full memory, come through as they are.
+        BatchError: If the forward raises one of Python's own exceptions; others come through as they are.
 
     Example:
+        >>> import torch
         >>> call(nn.Linear(2, 1), torch.zeros(3, 2)).shape
         torch.Size([3, 1])
     """
     try:
         return network(inputs)
-    except (ClkitError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if type(error).__module__ != "builtins":  # clkit's, torch's full memory, a class that the user means to catch
+            raise
         raise BatchError(
             f"clkit called forward() of {type(network).__name__} with the inputs of the batch, {shape_of(inputs)}, as "
             f"its one argument, and it failed with {type(error).__name__}: {first_line(error)}. If it takes something "
@@ -45,6 +45,7 @@ def shape_of(value: Any) -> str:
     """Return in a few words what a value is: types, shapes, data types.
 
     Example:
+        >>> import torch
         >>> shape_of({"image": torch.zeros(2, 3), "size": 4})
         "a dict of 'image': a float32 tensor (2, 3); 'size': 4"
     """

@@ -1,8 +1,8 @@
-"""Lightning's callbacks that make no sense beside a strategy of clkit, and why."""
+"""What does not go with a strategy of clkit, and why: callbacks of Lightning, and the checkpoints of others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import (
@@ -14,10 +14,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from torch.optim import Optimizer
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, StateError
+from clkit.schema import STRATEGY
 
-__all__ = ["FROZEN", "IN_CLKIT", "UNTRAINED", "Misfits", "refuse_misfits"]
+__all__ = ["FROZEN", "IN_CLKIT", "UNTRAINED", "Misfits", "refuse_misfits", "refuse_other_optimizers"]
 
 Misfits = dict[type, str]
 
@@ -70,3 +72,26 @@ def refuse_misfits(owner: Any, callbacks: Iterable[Any], misfits: Misfits) -> No
                 raise ConfigurationError(
                     f"{type(callback).__name__} makes no sense beside {type(owner).__name__}: {reason}"
                 )
+
+
+def refuse_other_optimizers(
+    name: str, optimizers: Sequence[Optimizer], checkpoint: Mapping[str, Any], extra: str
+) -> None:
+    """Refuse the optimizers of a checkpoint, most often of another strategy, that train other tensors than a run's.
+
+    Raises:
+        StateError: If they do; the message names both strategies, and says what this one has in ``extra``.
+    """
+    sides = (
+        [each.param_groups for each in optimizers],
+        [each["param_groups"] for each in checkpoint["optimizer_states"]],
+    )
+    own, saved = ([[len(group["params"]) for group in groups] for groups in side] for side in sides)
+    if own != saved:
+        owner = (checkpoint.get(STRATEGY) or {}).get("strategy")
+        whose = "no strategy of clkit" if owner is None else f"the strategy {owner!r}"
+        raise StateError(
+            f"the checkpoint is of {whose}, and its optimizer trains {saved} tensors (of each parameter group); this "
+            f"run's strategy is {name}, and trains {own}{extra}. To begin with the weights alone load them into the "
+            "module and leave ckpt_path out"
+        )

@@ -21,7 +21,7 @@ from clkit.features.repeats import mark_repeats
 from clkit.models.timm_classifier import refuse_unsafe_layout
 from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_own, read_state, saved_entry
 from clkit.strategies._collectives import SpokenDDP
-from clkit.strategies._company import IN_CLKIT, Misfits, refuse_misfits
+from clkit.strategies._company import IN_CLKIT, Misfits, refuse_misfits, refuse_other_optimizers
 from clkit.stream import resume
 from clkit.stream._lightning import callbacks_of, in_step, keep_samplers, trained_batches
 from clkit.stream.boundaries import Boundaries
@@ -327,17 +327,9 @@ class LearningStrategy(SpokenDDP):
             self._load_state(checkpoint.get(STRATEGY))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the states of the user's optimizers; those of a run without the projector are a :class:`StateError`."""
-        if self.projector is not None:
-            groups = [each.param_groups for each in self.optimizers]
-            saved_groups = [state["param_groups"] for state in checkpoint["optimizer_states"]]
-            own, saved = ([[len(g["params"]) for g in each] for each in side] for side in (groups, saved_groups))
-            if own != saved:
-                raise StateError(
-                    f"the optimizer of the checkpoint trains {saved} tensors (of each parameter group), that of this "
-                    f"run {own}, with the {_PROJECTOR} of {type(self).__name__}; to begin with the weights alone "
-                    "load them into the module and leave ckpt_path out"
-                )
+        """Load the states of the user's optimizers; those that train something else are a :class:`StateError`."""
+        extra = "" if self.projector is None else f", with its {_PROJECTOR}"
+        refuse_other_optimizers(f"{self.state_key!r}", self.optimizers, checkpoint, extra)
         super().load_optimizer_state_dict(checkpoint)
 
     def _load_state(self, state: Any) -> None:
