@@ -190,7 +190,7 @@ def test_the_part_that_lacks_a_reader_is_named(make_trainer: Make) -> None:
     readers: list[Callable[[Any], Any]] = [lambda b: (b["pixels"], b["fine"]), lambda b: (b["pixels"], b["fine"] // 2)]
     heads = [NMC(name=f"n{i}", batch_reader=reader) for i, reader in enumerate(readers)]
     trainer = make_trainer(callbacks=[*heads, AEFOCL()], max_epochs=1)
-    with pytest.raises(BatchError, match=r"AEFOCL\(aef_ocl\) has no batch_reader, .* NMC\(n0\) and NMC\(n1\)"):
+    with pytest.raises(BatchError, match=r"AEFOCL\(aef_ocl\): .* has no batch_reader, .* NMC\(n0\) and NMC\(n1\)"):
         trainer.fit(Net(), batches)
     trainer = make_trainer(callbacks=[NMC(batch_reader=lambda batch: batch["fine"])], max_epochs=1)
     with pytest.raises(BatchError, match=r"NMC\(nmc\): a batch_reader must return a pair \(inputs, targets\), got Ten"):

@@ -14,7 +14,6 @@ from clkit.errors import BatchError
 from clkit.features.batch import Readings, sample_size
 from clkit.features.repeats import repeated_rows
 from clkit.schema import Instance, Many, Row, Table, Whole, read_state, saved_entry
-from clkit.stream._lightning import datamodule_of
 from clkit.stream.boundaries import Boundaries
 
 __all__ = ["BroughtClasses"]
@@ -49,7 +48,7 @@ class BroughtClasses:
     def see(self, trainer: pl.Trainer, owner: Any, batch: Any) -> None:
         """Note the classes of a training batch, read as ``owner`` reads it."""
         current = Boundaries.of(trainer).current
-        if _has_stream(trainer) or current is None:
+        if current is None:
             return
         try:
             targets = Readings.of(trainer).read(owner, batch, needs_targets=False)[1]
@@ -83,7 +82,7 @@ class BroughtClasses:
         """Prepare an evaluation; a call on all processes."""
         self.notes, self._owners, self._in_order = {}, None, True
         current = Boundaries.of(trainer).current
-        if _has_stream(trainer) or current is None:
+        if current is None:
             return
         self.share()
         owners: dict[int, int] = {}
@@ -98,15 +97,12 @@ class BroughtClasses:
 
     def of_batch(
         self, trainer: pl.Trainer, owner: Any, batch: Any, loaders: Sequence[Any], batch_idx: int, place: int
-    ) -> tuple[Tensor | int, Any]:
-        """Return whose the rows of a batch are, and which rows of the data set where a stream says so.
+    ) -> Tensor | int:
+        """Return whose the rows of a batch are.
 
         They are (B,) int64 with -1 for no experience's yet and for what another process has, too, or one index for
         all. ``loaders`` are all of the evaluation, and ``place`` is the number of the batch's.
         """
-        if hasattr(loaders[place], "expected_samples"):
-            experience, rows = loaders[place].batches[batch_idx]
-            return int(experience), rows
         whose = self._by_class(trainer, owner, batch, place, several=len(loaders) > 1)
         if trainer.world_size > 1:
             inputs, targets = Readings.of(trainer).read(owner, batch, needs_targets=False)
@@ -114,7 +110,7 @@ class BroughtClasses:
             if repeated := repeated_rows(trainer, loaders[place], batch_idx, size):
                 whose = torch.full((size,), whose) if isinstance(whose, int) else whose
                 whose[size - repeated :] = -1
-        return whose, None
+        return whose
 
     def _by_class(self, trainer: pl.Trainer, owner: Any, batch: Any, place: int, several: bool) -> Tensor | int:
         current = Boundaries.of(trainer).current
@@ -179,8 +175,3 @@ class BroughtClasses:
         saved = read_state({name: saved_entry(state, name, object, owner) for name in _TABLE}, _TABLE, owner)
         self._classes, self._unread = {index: set(labels) for index, labels in saved["classes"]}, saved["unread"]
         self._waiting = []
-
-
-def _has_stream(trainer: pl.Trainer) -> bool:
-    """Whether the data module says which rows belong to which experience."""
-    return hasattr(datamodule_of(trainer), "evaluation_loader")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from clkit.errors import BatchError, ConfigurationError
 from clkit.features.batch import Readings, sample_size
 from clkit.features.observer import BatchObserver
 from clkit.report.results import Recorded
-from clkit.stream._lightning import datamodule_of, evaluated_loaders
+from clkit.stream._lightning import datamodule_of
 
-__all__ = ["Recorder", "layers_of"]
+__all__ = ["Recorder", "layers_of", "module_predicts"]
 
 
 class Recorder:
@@ -54,14 +54,13 @@ class Recorder:
         self.left_out = ""
         self._batches: list[Recorded] = []
         self._owner, self._own = owner, getattr(owner, "observer", None)
-        self._learned = learned
-        self._readings = Readings.of(trainer)
+        self._trainer, self._learned = trainer, learned
         self._offering = [callback for callback in callbacks if hasattr(callback, "sample_columns")]
         datamodule = datamodule_of(trainer)
         self._predictors: dict[str, tuple[Predictor | None, BatchObserver]] = {**predictors}  # None: the module itself
         if module is not None:
             self._predictors = {MODULE: (None, module), **predictors}
-        self._reader = self._readings.given(owner) if self._own is None else self._own.reader
+        self._reader = Readings.of(trainer).given(owner) if self._own is None else self._own.reader
         self._others = {name for name, (_, observer) in predictors.items() if observer.reader is not self._reader}
         self._classes = getattr(datamodule, "num_classes", None)
         original = getattr(datamodule, "original_ids", None)
@@ -78,7 +77,7 @@ class Recorder:
             ConfigurationError: If the name of a column is taken.
         """
         if self._own is None:
-            inputs, targets = self._readings.read(self._owner, batch, needs_targets=False)
+            inputs, targets = Readings.of(self._trainer).read(self._owner, batch, needs_targets=False)
         else:
             inputs, targets = self._own.inputs, self._own.targets
         size, seen = sample_size(inputs)[0] if targets is None else len(targets), sum(self.samples.values())
@@ -116,12 +115,11 @@ class Recorder:
         for index, count in zip(found.tolist(), counts.tolist(), strict=True):
             self.samples[index] = self.samples.get(index, 0) + count
 
-    def is_complete(self, trainer: pl.Trainer) -> bool:
+    def is_complete(self, loaders: Sequence[Any]) -> bool:
         """Return whether this process saw every sample that the loader was to give (a resumed validation may not)."""
-        loader: Any = next(iter(evaluated_loaders(trainer)), None)
-        if not hasattr(loader, "expected_samples"):
+        if not loaders or not hasattr(loaders[0], "expected_samples"):
             return True
-        return bool(self.samples == loader.expected_samples(int(trainer.num_val_batches[0])))
+        return bool(self.samples == loaders[0].expected_samples(int(self._trainer.num_val_batches[0])))
 
     def gathered(self) -> Recorded:
         """Return everything, of all processes in the order of their ranks."""
@@ -174,6 +172,18 @@ class Recorder:
             columns[name] = values.detach().cpu().to(torch.bool if values.dtype == torch.bool else wide)
 
 
+def module_predicts(asked: bool | str, trainer: pl.Trainer, measured: Collection[str], *, grafted: bool) -> bool:
+    """Whether the module's own classifier is a predictor, where ``"auto"`` may be asked for; see ``StreamEvaluation``.
+
+    ``measured`` are the predictors so far, and ``grafted`` says that a head stands in the classifier's place.
+    """
+    if asked != "auto" or getattr(trainer.strategy, "trains_module", True):
+        return bool(asked)
+    # grafted only at a fit's end it would be a row with one entry, the same as that of the head
+    fitting = trainer.state.fn == "fit" and bool(measured) and MODULE not in measured
+    return grafted and not fitting
+
+
 def why_no_class_scores(observer: BatchObserver, classes: int | None, learned: Tensor, *, insists: bool) -> str:
     """Return why the output of the user's classifier cannot be scores of classes for the open batch, if it cannot.
 
@@ -181,9 +191,9 @@ def why_no_class_scores(observer: BatchObserver, classes: int | None, learned: T
     has learned; who ``insists`` gets the accuracy of any two columns.
     """
     logits, shape = observer.logits, observer.output_shape
-    where = f"{observer.tap.point!r}, taken for the input of its classifier"
+    where = f"{observer.point!r}, taken for the input of its classifier"
     if logits is None:
-        return f"its layer at {observer.tap.point!r} has no logits (B, C) behind it"
+        return f"its layer at {observer.point!r} has no logits (B, C) behind it"
     if logits.shape[1] == 1:
         return f"the layer at {where}, gives one number a sample, which is no score for each class"
     if insists:

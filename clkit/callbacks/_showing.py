@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from clkit.metrics.functional import METRICS
 from clkit.report.results import Recorded, Results, RunResults, results_document, write_predictions, write_results
-from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
+from clkit.stream._lightning import callbacks_of, is_fast_dev_run
 from clkit.stream.boundaries import Boundaries
 
 __all__ = ["RunFolder", "has_matplotlib", "measure_stage", "show", "show_evaluation", "show_stage"]
@@ -24,13 +24,14 @@ class RunFolder:
 
     Args:
         trainer: The trainer; all processes must come here, because they agree on the folder.
+        datamodule: Its data module, if any.
         files: Whether to write at all.
     """
 
-    def __init__(self, trainer: pl.Trainer, files: bool) -> None:
+    def __init__(self, trainer: pl.Trainer, datamodule: Any, files: bool) -> None:
         self.path = Path(trainer.log_dir or trainer.default_root_dir)
         self._trainer = trainer
-        self._data = datamodule_of(trainer)
+        self._data = datamodule
         self._files = files and trainer.is_global_zero
         self.writes = self._files and not is_fast_dev_run(trainer)
 
@@ -98,33 +99,38 @@ def show(trainer: pl.Trainer, what: Any) -> None:
 
 
 def measure_stage(
-    trainer: pl.Trainer,
+    datamodule: Any,
     measured: RunResults,
     stage: int,
     recorded: Recorded,
     notes: Mapping[str, str],
     *,
     cut: bool = False,
-) -> None:
-    """Take the evaluation of a stage up, and say once what must be known of it: notes by kind, and why one is null."""
-    experiences = getattr(datamodule_of(trainer), "experiences", None) or ()
+) -> Results:
+    """Take the evaluation of a stage up, and say once what must be known of it: notes by kind, and why one is null.
+
+    Returns the metrics of all predictors.
+    """
+    experiences = getattr(datamodule, "experiences", None) or ()
     measured.measure(stage, recorded, cut=cut, experiences=experiences, said=notes)
-    for note in measured.new_notes():
+    new, results = measured.new_notes(), measured.summaries()
+    for note in new:
         rank_zero_info(f"clkit: {note}")
+    return results
 
 
 def show_stage(
-    trainer: pl.Trainer, module: pl.LightningModule | None, measured: RunResults, stage: int, *, table: bool
+    trainer: pl.Trainer, module: pl.LightningModule | None, results: Results, stage: int, *, table: bool
 ) -> None:
     """Log the metrics after a stage, through the module if there is one, and print the table."""
-    log_metrics(trainer, module, measured.summaries())
+    log_metrics(trainer, module, results)
     if table:
         from clkit.report.tables import stage_table
 
         boundaries = Boundaries.of(trainer)
         name = "" if boundaries.current is None else f": {boundaries.current.name}"
         title = f"after experience {stage}{name}{', cut short' * boundaries.cut}"
-        show(trainer, stage_table(measured.summaries(), title=title))
+        show(trainer, stage_table(results, title=title))
 
 
 def show_evaluation(

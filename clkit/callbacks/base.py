@@ -226,7 +226,7 @@ class FeatureCallback(StreamCallback):
             ``on_before_backward``: ``self.observer.features(graph=True)``.
         observer: What the batch in work shows: its features, logits and targets. There is one while a run goes on, and
             it reads the network from ``on_fit_start`` or the start of an evaluation on.
-        observers: Everything by which batches are read: that one, and further ones of a subclass.
+        observers: That one, and further ones of a subclass, each with the callback whose reader it goes by.
 
     Example:
         >>> class Count(FeatureCallback):
@@ -241,7 +241,7 @@ class FeatureCallback(StreamCallback):
     stages: ClassVar[frozenset[Stage]] = frozenset({"train"})
     needs_graph: ClassVar[bool] = False
     observer: BatchObserver
-    observers: list[BatchObserver]
+    observers: dict[BatchObserver, Any]
 
     def __init__(
         self, *, layer: str = "auto", forward: FeaturesFrom = "auto", batch_reader: BatchReader | None = None
@@ -251,9 +251,9 @@ class FeatureCallback(StreamCallback):
         self.layer = layer
         self.forward = forward
         self.batch_reader = batch_reader
-        self.observers = []
+        self.observers = {}
         self._reads = False  # whether the training batch in work is read
-        self._said_layer: tuple[str, str] | None = None
+        self._said_layer: tuple[str, int | None] | None = None
         self._stage: Stage = "validate"  # of the last evaluation
 
     # ---- what a subclass says
@@ -303,24 +303,23 @@ class FeatureCallback(StreamCallback):
         """Ask for what reads the user's network, which ``setup`` and ``configure_model`` of the module may build."""
         super().setup(trainer, pl_module, stage)
         self.observer = BatchObserver.attach(trainer, pl_module, self)
-        self.observers = [self.observer]
+        self.observers = {self.observer: self}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
         if hasattr(self, "observer"):
             self.observer.detach(trainer)
             del self.observer
-        self.observers = []
+        self.observers = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tap the user's network, which is built by now and has not run, and say which layer is read."""
         self.refresh(trainer)
         if "train" in self.stages:
-            tap = self.observer.tap
-            width = "" if tap.width is None else f", {tap.width} features"
-            if (tap.point, width) != self._said_layer:
-                self._said_layer = tap.point, width
-                rank_zero_info(f"clkit: {self.state_key} reads {tap.point!r}{width}")
+            point, width = self.observer.point, self.observer.tap.width
+            if (point, width) != self._said_layer:
+                self._said_layer = point, width
+                rank_zero_info(f"clkit: {self.state_key} reads {point!r}{f', {width} features' if width else ''}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -329,9 +328,9 @@ class FeatureCallback(StreamCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._reads = "train" in self.stages and self.learns(trainer)
         if self._reads:
-            key = ("train", trainer.current_epoch, batch_idx)
-            reading: dict[str, Any] = {"source": self.forward, "graph": self.needs_graph}
-            self.observer.open(trainer, pl_module, batch, key, part=self, loader=trainer.train_dataloader, **reading)
+            how: dict[str, Any] = {"source": self.forward, "graph": self.needs_graph, "part": self}
+            key, loader = ("train", trainer.current_epoch, batch_idx), trainer.train_dataloader
+            self.observer.open(trainer, pl_module, batch, key, loader=loader, **how)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Read the batch once more where the step ran something else, before its network moves."""
@@ -367,8 +366,9 @@ class FeatureCallback(StreamCallback):
 
     def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: tuple[Hashable, ...]) -> None:
         """Begin a batch of an evaluation, which ``key`` tells from others; it ends with loader and number."""
-        reading: dict[str, Any] = {"needs_targets": self._stage != "predict", "loader": loader_of(trainer, key[-2])}
-        self.observer.open(trainer, module, batch, key, part=self, **reading)
+        loader, labelled = loader_of(trainer, key[-2]) if trainer.world_size > 1 else None, self._stage != "predict"
+        for observer, part in self.observers.items():
+            observer.open(trainer, module, batch, key, part=part, loader=loader, needs_targets=labelled)
 
     def on_validation_batch_end(
         self,

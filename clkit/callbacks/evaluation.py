@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from clkit.arguments import check_arguments
 from clkit.callbacks._brought import BroughtClasses
 from clkit.callbacks._own_pass import own_pass
-from clkit.callbacks._recording import Recorder, layers_of
+from clkit.callbacks._recording import Recorder, layers_of, module_predicts
 from clkit.callbacks._showing import RunFolder, has_matplotlib, measure_stage, show, show_evaluation, show_stage
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.errors import ArgumentError, ConfigurationError, TapError, first_line
@@ -22,7 +22,7 @@ from clkit.features.kept import KeptFeatures
 from clkit.features.observer import BatchObserver, forward
 from clkit.report.results import Recorded, Results, RunResults
 from clkit.schema import Real, saved_entry
-from clkit.stream._lightning import callbacks_of, datamodule_of, evaluated_loaders, loader_of
+from clkit.stream._lightning import callbacks_of, datamodule_of, evaluated_loaders
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience, experience_state, saved_experience
 
@@ -100,11 +100,12 @@ class StreamEvaluation(FeatureCallback):
         self._active = ExitStack()  # what they keep up for the experience of the batch in work
         self._kept = KeptFeatures(keep_features * 2**20)
         self._recorder: Recorder | None = None
+        self._loaders: Sequence[Any] = ()  # of the evaluation in work
         self._watched: dict[str, tuple[Predictor, BatchObserver]] = {}  # by name, with what shows what each reads
-        self._parts: dict[BatchObserver, Any] = {}  # whose reader each goes by: a predictor's, or this callback's
         self._left_out = ""  # why the module is no predictor though it might be
         self._said_left_out = False
         self._brought = BroughtClasses()
+        self._data, self._has_stream = None, False  # a stream says which rows belong to which experience
         self._folder: RunFolder | None = None
         self._measured_at = 0  # training batches that were done when a row was measured last
         self._batch: tuple[Any, Any, Any] = (None, 0, None)  # the one in work, its experience and rows
@@ -135,13 +136,13 @@ class StreamEvaluation(FeatureCallback):
             if self.figures != "auto":
                 raise ConfigurationError(f"{missing}, or set figures=False")
             rank_zero_info(f"clkit: {missing}")
-        self._callbacks = callbacks_of(trainer)
+        self._callbacks, self._data = callbacks_of(trainer), datamodule_of(trainer)
+        self._has_stream = hasattr(self._data, "evaluation_loader")
         self._switching = [callback for callback in self._callbacks if hasattr(callback, "activated")]
         predictors = [callback for callback in self._callbacks if isinstance(callback, Predictor)]
         self._watched = {each.name: (each, BatchObserver.attach(trainer, pl_module, each)) for each in predictors}
         super().setup(trainer, pl_module, stage)
-        self._parts = {self.observer: self, **{observer: part for part, observer in self._watched.values()}}
-        self.observers = list(self._parts)
+        self.observers |= {observer: predictor for predictor, observer in self._watched.values()}
 
     def refresh(self, trainer: pl.Trainer, moment: Hashable = None) -> None:
         """Look for the tapped layers again; without a classifier the module is no predictor."""
@@ -150,11 +151,10 @@ class StreamEvaluation(FeatureCallback):
                 observer.refresh(moment)
             except TapError as error:
                 optional = self.layer == "auto" and self.module is not True and self._watched
-                if not optional or self._parts[observer] is not self:
+                if not optional or self.observers[observer] is not self:
                     raise
                 self._left_out = f"it has no classifier ({error})"
-                self.observers.remove(observer)
-                del self._parts[observer]
+                del self.observers[observer]
                 observer.detach(trainer)
                 del self.observer
 
@@ -165,7 +165,7 @@ class StreamEvaluation(FeatureCallback):
         self._kept.clear()
         for _, observer in self._watched.values():
             observer.detach(trainer)
-        self._callbacks, self._switching, self._watched, self._parts = [], [], {}, {}
+        self._callbacks, self._switching, self._watched = [], [], {}
         super().teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,7 +176,7 @@ class StreamEvaluation(FeatureCallback):
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Measure what is pending before it is too late, and the untrained state where future is evaluated."""
         self._flush(trainer, pl_module)
-        if experience.index == 0 and getattr(datamodule_of(trainer), "evaluate", "seen") == "all":
+        if experience.index == 0 and getattr(self._data, "evaluate", "seen") == "all":
             self._own_pass(trainer, pl_module, stage=0)
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
@@ -191,14 +191,15 @@ class StreamEvaluation(FeatureCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note which classes the batch brings, where no stream says so."""
-        self._brought.see(trainer, self, batch)
+        if not self._has_stream:
+            self._brought.see(trainer, self, batch)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the last row if no validation did, however the fit came to its end, and draw the figures."""
         super().on_train_end(trainer, pl_module)
         self._flush(trainer, pl_module)
-        self._conclude(trainer, RunFolder(trainer, self.files))
+        self._conclude(trainer, RunFolder(trainer, self._data, self.files))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Measure and write what a fit had reached when it failed, then take every hook off the network.
@@ -217,7 +218,7 @@ class StreamEvaluation(FeatureCallback):
                 except Exception as error:  # the user's own exception is what must be seen
                     rank_zero_warn(f"clkit: the state reached could not be measured: {first_line(error)}")
             if trainer.world_size == 1 or self._folder is not None:  # a new one would wait for the other processes
-                self._conclude(trainer, self._folder or RunFolder(trainer, self.files))
+                self._conclude(trainer, self._folder or RunFolder(trainer, self._data, self.files))
         super().on_exception(trainer, pl_module, exception)
 
     def _conclude(self, trainer: pl.Trainer, folder: RunFolder) -> None:
@@ -237,8 +238,9 @@ class StreamEvaluation(FeatureCallback):
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Begin recording."""
         self._clock = time.perf_counter()
-        self._recorder = None  # made at the first batch, when everyone else is ready
-        self._brought.begin(trainer)
+        self._recorder, self._loaders = None, []  # made at the first batch, when everyone else is ready
+        if not self._has_stream:
+            self._brought.begin(trainer)
         if stage == "validate" and self.observers and not self._switching:  # else features tell nothing of the next one
             tap, *others = [observer.tap for observer in self.observers]
             self._kept.begin(module, tap, *(each for each in others if each.point != tap.point))
@@ -248,15 +250,10 @@ class StreamEvaluation(FeatureCallback):
     ) -> None:
         """Open a batch with everything in place that belongs to its experience."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._opened(trainer, evaluated_loaders(trainer), batch, batch_idx, dataloader_idx)
+        self._loaders = self._loaders or evaluated_loaders(trainer)
+        self._opened(trainer, batch, batch_idx, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-
-    def open(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, key: tuple[Hashable, ...]) -> None:
-        """Begin a batch for the module's classifier and for each predictor, which may read it in its own way."""
-        reading: dict[str, Any] = {"needs_targets": self._stage != "predict", "loader": loader_of(trainer, key[-2])}
-        for observer, part in self._parts.items():
-            observer.open(trainer, module, batch, key, part=part, **reading)
 
     def on_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
@@ -271,26 +268,30 @@ class StreamEvaluation(FeatureCallback):
 
     def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Fill the pending row, show an evaluation that the user asked for, or write ``predictions.csv``."""
-        self._kept.end()
+        if self._kept.active:
+            self._kept.end()
         self._seconds["evaluate"] += time.perf_counter() - self._clock
         if stage == "predict":
-            RunFolder(trainer, self.files).write_predictions(self._recorded(trainer))
+            RunFolder(trainer, self._data, self.files).write_predictions(self._recorded(trainer))
         elif trainer.state.fn != "fit":
             self._show_evaluation(trainer, module, stage)
         elif self._pending is not None and not trainer.sanity_checking:
             self._recorder = self._recorder or self._new_recorder(trainer)
-            self._fill(trainer, module, self._pending.index + 1, self._recorder.is_complete(trainer))
+            self._fill(trainer, module, self._pending.index + 1, self._recorder.is_complete(self._loaders))
             self._pending = None
 
     def on_backbone_changed(self, trainer: pl.Trainer, module: pl.LightningModule, reason: str) -> None:
         """Let go of features that were kept of the network as it was."""
         self._kept.clear()
 
-    def _opened(self, trainer: pl.Trainer, loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def _opened(self, trainer: pl.Trainer, batch: Any, batch_idx: int, place: int) -> None:
         """Have everything in place that belongs to the batch: its kept features, and who changes by its experience."""
-        found, rows = self._brought.of_batch(trainer, self, batch, loaders, batch_idx, dataloader_idx)
-        self._batch = batch, found, rows
-        experience = self._brought.one_of(trainer, found, self._switching)
+        if hasattr(self._loaders[place], "expected_samples"):  # that of a stream
+            experience, rows = self._loaders[place].batches[batch_idx]
+            self._batch = batch, experience, rows
+        else:
+            found, rows = self._brought.of_batch(trainer, self, batch, self._loaders, batch_idx, place), None
+            self._batch, experience = (batch, found, None), self._brought.one_of(trainer, found, self._switching)
         self._active.close()
         for callback in self._switching:
             self._active.enter_context(callback.activated(experience))
@@ -310,7 +311,7 @@ class StreamEvaluation(FeatureCallback):
     def _new_recorder(self, trainer: pl.Trainer) -> Recorder:
         observer = getattr(self, "observer", None)
         grafted = any(getattr(callback, "grafted", False) for callback in self._callbacks)
-        wanted = self._module_predicts(trainer, grafted)
+        wanted = module_predicts(self.module, trainer, self._measured.counts, grafted=grafted)
         if wanted and observer is None and not self._said_left_out:
             self._said_left_out = True
             rank_zero_warn(f"{self.state_key} leaves the module out: {self._left_out}")
@@ -319,14 +320,6 @@ class StreamEvaluation(FeatureCallback):
         if current is not None and not grafted:
             learned = current.index - int(trainer.state.fn == "fit" and self._pending is None)
         return Recorder(trainer, self, self._watched, module, self._callbacks, learned)
-
-    def _module_predicts(self, trainer: pl.Trainer, grafted: bool) -> bool:
-        if self.module != "auto" or getattr(trainer.strategy, "trains_module", True):
-            return bool(self.module)
-        # grafted only at a fit's end it would be a row with one entry, the same as that of the head
-        measured = self._measured.counts
-        fitting = trainer.state.fn == "fit" and bool(measured) and MODULE not in measured
-        return grafted and not fitting
 
     # ---- rows
 
@@ -340,7 +333,8 @@ class StreamEvaluation(FeatureCallback):
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
         def measure(loaders: Any, place: int, batch: Any, batch_idx: int) -> None:
             self.open(trainer, module, batch, ("own", stage, place, batch_idx))
-            self._opened(trainer, loaders, batch, batch_idx, place)
+            self._loaders = loaders
+            self._opened(trainer, batch, batch_idx, place)
             for observer in {(id(each.inputs), each.tap.network): each for each in self.observers}.values():
                 if not observer.is_own:
                     forward(module, observer.tap.network, observer.inputs)
@@ -363,13 +357,14 @@ class StreamEvaluation(FeatureCallback):
         recorded = self._recorded(trainer)
         if not complete:
             return
-        measure_stage(trainer, self._measured, stage, recorded, self._brought.notes, cut=self._boundaries.cut)
+        said = self._brought.notes
+        results = measure_stage(self._data, self._measured, stage, recorded, said, cut=self._boundaries.cut)
         self._measured_at = self._batches
         if stage == 0 or not self._measured.counts:
             return
-        show_stage(trainer, module if log_with_module else None, self._measured, stage, table=self.table)
+        show_stage(trainer, module if log_with_module else None, results, stage, table=self.table)
         # before a decision that each process takes by its own clock
-        folder = self._folder = RunFolder(trainer, self.files)
+        folder = self._folder = RunFolder(trainer, self._data, self.files)
         last, cost = self._written  # files grow with the stream: at most a tenth of the time goes into them
         if time.perf_counter() - last >= 10 * cost:
             self._measured.layers = layers_of(self._watched, getattr(self, "observer", None))
@@ -377,11 +372,9 @@ class StreamEvaluation(FeatureCallback):
             self._written = time.perf_counter(), cost
 
     def _show_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule, what: str) -> None:
-        recorded = self._recorded(trainer)
-        current = self._boundaries.current
-        if current is not None and not hasattr(datamodule_of(trainer), "evaluation_loader"):
-            # plain loaders: this is how a row of R is measured
-            measure_stage(trainer, self._measured, current.index + 1, recorded, self._brought.notes)
+        recorded, current = self._recorded(trainer), self._boundaries.current
+        if current is not None and not self._has_stream:  # plain loaders: this is how a row of R is measured
+            measure_stage(self._data, self._measured, current.index + 1, recorded, self._brought.notes)
         show_evaluation(trainer, module, recorded, what, table=self.table)
 
     # ---- state

@@ -200,7 +200,7 @@ class HeadCallback(FeatureCallback):
                     self._say(message)
             features = observer.features(self.forward)
             source = observer.source(self.forward)
-            head = self._ensure_head(features, observer.tap.point)
+            head = self._ensure_head(features, observer.point)
             key = ("checked", source, self._device)  # what is wrong with a batch is asked once for all heads
             checked = observer.remember(key, lambda: head.checked(features, targets))
             if self._checks_classes is not None and checked.ids.size:

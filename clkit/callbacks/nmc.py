@@ -153,7 +153,7 @@ class NMC(HeadCallback):
             if head is None:
                 head = self.make_head(features.shape[1]).to(features.device)
             head.update(features, label)
-        self._tap_point = self.observer.tap.point
+        self._tap_point = self.observer.point
         if parts:  # each process adds the rows of its own part
             width = max(gather_objects(0 if head is None else head.in_features, "the width of their features"))
             head = self.make_head(width).to(module.device) if head is None else head

@@ -26,17 +26,10 @@ __all__ = ["LightningData", "prepare_fit"]
 class LightningData(pl.LightningDataModule):
     """A data module that only a trainer of its own package takes; another fails later, and not in words."""
 
-    _trainer: pl.Trainer | None = None
-
-    @property
-    def trainer(self) -> Any:
-        """The trainer that runs on the data, ``None`` without one."""
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: Any) -> None:
-        check_trainer(trainer)
-        self._trainer = trainer
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "trainer":
+            check_trainer(value)
+        super().__setattr__(name, value)
 
 
 def prepare_fit(

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from clkit.errors import BatchError
@@ -194,10 +195,11 @@ class Readings:
             return known
         try:
             pair = (read_batch if needs_targets else read_inputs)(batch, reader)
-            if pair[1] is not None and needs_targets:
-                check_targets(pair[1])
-            elif pair[1] is not None and not are_class_ids(pair[1]):  # a prediction has no use for them
-                pair = pair[0], None
+            ids = pair[1]
+            if ids is not None and not (ids.ndim == 1 and ids.dtype == torch.int64) and not are_class_ids(ids):
+                if needs_targets:
+                    check_targets(ids)
+                pair = pair[0], None  # a prediction has no use for them
         except BatchError as error:
             named = BatchError(f"{_name(part)}: {error}")
             lent = None if reader is not None else self._lent(named)

@@ -43,6 +43,7 @@ class BatchObserver:
 
     Attributes:
         reader: The batch reader that was given for what it shows, if any.
+        point: Where features are read, as :class:`~clkit.FeatureTap` names it; empty before the run begins.
         inputs: The batch's inputs as its reader found them.
         targets: The batch's targets (B,), or ``None`` where a batch to predict has none.
     """
@@ -51,6 +52,7 @@ class BatchObserver:
 
     def __init__(self, module: nn.Module, layer: str, readings: Readings, reader: BatchReader | None) -> None:
         self._module, self._layer, self._readings, self.reader = module, layer, readings, reader
+        self.point = ""
         self._tap: FeatureTap | None = None
         self._watch = InputWatch()
         self._sensitive: list[nn.Module] = []
@@ -124,6 +126,7 @@ class BatchObserver:
             self._tap = FeatureTap(self._module, self._layer)
             self._tap.listen(self._hear)
         self._tap.resolve()
+        self.point = self._tap.point
         self._watch.follow(self._module, self._tap)
         self._refreshed = moment  # once it has looked: the next part is told what the first was
         self._sensitive = self._tap.mode_sensitive()
@@ -229,7 +232,7 @@ class BatchObserver:
         if graph:
             if self._live is None:
                 raise TapError(
-                    f"features at {self.tap.point!r} have no graph: the batch was not opened with graph=True, its "
+                    f"features at {self.point!r} have no graph: the batch was not opened with graph=True, its "
                     "forward has not run, or it is done"
                 )
             return self._rows(self._live)
@@ -248,7 +251,7 @@ class BatchObserver:
             rows = None if self._shared is None else self._shared.features
         if rows is None:
             raise TapError(
-                f"no features passed the tap at {self.tap.point!r} in this batch: the step did not run the tapped "
+                f"no features passed the tap at {self.point!r} in this batch: the step did not run the tapped "
                 "network; pass `layer=`, the dotted path of a layer that it does run"
             )
         return rows if self.targets is None or len(rows) == len(self.targets) else self._rows(rows)
@@ -356,7 +359,7 @@ class BatchObserver:
         if rows is not None:
             return tensor[rows]
         raise BatchError(
-            f"the forward that was read at {self.tap.point!r} had {len(tensor)} rows and the batch has "
+            f"the forward that was read at {self.point!r} had {len(tensor)} rows and the batch has "
             f"{len(self.targets)} targets; a strategy that runs more rows must say which are the stream's by "
             "`stream_rows`"
         )

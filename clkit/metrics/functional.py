@@ -156,7 +156,7 @@ def average_accuracy(matrix: Array, without: Collection[int] = ()) -> float:
         >>> average_accuracy([[1.0, float("nan")], [0.5, 1.0]])
         0.75
     """
-    R = as_floats("matrix", matrix, 2)
+    R = as_floats("matrix", matrix, 2, by_experience=True)
     T = len(R)
     return float(R[-1, :T][_but(without, T, R)].mean()) if T else nan
 
@@ -177,7 +177,7 @@ def forgetting(matrix: Array, without: Collection[int] = ()) -> float:
         >>> forgetting([[1.0, nan, nan], [0.5, 1.0, nan], [0.75, 0.5, 1.0]])  # (1 - 0.75 + 1 - 0.5) / 2
         0.375
     """
-    R = as_floats("matrix", matrix, 2)
+    R = as_floats("matrix", matrix, 2, by_experience=True)
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
@@ -199,7 +199,7 @@ def backward_transfer(matrix: Array, without: Collection[int] = ()) -> float:
         >>> backward_transfer([[1.0, float("nan")], [0.75, 1.0]])
         -0.25
     """
-    R = as_floats("matrix", matrix, 2)
+    R = as_floats("matrix", matrix, 2, by_experience=True)
     T, E = R.shape
     if T < 2 or E < 2:
         return nan
@@ -219,7 +219,7 @@ def forward_transfer(matrix: Array, baseline: Array | None, without: Collection[
         >>> forward_transfer([[1.0, 0.5], [0.75, 1.0]], baseline=[0.5, 0.25])  # R[1, 2] - R[0, 2]
         0.25
     """
-    R = as_floats("matrix", matrix, 2)
+    R = as_floats("matrix", matrix, 2, by_experience=True)
     T, E = R.shape
     if baseline is None or T < 2 or E < 2:
         return nan
@@ -313,14 +313,14 @@ def summarize(
     return {"accuracy_matrix": plain(matrix), "accuracy_seen": plain(seen), **defined}
 
 
-def as_floats(name: str, values: Array, ndim: int) -> Tensor:
-    """Return numbers as float64 on the CPU, ``None`` as ``NaN``; a table has a column for each experience."""
+def as_floats(name: str, values: Array, ndim: int, *, by_experience: bool = False) -> Tensor:
+    """Return numbers as float64 on the CPU, ``None`` as ``NaN``; ``by_experience`` wants a column for each of these."""
     if not isinstance(values, Tensor):
         values = torch.from_numpy(np.array(values, dtype=np.float64))
     table = values.detach().cpu().double()
     if table.ndim != ndim:
         raise ArgumentError(f"{name} has {table.ndim} dimensions (shape {tuple(table.shape)}): it must have {ndim}")
-    if ndim == 2:
+    if by_experience:
         _check_experiences(table)
     return table
 

@@ -35,7 +35,11 @@ def notes_on(
     for name, total in totals.items():
         if not len(total):
             continue
-        nulls = [metric for metric in METRICS if _is_null(summaries[name][metric]) and metric != "forward_transfer"]
+        last = {
+            metric: value[-1:] or [None] if isinstance(value, list) else [value]
+            for metric, value in summaries[name].items()
+        }
+        nulls = [metric for metric in METRICS if last[metric] == [None] and metric != "forward_transfer"]
         nulls = [metric for metric in nulls if len(total) > 1 or metric not in _COMPARE]
         needed = torch.ones_like(total, dtype=torch.bool).tril()
         needed[:, [j for j in without if j < total.shape[1]]] = False
@@ -64,7 +68,3 @@ def notes_on(
                 f"{int(most[j])} after another, so metrics that compare stages compare different samples",
             )
     return notes
-
-
-def _is_null(value: Any) -> bool:
-    return (value[-1] if value else None) is None if isinstance(value, list) else value is None

@@ -121,7 +121,8 @@ class RunResults:
 
     def notes(self) -> list[str]:
         """Return in sentences why a metric is null, and of what samples others are."""
-        self.summaries()
+        if self._summaries is None:
+            self.summaries()
         return list(self._notes.values())
 
     def new_notes(self) -> list[str]:

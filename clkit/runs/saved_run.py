@@ -194,7 +194,7 @@ class _Collector(FeatureCallback):
 
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Refuse a network that has the features elsewhere."""
-        point = self.observer.tap.point
+        point = self.observer.point
         if self._point not in (None, point):
             raise StateError(
                 f"the heads of the checkpoint read features at {self._point!r}, and the network of the settings has "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -18,18 +18,15 @@ class SpokenDDP(DDPStrategy):
 
     def barrier(self, *args: Any, **options: Any) -> None:
         """Wait for all processes."""
-        with self._exchanging("that they are there"):
+        with report_lost_process("that they are there") if dist.is_initialized() else nullcontext():
             super().barrier(*args, **options)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Give all processes what one of them has."""
-        with self._exchanging("what one of them has"):
+        with report_lost_process("what one of them has") if dist.is_initialized() else nullcontext():
             return super().broadcast(obj, src)
 
     def reduce(self, *args: Any, **options: Any) -> Any:
         """Sum or average over all processes."""
-        with self._exchanging("a value"):
+        with report_lost_process("a value") if dist.is_initialized() else nullcontext():
             return super().reduce(*args, **options)
-
-    def _exchanging(self, what: str) -> AbstractContextManager[None]:
-        return report_lost_process(what) if dist.is_initialized() else nullcontext()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -84,8 +84,8 @@ class ReservoirBuffer(StoredRows):
         capacity: int | None = None,
         *,
         capacity_bytes: int | None = None,
-        policy: str = "uniform",
-        storage: str = "same",
+        policy: Literal["uniform", "class_balanced"] = "uniform",
+        storage: Literal["same", "uint8", "float16"] = "same",
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         device: torch.device | str = "cpu",
