@@ -168,6 +168,7 @@ class Numbers(Kind):
         any_value: Whether values are not looked at.
         ids: Whether they are class ids, distinct and in ascending order.
         rule: What else the tensor is, in words, and the function that says whether it is.
+        optional: Whether ``None`` will do.
     """
 
     shape: tuple[int | str | EllipsisType, ...] = ()
@@ -177,8 +178,11 @@ class Numbers(Kind):
     any_value: bool = False
     ids: bool = False
     rule: tuple[str, Callable[[Tensor], bool]] | None = None
+    optional: bool = False
 
-    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> Tensor:
+    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> Tensor | None:
+        if value is None and self.optional:
+            return None
         if type(value) not in (Tensor, nn.Parameter):
             _refuse(name, self._wanted(sizes), describe(value))
         plain = not vars(value) and value.layout is torch.strided and not (value.is_nested or value.is_quantized)

@@ -10,6 +10,7 @@ from clkit.methods.replay.mixing import MixedBatch, Mixing, mixed_cross_entropy
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.views import RandomViews, rotate_views, variant_labels
 from clkit.methods.ridge import AnalyticHead
+from clkit.methods.sparse import Growth, Initial, Prune, PruneSchedule, SparseTopology, TaskReport
 from clkit.methods.statistics import FeatureStatistics
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "BatchNormSegments",
     "FeatureMap",
     "FeatureStatistics",
+    "Growth",
+    "Initial",
     "LDAHead",
     "MemoryRows",
     "MixedBatch",
@@ -25,8 +28,12 @@ __all__ = [
     "OnProLosses",
     "OnlinePrototypes",
     "Projector",
+    "Prune",
+    "PruneSchedule",
     "RandomViews",
     "ReservoirBuffer",
+    "SparseTopology",
+    "TaskReport",
     "instance_contrast",
     "mixed_cross_entropy",
     "prototype_contrast",

@@ -1,0 +1,280 @@
+"""One weight tensor under a mask that moves: what a task draws, trains, drops and grows in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clkit.errors import ArgumentError
+from clkit.methods._checks import check_choice
+from clkit.methods._connections import (
+    Growth,
+    Prune,
+    PruneSchedule,
+    fitting,
+    highest,
+    lowest_active,
+    pack,
+    uniform,
+    unpack,
+)
+from clkit.methods._densities import Initial
+from clkit.schema import Kind, Many, Numbers
+
+__all__ = ["Components", "SparseLayer", "described"]
+
+
+class Components(NamedTuple):
+    """What a task's topology is made and moved by; :class:`SparseTopology` says what each means."""
+
+    density: float
+    initial: Initial
+    prune: Prune
+    growth: Growth
+    schedule: PruneSchedule
+    reuse: str
+    grow_from: str
+    fresh_init: str
+    on_capacity: str
+    pattern: str | None
+
+    @classmethod
+    def of_task(cls, given: Mapping[str, Any], task: int) -> Components:
+        """Return what a task has, given settings or functions of the task; else raise an ArgumentError."""
+        own = {name: _of_task(given[name], task) for name in cls._fields}
+        for name, kind in _KINDS.items():
+            own[name] = own[name] if isinstance(own[name], kind) else kind(own[name])
+        for name, allowed in _CHOICES.items():
+            check_choice(name, own[name], allowed)
+        chosen = cls(**own)
+        if chosen.pattern not in (None, "2:4"):
+            raise ArgumentError(f"pattern must be '2:4' or None, got {chosen.pattern!r}")
+        if chosen.pattern and chosen.prune.scope == "all" and chosen.grow_from == "free":
+            raise ArgumentError(
+                "pattern='2:4' needs prune=Prune(scope='free') or grow_from='any': a dropped connection of an earlier "
+                "task could find no room to return to"
+            )
+        return chosen
+
+
+_KINDS: dict[str, Any] = {"initial": Initial, "prune": Prune, "growth": Growth, "schedule": PruneSchedule}
+_CHOICES = {
+    "reuse": ("random", "prefer_free", "none", "all"),
+    "grow_from": ("free", "any"),
+    "fresh_init": ("original", "zeros", "rescaled"),
+    "on_capacity": ("raise", "reuse", "shrink"),
+}
+
+
+def described(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a saved state must share, as plain values; a function of the task cannot be compared."""
+    plain = {name: "by task" if callable(value) else value for name, value in given.items()}
+    for name, kind in _KINDS.items():
+        if plain[name] != "by task":
+            plain[name] = str(plain[name] if isinstance(plain[name], kind) else kind(plain[name]))
+    return plain
+
+
+def _of_task(setting: Any, task: int) -> Any:
+    return setting(task) if callable(setting) else setting
+
+
+@dataclass
+class SparseLayer:
+    """One weight tensor and its masks, all of one shape; flat positions are those of the contiguous order."""
+
+    name: str
+    weight: Tensor  # during a task the active sub-network, exact zeros elsewhere
+    bank: Tensor  # last known value of every position over all tasks
+    mask: Tensor  # bool, the task's
+    used: Tensor  # bool, in the mask of a finished task
+    blocked: Tensor  # bool, not trained: outside the mask, or used
+    fired: Tensor  # bool, active at some time of the task
+    count: int = 0  # of active connections, the same all through the task
+    gradient: Tensor | None = None  # dense, of the step in work
+    memory: Tensor | None = None  # what growth accumulates: a sum of gradients, or their running mean
+
+    @classmethod
+    def of(cls, name: str, weight: Tensor) -> SparseLayer:
+        """Return a layer in which no task was."""
+        nothing = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+        return cls(name, weight, weight.detach().clone(), nothing, nothing.clone(), ~nothing, nothing.clone())
+
+    def drawn(self, chosen: Components, count: int, seed: tuple[int, ...]) -> Tensor:
+        """Return a first mask of ``count`` connections, or raise an ArgumentError; nothing is changed."""
+        free = ~self.used.flatten()
+        left = int(free.sum())
+        only_free = chosen.reuse in ("none", "all")
+        if only_free and count > left:
+            if chosen.on_capacity == "raise" or chosen.reuse == "all":
+                raise ArgumentError(
+                    f"density={chosen.density} asks for {count} unused connections of {self.name!r}, and {left} are "
+                    "left; use a lower density, reuse='prefer_free', or on_capacity='reuse' or 'shrink'"
+                )
+            only_free = chosen.on_capacity == "shrink"
+        candidates = (free if only_free else torch.ones_like(free)).nonzero().squeeze(1)
+        scores = uniform(len(candidates), seed, candidates.device)
+        if chosen.reuse != "random":
+            scores += free[candidates]  # unused ones first
+        mask = torch.zeros_like(free)
+        mask[self._best(chosen, scores, candidates, mask, count)] = True
+        return (mask if chosen.reuse != "all" else mask | ~free).view(self.mask.shape)
+
+    def begin(self, chosen: Components, mask: Tensor, *, first: bool) -> None:
+        """Load the sub-network of a new task into the weights."""
+        if first:
+            self.bank.copy_(self.weight.detach())
+        self.fired, self.memory, self.gradient = mask.clone(), None, None
+        self.count = int(mask.sum())
+        start = self.bank
+        if chosen.fresh_init == "zeros" and not first:
+            start = torch.where(self.used, start, 0)
+        elif chosen.fresh_init == "rescaled":
+            start = torch.where(self.used, start, start * (mask.numel() / max(1, self.count)) ** 0.5)
+        self.train_in(mask)
+        self.load(torch.where(mask, start, 0))
+
+    def train_in(self, mask: Tensor) -> None:
+        """Train the unused connections of a mask from now on."""
+        self.mask, self.blocked = mask, ~mask | self.used
+
+    def load(self, values: Tensor) -> None:
+        """Write all weights, in place: optimizers and compiled graphs hold the tensor."""
+        self.weight.detach().copy_(values)
+
+    def sub_network(self, bits: Tensor) -> Tensor:
+        """Return the weights of a finished task, given the bits of its mask."""
+        return torch.where(unpack(bits, self.mask), self.bank, 0)
+
+    # ---- one step
+
+    def after_backward(self, keep: bool) -> None:
+        """Keep the dense gradient if it is wanted, and leave only that of trained connections."""
+        gradient, self.gradient = self.weight.grad, None
+        if gradient is not None:
+            if keep:
+                self.gradient = gradient.detach().clone()
+            gradient.detach().masked_fill_(self.blocked, 0)
+
+    def hold(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Put weights that are not trained, and their optimizer's state, to what they have to be, to the bit."""
+        weight = self.weight.detach()
+        # never a product with the mask: NaN * 0 is NaN, and -1 * 0 is -0
+        weight.copy_(torch.where(self.blocked, self.bank, weight))
+        weight.masked_fill_(~self.mask, 0)
+        for optimizer in optimizers:
+            for value in optimizer.state.get(self.weight, {}).values():
+                if isinstance(value, Tensor) and value.ndim and value.shape == weight.shape:
+                    value.masked_fill_(self.blocked, 0)
+
+    def held(self) -> bool:
+        """Whether weights that are not trained are what they have to be."""
+        wanted = torch.where(self.mask, self.bank, 0)
+        return torch.equal(self.weight.detach()[self.blocked], wanted[self.blocked])
+
+    def remember(self, growth: Growth) -> None:
+        """Take the gradient of a step into what growth accumulates."""
+        if self.gradient is None:
+            return
+        gradient = self.gradient.float()
+        if growth.rule == "gradient":
+            self.memory = gradient if self.memory is None else self.memory.add_(gradient)
+        else:
+            past = torch.zeros_like(gradient) if self.memory is None else self.memory
+            self.memory = past.mul_(growth.momentum).add_(gradient, alpha=1 - growth.momentum)
+
+    def move(self, chosen: Components, fraction: float, seed: tuple[int, ...]) -> None:
+        """Let the weakest connections leave and as many come."""
+        mask, used = self.mask.flatten(), self.used.flatten()
+        active = mask.nonzero().squeeze(1)
+        own_only = chosen.prune.scope == "free" or chosen.reuse == "all"
+        leaving = active[~used[active]] if own_only else active
+        number = min(math.ceil(fraction * self.count), self.count, len(leaving))
+        if number == 0 or self.count == self.mask.numel() or not bool((mask & ~used).any()):
+            return  # nothing can move, or nothing here is trained
+        weight = self.weight.detach().flatten()
+        gradient = None if self.gradient is None else self.gradient.flatten()
+        leaving = lowest_active(chosen.prune, weight, gradient, leaving, number)
+        after = mask.clone()
+        after[leaving] = False
+        candidates = (~after if chosen.grow_from == "any" else ~(after | used)).nonzero().squeeze(1)
+        scores = self._growth_scores(chosen.growth.rule, candidates, seed)
+        after[self._best(chosen, scores, candidates, after, number)] = True
+        short = self.count - int(after.sum())
+        if short:  # too few candidates: the strongest of those that left are taken back
+            back = leaving[~after[leaving]]
+            after[back[highest(weight[back].float().abs(), short)]] = True
+        new = after.view(self.mask.shape)
+        came = new & ~self.mask
+        start = torch.where(self.used, self.bank, 0)  # a used one with its learned value, never as a dead zero
+        self.load(torch.where(new, torch.where(came, start, self.weight.detach()), 0))
+        self.train_in(new)
+        self.fired = self.fired | new
+
+    def _growth_scores(self, rule: str, candidates: Tensor, seed: tuple[int, ...]) -> Tensor:
+        if self.memory is not None and rule in ("gradient", "momentum"):
+            return self.memory.flatten()[candidates].abs()
+        # also where a layer has no gradient, as in a branch that is not used
+        scores = uniform(len(candidates), seed, candidates.device)
+        if rule == "unfired":
+            scores += ~self.fired.flatten()[candidates]
+        return scores
+
+    def _best(self, chosen: Components, scores: Tensor, candidates: Tensor, active: Tensor, number: int) -> Tensor:
+        """Return the candidates with the highest scores, as far as a pattern has room for them."""
+        if chosen.pattern and self.weight.ndim == 2 and self.weight.shape[1] % 4 == 0:
+            fits = fitting(scores, candidates, active)
+            scores, candidates = scores[fits], candidates[fits]
+        return candidates[highest(scores, number)]
+
+    # ---- between tasks
+
+    def end(self) -> Tensor:
+        """Keep the task's values for ever; return the bits of its mask."""
+        self.bank.copy_(torch.where(self.mask, self.weight.detach(), self.bank))
+        self.used = self.used | self.mask
+        self.blocked = torch.ones_like(self.mask)
+        self.gradient = self.memory = None
+        return pack(self.mask)
+
+    def follow(self, weight: Tensor) -> None:
+        """Go on with another tensor of the same shape, wherever it lies."""
+        self.weight = weight
+        for field in ("bank", "mask", "used", "blocked", "fired", "memory"):
+            value = getattr(self, field)
+            setattr(self, field, None if value is None else value.to(weight.device))
+
+    def state(self) -> dict[str, Any]:
+        """Return what of a layer is saved beside the masks of finished tasks."""
+        return {"bank": self.bank, "mask": pack(self.mask), "fired": pack(self.fired), "memory": self.memory}
+
+    def saved_table(self) -> dict[str, Kind]:
+        """Return what a saved layer must look like, with the masks of finished tasks."""
+        shape = tuple(self.weight.shape)
+        bits = Numbers(((self.weight.numel() + 7) // 8,), torch.uint8, least=0, most=255)
+        memory = Numbers(shape, torch.float32, optional=True)
+        return {
+            "bank": Numbers(shape, self.bank.dtype),
+            "mask": bits,
+            "fired": bits,
+            "memory": memory,
+            "masks": Many(bits),
+        }
+
+    def restore(self, saved: dict[str, Any], *, running: bool) -> None:
+        """Take up a saved layer."""
+        self.bank.copy_(saved["bank"])
+        self.used = torch.zeros_like(self.mask)
+        for bits in saved["masks"]:
+            self.used |= unpack(bits, self.mask)
+        self.train_in(unpack(saved["mask"], self.mask))
+        if not running:
+            self.blocked = torch.ones_like(self.mask)
+        self.fired = unpack(saved["fired"], self.mask)
+        self.count, self.gradient = int(self.mask.sum()), None
+        self.memory = None if saved["memory"] is None else saved["memory"].to(self.bank.device, copy=True)
