@@ -56,6 +56,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "BatchNormSegments": {"network": nn.BatchNorm1d(2)},
     "Projector": {"in_features": 3, "out_features": 2},
     "ReservoirBuffer": {"capacity": 3},
+    "SparseTopology": {"weights": {"weight": torch.ones(4, 4)}},
     "HeadCallback": {"name": "head"},
     "Lift": {"expansion_dim": 5},
     "IdentityBackbone": {"in_features": 3},

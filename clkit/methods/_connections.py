@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
 from clkit.methods._checks import check_choice, check_count, check_number, check_probability
 
@@ -46,6 +47,7 @@ class Prune:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_choice("rule", self.rule, get_args(PruneRule))
         check_choice("scope", self.scope, ("all", "free"))
         check_number("gamma", self.gamma, at_least=0)
@@ -74,6 +76,7 @@ class Growth:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_choice("rule", self.rule, get_args(GrowthRule))
         check_count("accumulate", self.accumulate)
         check_probability("momentum", self.momentum)
@@ -114,6 +117,7 @@ class PruneSchedule:
     exponent: float = 3.0
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_choice("rule", self.rule, get_args(ScheduleRule))
         for name in ("fraction", "minimum", "stop"):
             check_probability(name, getattr(self, name))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
 from clkit.methods._checks import check_choice, check_count, check_number
 
@@ -42,6 +43,7 @@ class Initial:
     min_per_layer: int = 1
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         check_choice("rule", self.rule, get_args(InitialRule))
         _check_share("max_layer_density", self.max_layer_density)
         check_number("power", self.power, above=0)

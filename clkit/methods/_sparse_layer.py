@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, first_line
 from clkit.methods._checks import check_choice
 from clkit.methods._connections import (
     Growth,
@@ -46,7 +46,7 @@ class Components(NamedTuple):
     @classmethod
     def of_task(cls, given: Mapping[str, Any], task: int) -> Components:
         """Return what a task has, given settings or functions of the task; else raise an ArgumentError."""
-        own = {name: _of_task(given[name], task) for name in cls._fields}
+        own = {name: _of_task(name, given[name], task) for name in cls._fields}
         for name, kind in _KINDS.items():
             own[name] = own[name] if isinstance(own[name], kind) else kind(own[name])
         for name, allowed in _CHOICES.items():
@@ -80,8 +80,13 @@ def described(given: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _of_task(setting: Any, task: int) -> Any:
-    return setting(task) if callable(setting) else setting
+def _of_task(name: str, setting: Any, task: int) -> Any:
+    if not callable(setting):
+        return setting
+    try:
+        return setting(task)
+    except Exception as error:  # of the user's own function
+        raise ArgumentError(f"{name} as a function of the task fails for task {task}: {first_line(error)}") from error
 
 
 @dataclass

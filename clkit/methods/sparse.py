@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.methods._checks import check_count
 from clkit.methods._connections import Growth, Prune, PruneSchedule, unpack
@@ -96,6 +97,7 @@ class SparseTopology:
         pattern: Literal["2:4"] | None = None,
         seed: int = 0,
     ) -> None:
+        check_arguments(SparseTopology, locals())
         if not weights:
             raise ArgumentError("weights must name at least one tensor, got none")
         self._given = {
