@@ -30,7 +30,8 @@ from clkit.strategies import ERStrategy, MemorySettings, ReplayStrategy
 from clkit.testing import Entry
 
 PACKAGES = ("clkit", *(f"clkit.{name}" for name in ("callbacks", "data", "methods", "metrics", "models", "strategies")))
-GIVEN = {"Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows"}  # clkit makes these, not the user
+# clkit makes these, not the user
+GIVEN = {"Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows", "TaskReport"}
 
 
 class _Head(HeadCallback):

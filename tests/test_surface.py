@@ -58,6 +58,7 @@ PUBLIC = {
     },
     "clkit.callbacks": {
         "AEFOCL",
+        "DST",
         "LDA",
         "NMC",
         "FeatureCallback",

@@ -4,6 +4,7 @@
 from clkit._registry import register_strategies
 from clkit.callbacks.aef_ocl import AEFOCL, Lift, PseudoFeatures
 from clkit.callbacks.base import FeatureCallback, Predictor, StreamCallback
+from clkit.callbacks.dst import DST
 from clkit.callbacks.evaluation import StreamEvaluation
 from clkit.callbacks.head import HeadCallback
 from clkit.callbacks.lda import LDA
@@ -13,6 +14,7 @@ from clkit.surgery.classifier import ungraft
 
 __all__ = [
     "AEFOCL",
+    "DST",
     "LDA",
     "NMC",
     "FeatureCallback",

@@ -12,8 +12,29 @@ import torch
 from clkit.distributed import share_buffers
 from clkit.features.tap import evaluating
 from clkit.stream._lightning import averaged_weights, datamodule_of, evaluated_loaders
+from clkit.stream.experience import Experience
 
-__all__ = ["own_pass"]
+__all__ = ["experience_of_batch", "own_pass"]
+
+
+def experience_of_batch(
+    loaders: Any, current: Experience | None, batch_idx: int, dataloader_idx: int = 0
+) -> tuple[int, Any]:
+    """Return the index of the experience that a batch of an evaluation belongs to, and its rows if they are known.
+
+    Args:
+        loaders: The loaders of the evaluation, or the only one.
+        current: The experience that the run is in.
+        batch_idx: Number of the batch in its loader.
+        dataloader_idx: Number of the loader.
+    """
+    is_list = isinstance(loaders, list | tuple)  # Lightning gives a single one without a list
+    loader = loaders[dataloader_idx] if is_list else loaders
+    if hasattr(loader, "expected_samples"):  # that of a stream
+        experience, rows = loader.batches[batch_idx]
+        return int(experience), rows
+    # plain loaders: one for each experience, or one for the current experience alone
+    return (dataloader_idx if (is_list and len(loaders) > 1) or current is None else current.index), None
 
 
 def own_pass(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,27 +16,14 @@ from clkit.methods._checks import check_count
 from clkit.methods._connections import Growth, Prune, PruneSchedule, unpack
 from clkit.methods._densities import Initial, layer_counts, layer_densities
 from clkit.methods._sparse_layer import Components, SparseLayer, described
-from clkit.schema import Instance, Many, Nested, OneOf, Settings, Whole, check_format, read_state
+from clkit.methods._sparse_saved import FORMAT, TaskReport, read_topology, stand_ins
 
 __all__ = ["Growth", "Initial", "Prune", "PruneSchedule", "SparseTopology", "TaskReport"]
 
-FORMAT = 1
 Reuse = Literal["random", "prefer_free", "none", "all"]
 Setting = TypeVar("Setting")
 PerTask: TypeAlias = Setting | Callable[[int], Setting]
 """A setting, or a function of the task's index that returns it."""
-
-
-class TaskReport(NamedTuple):
-    """What a task takes of the weights; numbers of connections are those of all layers together."""
-
-    task: int
-    density: float  # what was asked for
-    total: int  # connections that there are
-    active: int  # in the task's mask
-    reused: int  # of these, learned by earlier tasks and read only
-    free: int  # in no mask of a task up to this one
-    explored: float  # share of all that was active at some time of the task
 
 
 class SparseTopology:
@@ -119,6 +106,7 @@ class SparseTopology:
         self.step = self.steps = 0  # optimizer steps done in the task, and planned
         self._masks: list[dict[str, Tensor]] = []  # of finished tasks, as bits
         self._reports: list[TaskReport] = []
+        self._away = False  # whether a block shows another task for a while
         self._shown: int | None = None  # the finished task whose sub-network the weights hold, while none trains
         self._layers = {name: SparseLayer.of(name, weight) for name, weight in weights.items()}
         self._chosen = Components.of_task(self._given, 0)  # a wrong value is known now, not after the first task
@@ -134,9 +122,33 @@ class SparseTopology:
         """What each task took, the one that trains included."""
         return [*self._reports, *([self._report()] if self.running else [])]
 
-    def densities(self) -> dict[str, float]:
-        """Return the active share of each layer in the task that trains or trained last."""
-        return {name: layer.count / layer.weight.numel() for name, layer in self._layers.items()}
+    @property
+    def shown(self) -> int | None:
+        """The task whose sub-network the weights hold: the one that trains, or a finished one; ``None`` before all."""
+        return self.task if self.running else self._shown
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the weights, in their order."""
+        return list(self._layers)
+
+    @property
+    def schedule(self) -> PruneSchedule:
+        """That of the task that trains or trained last."""
+        return self._chosen.schedule
+
+    def locked(self) -> list[str]:
+        """Return the names of weights in which the running task can train nothing."""
+        return [name for name, layer in self._layers.items() if bool(layer.blocked.all())]
+
+    @property
+    def device(self) -> torch.device:
+        """Where masks and values lie."""
+        return next(iter(self._layers.values())).bank.device
+
+    def densities(self, task: int) -> dict[str, float]:
+        """Return the active share of each layer in a finished task or the one that trains."""
+        return {name: int(mask.sum()) / mask.numel() for name, mask in self.mask(task).items()}
 
     # ---- a task
 
@@ -251,16 +263,20 @@ class SparseTopology:
         Raises:
             ArgumentError: If the task neither finished nor trains.
         """
-        if task == (self.task if self.running else self._shown):
+        if task == self.shown and not self._away:
             yield
             return
         bits = self._mask_of(task)
+        if self._away:
+            raise ConfigurationError(f"task {task} cannot be shown inside of a block of another: leave that first")
+        self._away = True
         live = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
         try:
             for name, layer in self._layers.items():
                 layer.load(layer.sub_network(bits[name]))
             yield
         finally:
+            self._away = False
             for name, layer in self._layers.items():
                 layer.load(live[name])
 
@@ -302,33 +318,26 @@ class SparseTopology:
         Raises:
             StateError: If it does not fit these weights and settings, or is damaged; nothing is changed then.
         """
-        owner = type(self).__name__
-        table = {
-            "format": OneOf((FORMAT,)),
-            "settings": Settings(described(self._given), advice="use the settings of the saved run"),
-            "task": Whole(least=-1),
-            "running": OneOf((False, True)),
-            "step": Whole(),
-            "steps": Whole(),
-            "shown": Whole(optional=True),
-            "reports": Many(Many(Instance(int | float))),
-            "layers": Nested({name: Nested(layer.saved_table()) for name, layer in self._layers.items()}),
-        }
-        saved = read_state(check_format(state, FORMAT, owner), table, owner)
-        finished = saved["task"] + (not saved["running"])
-        numbers = {len(layer["masks"]) for layer in saved["layers"].values()} | {len(saved["reports"])}
-        fits = numbers == {finished} and (saved["shown"] is None or saved["shown"] < finished)
-        if not fits or any(len(each) != len(TaskReport._fields) for each in saved["reports"]):
-            raise StateError(f"{owner}: the saved state at task {saved['task']} has masks of {numbers}; it is damaged")
+        saved = read_topology(state, self._layers, self._given, type(self).__name__)
         chosen = Components.of_task(self._given, max(0, saved["task"]))
         self.task, self.running, self.step = saved["task"], saved["running"], saved["step"]
         self.steps, self._shown, self._chosen = saved["steps"], saved["shown"], chosen
         self._reports = [TaskReport(*each) for each in saved["reports"]]
-        self._masks = [
-            {name: each["masks"][at].cpu() for name, each in saved["layers"].items()} for at in range(finished)
-        ]
+        saved_masks = {name: each["masks"] for name, each in saved["layers"].items()}
+        self._masks = [{name: bits[at].cpu() for name, bits in saved_masks.items()} for at in range(len(self._reports))]
         for name, layer in self._layers.items():
             layer.restore(saved["layers"][name], running=self.running)
+
+    @classmethod
+    def restored(cls, state: Any, **settings: Any) -> SparseTopology:
+        """Return one of a saved state, whose weights are to be bound; raises as :meth:`load_state_dict`."""
+        weights = stand_ins(state, cls.__name__)
+        try:
+            made = cls(weights, **settings)
+            made.load_state_dict(state)
+        except ArgumentError as error:
+            raise StateError(f"{cls.__name__}: the saved layers do not fit these settings: {error}") from error
+        return made
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         """Follow the weights to other objects or another device; names and shapes stay.

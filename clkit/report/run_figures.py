@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import numpy as np
 
 from clkit.files import atomic_write
 from clkit.metrics.figures import (
+    COLOURS,
     LARGEST_WITH_NUMBERS,
+    MARKERS,
     colour_scale,
     floats,
     heat_map,
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figures", "plot_memory_balance", "plot_prototype_similarity", "save_figures"]
+__all__ = ["draw_figures", "plot_layer_densities", "plot_memory_balance", "plot_prototype_similarity", "save_figures"]
 
 MOST_COLUMNS = 3
 MINUS = "\N{MINUS SIGN}"
@@ -72,6 +74,31 @@ def save_figures(folder: Path, parts: Iterable[Any]) -> None:
 def _save(figure: Any, path: Path) -> None:
     with atomic_write(path) as draft:
         figure.savefig(draft, dpi=150, format="png")
+
+
+def plot_layer_densities(
+    densities: Sequence[Mapping[str, float]], ax: Axes | None = None, title: str | None = None
+) -> tuple[Figure, Axes]:
+    """Draw the share of each layer's connections that each task uses, one curve a task; layers in their order.
+
+    Example:
+        >>> figure, axes = plot_layer_densities([{"0.weight": 0.5, "3.weight": 0.1}])
+        >>> len(axes.get_lines())
+        1
+    """
+    names = list(densities[0])
+    figure, axes = own_axes(ax, width=max(5.0, min(0.35 * len(names) + 2.0, 12.0)), height=4.0)
+    for task, each in enumerate(densities):
+        (line,) = axes.plot([each[name] for name in names], label=str(task), linewidth=1.2, markersize=4)
+        line.set(color=COLOURS[task % len(COLOURS)], marker=MARKERS[task % len(MARKERS)])
+    shown = thinned(len(names))
+    axes.set_xticks(shown, [names[index].removesuffix(".weight") for index in shown], rotation=60, ha="right")
+    axes.set_ylim(0, 1.03)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(ylabel="active share of the layer", title=title or "")
+    if len(densities) > 1:
+        axes.legend(title="task", frameon=False)
+    return figure, axes
 
 
 def plot_memory_balance(

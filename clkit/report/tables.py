@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
+from clkit.methods.sparse import TaskReport
 from clkit.report.comparison import COMPARED, ComparisonRow, Interval
 
-__all__ = ["curves_table", "evaluation_table", "seeds_table", "stage_table"]
+__all__ = ["curves_table", "evaluation_table", "seeds_table", "stage_table", "topology_table"]
 
 MOST_COLUMNS = 8  # experiences shown one by one; more would not fit a terminal
 
@@ -68,6 +69,26 @@ def seeds_table(rows: Sequence[ComparisonRow], title: str, caption: str) -> Tabl
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         ends = following is None or following.outer != row.outer
         table.add_row(row.name, *[_interval(row.interval(metric)) for metric in COMPARED], end_section=ends)
+    return table
+
+
+def topology_table(reports: Sequence[TaskReport]) -> Table:
+    """Return what each task of sparse training takes of the connections, a row a task.
+
+    ``reused`` connections belong to earlier tasks, ``free`` ones are in no mask so far, and ``explored`` is what was
+    active at some time of the task.
+
+    Example:
+        >>> topology_table([TaskReport(0, 0.1, 1000, 100, 0, 900, 0.15)]).row_count
+        1
+    """
+    table = Table(title="sparse sub-networks (connections, %)", title_justify="left")
+    for head in ("task", "asked", "active", "reused", "free", "explored", "active", "reused", "free"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for each in reports:
+        shares = (each.active / each.total, each.reused / each.total, each.free / each.total, each.explored)
+        numbers = (f"{number:,}" for number in (each.active, each.reused, each.free))
+        table.add_row(str(each.task), *map(_percent, (each.density, *shares)), *numbers)
     return table
 
 

@@ -1,0 +1,132 @@
+"""What a trainer and the tasks of sparse training have to tell each other: steps, agreement, what a person reads."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from clkit.distributed import gather_objects
+from clkit.errors import ConfigurationError
+from clkit.methods import SparseTopology, TaskReport
+from clkit.stream._lightning import datamodule_of
+
+__all__ = ["loggable", "planned_steps", "require_agreement", "require_known_steps", "say_what_begins", "set_classes"]
+
+FEWEST_UPDATES = 5
+LOW = 0.25  # share of a task's connections that it can train, below which it is told that capacity runs low
+
+
+def require_known_steps(owner: str, trainer: pl.Trainer) -> None:
+    """Refuse a fit of which it is known that its end is not."""
+    follows = hasattr(datamodule_of(trainer), "is_last_epoch")
+    if not follows and (trainer.max_epochs or 0) < 0 and trainer.max_steps < 0:
+        raise ConfigurationError(
+            f"{owner} needs to know how many optimizer steps a task has, and neither max_epochs nor max_steps of the "
+            "trainer ends the fit; set one of them, or steps_per_task"
+        )
+
+
+def planned_steps(owner: str, trainer: pl.Trainer) -> int:
+    """Return the optimizer steps from the present epoch to the end of its experience.
+
+    Raises:
+        ConfigurationError: If the loader does not say how many batches it has, and ``max_steps`` does not either.
+    """
+    data, epochs = datamodule_of(trainer), 1
+    left = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else math.inf
+    if hasattr(data, "is_last_epoch"):
+        while not data.is_last_epoch(trainer.current_epoch + epochs - 1):
+            epochs += 1
+        an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        return max(1, int(min(epochs * an_epoch, left)))
+    batches = trainer.num_training_batches
+    known = (trainer.max_epochs or 0) >= 0 and batches != math.inf
+    steps = math.inf
+    if known:
+        epochs = max(1, (trainer.max_epochs or 0) - trainer.current_epoch)
+        steps = epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+    if min(steps, left) == math.inf:
+        raise ConfigurationError(
+            f"{owner} needs to know how many optimizer steps a task has, and the loader does not say how many batches "
+            "it has; set steps_per_task, or max_steps of the trainer"
+        )
+    return max(1, int(min(steps, left)))
+
+
+def require_agreement(owner: str, topology: SparseTopology) -> None:
+    """Refuse processes whose masks are not the same; a call on all of them."""
+    digest = hashlib.sha256()
+    for mask in topology.mask(topology.task).values():
+        digest.update(mask.cpu().numpy().tobytes())
+    found = gather_objects(digest.hexdigest(), "their masks")
+    if len(set(found)) > 1:
+        raise ConfigurationError(
+            f"{owner}: the processes have other masks of task {topology.task}, so their gradients were not the same; a "
+            'strategy that reduces gradients over processes, such as "ddp", keeps them equal'
+        )
+
+
+def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> None:
+    """Tell a person once what hinders the task that begins: too little left to train, or hardly an update.
+
+    Args:
+        owner: Who says so.
+        topology: Where a task begins.
+        said: What was said before; it grows.
+    """
+    report, schedule = topology.reports[-1], topology.schedule
+    own = report.active - report.reused
+    advice = "Use reuse='prefer_free', a lower density, or a larger network"
+    left = f"{report.free:,} of {report.total:,} connections are in no task's mask"
+    if own == 0 and "nothing" not in said:
+        said.add("nothing")
+        rank_zero_warn(
+            f"{owner}: task {report.task} can train no connection: all {report.active:,} of its mask belong to earlier "
+            f"tasks, so only its head and other side state train; {left}. {advice}"
+        )
+    elif own < LOW * report.active and "low" not in said:
+        said.add("low")
+        rank_zero_warn(
+            f"{owner}: capacity runs low: task {report.task} can train {own:,} of its {report.active:,} connections "
+            f"({100 * own / report.active:.0f} %), the others belong to earlier tasks; {left}. {advice}"
+        )
+    locked = [] if report.task == 0 or own == 0 else [name for name in topology.locked() if name not in said]
+    said |= set(locked)
+    if locked:  # as a stem that ERK makes dense is meant to be
+        rank_zero_info(
+            f"clkit: {owner}: earlier tasks have all connections that task {report.task} uses in {', '.join(locked)}; "
+            "they are shared and train no more. Initial(max_layer_density=…) keeps room in layers"
+        )
+    if schedule.stop and topology.steps < FEWEST_UPDATES * schedule.update_every and "updates" not in said:
+        said.add("updates")
+        rank_zero_warn(
+            f"{owner}: task {report.task} has {topology.steps} optimizer steps, and the topology moves every "
+            f"{schedule.update_every}: that is hardly ever. Use "
+            f"schedule=PruneSchedule(update_every={max(1, topology.steps // 20)}), say"
+        )
+
+
+def loggable(report: TaskReport) -> dict[str, float]:
+    """Return the shares of a report by the names under which they are logged."""
+    return {
+        "dst/active": report.active / report.total,
+        "dst/reused": report.reused / report.total,
+        "dst/free": report.free / report.total,
+        "dst/explored": report.explored,
+    }
+
+
+def set_classes(trainer: pl.Trainer, module: Any, classes: tuple[int, ...]) -> None:
+    """Tell a module that chooses among the classes of a task which these are; all, where nothing is known of them."""
+    own = getattr(module, "task_classes", None)
+    if not isinstance(own, Tensor):
+        return
+    original = getattr(datamodule_of(trainer), "original_ids", None)
+    ids = list(classes) if original is None else [list(original).index(each) for each in classes]
+    own.fill_(not ids)
+    own[ids] = True

@@ -1,0 +1,382 @@
+"""DST: each task trains its own sparse sub-network of one network, and every earlier one stays as it is to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clkit.arguments import check_arguments
+from clkit.callbacks._masking_rules import check_neighbours, optimizer_of
+from clkit.callbacks._own_pass import experience_of_batch
+from clkit.callbacks._showing import show
+from clkit.callbacks._sparse_tasks import (
+    loggable,
+    planned_steps,
+    require_agreement,
+    require_known_steps,
+    say_what_begins,
+    set_classes,
+)
+from clkit.callbacks.base import StreamCallback
+from clkit.distributed import share_buffers
+from clkit.errors import ConfigurationError
+from clkit.methods import Growth, Initial, Prune, PruneSchedule, SparseTopology, TaskReport
+from clkit.methods._checks import check_choice, check_count
+from clkit.methods.sparse import Reuse
+from clkit.stream.boundaries import BoundaryPhase, backbone_changed
+from clkit.stream.experience import Experience
+from clkit.surgery.task_networks import TaskNetworks
+
+__all__ = ["DST"]
+
+
+class DST(StreamCallback):
+    r"""Trains a sparse sub-network of the user's network for each task, and keeps every earlier one to the bit.
+
+    Choose it where the task of a sample is known when it is predicted, nothing may be forgotten at all, and no sample
+    may be kept. A mask chooses connections of all linear and convolutional layers but the head; while a task trains,
+    weak ones leave and others come. When it ends, its weights are frozen for ever; later tasks may read them, and train
+    only what no task has. Norms, biases and the head are kept for each task. A fit without a stream is one task, and
+    with that plain RigL or SET. Zeros are multiplied like other numbers, so a step is not faster than a dense one.
+
+    A checkpoint holds all tasks; the module's own weights in it are those of one sub-network. Evaluations of a
+    :class:`~clkit.data.StreamDataModule` show each sample the sub-network of its own task, so use a scenario that
+    gives the task, such as :class:`~clkit.data.TaskIncremental`.
+
+    Args:
+        density: Share of the connections that a task uses, in (0, 1]. This and what follows up to ``grow_from`` may
+            also be a function of the task's index.
+        initial: How the density is shared out: ``"erk"``, ``"uniform"``, ``"auto"`` (ERK from 0.2 on), or an
+            :class:`~clkit.methods.Initial`, which also caps layers.
+        prune: What leaves: ``"magnitude"``, ``"set"``, ``"taylor"``, ``"mest"``, or a :class:`~clkit.methods.Prune`.
+        growth: What comes: ``"gradient"`` (RigL), ``"random"`` (SET), ``"momentum"`` (SNFS), ``"unfired"`` (ITOP), or
+            a :class:`~clkit.methods.Growth`.
+        schedule: When and how much: ``"cosine"``, ``"rigl"``, ``"constant"``, ``"linear"``, ``"power"``, or a
+            :class:`~clkit.methods.PruneSchedule`, which also says how many steps there are between updates.
+        reuse: Where a new mask is drawn; see :class:`~clkit.methods.SparseTopology`, also for the next four.
+        grow_from: ``"free"`` grows unused connections, ``"any"`` also used ones, with their learned value.
+        fresh_init: What connections that no task trained begin with.
+        on_capacity: What happens with ``reuse="none"`` where too few connections are unused.
+        pattern: ``"2:4"`` for GPUs that compute with two of four.
+        side_state: What of all else a task may train: ``"per_task"`` all of it; ``"freeze_after_first"`` nothing but
+            the head once the first task is over, and norms keep its statistics.
+        head: Dotted paths of the layers that each task begins anew and keeps to itself; ``"auto"`` is the classifier
+            that :class:`~clkit.FeatureTap` finds.
+        exclude: Patterns of layers that get no mask, as a shell matches file names; they are kept for each task.
+        steps_per_task: Optimizer steps that a task is planned to have; by default as the trainer and the data say.
+        table: Whether to print a line for each task at its end.
+        seed: Of all draws, at least 0.
+
+    Raises:
+        ArgumentError: If a value is not allowed; when a task begins, if its density cannot be reached.
+        ConfigurationError: When a fit begins: for an optimizer that is not elementwise, or fused with
+            ``"16-mixed"``; a strategy that splits or does not train the network; another callback that masks or
+            averages weights; or if the number of steps is not known. Nothing that was learned is lost by it.
+
+    Example:
+        >>> from clkit.callbacks import DST
+        >>> DST(density=lambda task: 0.2 if task == 0 else 0.1, growth="random").state_key
+        'DST'
+
+    Reference:
+        M. O. Yildirim et al., "Continual Learning with Dynamic Sparse Training: Exploring Algorithms for Effective
+        Model Updates", CPAL 2024, arXiv 2308.14831. Single-task rules: U. Evci et al., "Rigging the Lottery", ICML
+        2020, arXiv 1911.11134 (RigL); D. C. Mocanu et al., Nature Communications 9, 2018, arXiv 1707.04780 (SET).
+    """
+
+    boundary_phase = BoundaryPhase.MASK
+
+    def __init__(
+        self,
+        density: float | Callable[[int], float] = 0.1,
+        *,
+        initial: str | Initial | Callable[[int], Any] = "auto",
+        prune: str | Prune | Callable[[int], Any] = "magnitude",
+        growth: str | Growth | Callable[[int], Any] = "gradient",
+        schedule: str | PruneSchedule | Callable[[int], Any] = "cosine",
+        reuse: Reuse | Callable[[int], Any] = "random",
+        grow_from: Literal["free", "any"] | Callable[[int], Any] = "free",
+        fresh_init: Literal["original", "zeros", "rescaled"] = "original",
+        on_capacity: Literal["raise", "reuse", "shrink"] = "raise",
+        pattern: Literal["2:4"] | None = None,
+        side_state: Literal["per_task", "freeze_after_first"] = "per_task",
+        head: str | Sequence[str] = "auto",
+        exclude: Sequence[str] = (),
+        steps_per_task: int | None = None,
+        table: bool = True,
+        seed: int = 0,
+    ) -> None:
+        check_arguments(DST, locals())
+        super().__init__()
+        self._settings: dict[str, Any] = {
+            "density": density,
+            "initial": initial,
+            "prune": prune,
+            "growth": growth,
+            "schedule": schedule,
+            "reuse": reuse,
+            "grow_from": grow_from,
+            "fresh_init": fresh_init,
+            "on_capacity": on_capacity,
+            "pattern": pattern,
+            "seed": seed,
+        }
+        # a wrong value is known now, not after the first task
+        SparseTopology({"weight": torch.empty(1000, 1000, device="meta")}, **self._settings)
+        self.side_state = check_choice("side_state", side_state, ("per_task", "freeze_after_first"))
+        self.head = head
+        self.exclude = exclude
+        self.steps_per_task = None if steps_per_task is None else check_count("steps_per_task", steps_per_task)
+        self.table = table
+        self._networks = TaskNetworks(self.state_key, self._settings)
+        self._optimizer: Optimizer | None = None  # the one that trains masked weights, in a fit
+        self._hook: Any = None
+        self._chosen = 0  # how many blocks of `activate` the user has open
+        self._of_batch = ExitStack()  # what is kept up for the batch of an evaluation
+        self._held: list[nn.Module] = []  # norms that were put into evaluation mode
+        self._said: set[str] = set()
+
+    # ---- what the user reads and asks for
+
+    @property
+    def topology(self) -> SparseTopology:
+        """The masks and weights of all tasks.
+
+        Raises:
+            ConfigurationError: Before a fit began or a checkpoint was loaded.
+        """
+        return self._networks.known
+
+    @property
+    def tasks(self) -> int:
+        """Number of finished tasks."""
+        return self._networks.tasks
+
+    @property
+    def reports(self) -> list[TaskReport]:
+        """What each task took of the weights, the one that trains included."""
+        return self._networks.reports
+
+    @contextmanager
+    def activate(self, task: int, module: nn.Module | None = None) -> Iterator[None]:
+        """Have the network of a task in the module inside the block, and bitwise what was there afterwards.
+
+        Evaluations inside the block use this task, too, whatever their data say.
+
+        Args:
+            task: Index of a task that is finished or trains.
+            module: The module, if no run has had it yet.
+
+        Raises:
+            ArgumentError: If the task was not trained.
+        """
+        with self._networks.shown(task, module):
+            self._chosen += 1
+            try:
+                yield
+            finally:
+                self._chosen -= 1
+
+    @contextmanager
+    def activated(self, experience: int) -> Iterator[None]:
+        """Have the network of an experience in the module, for an evaluation; the present one if it was not trained."""
+        topology = self._networks.topology
+        trained = topology is not None and (experience < self.tasks or experience == topology.shown)
+        if self._chosen or not trained:
+            yield
+            return
+        with self._networks.shown(experience):
+            yield
+
+    def export(self, task: int) -> dict[str, Tensor]:
+        """Return the state dict of a finished task's network: dense, with zeros where there is no connection.
+
+        The module's own class loads it, without this library.
+
+        Raises:
+            ArgumentError: If the task did not finish.
+        """
+        return self._networks.export(task)
+
+    # ---- one run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what masks cannot stand beside."""
+        check_neighbours(self.state_key, trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the layers that get a mask, or find them again, and listen to the optimizer that trains them."""
+        if self._chosen:
+            raise ConfigurationError(f"{self.state_key}: no fit can begin inside of activate(); leave its block first")
+        self._attach(trainer, pl_module)
+        if self.steps_per_task is None:
+            require_known_steps(self.state_key, trainer)
+        self._optimizer = optimizer_of(self.state_key, trainer, self._networks.weights(pl_module))
+        self._hook = self._optimizer.register_step_post_hook(self._after_step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with a task that a resumed run left: its optimizer has what it remembers by now."""
+        super().on_train_start(trainer, pl_module)
+        if self.topology.running:
+            self.topology.check()
+            self.topology.clean(*trainer.optimizers)
+        self._hold_side(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notice the start of an experience, and keep norms as they are where the user wants that."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._hold_side(pl_module)
+
+    def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Draw the masks of a task and load its sub-network."""
+        topology = self.topology
+        if topology.running and experience.index == topology.task:  # an earlier fit was interrupted in it
+            return
+        if topology.running or experience.index != topology.tasks:
+            raise ConfigurationError(
+                f"experience {experience.index} begins, and {self.state_key} has learned {topology.tasks} tasks"
+                f"{' and is in the middle of one' * topology.running}: each experience is one task, in their order. "
+                "Use a new callback for a new stream, and the checkpoint of this one to go on with it"
+            )
+        steps = self.steps_per_task or planned_steps(self.state_key, trainer)
+        self._networks.begin(pl_module, steps, trainer.optimizers)
+        set_classes(trainer, pl_module, experience.classes)
+        say_what_begins(self.state_key, topology, self._said)
+        backbone_changed(trainer, f"the sub-network of task {topology.task} takes the place of that before")
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Leave only gradients of what the task trains, before they are clipped."""
+        if optimizer is self._optimizer:
+            self.topology.after_backward()
+        if self._side_is_frozen():
+            for tensor in self._networks.others(pl_module, heads=False).values():
+                tensor.grad = None  # no step is taken, no decay, and DDP has had what it waits for
+
+    def _after_step(self, optimizer: Optimizer, *args: Any) -> None:
+        """Undo what a step did to weights that are not trained; a step that a scaler left out does not come here."""
+        self.topology.after_step(optimizer)
+
+    def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Keep the task's network for ever."""
+        topology = self.topology
+        if not topology.running:
+            return
+        if trainer.world_size > 1:
+            share_buffers(trainer.strategy.model)
+            require_agreement(self.state_key, topology)
+        self._networks.end(pl_module)
+        self._show_tasks(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the layers again where no fit has."""
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn != "fit" and self._networks.topology is not None:
+            self._attach(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Show a batch the network of its own task."""
+        self._of_batch.close()
+        loaders = getattr(
+            trainer, f"{'val' if trainer.state.fn in ('fit', 'validate') else trainer.state.fn}_dataloaders"
+        )
+        experience, _ = experience_of_batch(loaders, self._boundaries.current, batch_idx, dataloader_idx)
+        self._of_batch.enter_context(self.activated(experience))
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Give the module what it had before the batch."""
+        self._of_batch.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the hook off the optimizer and the marks off the layers."""
+        self._of_batch.close()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._optimizer = None
+        for layer in self._held:
+            layer.training = True
+        self._held = []
+        self._networks.detach(pl_module)
+
+    # ---- how it is done
+
+    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        projector = getattr(trainer.strategy, "projector", None)  # a strategy's own part is not the user's
+        self._networks.attach(module, projector, self.head, self.exclude)
+
+    def _side_is_frozen(self) -> bool:
+        return self.side_state == "freeze_after_first" and self.tasks > 0
+
+    def _hold_side(self, module: nn.Module) -> None:
+        """Keep norms at the statistics of the first task, where the user wants that."""
+        if self._side_is_frozen():
+            for layer in module.modules():
+                if layer.training and getattr(layer, "running_mean", None) is not None:
+                    layer.training = False
+                    self._held.append(layer)
+
+    def _show_tasks(self, trainer: pl.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(loggable(self.reports[-1]), step=trainer.global_step)
+        if self.table:
+            from clkit.report.tables import topology_table
+
+            show(trainer, topology_table(self.reports))
+
+    def run_figures(self) -> dict[str, Any]:
+        """Return the figure of the layers' densities by name; it needs matplotlib."""
+        if not self.tasks:
+            return {}
+        from clkit.report.run_figures import plot_layer_densities
+
+        figure, _ = plot_layer_densities([self.topology.densities(task) for task in range(self.tasks)])
+        return {"layer_densities": figure}
+
+    # ---- state
+
+    def stream_state(self) -> dict[str, Any]:
+        """Return the masks, values and side states of all tasks."""
+        return self._networks.state()
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Take it back; weights of the network come with the network's own state."""
+        self._networks.load(state)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add where the run stands in its stream.
+
+        Raises:
+            ConfigurationError: If the module has the network of another task for the moment.
+        """
+        if self._networks.is_away:
+            raise ConfigurationError(
+                f"a checkpoint was to be saved while {self.state_key} shows the network of another task, whose weights "
+                "would be in it; save it when the batch of the evaluation, or the block of activate(), is over"
+            )
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)

@@ -1,0 +1,215 @@
+"""One module, a network for each task: masks on its weights, and all else as the task ended with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clkit.errors import ArgumentError, ConfigurationError, StateError, TapError
+from clkit.features.tap import FeatureTap, path_of
+from clkit.methods import SparseTopology, TaskReport
+from clkit.schema import Instance, Many, saved_entry
+from clkit.surgery.masks import Masks, SideState, maskable_weights
+
+__all__ = ["TaskNetworks", "find_heads"]
+
+
+class TaskNetworks:
+    """The networks of all tasks in one module, of which one is shown at a time.
+
+    Args:
+        owner: Whose they are, for messages.
+        settings: Those of the :class:`~clkit.methods.SparseTopology`.
+    """
+
+    def __init__(self, owner: str, settings: dict[str, Any]) -> None:
+        self.owner = owner
+        self.topology: SparseTopology | None = None
+        self._block: tuple[int, ExitStack] | None = None  # the task that is shown for a while, and how to end that
+        self._users = 0  # of it: evaluations end in any order
+        self._settings = settings
+        self._side = SideState([])
+        self._module: nn.Module | None = None
+        self._apart: nn.Module | None = None  # a part of the module that is no part of its networks
+        self._marks = Masks(owner)
+
+    @property
+    def known(self) -> SparseTopology:
+        """The topology, or else a ConfigurationError."""
+        if self.topology is None:
+            raise ConfigurationError(f"{self.owner} has no masks yet; fit first, or load a checkpoint")
+        return self.topology
+
+    @property
+    def tasks(self) -> int:
+        """Number of finished tasks."""
+        return 0 if self.topology is None else self.topology.tasks
+
+    @property
+    def reports(self) -> list[TaskReport]:
+        """What each task took, the one that trains included."""
+        return [] if self.topology is None else self.topology.reports
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the module has the network of another task than its own for a while."""
+        return self._block is not None
+
+    # ---- the module
+
+    def attach(
+        self, module: nn.Module, apart: nn.Module | None, head: str | Sequence[str], exclude: Sequence[str]
+    ) -> None:
+        """Choose the layers that have masks, or find them again in a module, and mark them.
+
+        Args:
+            module: The user's module.
+            apart: A part of it that belongs to somebody else, if there is one.
+            head: See :class:`~clkit.callbacks.DST`.
+            exclude: Likewise.
+        """
+        self._apart = apart
+        with torch.inference_mode(False):  # what an evaluation makes must serve the next training too
+            if self.topology is None:
+                heads = find_heads(module, head)
+                weights = maskable_weights(module, [*heads, *([path_of(module, apart)] if apart else [])], exclude)
+                if not weights:
+                    raise ConfigurationError(
+                        f"{self.owner} finds no linear or convolutional layer to mask beside the head {heads}; name "
+                        "another head (head=…), or exclude less"
+                    )
+                self.topology, self._side = SparseTopology(weights, **self._settings), SideState(heads)
+            self._bind(module)
+        self._marks.undo(module)
+        self._marks.apply(module, self.known.names)
+
+    def detach(self, module: nn.Module) -> None:
+        """Take the marks off the layers."""
+        self._marks.undo(module)
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the masked weights of a module, or raise a ConfigurationError where one is missing."""
+        own = dict(module.named_parameters(remove_duplicate=False))
+        missing = [name for name in self.known.names if name not in own]
+        if missing:
+            raise ConfigurationError(
+                f"the module has no {missing[:5]}, which {self.owner} has masks of; use the network of the first fit"
+            )
+        return {name: own[name] for name in self.known.names}
+
+    def others(self, module: nn.Module, *, heads: bool = True) -> dict[str, Tensor]:
+        """Return all parameters and buffers of a module that have no mask, by name, with or without its heads."""
+        masked = {id(weight) for weight in self.weights(module).values()}
+        if self._apart is not None:
+            masked |= {id(tensor) for tensor in (*self._apart.parameters(), *self._apart.buffers())}
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if id(tensor) not in masked and (heads or not self._side.is_head(name))
+        }
+
+    def _bind(self, module: nn.Module) -> None:
+        own = self.weights(module)
+        if module is not self._module or any(weight.device != self.known.device for weight in own.values()):
+            self.known.bind(own)
+            self._module = module
+
+    # ---- tasks
+
+    def begin(self, module: nn.Module, steps: int, optimizers: Iterable[Optimizer]) -> None:
+        """Draw the masks of the next task, load its sub-network, and give its heads a beginning."""
+        self.known.begin_task(steps)
+        heads = self._side.begin(self.others(module))
+        self.known.clean(*optimizers)
+        for optimizer in optimizers:  # what is remembered of a head belongs to that of the last task
+            for tensor in heads:
+                for value in optimizer.state.get(tensor, {}).values():
+                    if isinstance(value, Tensor) and value.ndim and value.shape == tensor.shape:
+                        value.zero_()
+
+    def end(self, module: nn.Module) -> None:
+        """Keep the task's network for ever."""
+        self.known.end_task()
+        self._side.end(self.others(module))
+
+    @contextmanager
+    def shown(self, task: int, module: nn.Module | None = None) -> Iterator[None]:
+        """Have the network of a task in the module inside the block, and bitwise what was there afterwards.
+
+        Raises:
+            ArgumentError: If the task was not trained.
+        """
+        module = module or self._module
+        if self.topology is None or module is None:
+            raise self._none_such(task)
+        self._bind(module)
+        if self._block is None and task == self.topology.shown:
+            yield
+            return
+        if self._block is None:
+            with ExitStack() as entering:
+                entering.enter_context(self.topology.activated(task))
+                entering.enter_context(self._side.activated(self.others(module), task))
+                self._block = task, entering.pop_all()
+        elif self._block[0] != task:
+            raise ConfigurationError(
+                f"{self.owner} shows task {self._block[0]} now; leave that block before task {task}"
+            )
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                (_, ending), self._block = self._block, None
+                ending.close()
+
+    def export(self, task: int) -> dict[str, Tensor]:
+        """Return the state dict of a finished task's network, dense, on the CPU, or raise an ArgumentError."""
+        if self.topology is None:
+            raise self._none_such(task)
+        weights = self.topology.export(task)
+        return {name: value.detach().cpu() for name, value in {**weights, **self._side.of(task)}.items()}
+
+    def _none_such(self, task: int) -> ArgumentError:
+        return ArgumentError(f"task {task} was not trained to its end; 0 tasks were, counted from 0")
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors and plain values; the module's own weights are saved with the module."""
+        topology = None if self.topology is None else self.topology.state_dict()
+        return {"topology": topology, "side": self._side.state(), "heads": list(self._side.heads)}
+
+    def load(self, state: Any) -> None:
+        """Take up a saved state, or raise a StateError; nothing is changed then."""
+        saved = saved_entry(state, "topology", dict | None, self.owner)
+        heads = saved_entry(state, "heads", Many(Instance(str)), self.owner)
+        side = SideState.loaded(saved_entry(state, "side", dict, self.owner), heads, f"{self.owner}: 'side'")
+        topology = None if saved is None else SparseTopology.restored(saved, **self._settings)
+        finished = 0 if topology is None else topology.tasks
+        if len(side) != finished:
+            raise StateError(
+                f"{self.owner}: the saved state has side states of {len(side)} tasks and masks of {finished}; the file "
+                "is damaged"
+            )
+        self.topology, self._side, self._module = topology, side, None
+
+
+def find_heads(module: nn.Module, head: str | Sequence[str]) -> list[str]:
+    """Return the dotted paths of the heads; with ``"auto"`` those of the classifier that the tap finds, if any."""
+    if head != "auto":
+        return [head] if isinstance(head, str) else list(head)
+    try:
+        with FeatureTap(module) as tap:
+            if tap.classifier is not None:
+                return [path_of(module, tap.classifier)]
+            return [path_of(module, layer) for branch in tap.branches for layer in branch]
+    except TapError:
+        return []
