@@ -252,10 +252,15 @@ def test_a_mutated_head_is_refused_or_works(name: str, mutations: int) -> None:
     assert counts["refused"] > 0.5 * mutations
 
 
+def _strategy_of(entry: Entry) -> str:
+    """What a callback runs under."""
+    return "auto" if entry.needs_gradients else "gradient_free"
+
+
 def _learned(entry: Entry, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     """A method after a run, its trainer, and the checkpoint of that run."""
     with isolated():
-        trial = Setting(entry, folder, None if entry.kind == "strategy" else "gradient_free").run()
+        trial = Setting(entry, folder, None if entry.kind == "strategy" else _strategy_of(entry)).run()
         trial.trainer.save_checkpoint(folder / "whole.ckpt")
     return trial.callback, trial.trainer, torch.load(folder / "whole.ckpt", weights_only=True)
 
@@ -291,7 +296,7 @@ def test_a_mutated_callback_is_refused_or_works(name: str, mutations: int, tmp_p
         if uses % 20 == 1:
             checkpoint["callbacks"][target.state_key] = target.state_dict()
             torch.save(checkpoint, tmp_path / "odd.ckpt")
-            run = trainer(tmp_path, [entry.make()], strategy="gradient_free")
+            run = trainer(tmp_path, [entry.make()], strategy=_strategy_of(entry))
             run.validate(small_module(), datamodule=stream(), ckpt_path=str(tmp_path / "odd.ckpt"), verbose=False)
 
     attack(name, state, target.load_state_dict, target.state_dict, works, mutations)

@@ -289,9 +289,9 @@ class DST(StreamCallback):
     ) -> None:
         """Show a batch the network of its own task."""
         self._of_batch.close()
-        loaders = getattr(
-            trainer, f"{'val' if trainer.state.fn in ('fit', 'validate') else trainer.state.fn}_dataloaders"
-        )
+        running: Any = trainer.state.fn
+        stage = "val" if running in ("fit", "validate") else running.value
+        loaders = getattr(trainer, f"{stage}_dataloaders")
         experience, _ = experience_of_batch(loaders, self._boundaries.current, batch_idx, dataloader_idx)
         self._of_batch.enter_context(self.activated(experience))
 

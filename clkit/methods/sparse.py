@@ -223,10 +223,17 @@ class SparseTopology:
         """Keep the task's sub-network for ever; it stays loaded.
 
         Raises:
-            ConfigurationError: If no task trains, or something else than the optimizer changed weights of other tasks.
+            ConfigurationError: If no task trains, something else than the optimizer changed weights of other tasks, or
+                weights are not finite.
         """
         self._check_running()
         self.check()
+        for name, layer in self._layers.items():
+            if not bool(torch.isfinite(layer.weight.detach()).all()):
+                raise ConfigurationError(
+                    f"task {self.task} diverged: weights of {name!r} are not finite, so it is not kept. Earlier tasks "
+                    "are as they were: go on from a checkpoint, with a smaller learning rate or clipped gradients"
+                )
         self._reports.append(self._report())
         self._masks.append({name: layer.end() for name, layer in self._layers.items()})
         self.running, self._shown = False, self.task

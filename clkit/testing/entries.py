@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from clkit.arguments import check_arguments
-from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation, StreamProgressBar
+from clkit.callbacks import AEFOCL, DST, LDA, NMC, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
-from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, PruneSchedule
 from clkit.strategies import (
     DERPPStrategy,
     ERACEStrategy,
@@ -43,6 +43,8 @@ class Entry:
         registered: Of a strategy: its name for ``Trainer(strategy="…")``, if it has one.
         learns: Whether it learns from training batches. One that only watches may keep what it sees of others, and
             need not refuse a bad batch.
+        reads_batches: Of a callback that learns: whether it learns from batches itself. One that follows the optimizer
+            learns what the module's own step makes of them, bad ones included, in the dtype of the weights.
         needs_gradients: Of a callback: whether it cannot run where the network is not trained.
         changes_training: Of a callback: whether it means to change how the network is trained.
         processes: What several processes give: ``"exact"``: what one process gives, within ``tolerance``; ``"agree"``:
@@ -67,6 +69,7 @@ class Entry:
     yaml: Mapping[str, Any] | None = None
     registered: str | None = None
     learns: bool = True
+    reads_batches: bool = True
     needs_gradients: bool = False
     changes_training: bool = False
     processes: Processes = "exact"
@@ -142,6 +145,18 @@ def clkit_entries() -> list[Entry]:
             processes="refused",
         ),
         callback("NMC", make=NMC),
+        callback(
+            "DST",
+            make=partial(DST, density=0.2, schedule=PruneSchedule(update_every=1), table=False),
+            yaml={
+                "class_path": "clkit.callbacks.DST",
+                "init_args": {"density": 0.2, "schedule": {"update_every": 1}, "table": False},
+            },
+            reads_batches=False,
+            needs_gradients=True,
+            changes_training=True,
+            processes="agree",
+        ),
         callback("LDA", make=LDA),
         callback(
             "StreamEvaluation",
