@@ -37,7 +37,7 @@ def built(name: str, *overrides: str) -> StreamCLI:
 
 
 def test_there_are_recipes_of_the_methods_and_of_the_papers() -> None:
-    assert {"aef_ocl", "lda", "nmc", *REPLAY, *PAPERS, *ONPRO_PAPERS} <= set(recipe_names())
+    assert {"aef_ocl", "dst", "lda", "nmc", *REPLAY, *PAPERS, *ONPRO_PAPERS} <= set(recipe_names())
     assert recipe_names().index("nmc") < recipe_names().index("paper/core50")
 
 

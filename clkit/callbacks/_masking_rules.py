@@ -55,8 +55,8 @@ def check_neighbours(owner: str, trainer: pl.Trainer) -> None:
         name = type(other).__name__
         if isinstance(other, ModelPruning):
             raise ConfigurationError(
-                f"{owner} and {name} would both mask weights; leave {name} out: a density is what {owner} has, and "
-                "to_prune(task) of it gives the form of torch.nn.utils.prune afterwards"
+                f"{owner} and {name} would both mask weights; leave {name} out: load_into(module, task, "
+                f"form='prune') of {owner} gives the form of torch.nn.utils.prune afterwards"
             )
         if isinstance(other, WeightAveraging | StochasticWeightAveraging):
             raise ConfigurationError(

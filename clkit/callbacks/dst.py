@@ -31,9 +31,12 @@ from clkit.methods._checks import check_choice, check_count
 from clkit.methods.sparse import Reuse
 from clkit.stream.boundaries import BoundaryPhase, backbone_changed
 from clkit.stream.experience import Experience
+from clkit.surgery.mask_forms import MaskForm, in_form
 from clkit.surgery.task_networks import TaskNetworks
 
 __all__ = ["DST"]
+
+_SHARED = ("density", "initial", "prune", "growth", "schedule", "reuse", "grow_from", "fresh_init", "on_capacity")
 
 
 class DST(StreamCallback):
@@ -112,21 +115,10 @@ class DST(StreamCallback):
         table: bool = True,
         seed: int = 0,
     ) -> None:
-        check_arguments(DST, locals())
+        given = dict(locals())
+        check_arguments(DST, given)
         super().__init__()
-        self._settings: dict[str, Any] = {
-            "density": density,
-            "initial": initial,
-            "prune": prune,
-            "growth": growth,
-            "schedule": schedule,
-            "reuse": reuse,
-            "grow_from": grow_from,
-            "fresh_init": fresh_init,
-            "on_capacity": on_capacity,
-            "pattern": pattern,
-            "seed": seed,
-        }
+        self._settings: dict[str, Any] = {name: given[name] for name in (*_SHARED, "pattern", "seed")}
         # a wrong value is known now, not after the first task
         SparseTopology({"weight": torch.empty(1000, 1000, device="meta")}, **self._settings)
         self.side_state = check_choice("side_state", side_state, ("per_task", "freeze_after_first"))
@@ -203,6 +195,30 @@ class DST(StreamCallback):
             ArgumentError: If the task did not finish.
         """
         return self._networks.export(task)
+
+    def load_into(self, module: nn.Module, task: int, form: MaskForm = "dense") -> dict[str, str]:
+        """Load a finished task's network into another module of the same class, in a form of torch's own.
+
+        Args:
+            module: The module, which then works without this library; not the one that is trained.
+            task: Index of the task.
+            form: ``"dense"``: zeros among the weights. ``"prune"``: as ``torch.nn.utils.prune`` leaves layers, and
+                ``"fake_sparsity"``: as ``torch.ao.pruning`` has them, each with its mask. ``"semi_structured"``: linear
+                layers with at most two of four weights as ``torch.sparse`` has them for GPUs of compute capability 8.0
+                or newer, for inference; whether that is faster has to be measured.
+
+        Returns:
+            Why, by the name of a layer that could not take ``"semi_structured"`` and is dense, it could not.
+
+        Raises:
+            ArgumentError: If the task did not finish.
+            ConfigurationError: If the module is the one that has the masks.
+        """
+        if module is self._networks.module:
+            raise ConfigurationError("load_into() needs another module of the same class; for this one use activate()")
+        weights = self.export(task)
+        module.load_state_dict(weights)
+        return in_form(module, self.topology.mask(task), form)
 
     # ---- one run
 

@@ -171,6 +171,12 @@ def _add_compare(commands: Any) -> None:
     )
 
 
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
@@ -207,7 +213,11 @@ def _add_file_commands(commands: Any) -> None:
         "--samples", required=True, metavar="FILE.npz", help="features (N, D) and targets (N,), or ids (N,)"
     )
     forget.add_argument("--heads", metavar="A,B", help="names of the heads that shall forget (default: all)")
-    export.add_argument("--head", metavar="NAME", help="which head, where there are several")
+    what = export.add_mutually_exclusive_group()
+    what.add_argument("--head", metavar="NAME", help="which head, where there are several")
+    what.add_argument(
+        "--task", type=_index, metavar="K", help="the network of this task of a run with DST, from 0, and no head"
+    )
     for command in (forget, export):
         command.add_argument(
             "--config", metavar="FILE", help="the run's settings (default: config.yaml in the folder of the run)"
@@ -260,18 +270,30 @@ def _forget(options: argparse.Namespace) -> list[str]:
 
 
 def _export(options: argparse.Namespace) -> list[str]:
+    if options.task is not None:
+        from clkit.runs.task_export import export_task
+
+        task = export_task(options.checkpoint, options.output, options.task, overwrite=options.force)
+        return [
+            f"wrote {options.output} ({_size(options.output)}): the network of task {options.task}, dense, with "
+            f"{100 * task.density:.1f} % of the weights of its masked layers and zeros for the others",
+            f"read it with: {task.reading}",
+        ]
     from clkit.runs.exporting import export_checkpoint
 
     exported = export_checkpoint(
         options.checkpoint, options.output, head=options.head, config=options.config, overwrite=options.force
     )
-    size = Path(options.output).stat().st_size
-    shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
     return [
-        f"wrote {options.output} ({shown}): {exported.network} with the head {exported.head!r}, "
+        f"wrote {options.output} ({_size(options.output)}): {exported.network} with the head {exported.head!r}, "
         f"{_count(exported.classes, 'class')} learned of {exported.columns} outputs",
         f"read it with: {exported.reading}",
     ]
+
+
+def _size(path: str) -> str:
+    size = Path(path).stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def _lines(learned: list[HeadSummary]) -> list[str]:

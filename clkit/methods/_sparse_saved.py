@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clkit.errors import StateError
+from clkit.errors import ArgumentError, StateError
+from clkit.methods._connections import unpack
 from clkit.methods._sparse_layer import SparseLayer, described
 from clkit.schema import (
     FLOATS,
@@ -28,7 +29,7 @@ from clkit.schema import (
     saved_entry,
 )
 
-__all__ = ["FORMAT", "TaskReport", "read_topology", "stand_ins"]
+__all__ = ["FORMAT", "TaskReport", "read_topology", "saved_sub_network", "stand_ins"]
 
 FORMAT = 1
 
@@ -87,3 +88,25 @@ def stand_ins(state: Any, owner: str) -> dict[str, Tensor]:
     if not banks or not all(each.numel() for each in banks.values()):
         raise StateError(f"{owner}: the saved state has a layer without weights; it is damaged")
     return {name: torch.zeros_like(each, device="cpu") for name, each in banks.items()}
+
+
+def saved_sub_network(state: Any, task: int, owner: str) -> tuple[dict[str, Tensor], float]:
+    """Return the dense weights of a finished task out of a saved topology, and their density, whatever its settings.
+
+    Raises:
+        ArgumentError: If the task did not finish.
+        StateError: If the state is damaged.
+    """
+    layers = saved_entry(check_format(state, FORMAT, owner), "layers", Named(Instance(dict)), owner)
+    weights: dict[str, Tensor] = {}
+    active = total = 0
+    for name, layer in layers.items():
+        bank = saved_entry(layer, "bank", Numbers((...,), FLOATS), f"{owner}: {name!r}")
+        kind = Numbers(((bank.numel() + 7) // 8,), torch.uint8, least=0, most=255)
+        bits = saved_entry(layer, "masks", Many(kind), f"{owner}: {name!r}")
+        if not 0 <= task < len(bits):
+            raise ArgumentError(f"task {task} was not trained to its end; {len(bits)} tasks were, counted from 0")
+        mask = unpack(bits[task].cpu(), bank)
+        weights[name] = torch.where(mask, bank, 0)
+        active, total = active + int(mask.sum()), total + mask.numel()
+    return weights, active / max(total, 1)

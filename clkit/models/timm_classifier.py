@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clkit.arguments import check_arguments
-from clkit.errors import ArgumentError, ConfigurationError, StateError, did_you_mean, first_line
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError, did_you_mean, first_line
 from clkit.features.batch import BatchReader, Readings, read_batch, read_inputs
 from clkit.methods._checks import check_count
-from clkit.stream._lightning import datamodule_of
+from clkit.stream._lightning import callbacks_of, datamodule_of
 
 __all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout"]
 
@@ -86,6 +86,9 @@ class TimmClassifier(pl.LightningModule):
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-3 by default.
         lr_scheduler: Makes a learning-rate schedule from the optimizer, stepped each epoch.
         label_smoothing: Of the cross-entropy, [0, 1).
+        task_heads: Whether only outputs for the classes of the present task are trained, and others are very low. A
+            callback that keeps a network for each task (:class:`~clkit.callbacks.DST`) says which these are, and gives
+            the classifier back as each task had it.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
 
     Raises:
@@ -101,6 +104,8 @@ class TimmClassifier(pl.LightningModule):
         torch.Size([2, 4])
     """
 
+    task_classes: Tensor
+
     def __init__(
         self,
         backbone: str = "resnet18",
@@ -114,6 +119,7 @@ class TimmClassifier(pl.LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        task_heads: bool = False,
         batch_reader: BatchReader | None = None,
     ) -> None:
         check_arguments(TimmClassifier, locals())
@@ -125,6 +131,7 @@ class TimmClassifier(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.label_smoothing = label_smoothing
+        self.task_heads = task_heads
         self.batch_reader = batch_reader
         self.model_kwargs = dict(model_kwargs or {})
         self.small_images = small_images
@@ -139,6 +146,7 @@ class TimmClassifier(pl.LightningModule):
             _replace_stem(self.network, backbone)
         if channels_last:
             _to_channels_last(self.network)
+        self._make_task_classes()
 
     @property
     def data_config(self) -> dict[str, Any] | None:
@@ -162,6 +170,11 @@ class TimmClassifier(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Give the network as many outputs as the stream has classes, where no number was given."""
+        if self.task_heads and not any(hasattr(each, "activated") for each in callbacks_of(self.trainer)):
+            raise ConfigurationError(
+                "task_heads=True needs a callback that keeps a network for each task, such as DST; add it, or leave "
+                "task_heads out"
+            )
         wanted = getattr(datamodule_of(self.trainer), "num_classes", None)
         if wanted is None:
             return
@@ -170,6 +183,7 @@ class TimmClassifier(pl.LightningModule):
             headless = isinstance(self.network, IdentityBackbone) and self.network.num_features is None
             if self.network.num_classes != wanted and not headless:
                 self.network.reset_classifier(wanted)
+                self._make_task_classes()
         elif 0 < self.num_classes < wanted:
             raise ConfigurationError(
                 f"num_classes={self.num_classes} of the model is too small for the data, whose class ids need "
@@ -179,6 +193,8 @@ class TimmClassifier(pl.LightningModule):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (B, num_classes) of inputs (B, C, H, W); features (B, D) where there is no classifier."""
         output: Tensor = self.network(inputs)
+        if self.task_heads and output.shape[1] == len(self.task_classes):
+            return output.masked_fill(~self.task_classes, torch.finfo(output.dtype).min)
         return output
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -186,7 +202,8 @@ class TimmClassifier(pl.LightningModule):
         inputs, targets = self._read(batch)
         if not self.network.num_classes:
             raise self._nothing_to_train()
-        loss = cross_entropy(self(inputs), targets.long(), ignore_index=-1, label_smoothing=self.label_smoothing)
+        logits, targets = (self._of_task if self.task_heads else self._of_all)(inputs, targets.long())
+        loss = cross_entropy(logits, targets, ignore_index=-1, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
         return loss
 
@@ -215,6 +232,23 @@ class TimmClassifier(pl.LightningModule):
         if self._trainer is None:  # a step that is called by hand
             return (read_batch if needs_targets else read_inputs)(batch, self.batch_reader)
         return Readings.of(self.trainer).read(self, batch, needs_targets=needs_targets)
+
+    def _of_all(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self(inputs), targets
+
+    def _of_task(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits of the present task's classes alone, and targets counted among them."""
+        place = self.task_classes.cumsum(0) - 1
+        known = targets.clamp(min=0)
+        if not bool(self.task_classes[known].all()):
+            classes = self.task_classes.nonzero().squeeze(1).tolist()
+            raise BatchError(f"the targets {sorted(set(targets.tolist()))} are not all of the present task, {classes}")
+        return self.network(inputs)[:, self.task_classes], torch.where(targets < 0, targets, place[known])
+
+    def _make_task_classes(self) -> None:
+        if self.task_heads:
+            # true for the classes of the present task
+            self.register_buffer("task_classes", torch.ones(self.network.num_classes, dtype=torch.bool))
 
     def _nothing_to_train(self) -> ConfigurationError:
         return ConfigurationError(

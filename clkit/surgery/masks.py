@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clkit.errors import ConfigurationError, did_you_mean
+from clkit.errors import ConfigurationError, StateError, did_you_mean
 from clkit.schema import Many, Named, Numbers, Table, read_state
 from clkit.surgery.change import Change
 
@@ -168,6 +168,8 @@ class SideState:
         saved = read_state(state, _TABLE, owner)
         made = cls(heads)
         made._first, made._tasks = saved["heads"], saved["tasks"]
+        if any(each.keys() != made._tasks[0].keys() for each in made._tasks):
+            raise StateError(f"{owner}: tasks of the saved state hold other tensors; the file is damaged")
         return made
 
     def __len__(self) -> int:

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from clkit.errors import ArgumentError, ConfigurationError, StateError, TapError
 from clkit.features.tap import FeatureTap, path_of
 from clkit.methods import SparseTopology, TaskReport
-from clkit.schema import Instance, Many, saved_entry
+from clkit.methods._sparse_saved import saved_sub_network
+from clkit.schema import Instance, Many, Named, saved_entry
 from clkit.surgery.masks import Masks, SideState, maskable_weights
 
-__all__ = ["TaskNetworks", "find_heads"]
+__all__ = ["TaskNetworks", "find_heads", "task_of_state"]
 
 
 class TaskNetworks:
@@ -34,6 +35,7 @@ class TaskNetworks:
         self._users = 0  # of it: evaluations end in any order
         self._settings = settings
         self._side = SideState([])
+        self._keys: dict[str, str] = {}  # of the module's state dict, with the name under which a tensor is kept here
         self._module: nn.Module | None = None
         self._apart: nn.Module | None = None  # a part of the module that is no part of its networks
         self._marks = Masks(owner)
@@ -54,6 +56,11 @@ class TaskNetworks:
     def reports(self) -> list[TaskReport]:
         """What each task took, the one that trains included."""
         return [] if self.topology is None else self.topology.reports
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that has the masks, once there is one."""
+        return self._module
 
     @property
     def is_away(self) -> bool:
@@ -136,7 +143,11 @@ class TaskNetworks:
     def end(self, module: nn.Module) -> None:
         """Keep the task's network for ever."""
         self.known.end_task()
-        self._side.end(self.others(module))
+        others = self.others(module)
+        self._side.end(others)
+        known = {id(tensor): name for name, tensor in {**self.weights(module), **others}.items()}
+        saved = module.state_dict(keep_vars=True).items()  # not all buffers are in it, and shared weights are twice
+        self._keys = {key: known[id(tensor)] for key, tensor in saved if id(tensor) in known}
 
     @contextmanager
     def shown(self, task: int, module: nn.Module | None = None) -> Iterator[None]:
@@ -174,8 +185,8 @@ class TaskNetworks:
         """Return the state dict of a finished task's network, dense, on the CPU, or raise an ArgumentError."""
         if self.topology is None:
             raise self._none_such(task)
-        weights = self.topology.export(task)
-        return {name: value.detach().cpu() for name, value in {**weights, **self._side.of(task)}.items()}
+        values = {**self.topology.export(task), **self._side.of(task)}
+        return {key: values[name].detach().cpu() for key, name in self._keys.items()}
 
     def _none_such(self, task: int) -> ArgumentError:
         return ArgumentError(f"task {task} was not trained to its end; 0 tasks were, counted from 0")
@@ -185,12 +196,14 @@ class TaskNetworks:
     def state(self) -> dict[str, Any]:
         """Return tensors and plain values; the module's own weights are saved with the module."""
         topology = None if self.topology is None else self.topology.state_dict()
-        return {"topology": topology, "side": self._side.state(), "heads": list(self._side.heads)}
+        side = self._side
+        return {"topology": topology, "side": side.state(), "heads": list(side.heads), "keys": dict(self._keys)}
 
     def load(self, state: Any) -> None:
         """Take up a saved state, or raise a StateError; nothing is changed then."""
         saved = saved_entry(state, "topology", dict | None, self.owner)
         heads = saved_entry(state, "heads", Many(Instance(str)), self.owner)
+        keys = saved_entry(state, "keys", Named(Instance(str)), self.owner)
         side = SideState.loaded(saved_entry(state, "side", dict, self.owner), heads, f"{self.owner}: 'side'")
         topology = None if saved is None else SparseTopology.restored(saved, **self._settings)
         finished = 0 if topology is None else topology.tasks
@@ -199,7 +212,10 @@ class TaskNetworks:
                 f"{self.owner}: the saved state has side states of {len(side)} tasks and masks of {finished}; the file "
                 "is damaged"
             )
-        self.topology, self._side, self._module = topology, side, None
+        kept = {*(topology.names if topology else ()), *(side.of(-1) if finished else ())}
+        if not kept.issuperset(keys.values()):
+            raise StateError(f"{self.owner}: the saved state names tensors that it does not hold; the file is damaged")
+        self.topology, self._side, self._module, self._keys = topology, side, None, keys
 
 
 def find_heads(module: nn.Module, head: str | Sequence[str]) -> list[str]:
@@ -213,3 +229,22 @@ def find_heads(module: nn.Module, head: str | Sequence[str]) -> list[str]:
             return [path_of(module, layer) for branch in tap.branches for layer in branch]
     except TapError:
         return []
+
+
+def task_of_state(state: Any, task: int, owner: str) -> tuple[dict[str, Tensor], float]:
+    """Return the state dict of a task's network out of a saved state, and its density, whatever the settings were.
+
+    Raises:
+        ArgumentError: If the task did not finish.
+        StateError: If the state is damaged.
+    """
+    saved = saved_entry(state, "topology", dict | None, owner)
+    if saved is None:
+        raise TaskNetworks(owner, {})._none_such(task)
+    weights, density = saved_sub_network(saved, task, owner)
+    side = SideState.loaded(saved_entry(state, "side", dict, owner), [], f"{owner}: 'side'")
+    keys = saved_entry(state, "keys", Named(Instance(str)), owner)
+    values = {**weights, **(side.of(task) if task < len(side) else {})}
+    if missing := sorted(set(keys.values()) - values.keys()):
+        raise StateError(f"{owner}: the saved state does not hold {missing[:5]} of task {task}; the file is damaged")
+    return {key: values[name].clone() for key, name in keys.items()}, density

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_runs import hooks_of
-from sparse_runs import outputs, quick, run, stream
-from torch import Tensor
+from small_runs import hooks_of, quiet_trainer
+from sparse_runs import DIGITS, Net, outputs, quick, run, stream
+from torch import Tensor, nn
 
-from clkit.callbacks import StreamEvaluation
+from clkit.callbacks import DST, StreamEvaluation
+from clkit.cli.main import main
+from clkit.data import Preprocessing, StreamDataModule, TaskIncremental
+from clkit.errors import BatchError, ConfigurationError
 from clkit.methods import Growth, PruneSchedule
+from clkit.models import TimmClassifier
 from clkit.surgery.change import changes_of
+from clkit.surgery.mask_forms import in_form
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,126 @@ def test_no_output_of_an_earlier_task_changes(tmp_path: Path, options: dict[str,
     assert min(results["accuracy_matrix"][-1]) > 0.9
     assert changes_of(module) == []
     assert hooks_of(module) == 0
+
+
+# ---- heads
+
+SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "in_chans": 1, "zero_init_last": False}
+
+
+def timm_run(folder: Path) -> tuple[DST, TimmClassifier, StreamEvaluation]:
+    dst, evaluation = quick(reuse="prefer_free"), StreamEvaluation(table=False, files=False, figures=False)
+    torch.manual_seed(0)
+    adam = partial(torch.optim.Adam, lr=3e-3)
+    module = TimmClassifier("resnet18", model_kwargs=SMALL, task_heads=True, optimizer=adam)
+    trainer = quiet_trainer(folder, callbacks=[evaluation, dst, ModelCheckpoint(str(folder), save_last=True)])
+    scenario = TaskIncremental(experiences=5, class_order=[4, 9, 2, 7, 0, 5, 1, 3, 8, 6])
+    options = {"batch_size": 20, "epochs_per_experience": 3, "relabel": True, "stop_after": 3}
+    data = StreamDataModule("digits", scenario, preprocessing=Preprocessing(size=16), **options)
+    trainer.fit(module, datamodule=data)
+    return dst, module, evaluation
+
+
+def test_each_task_has_a_head_of_its_own_and_its_network_goes_into_plain_timm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R of the run equals, entry by entry, what plain timm gives with the exported weights."""
+    import timm
+
+    dst, module, evaluation = timm_run(tmp_path)
+    data = module.trainer.datamodule
+    matrix = evaluation.results["module"]["accuracy_matrix"]
+    assert sum(matrix[-1]) > 3 * 0.7
+    for task in range(3):
+        path = str(tmp_path / f"{task}.pt")
+        assert main(["export", str(tmp_path / "last.ckpt"), "--task", str(task), "-o", path]) == 0
+        assert f"the network of task {task}, dense, with 20.0 % of the weights" in capsys.readouterr().out
+        file = torch.load(path, weights_only=True)
+        plain = timm.create_model("resnet18", num_classes=10, **SMALL)
+        plain.load_state_dict(file["state_dict"])
+        plain.eval()
+        with dst.activate(task):
+            classes = module.task_classes.nonzero().squeeze(1)
+        assert classes.tolist() == [2 * task, 2 * task + 1]
+        correct = total = 0
+        with torch.no_grad():
+            for (experience, _), batch in zip(data.val_dataloader().batches, data.val_dataloader(), strict=True):
+                if experience == task:
+                    logits = plain(batch[0])[:, classes]
+                    correct += int((classes[logits.argmax(1)] == batch[1]).sum())
+                    total += len(batch[1])
+                    with dst.activate(task):
+                        module.eval()
+                        assert torch.equal(module(batch[0])[:, classes], logits)
+        for row in matrix[task:]:
+            assert row[task] == correct / total
+    with pytest.raises(BatchError, match=r"the targets \[0, 8\] are not all of the present task, \[4, 5\]"):
+        module.train()._of_task(torch.zeros(2, 1, 32, 32), torch.tensor([0, 8]))
+
+
+def test_task_heads_need_somebody_who_gives_them_back(tmp_path: Path) -> None:
+    module = TimmClassifier("identity", model_kwargs={"in_features": 64}, num_classes=10, task_heads=True)
+    with pytest.raises(ConfigurationError, match="task_heads=True needs a callback that keeps a network for each task"):
+        quiet_trainer(tmp_path).fit(module, datamodule=StreamDataModule("digits:flat"))
+
+
+def test_what_is_exported_says_why_it_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dst, module = quick(), Net()
+    run(tmp_path, dst, ModelCheckpoint(str(tmp_path), save_last=True), module=module, data=stream(stop_after=1))
+    end, out = str(tmp_path / "last.ckpt"), str(tmp_path / "task.pt")
+    assert main(["export", end, "--task", "4", "-o", out]) == 2
+    assert "task 4 was not trained to its end; 1 tasks were, counted from 0" in capsys.readouterr().err
+    assert main(["export", end, "--task", "0", "-o", out + "2"]) == 2
+    assert "must end in .pt" in capsys.readouterr().err
+    checkpoint = torch.load(end, weights_only=True)
+    checkpoint["callbacks"].pop("DST")
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    assert main(["export", str(tmp_path / "other.ckpt"), "--task", "0", "-o", out]) == 2
+    assert "is of no run with DST" in capsys.readouterr().err
+    # a module of one's own has no common part, and its own class loads the file
+    assert main(["export", end, "--task", "0", "-o", out]) == 0
+    again = Net()
+    again.load_state_dict(torch.load(out, weights_only=True)["state_dict"])
+    assert torch.equal(again.eval()(DIGITS[:64]), outputs(dst, module, 0)[:64])
+
+
+@pytest.mark.parametrize("form", ["dense", "prune", "fake_sparsity"])
+def test_a_task_takes_the_forms_that_torch_has(tmp_path: Path, form: Any) -> None:
+    dst, module = quick(), Net()
+    run(tmp_path, dst, module=module, data=stream(stop_after=2))
+    expected, other = outputs(dst, module, 0), Net()
+    assert dst.load_into(other, 0, form) == {}
+    other.eval()
+    assert torch.equal(torch.cat([other(part) for part in DIGITS[:256].split(64)]), expected)
+    mask = dst.topology.mask(0)["body.4.weight"]
+    if form == "prune":
+        assert torch.equal(other.body[4].weight_mask.bool(), mask)
+        torch.nn.utils.prune.remove(other.body[4], "weight")
+    if form == "fake_sparsity":
+        assert torch.equal(other.body[4].parametrizations.weight[0].mask, mask)
+    assert not (other.body[4].weight.detach()[~mask] != 0).any()
+    with pytest.raises(ConfigurationError, match=r"load_into\(\) needs another module of the same class"):
+        dst.load_into(module, 0)
+
+
+def test_two_of_four_is_kept_and_checked(tmp_path: Path) -> None:
+    def made(**options: Any) -> tuple[dict[str, str], Tensor]:
+        dst, other = quick(**options), Net()
+        run(tmp_path, dst, data=stream(stop_after=2, epochs_per_experience=2))
+        return dst.load_into(other, 1, "semi_structured"), other.body[4].weight.detach()
+
+    told, weight = made(density=0.4, pattern="2:4", grow_from="any")
+    assert int((weight.view(-1, 4) != 0).sum(1).max()) == 2
+    assert told["body.0"] == "it is a Conv2d, and linear layers alone can be"
+    assert told["body.4"] == "its shape (24, 288) is no multiple of (32, 32)"
+    layer = nn.Linear(64, 32)
+    layer.weight.data[:, ::2] = 0
+    assert in_form(layer, {"weight": layer.weight != 0}, "semi_structured") == {
+        "": "cpu is no GPU of compute capability 8.0 or newer"
+    }
+    layer.weight.data[0, 0] = 1.0
+    told = in_form(layer, {"weight": layer.weight != 0}, "semi_structured")
+    assert "1 groups of 2 neighbours have more than 1 weights" in told[""]
 
 
 @pytest.mark.parametrize("growth", ["gradient", "random", "momentum", "unfired"])
