@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clkit.errors import ConfigurationError
+from clkit.methods._sparse_layer import ELEMENTWISE
 from clkit.stream._lightning import callbacks_of
 
 __all__ = ["check_neighbours", "optimizer_of"]
 
-# by name, so that those of other packages and releases are known too; a class derived from one counts as one
-_ELEMENTWISE = {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "Lion"}
 _NOT_ELEMENTWISE = {
     "Rprop": "keeps a step size of each weight that must not become 0",
     "LBFGS": "keeps a history of all weights together",
@@ -88,9 +87,9 @@ def optimizer_of(owner: str, trainer: pl.Trainer, weights: Mapping[str, Tensor])
         if name in _NOT_ELEMENTWISE:
             raise ConfigurationError(
                 f"{owner} cannot train with {kind}, which {_NOT_ELEMENTWISE[name]}: what it remembers of masked "
-                f"weights cannot be cleared element by element; use one of {', '.join(sorted(_ELEMENTWISE))}"
+                f"weights cannot be cleared element by element; use one of {', '.join(sorted(ELEMENTWISE))}"
             )
-    if not _ELEMENTWISE & set(names):
+    if not ELEMENTWISE & set(names):
         rank_zero_warn(
             f"{owner} does not know the optimizer {kind}: masks and earlier tasks hold, but where its state is not one "
             "of single elements with 0 for nothing, training may be worse than it could be"

@@ -187,13 +187,14 @@ def highest(scores: Tensor, number: int) -> Tensor:
     number = min(number, len(scores))
     if number == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
-    if not bool(torch.isfinite(scores).all()):
+    low, high = torch.aminmax(scores)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):  # of any NaN both are NaN
         raise ArgumentError("connections cannot be ranked: a weight or gradient is not finite")
-    bound = torch.topk(scores, number, sorted=False).values.min()
-    above = scores > bound
-    ties = (scores == bound).nonzero().squeeze(1)[: number - int(above.sum())]
-    above[ties] = True
-    return above.nonzero().squeeze(1)
+    best = torch.topk(scores, number, sorted=False)
+    bound = best.values.min()
+    above = best.indices[best.values > bound]
+    ties = (scores == bound).nonzero().squeeze(1)[: number - len(above)]  # of which topk takes any
+    return torch.cat([above, ties]).sort().values
 
 
 def uniform(number: int, seed: Sequence[int], device: torch.device) -> Tensor:

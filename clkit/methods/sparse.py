@@ -15,7 +15,7 @@ from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.methods._checks import check_count
 from clkit.methods._connections import Growth, Prune, PruneSchedule, unpack
 from clkit.methods._densities import Initial, layer_counts, layer_densities
-from clkit.methods._sparse_layer import Components, SparseLayer, described
+from clkit.methods._sparse_layer import AT_REST, Components, SparseLayer, described
 from clkit.methods._sparse_saved import FORMAT, TaskReport, read_topology, stand_ins
 
 __all__ = ["Growth", "Initial", "Prune", "PruneSchedule", "SparseTopology", "TaskReport"]
@@ -199,7 +199,9 @@ class SparseTopology:
             ArgumentError: If weights or gradients that have to be ranked are not finite.
         """
         due, kept = self._needs()
-        self.clean(*optimizers)
+        known = all(AT_REST & {kind.__name__ for kind in type(each).__mro__} for each in optimizers)
+        for layer in self._layers.values():
+            layer.hold(optimizers, moved=not known)
         self.step += 1
         for index, layer in enumerate(self._layers.values()):
             if kept:
