@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,23 +18,21 @@ __all__ = ["experience_of_batch", "own_pass"]
 
 
 def experience_of_batch(
-    loaders: Any, current: Experience | None, batch_idx: int, dataloader_idx: int = 0
+    loaders: Sequence[Any], current: Experience | None, batch_idx: int, place: int
 ) -> tuple[int, Any]:
     """Return the index of the experience that a batch of an evaluation belongs to, and its rows if they are known.
 
     Args:
-        loaders: The loaders of the evaluation, or the only one.
+        loaders: All loaders of the evaluation.
         current: The experience that the run is in.
         batch_idx: Number of the batch in its loader.
-        dataloader_idx: Number of the loader.
+        place: Number of the loader.
     """
-    is_list = isinstance(loaders, list | tuple)  # Lightning gives a single one without a list
-    loader = loaders[dataloader_idx] if is_list else loaders
-    if hasattr(loader, "expected_samples"):  # that of a stream
-        experience, rows = loader.batches[batch_idx]
+    if hasattr(loaders[place], "expected_samples"):  # that of a stream
+        experience, rows = loaders[place].batches[batch_idx]
         return int(experience), rows
     # plain loaders: one for each experience, or one for the current experience alone
-    return (dataloader_idx if (is_list and len(loaders) > 1) or current is None else current.index), None
+    return (place if len(loaders) > 1 or current is None else current.index), None
 
 
 def own_pass(

@@ -27,8 +27,9 @@ from clkit.callbacks.base import StreamCallback
 from clkit.distributed import share_buffers
 from clkit.errors import ConfigurationError
 from clkit.methods import Growth, Initial, Prune, PruneSchedule, SparseTopology, TaskReport
-from clkit.methods._checks import check_choice, check_count
+from clkit.methods._checks import check_count
 from clkit.methods.sparse import Reuse
+from clkit.stream._lightning import evaluated_loaders
 from clkit.stream.boundaries import BoundaryPhase, backbone_changed
 from clkit.stream.experience import Experience
 from clkit.surgery.mask_forms import MaskForm, in_form
@@ -121,7 +122,7 @@ class DST(StreamCallback):
         self._settings: dict[str, Any] = {name: given[name] for name in (*_SHARED, "pattern", "seed")}
         # a wrong value is known now, not after the first task
         SparseTopology({"weight": torch.empty(1000, 1000, device="meta")}, **self._settings)
-        self.side_state = check_choice("side_state", side_state, ("per_task", "freeze_after_first"))
+        self.side_state = side_state
         self.head = head
         self.exclude = exclude
         self.steps_per_task = None if steps_per_task is None else check_count("steps_per_task", steps_per_task)
@@ -305,9 +306,7 @@ class DST(StreamCallback):
     ) -> None:
         """Show a batch the network of its own task."""
         self._of_batch.close()
-        running: Any = trainer.state.fn
-        stage = "val" if running in ("fit", "validate") else running.value
-        loaders = getattr(trainer, f"{stage}_dataloaders")
+        loaders = evaluated_loaders(trainer)
         experience, _ = experience_of_batch(loaders, self._boundaries.current, batch_idx, dataloader_idx)
         self._of_batch.enter_context(self.activated(experience))
 
