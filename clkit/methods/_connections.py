@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
-from clkit.methods._checks import check_choice, check_count, check_number, check_probability
+from clkit.methods._checks import check_count, check_number, check_probability
 
 __all__ = ["Growth", "Prune", "PruneSchedule", "fitting", "highest", "lowest_active", "pack", "uniform", "unpack"]
 
@@ -48,8 +48,6 @@ class Prune:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
-        check_choice("rule", self.rule, get_args(PruneRule))
-        check_choice("scope", self.scope, ("all", "free"))
         check_number("gamma", self.gamma, at_least=0)
 
 
@@ -77,7 +75,6 @@ class Growth:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
-        check_choice("rule", self.rule, get_args(GrowthRule))
         check_count("accumulate", self.accumulate)
         check_probability("momentum", self.momentum)
 
@@ -118,7 +115,6 @@ class PruneSchedule:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
-        check_choice("rule", self.rule, get_args(ScheduleRule))
         for name in ("fraction", "minimum", "stop"):
             check_probability(name, getattr(self, name))
         if self.fraction == 0:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
-from clkit.methods._checks import check_choice, check_count, check_number
+from clkit.methods._checks import check_count, check_number
 
 __all__ = ["Initial", "layer_counts", "layer_densities"]
 
@@ -44,7 +44,6 @@ class Initial:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
-        check_choice("rule", self.rule, get_args(InitialRule))
         _check_share("max_layer_density", self.max_layer_density)
         check_number("power", self.power, above=0)
         check_count("min_per_layer", self.min_per_layer)
