@@ -234,7 +234,7 @@ class Endless(IterableDataset[Any]):
 def test_steps_that_are_not_known_are_asked_for(tmp_path: Path) -> None:
     endless = DataLoader(Endless(), batch_size=8)
     with pytest.raises(ConfigurationError, match="neither max_epochs nor max_steps of the trainer ends the fit"):
-        fit(tmp_path, quick(), max_epochs=-1)
+        fit(tmp_path, quick(), max_epochs=-1, max_time="00:01:00:00")
     with pytest.raises(ConfigurationError, match="the loader does not say how many batches it has; set steps_per_task"):
         fit(tmp_path, quick(), loader=endless)
     for options, steps in (({"steps_per_task": 12}, 12), ({}, 7)):
