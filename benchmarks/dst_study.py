@@ -49,7 +49,7 @@ def run(stream: str, density: float, initial: str, growth: str, seed: int) -> tu
     data = StreamDataModule(
         SOURCES[stream],
         TaskIncremental(experiences=5),
-        batch_size=16 if small else 128,
+        batch_size=32 if small else 128,
         epochs_per_experience=6 if small else 1,
         preprocessing=Preprocessing(mean=0.3, std=0.38, channels=3),
     )
@@ -57,7 +57,7 @@ def run(stream: str, density: float, initial: str, growth: str, seed: int) -> tu
         density,
         initial=initial,
         growth=growth,
-        schedule=PruneSchedule(update_every=4),
+        schedule=PruneSchedule(update_every=2 if stream == "digits" else 4),
         table=False,
         seed=seed,
     )
@@ -73,6 +73,7 @@ def run(stream: str, density: float, initial: str, growth: str, seed: int) -> tu
             accelerator="cpu",
             devices=1,
             max_epochs=-1,
+            check_val_every_n_epoch=data.epochs_per_experience,
             callbacks=[dst, evaluation],
             logger=False,
             enable_checkpointing=False,
