@@ -148,6 +148,7 @@ def test_a_fit_without_an_end_is_refused(make_trainer: Make, parts: str) -> None
     make_trainer(max_epochs=-1, strategy="gradient_free").validate(LitSmall(), loader(), verbose=False)
 
 
+@pytest.mark.warns("the backbone trains for several epochs")
 def test_a_fit_with_any_end_is_not_refused(make_trainer: Make) -> None:
     stop = EarlyStopping("train_loss", patience=0, mode="max")
     ends: list[dict[str, Any]] = [{"max_steps": 3}, {"callbacks": [stop]}, {"fast_dev_run": True}]

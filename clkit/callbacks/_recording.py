@@ -67,8 +67,8 @@ class Recorder:
         self._original = None if original is None else torch.tensor([*original, -1])
         self._tasks = datamodule.experiences if getattr(datamodule, "gives_task_id", False) else None
 
-    def add(self, batch: Any, experience: int | Tensor, rows: Any = None) -> None:
-        """Record the batch that the observer has open, and its rows of the data set if known.
+    def add(self, batch: Any, experience: int | Tensor, rows: Any = None, place: int = 0) -> None:
+        """Record the batch that the observer has open, its rows of the data set if known, and its loader's number.
 
         Its experience is an index, or (B,) int64 where each row has its own, -1 for a row that belongs to none.
 
@@ -85,6 +85,7 @@ class Recorder:
             experiences=torch.full((size,), experience) if isinstance(experience, int) else experience,
             targets=torch.full((size,), -1) if targets is None else targets.long().cpu(),
             rows=torch.arange(seen, seen + size) if rows is None else torch.as_tensor(rows),
+            places=torch.full((size,), place),
         )
         learned = (recorded.experiences >= 0) & (recorded.experiences <= self._learned)
         for name, (predictor, observer) in self._predictors.items():

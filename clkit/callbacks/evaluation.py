@@ -108,7 +108,7 @@ class StreamEvaluation(FeatureCallback):
         self._data, self._has_stream = None, False  # a stream says which rows belong to which experience
         self._folder: RunFolder | None = None
         self._measured_at = 0  # training batches that were done when a row was measured last
-        self._batch: tuple[Any, Any, Any] = (None, 0, None)  # the one in work, its experience and rows
+        self._batch: tuple[Any, Any, Any, int] = (None, 0, None, 0)  # the one in work, its experience, rows and loader
         self._clock = self._fit_clock = 0.0
         self._written = (0.0, 0.0)  # when files were last written, and how long that took
 
@@ -206,7 +206,7 @@ class StreamEvaluation(FeatureCallback):
 
         With several processes, or where the user pressed a key to end it, what was measured before is written only.
         """
-        current, self._batch = self._boundaries.current, (None, 0, None)
+        current, self._batch = self._boundaries.current, (None, 0, None, 0)
         if trainer.state.fn == "fit" and current is not None and not trainer.sanity_checking:
             self._active.close()
             self._kept.end()
@@ -263,7 +263,7 @@ class StreamEvaluation(FeatureCallback):
             self._kept.after_batch(all(observer.is_own for observer in self.observers))
         self._recorder = self._recorder or self._new_recorder(trainer)
         self._recorder.add(*self._batch)
-        self._batch = (None, 0, None)
+        self._batch = (None, 0, None, 0)
         self._active.close()
 
     def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
@@ -288,10 +288,10 @@ class StreamEvaluation(FeatureCallback):
         """Have everything in place that belongs to the batch: its kept features, and who changes by its experience."""
         if hasattr(self._loaders[place], "expected_samples"):  # that of a stream
             experience, rows = self._loaders[place].batches[batch_idx]
-            self._batch = batch, experience, rows
+            self._batch = batch, experience, rows, place
         else:
             found, rows = self._brought.of_batch(trainer, self, batch, self._loaders, batch_idx, place), None
-            self._batch, experience = (batch, found, None), self._brought.one_of(trainer, found, self._switching)
+            self._batch, experience = (batch, found, None, place), self._brought.one_of(trainer, found, self._switching)
         self._active.close()
         for callback in self._switching:
             self._active.enter_context(callback.activated(experience))
@@ -302,6 +302,8 @@ class StreamEvaluation(FeatureCallback):
         """Return what all processes recorded in this evaluation; a call on all of them."""
         self._recorder = self._recorder or self._new_recorder(trainer)
         recorded = self._recorder.gathered()
+        if not self._has_stream:
+            recorded = self._brought.settled(trainer, recorded, several=len(self._loaders) > 1)
         if self._recorder.left_out:
             self._left_out = self._recorder.left_out
             self._measured.forget(MODULE)

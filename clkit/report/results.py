@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ Results = dict[str, dict[str, Any]]
 class Recorded:
     """One evaluation of n samples on the CPU; by predictor what it said, by name further numbers."""
 
-    experiences: Tensor  # (n,) int64, index of the experience that each belongs to, -1 for none: not counted
+    experiences: Tensor  # (n,) int64, index of the experience that each belongs to, below 0 for none: not counted
     targets: Tensor  # (n,) int64 class ids, -1 where unlabelled
     rows: Tensor  # (n,) int64, which row of the data set each is
     predicted: dict[str, Tensor] = field(default_factory=dict)  # (n,) int64 class ids, -1 for none
     own_targets: dict[str, Tensor] = field(default_factory=dict)  # (n,) of a predictor that reads others than `targets`
     scores: dict[str, Tensor] = field(default_factory=dict)  # (n,) float64 of what was predicted, NaN for none
     columns: dict[str, Tensor] = field(default_factory=dict)  # (n,) bool, int64 or float64
+    places: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (n,), number of its loader
 
     @classmethod
     def join(cls, parts: Sequence[Recorded]) -> Recorded:
@@ -47,7 +48,8 @@ class Recorded:
         if len(parts) == 1:
             return parts[0]
         joined: dict[str, Any] = {
-            name: torch.cat([getattr(part, name) for part in parts]) for name in ("experiences", "targets", "rows")
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("experiences", "targets", "rows", "places")
         }
         for kind, lacking in (("predicted", -1), ("own_targets", -1), ("scores", torch.nan), ("columns", torch.nan)):
             names = dict.fromkeys(name for part in parts for name in getattr(part, kind))
@@ -68,6 +70,7 @@ class RunResults:
         self.layers: dict[str, Any] = {}  # where each predictor is read: {"layer": …, "features": …}
         self.cut: set[int] = set()  # stages that were measured before their experience was over
         self.without: set[int] = set()  # experiences that have no test samples with a label
+        self.one_test_set = False  # whether the test samples of a stream's first experience are those of all
         self._said: dict[str, str] = {}  # by kind, what whoever evaluated has to say of it
         self._noted: set[str] = set()  # kinds of notes that were handed out
         self._summaries: Results | None = None
@@ -84,7 +87,7 @@ class RunResults:
         recorded: Recorded,
         *,
         cut: bool = False,
-        experiences: Iterable[Experience] = (),
+        experiences: Sequence[Experience] = (),
         said: Mapping[str, str] | None = None,
     ) -> None:
         """Take one evaluation up; it takes the place of an earlier one of the same stage and experiences.
@@ -97,6 +100,9 @@ class RunResults:
         some = recorded.experiences >= 0
         of = recorded.experiences[some]
         labelled = set(torch.unique(recorded.experiences[some & (recorded.targets >= 0)]).tolist())
+        self.one_test_set = len(experiences) > 1 and all(
+            each.eval_samples == 0 and set(each.classes) <= set(experiences[0].classes) for each in experiences[1:]
+        )
         self.without |= {each.index for each in experiences if each.eval_samples == 0} | set(torch.unique(of).tolist())
         self.without -= labelled
         for name, predicted in recorded.predicted.items():
@@ -113,10 +119,11 @@ class RunResults:
         """Return the metrics of every predictor as they stand in ``results.json``."""
         if self._summaries is None:
             # each stage is of one experience, also where only the first one was evaluated
-            tables = {name: counts.tables(by_experience=True) for name, counts in self.counts.items()}
-            self._summaries = {name: summarize(*each[:5], without=self.without) for name, each in tables.items()}
+            tables = {name: counts.tables(by_experience=not self.one_test_set) for name, counts in self.counts.items()}
+            without = () if self.one_test_set else self.without
+            self._summaries = {name: summarize(*each[:5], without=without) for name, each in tables.items()}
             totals = {name: each.total for name, each in tables.items()}
-            self._notes = {**self._said, **notes_on(self._summaries, totals, self.without)}
+            self._notes = {**self._said, **notes_on(self._summaries, totals, without)}
         return self._summaries
 
     def notes(self) -> list[str]:
@@ -160,6 +167,7 @@ class RunResults:
             "columns": dict(self.columns),
             "cut": sorted(self.cut),
             "without": sorted(self.without),
+            "one_test_set": self.one_test_set,
         }
 
     def load_state_dict(self, state: Any, owner: str) -> None:
@@ -181,10 +189,11 @@ class RunResults:
             whole = bool((places == places.round()).all() & (places >= 0).all() & (places <= MOST_SAMPLES).all())
             if not whole or cells > MOST_CELLS:
                 raise StateError(f"{owner}: the means of column {name!r} cannot be right; the file is damaged")
+        one_test_set = saved_entry(state, "one_test_set", bool, owner)
         lists = {name: saved_entry(state, name, list, owner) for name in ("cut", "without")}
         lists = read_state(lists, dict.fromkeys(lists, Many(Whole())), owner)
         self.counts, self.columns, self._summaries = counts, columns, None
-        self.cut, self.without = set(lists["cut"]), set(lists["without"])
+        self.cut, self.without, self.one_test_set = set(lists["cut"]), set(lists["without"]), one_test_set
 
 
 def results_document(

@@ -251,7 +251,7 @@ def hostile_batches_are_refused_whole(setting: Setting) -> None:
     for what, bad in _hostile_batches().items():
         met, found = _after(setting, bad, what)
         same(expected, found, f"a batch with {what} changed weights or what was learned", advice)
-    if entry.kind == "callback":
+    if entry.kind == "callback" and entry.learns:  # the runs of others end in different ways
         ends = [
             setting.run(method=one, batches=[batch_of(5, 11)], module=setting.fixed_module()).learned(followed=False)
             for one in (clean, met)

@@ -164,6 +164,39 @@ def test_loaders_in_another_order_than_the_tasks_are_told_apart_by_their_classes
     compare(fitted(tmp_path, FITS, lambda stage: loaders).results["nmc"], expected(TASKS))
 
 
+def test_domains_are_told_apart_by_a_list_of_loaders_from_the_first_fit_on(tmp_path: Path) -> None:
+    """All loaders have the same classes, so only their places say which task each is of."""
+    shifts = np.float32([0, 0.3, -0.5])
+    loaders = [loader((TEST[0] + shift, TEST[1])) for shift in shifts]
+    evaluation = fitted(tmp_path, [loader((TRAIN[0] + shift, TRAIN[1])) for shift in shifts], lambda stage: loaders)
+    wanted = np.empty((3, 3))
+    for i in range(3):
+        seen = (np.concatenate([TRAIN[0] + shift for shift in shifts[: i + 1]]), np.tile(TRAIN[1], i + 1))
+        means = np.stack([seen[0][seen[1] == label].astype(np.float64).mean(0) for label in range(10)])
+        for j, shift in enumerate(shifts):
+            distances = (((TEST[0] + shift)[:, None].astype(np.float64) - means) ** 2).sum(2)
+            wanted[i, j] = (distances.argmin(1) == TEST[1]).mean()
+    found = evaluation.results["nmc"]
+    assert np.array(found["accuracy_matrix"], dtype=float) == pytest.approx(wanted, abs=1e-12)
+    assert found["backward_transfer"] == pytest.approx(np.mean([wanted[2, j] - wanted[j, j] for j in range(2)]))
+
+
+def test_tasks_that_share_a_class_count_the_rows_of_each_loader_once(tmp_path: Path) -> None:
+    tasks = [(0, 1, 2), (2, 3, 4)]
+    loaders = [loader(TEST, task) for task in tasks]
+    found = fitted(tmp_path, [loader(TRAIN, task) for task in tasks], lambda stage: loaders).results["nmc"]
+    means = {}
+    for i in range(2):
+        rows = np.concatenate([np.flatnonzero(np.isin(TRAIN[1], task)) for task in tasks[: i + 1]])
+        labels = sorted(set(TRAIN[1][rows]))
+        means[i] = labels, [TRAIN[0][rows][TRAIN[1][rows] == label].astype(np.float64).mean(0) for label in labels]
+    for i, j in ((0, 0), (1, 0), (1, 1)):
+        inputs, targets = rows_of(TEST, tasks[j])
+        distances = ((inputs[:, None].astype(np.float64) - np.stack(means[i][1])) ** 2).sum(2)
+        right = (np.array(means[i][0])[distances.argmin(1)] == targets).mean()
+        assert found["accuracy_matrix"][i][j] == pytest.approx(right, abs=1e-12)
+
+
 def test_exemplars_of_earlier_classes_in_the_training_data_move_no_rows(tmp_path: Path) -> None:
     kept, fits = [np.flatnonzero(TRAIN[1] == label)[:5] for label in range(10)], []
     for stage, task in enumerate(TASKS):

@@ -556,8 +556,8 @@ def test_a_small_memory_is_filled_up_by_pairs(make_trainer: Make) -> None:
     [
         (batch(0, 1, 6), r"label 6, and the classifier 6 outputs \(0 to 5\); build it"),
         (batch(0, -2, 1), r"label -2, and the classifier 6 outputs"),
-        ((batch(0, 1)[0], torch.tensor([0.0, 1.0])), "targets must be integers, got torch.float32"),
-        ((batch(0, 1)[0], torch.tensor([True, False])), "targets must be integers, got torch.bool"),
+        ((batch(0, 1)[0], torch.tensor([0.0, 1.0])), "onpro: targets of type float32 are no class ids"),
+        ((batch(0, 1)[0], torch.tensor([True, False])), "onpro: targets of type bool are no class ids"),
         ((batch(0, 1, 1)[0], torch.tensor([0, 1])), r"targets must have shape \(3,\), got \(2,\)"),
         ((batch(0, 1)[0].to(torch.uint8), torch.tensor([0, 1])), r"floating-point tensor \(B, …\), got torch.uint8"),
         ((torch.full((2, 3, 4, 4), torch.nan), torch.tensor([0, 1])), r"images of the batch are not finite"),
