@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_runs import LitSmall
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from clkit.callbacks import StreamCallback
+from clkit.callbacks import NMC, StreamCallback
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.strategies import LearningStrategy
 
@@ -120,3 +122,32 @@ def test_double_weights_are_not_rounded_on_their_way(
     trainer.validate(fresh, datamodule=StreamDataModule("digits:flat"), ckpt_path=last, verbose=False)
     saved = torch.load(last, weights_only=True)["state_dict"]
     assert all(torch.equal(tensor, saved[name]) for name, tensor in fresh.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_plain_loader_that_begins_anew_within_an_epoch_is_said(
+    make_trainer: Make, tmp_path: Path, stateful: bool
+) -> None:
+    class Stateful(DataLoader[Any]):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Nothing is counted here: whether there is a position is all that is asked."""
+
+    def loader() -> DataLoader[Any]:
+        rows = TensorDataset(torch.rand(40, 64), torch.arange(40) % 10)
+        return (Stateful if stateful else DataLoader)(rows, batch_size=10)
+
+    saving = ModelCheckpoint(str(tmp_path), every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    make_trainer(max_epochs=1, enable_checkpointing=True, callbacks=[NMC(), saving]).fit(LitSmall(), loader())
+    for step, within in ((2, True), (4, False)):
+        trainer = make_trainer(max_epochs=2, callbacks=[head := NMC()])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(LitSmall(), loader(), ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+        lost = [str(each.message) for each in said if "has no position" in str(each.message)]
+        assert len(lost) == int(within and not stateful)
+        assert all("after batch 2 of an epoch" in message for message in lost)
+        assert int(head.head.counts.sum()) == 80

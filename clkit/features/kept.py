@@ -153,8 +153,9 @@ class KeptFeatures:
             self._warned = True
             rank_zero_warn(
                 "clkit: evaluation features that were kept differ from fresh ones, so all are computed again. The "
-                "network changed without a change of its weights (an attribute, a mode, a hook); announce such changes "
-                "by clkit.stream.boundaries.backbone_changed, or set StreamEvaluation(keep_features=0)"
+                "network changed in a way that its weights do not tell (an attribute, a mode, a hook, a write to "
+                ".data); announce such changes by clkit.stream.boundaries.backbone_changed, or set "
+                "StreamEvaluation(keep_features=0)"
             )
 
     def after_batch(self, own: bool = True) -> None:

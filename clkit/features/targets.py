@@ -33,17 +33,16 @@ def check_targets(targets: Tensor) -> None:
         return
     kind, shape = str(targets.dtype).removeprefix("torch."), tuple(targets.shape)
     numbers = targets.is_floating_point() or targets.is_complex()
-    whole = ".long()" if numbers or kind == "bool" else ""
+    whole = not numbers or bool((targets == targets.real.round()).all())
+    cast, ids = ".long()" if numbers or kind == "bool" else "", ""
     if targets.ndim == 1:
         seen = f"targets of type {kind} are no class ids" + (", but may be values of a regression" if numbers else "")
-        ids = f"batch[1]{whole}"
+        ids = f"batch[1]{cast}" if whole else ""
     elif targets.ndim == 2 and targets.shape[1] > 1:
         seen = f"targets of shape {shape} look like several labels a sample, or one-hot ones"
-        ids = "batch[1].argmax(1)"
+        ids = "batch[1].argmax(1)" if whole and bool(((targets != 0).sum(1) == 1).all()) else ""
     else:
         seen = f"targets of shape {shape} and type {kind} are not one class id a sample"
-        ids = f"batch[1].flatten(){whole}"
-    raise BatchError(
-        f"{seen}: clkit is for single-label classification, with targets (B,) of integer class ids. If they are ids in "
-        f"another form, pass batch_reader=lambda batch: (batch[0], {ids})"
-    )
+        ids = f"batch[1].flatten(){cast}" if whole and targets[:1].numel() == 1 else ""
+    hint = f". If they are ids in another form, pass batch_reader=lambda batch: (batch[0], {ids})" if ids else ""
+    raise BatchError(f"{seen}: clkit is for single-label classification, with targets (B,) of integer class ids{hint}")

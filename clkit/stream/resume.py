@@ -129,6 +129,7 @@ def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 "without those batches"
             )
         _say_lost_steps(trainer)
+        _say_lost_place(trainer)
     Boundaries.of(trainer).on_train_start(trainer, module)
 
 
@@ -143,6 +144,18 @@ def _say_lost_steps(trainer: pl.Trainer) -> None:
                 "and does not hold that value: the schedule goes on without it, so learning rates may come to differ "
                 f"from those of a run that was not interrupted{'; within an epoch nothing is lost' * (what == 'epoch')}"
             )
+
+
+def _say_lost_place(trainer: pl.Trainer) -> None:
+    """Warn where an epoch goes on whose loader cannot tell which rows it has given."""
+    _, batches = stream_position(trainer)
+    loader: Any = trainer.train_dataloader
+    if batches and not hasattr(datamodule_of(trainer), "evaluation_loader") and not hasattr(loader, "state_dict"):
+        rank_zero_warn(
+            f"the fit goes on after batch {batches} of an epoch, and its {type(loader).__name__} has no position: it "
+            "begins at its first batch again, so some rows of this epoch are learned and counted twice, and others not "
+            "at all. Go on from a checkpoint of an epoch's end, or use a StreamDataModule or a loader with a state_dict"
+        )
 
 
 # ---- random states

@@ -151,8 +151,9 @@ class RandomViews:
         """
         if images.ndim != 4 or not images.dtype.is_floating_point:
             raise BatchError(
-                f"images must be floating-point numbers of shape (B, c, H, W), "
-                f"got {images.dtype} of shape {tuple(images.shape)}"
+                "RandomViews changes images, floating-point numbers of shape (B, c, H, W), and got "
+                f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}; for inputs that are no "
+                "images give a replay strategy transform=torch.nn.Identity()"
             )
         drawn = self.draw(len(images), generator) if numbers is None else numbers
         # below float32 the sampling points themselves would be rounded by whole pixels
