@@ -69,6 +69,11 @@ class BroughtClasses:
             self._classes.setdefault(self._index, set()).update(known)
             self._waiting = []
 
+    def classes(self) -> list[list[int]]:
+        """Return the classes that each experience trained, sorted, as far as all processes have told each other."""
+        count = max(self._classes, default=-1) + 1
+        return [sorted(self._classes.get(index, ())) for index in range(count)]
+
     def share(self) -> None:
         """Put together what all processes have seen; a call on all of them."""
         self._settle()

@@ -304,6 +304,7 @@ class StreamEvaluation(FeatureCallback):
         recorded = self._recorder.gathered()
         if not self._has_stream:
             recorded = self._brought.settled(trainer, recorded, several=len(self._loaders) > 1)
+            self._measured.brought = self._brought.classes()
         if self._recorder.left_out:
             self._left_out = self._recorder.left_out
             self._measured.forget(MODULE)

@@ -68,6 +68,7 @@ class RunResults:
         self.counts: dict[str, StreamCounts] = {}
         self.columns: dict[str, Tensor] = {}  # (n, 4) float64: stage, experience, mean, and the samples it is of
         self.layers: dict[str, Any] = {}  # where each predictor is read: {"layer": …, "features": …}
+        self.brought: list[list[int]] = []  # classes that each experience trained, where no stream says so
         self.cut: set[int] = set()  # stages that were measured before their experience was over
         self.without: set[int] = set()  # experiences that have no test samples with a label
         self.one_test_set = False  # whether the test samples of a stream's first experience are those of all
@@ -211,7 +212,8 @@ def results_document(
             "experiences": [
                 {name: getattr(each, name) for name in ("name", "classes", "train_samples", "eval_samples")}
                 for each in getattr(datamodule, "experiences", None) or []
-            ],
+            ]
+            or [{"name": f"experience {index}", "classes": ids} for index, ids in enumerate(results.brought, start=1)],
         },
         "layers": {name: layer for name, layer in results.layers.items() if name in results.counts},
         "predictors": results.summaries(),
