@@ -207,7 +207,7 @@ def test_no_wrong_argument_ends_in_an_error_without_a_name() -> None:
         (lambda: RandomViews(area=0.5), "area must be a list of 2: a finite number, a finite number, got 0.5"),
         (lambda: ImageFolder(Path("pictures")), "path must be a string"),
         (lambda: TimmClassifier("identity", model_kwargs={"odd": 1}), r"model_kwargs.*got \['odd'\]"),
-        (lambda: TimmClassifier("test_vit", model_kwargs={"img_size": -3}), "model_kwargs.*test_vit"),
+        (lambda: TimmClassifier("test_vit", model_kwargs={"embed_dim": -3}), "model_kwargs.*test_vit"),
         (lambda: StreamDataModule(seed=10**5000), "seed must be an integer of at least 0 below 2.*got a int"),
         (lambda: Entry("nmc", "callback", NMC, tolerance="exact"), "tolerance must be a finite number, got 'exact'"),
     ],

@@ -289,15 +289,15 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | Path | None, 
         raise ArgumentError(f"checkpoint_path={checkpoint_path!r} is not a file; give the path of the weights")
     try:
         return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=str(checkpoint_path or ""), **options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ArgumentError(f"timm refuses the model_kwargs {options} for {backbone!r}: {error}") from error
-    except OSError as error:
+    except OSError as error:  # first, since older hubs say that nothing is cached by what is a ValueError, too
         if not pretrained:
             raise
         raise ConfigurationError(
             f"the pretrained weights of {backbone!r} could not be fetched ({first_line(error)}); connect once so that "
             "they are cached, or give a local file of weights as checkpoint_path with pretrained=false"
         ) from error
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ArgumentError(f"timm refuses the model_kwargs {options} for {backbone!r}: {error}") from error
     except RuntimeError as error:
         if checkpoint_path is None:
             refused = f"timm refuses the model_kwargs {options} for {backbone!r}: {first_line(error)}"

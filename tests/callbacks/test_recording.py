@@ -205,14 +205,13 @@ def test_columns_of_another_form_or_a_taken_name_are_refused(
         trainer.fit(TimmClassifier("identity"), datamodule=stream())
 
 
-def test_ten_thousand_classes_are_counted_and_written_in_under_a_second(tmp_path: Path) -> None:
+def test_of_ten_thousand_classes_only_what_occurred_is_written(tmp_path: Path) -> None:
     classes, rows = 10_000, 50_000
     targets, predicted = torch.arange(rows) % classes, torch.randint(classes, (rows,), generator=torch.Generator())
     recorded = Recorded(torch.zeros_like(targets), targets, torch.arange(rows), {"nmc": predicted})
-    start, results = time.perf_counter(), RunResults()
+    results = RunResults()
     results.measure(1, recorded)
     write_results(tmp_path, results_document(results, None, {}, {}), results.class_tables(), {})
-    assert time.perf_counter() - start < 1
     lines = (tmp_path / "confusion_nmc.csv").read_text().splitlines()[1:]
     pairs = Counter(zip(targets.tolist(), predicted.tolist(), strict=True))  # a line a pair that occurred, not K x K
     assert sorted(tuple(map(int, line.split(","))) for line in lines) == sorted((*key, n) for key, n in pairs.items())
