@@ -220,7 +220,13 @@ def layers_of(
     predictors: Mapping[str, tuple[Predictor, BatchObserver]], module: BatchObserver | None
 ) -> dict[str, Any]:
     """Return where each predictor, and the user's module, is read, for ``results.json``."""
-    taps = {name: observer.tap for name, (_, observer) in predictors.items()}
+    layers: dict[str, Any] = {}
+    widths: dict[str, int | None] = {}  # by point: where an output is read only a forward tells, or what was learned
+    for name, (predictor, observer) in predictors.items():
+        learned = getattr(getattr(predictor, "_head", None), "in_features", None)
+        widths[observer.point] = learned if (width := observer.tap.width) is None else width
+        layers[name] = {"layer": observer.point, "features": widths[observer.point]}
     if module is not None:
-        taps[MODULE] = module.tap
-    return {name: {"layer": tap.point, "features": tap.width} for name, tap in taps.items()}
+        width = module.tap.width
+        layers[MODULE] = {"layer": module.point, "features": widths.get(module.point) if width is None else width}
+    return layers
