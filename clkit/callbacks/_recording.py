@@ -220,13 +220,15 @@ def layers_of(
     predictors: Mapping[str, tuple[Predictor, BatchObserver]], module: BatchObserver | None
 ) -> dict[str, Any]:
     """Return where each predictor, and the user's module, is read, for ``results.json``."""
-    layers: dict[str, Any] = {}
-    widths: dict[str, int | None] = {}  # by point: where an output is read only a forward tells, or what was learned
-    for name, (predictor, observer) in predictors.items():
-        learned = getattr(getattr(predictor, "_head", None), "in_features", None)
-        widths[observer.point] = learned if (width := observer.tap.width) is None else width
-        layers[name] = {"layer": observer.point, "features": widths[observer.point]}
+    taps = {name: observer.tap for name, (_, observer) in predictors.items()}
     if module is not None:
-        width = module.tap.width
-        layers[MODULE] = {"layer": module.point, "features": widths.get(module.point) if width is None else width}
-    return layers
+        taps[MODULE] = module.tap
+    # where an output is read only a forward tells how wide it is, or what was learned
+    learned = {
+        name: getattr(getattr(each, "_head", None), "in_features", None) for name, (each, _) in predictors.items()
+    }
+    widths = {tap.point: learned.get(name) if (width := tap.width) is None else width for name, tap in taps.items()}
+    known = {taps[name].point: width for name, width in learned.items() if width is not None}
+    return {
+        name: {"layer": tap.point, "features": widths[tap.point] or known.get(tap.point)} for name, tap in taps.items()
+    }
