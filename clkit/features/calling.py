@@ -31,7 +31,7 @@ def call(network: nn.Module, inputs: Any, remedy: str = "") -> Any:
     """
     try:
         return network(inputs)
-    except Exception as error:
+    except Exception as error:  # whatever a forward of the user may raise
         if type(error).__module__ != "builtins":  # clkit's, torch's full memory, a class that the user means to catch
             raise
         raise BatchError(

@@ -80,7 +80,7 @@ def expected(tasks: Sequence[Sequence[int]], without: Sequence[int] = (), part: 
     }
 
 
-def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["accuracy_matrix"] == [
         [None if value is None else pytest.approx(value, abs=1e-12) for value in row]
         for row in wanted["accuracy_matrix"]
@@ -121,7 +121,7 @@ def test_an_experience_without_test_rows_costs_only_itself(
     trainer.fit(TimmClassifier("identity"), datamodule=StreamDataModule(source, Tasks()))
     document = json.loads((tmp_path / "results.json").read_text())
     assert document["predictors"] == evaluation.results
-    compare(evaluation.results["nmc"], wanted)
+    assert_same(evaluation.results["nmc"], wanted)
     assert document["notes"] == []
 
 
@@ -154,7 +154,7 @@ FITS = [loader(TRAIN, task, shuffle=True) for task in TASKS]
 @pytest.mark.parametrize("how", ["in the fit", "validate", "resumed"])
 def test_one_loader_over_all_classes_gives_every_metric(tmp_path: Path, how: str) -> None:
     evaluation = fitted(tmp_path, FITS, lambda stage: loader(TEST), how)
-    compare(evaluation.results["nmc"], expected(TASKS))
+    assert_same(evaluation.results["nmc"], expected(TASKS))
     if how != "validate":  # which writes no files
         document = json.loads((tmp_path / "results.json").read_text())
         assert document["notes"] == []
@@ -163,7 +163,7 @@ def test_one_loader_over_all_classes_gives_every_metric(tmp_path: Path, how: str
 
 def test_loaders_in_another_order_than_the_tasks_are_told_apart_by_their_classes(tmp_path: Path) -> None:
     loaders = [loader(TEST, TASKS[j]) for j in (2, 0, 1)]
-    compare(fitted(tmp_path, FITS, lambda stage: loaders).results["nmc"], expected(TASKS))
+    assert_same(fitted(tmp_path, FITS, lambda stage: loaders).results["nmc"], expected(TASKS))
 
 
 def test_domains_are_told_apart_by_a_list_of_loaders_from_the_first_fit_on(tmp_path: Path) -> None:

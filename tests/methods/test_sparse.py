@@ -146,7 +146,7 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
     return {name: each.weight for name, each in network.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)}
 
 
-def _run(case: tuple[Any, ...], tasks: int = 3, steps: int = 12) -> None:
+def _assert_invariants(case: tuple[Any, ...], tasks: int = 3, steps: int = 12) -> None:
     growth, prune, grow_from, reuse, fresh_init, optimizer_name, accumulation = case
     network = _network()
     weights = _weights(network)
@@ -218,11 +218,11 @@ def _run(case: tuple[Any, ...], tasks: int = 3, steps: int = 12) -> None:
 
 @pytest.mark.parametrize("index", SAMPLE)
 def test_every_invariant_after_every_step(index: int) -> None:
-    _run(GRID[index])
+    _assert_invariants(GRID[index])
 
 
 @pytest.mark.slow
 def test_every_invariant_on_the_whole_grid() -> None:
     for case in GRID:
-        _run(case, steps=6)
+        _assert_invariants(case, steps=6)
     print(f"{len(GRID)} combinations")
