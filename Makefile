@@ -66,11 +66,14 @@ wheel: setup ## build the wheel into dist/
 	rm -f dist/*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-package: wheel ## install the built wheel alone in an empty environment and run the README's examples there
-	rm -rf build/package
+# the environment weighs as much as .venv does, so it goes when the examples have run
+package: ## install the built wheel alone in an empty environment and run the README's examples there
+	rm -rf build/package dist/*.whl
 	$(PYTHON) -m venv build/package
-	build/package/bin/pip install --quiet dist/*.whl -c constraints.txt
+	build/package/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	build/package/bin/pip install --quiet --no-cache-dir dist/*.whl -c constraints.txt
 	build/package/bin/python .ci/readme_examples.py README.md
+	rm -rf build/package
 
 nightly: test test-slow test-oldest check docs package benchmarks ## everything that needs no data and no GPU; an hour or so
 
