@@ -454,6 +454,7 @@ def test_outer_rows_need_a_network_that_can_be_trained(
         "(the outer rows train the network of the first recipe: put another first, or give --no-outer)"
     )
     assert fitted == ["fine_tuning/seed_0"]  # the first of all runs: no time is lost
+    assert not Path("out/fine_tuning/seed_0").exists()  # in the way of the corrected command
 
 
 def test_outer_rows_of_a_warm_up_and_of_a_shortened_stream_whose_classes_come_again(

@@ -115,7 +115,7 @@ def _words(commands: Mapping[str, argparse.ArgumentParser]) -> dict[str, list[st
 
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """Return the parser, and those of its commands by name."""
-    parser = argparse.ArgumentParser(
+    parser = _OneLine(
         prog="clkit",
         description="Continual learning and uncertainty as plug-ins for PyTorch Lightning.",
         epilog="Settings of a run: clkit fit --help. Start from a recipe: clkit recipes nmc > mine.yaml, "

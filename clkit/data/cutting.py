@@ -81,6 +81,8 @@ def cut_stream(
     names = source.domain_names
     splits = scenario.split(Labels(train.targets, train.domains, names), Labels(test.targets, test.domains, names))
     classes = list(dict.fromkeys(label for split in splits for label in split.classes))
+    if stop_after is not None and stop_after > len(splits):
+        raise DataError(f"stop_after={stop_after}, but the stream has {len(splits)} experiences; leave stop_after out")
     splits = splits[:stop_after]
     if not classes:
         raise DataError("the training part has no labelled row; a stream needs class ids of 0 or more")

@@ -64,8 +64,8 @@ class StreamDataModule(LightningData):
             With 0 validation and test are both the source's test part, as the papers' protocols have it.
         relabel: Whether batches number the classes 0, 1, … in the stream's order. Ids that a person reads are always
             the source's.
-        stop_after: Only the first so many experiences; ``num_classes`` stays that of the whole stream, so a checkpoint
-            may go on without it.
+        stop_after: Only the first so many experiences, at most as many as there are; ``num_classes`` stays that of the
+            whole stream, so a checkpoint may go on without it.
         shuffle: Whether the samples of an experience are shuffled (by seed and epoch); not with the trainer's
             ``overfit_batches``, which wants the same batches in every epoch.
         seed: Seed of order, augmentation and validation draw.

@@ -115,7 +115,8 @@ def check_batch(
     if ids.size and ids[0] < UNLABELLED:
         row = int(labels.argmin())
         raise BatchError(
-            f"targets must be class ids from 0, or -1 for an unlabelled row, got {labels[row]} in row {row}"
+            f"targets must be class ids from 0, or -1 for an unlabelled row, got {labels[row]} in row {row}; a loss's "
+            "ignore_index is not known here: give such rows the target -1"
         )
     if ids.size and ids[-1] >= below:
         row = int(labels.argmax())

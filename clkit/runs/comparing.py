@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -177,6 +178,8 @@ def _complete(run: _Run) -> str:
     status = _fit(arguments, log)
     reason = reason_of(log.read_bytes()[before:].decode(errors="replace")) if status else ""
     if status == 2:
+        if checkpoint is None:  # refused before it began: nothing stands in the way of the corrected command
+            shutil.rmtree(folder)
         hint = " (the outer rows train the network of the first recipe: put another first, or give --no-outer)"
         raise ConfigurationError(f"{run.title}: {reason}{hint if run.method.outer else ''}")
     if status:

@@ -74,7 +74,7 @@ def unknown_keys(batch: Batch) -> Any:
 BAD: dict[str, tuple[Callable[[Batch], Any], str]] = {
     "nan": (nan, r"features of rows \[3\] are not finite"),
     "infinite": (infinite, r"features of rows \[0\] are not finite"),
-    "negative": (negative, r"targets must be class ids.*got -2 in row 5"),
+    "negative": (negative, r"targets must be class ids.*got -2 in row 5.*ignore_index"),
     "fractional": (fractional, r"targets of type float32 are no class ids.*single-label classification"),
     "too large": (too_large, r"target 100 in row 2 is not below max_classes=50"),
     "too few labels": (too_few_labels, r"8 rows.*5 targets|5 targets"),

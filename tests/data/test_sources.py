@@ -727,7 +727,7 @@ def test_custom_names_and_domains() -> None:
     [
         (Items([torch.zeros(1)]), r"item 0 of Items is a Tensor; expected \(input, target\)"),
         (Items([(torch.zeros(1),)]), "item 0 of Items is a tuple"),
-        (Items([(torch.zeros(1), 0.5)]), "targets of Items is float64"),
+        (Items([(torch.zeros(1), 0.5)]), "targets of Items is float64 .* convert whole numbers to int64"),
         (Items([(torch.zeros(1), torch.tensor([0, 1]))]), "targets of Items is"),
         (
             Items([({"image": 0}, 0), {"image": 0}], domains=[0, 0]),

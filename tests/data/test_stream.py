@@ -299,6 +299,8 @@ def test_stop_after_keeps_the_classes_of_the_whole_stream() -> None:
     assert [experience.classes for experience in data.experiences] == [(0, 1), (2, 3)]
     assert data.epochs == 2
     assert (data.num_classes, data.classes) == (6, [0, 1, 2, 3, 4, 5])
+    with pytest.raises(DataError, match="stop_after=4, but the stream has 3 experiences; leave stop_after out"):
+        stream(stop_after=4).setup("fit")
 
 
 # ---- classes

@@ -206,8 +206,9 @@ def id_vector(what: str, values: Any) -> Int64:
     except ValueError as error:
         raise DataError(f"{what} is no vector of integers: {error}") from error
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        cure = "; convert whole numbers to int64" if ids.ndim == 1 and ids.dtype.kind == "f" else ""
         raise DataError(
-            f"{what} is {ids.dtype} of shape {ids.shape}; expected integers of shape (N,), one for each row"
+            f"{what} is {ids.dtype} of shape {ids.shape}; expected integers of shape (N,), one for each row{cure}"
         )
     if ids.size and int(ids.max()) > np.iinfo(np.int64).max:
         raise DataError(f"{what} holds {ids.max()}, which is too large for a 64-bit integer with a sign")
