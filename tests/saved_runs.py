@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from clkit import export, load_head, merge_checkpoints
-from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
+from clkit.callbacks import AEFOCL, DST, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, StreamDataModule
-from clkit.methods import OnProLosses
+from clkit.methods import Growth, OnProLosses, PruneSchedule
 from clkit.strategies import (
     DERPPStrategy,
     ERACEStrategy,
@@ -51,6 +51,13 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "scr": lambda: SCRStrategy(**small, projection=Projection(dim=4)),
     "onpro": lambda: OnProStrategy(**small, losses=OnProLosses(rotation="none"), projection=Projection(dim=4)),
     "sharded": lambda: ERStrategy(**small, memory=MemorySettings(scope="sharded")),
+    "dst": lambda: "auto",
+}
+CALLBACKS: dict[str, Callable[[], list[Any]]] = {  # of the others a head that reads the memory
+    "gradient_free": lambda: [AEFOCL(), NMC(), LDA()],
+    "dst": lambda: [
+        DST(0.5, growth=Growth("momentum"), schedule=PruneSchedule(update_every=1), grow_from="any", table=False)
+    ],
 }
 
 
@@ -103,7 +110,7 @@ class Run:
     def __init__(self, name: str, folder: Path, first: int = 0) -> None:
         self.strategy = STRATEGIES[name]()
         self.evaluation = StreamEvaluation(table=False, files=False)
-        self.heads = [AEFOCL(), NMC(), LDA()] if name == "gradient_free" else [NMC(memory="replay")]
+        self.heads = CALLBACKS.get(name, lambda: [NMC(memory="replay")])()
         self.module = Module()
         self.stream = StreamDataModule(
             Custom(rows(first, TRAINED), rows(40, MEASURED)),
@@ -131,6 +138,12 @@ class Run:
         if isinstance(self.strategy, ReplayStrategy):
             memory = self.strategy.memory
             reached["memory"] = {str(label): count for label, count in memory.class_counts().items()}
+        for dst in self.heads:
+            if isinstance(dst, DST):
+                reached["tasks"] = []
+                for task in range(dst.tasks):
+                    with dst.activate(task), torch.no_grad():
+                        reached["tasks"].append(self.module.eval()(images).tolist())
         reached["accuracy"] = {name: each["accuracy_matrix"] for name, each in self.evaluation.results.items()}
         return reached
 

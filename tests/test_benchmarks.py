@@ -7,18 +7,22 @@ import io
 import json
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
 from clkit.data import ClassIncremental
 from clkit.methods import OnProLosses
+from clkit.surgery.masks import maskable_weights
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "real_images.py"
 ORDER = [4, 0, 5, 2, 1, 3]
@@ -350,3 +354,91 @@ def test_replay_on_images_without_the_data_says_so_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(images.FILE in line for line in lines)
+
+
+# ---- sparse training
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark of masks on a small network."""
+    module = loaded(SCRIPT.with_name("dst.py"))
+    small = {"layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32]}
+    made = lambda name, device: timm.create_model("resnet18", num_classes=10, **small).to(device)  # noqa: E731  short
+    monkeypatch.setattr(module, "network", made)
+    monkeypatch.setattr(module, "PIXELS", 32)
+    return module
+
+
+def test_what_the_benchmark_of_masks_trains_has_masks(masks: ModuleType) -> None:
+    plain, masked = (masks.Training("resnet18", "cpu", masked=each, every=2) for each in (False, True))
+    assert plain.topology is None
+    topology = masked.topology
+    weights = dict(masked.model.named_parameters())
+    before = topology.mask(0)
+    for _ in range(2):
+        masked.step()
+    after = topology.mask(0)
+    assert sum(int(mask.sum()) for mask in after.values()) == round(0.1 * sum(mask.numel() for mask in after.values()))
+    assert any(not torch.equal(before[name], mask) for name, mask in after.items())
+    assert all(weights[name][~mask].count_nonzero() == 0 for name, mask in after.items())
+
+
+def test_the_benchmark_of_masks_fails_where_a_goal_is_missed(
+    masks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "dst.json"
+    options = ["dst.py", "--rounds", "1", "--only", "step", "update", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", options)
+    masks.main()  # on a network as small as this the share of masks in a step is no figure
+    found = json.loads(file.read_text())
+    step, update = found["step of resnet18"], found["update of resnet18"]
+    assert step["overhead"] == pytest.approx(step["masked"] / step["plain"] - 1)
+    weights = maskable_weights(masks.network("resnet18", "cpu"), ["fc"])
+    assert update["weights"] == sum(weight.numel() for weight in weights.values())
+    for overhead, status in ((0.02, 0), (0.04, 1)):
+        monkeypatch.setattr(masks, "measure_step", lambda *args, over=overhead: {"overhead": over})
+        assert masks.main() == status
+        assert ("missed: step of resnet18" in capsys.readouterr().out) == bool(status)
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    return loaded(SCRIPT.with_name("dst_study.py"))
+
+
+def test_the_study_of_sparse_training_says_what_holds_and_fails_if_anything_is_forgotten(
+    study: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(stream: str, density: float, initial: str, growth: str, seed: int) -> tuple[float, float]:
+        better = "erk" if density == 0.2 else "uniform"
+        return 90.0 + (initial == better) + 3 * (growth == "random") + seed, forgotten
+
+    monkeypatch.setattr(study, "run", given)
+    monkeypatch.setattr(sys, "argv", ["dst_study.py", "--streams", "digits", "--seeds", "2"])
+    for forgotten, status in ((0.0, 0), (-0.5, 1)):
+        assert study.main() == status
+        printed = capsys.readouterr().out
+        assert printed.count("better holds here") == 3
+        assert "digits, density 0.2: ERK 92.25, uniform 91.25; that ERK is better holds here" in printed
+        assert "digits, density 0.05: ERK 91.25, uniform 92.25; that uniform is better holds here" in printed
+        assert "that it depends on the density does not hold here" in printed
+        assert f"largest backward transfer in magnitude: {abs(forgotten):g} points" in printed
+        assert "digits density 0.1   erk      random    accuracy  93.50 ± 0.71" in printed
+
+
+def test_the_study_leaves_out_what_the_folder_does_not_have(
+    study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["dst_study.py", "--streams", "fashion"])
+    with warnings.catch_warnings():
+        assert study.main() == 0
+    assert "fashion is left out: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_of_the_study_learns_and_forgets_nothing(study: ModuleType) -> None:
+    accuracy, transfer = study.run("digits", 0.2, "erk", "gradient", 0)
+    assert accuracy > 85
+    assert transfer == 0

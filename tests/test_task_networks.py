@@ -87,6 +87,19 @@ def test_the_output_of_a_norm_without_running_statistics_depends_on_its_batch_al
     assert not torch.allclose(given(networks, network, 0, images[:4])[0], whole[:4], atol=1e-3)
 
 
+def test_statistics_of_norms_that_drift_without_any_learning_are_kept_by_task() -> None:
+    """With a learning rate of 0 no weight moves, and running means do all the same."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    networks = attached(network)
+    images = torch.randn(8, 3, 8, 8)
+    train(networks, network, [images], torch.optim.SGD(network.parameters(), lr=0.1))
+    first, mean = given(networks, network, 0, images), network[1].running_mean.clone()
+    train(networks, network, [images * 9 + 3] * 3, torch.optim.SGD(network.parameters(), lr=0.0))
+    assert not torch.allclose(network[1].running_mean, mean, atol=1e-2)
+    assert all(torch.equal(*pair) for pair in zip(given(networks, network, 0, images), first, strict=True))
+
+
 def test_a_head_begins_anew_and_its_optimizer_remembers_nothing() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))

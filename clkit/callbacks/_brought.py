@@ -17,14 +17,34 @@ from clkit.features.repeats import repeated_rows
 from clkit.report.results import Recorded
 from clkit.schema import Many, Row, Table, Whole, read_state, saved_entry
 from clkit.stream.boundaries import Boundaries
+from clkit.stream.experience import Experience
 
-__all__ = ["BroughtClasses"]
+__all__ = ["BroughtClasses", "experience_of_batch"]
 
 _TABLE: Table = {
     "classes": Many(Row({"experience": Whole(), "classes": Many(Whole())})),
 }
 _MOST = 2**31
 _ENOUGH = 64  # batches whose targets wait on their device, so that not every step has to look at them
+
+
+def experience_of_batch(
+    loaders: Sequence[Any], current: Experience | None, batch_idx: int, place: int
+) -> tuple[int, Any]:
+    """Return the index of the experience that a batch of an evaluation belongs to, and its rows if they are known.
+
+    Those of a stream are; of plain loaders each is one experience, or the only one has the current experience.
+
+    Args:
+        loaders: All loaders of the evaluation.
+        current: The experience that the run is in.
+        batch_idx: Number of the batch in its loader.
+        place: Number of the loader.
+    """
+    if hasattr(loaders[place], "expected_samples"):  # that of a stream
+        experience, rows = loaders[place].batches[batch_idx]
+        return int(experience), rows
+    return (place if len(loaders) > 1 or current is None else current.index), None
 
 
 class BroughtClasses:
@@ -108,8 +128,7 @@ class BroughtClasses:
         They are (B,) int64 with -1 for no experience's yet and -2 for what another process has, too, or one index for
         all. ``loaders`` are all of the evaluation, and ``place`` is the number of the batch's.
         """
-        current = Boundaries.of(trainer).current
-        self._usual = place if current is None or len(loaders) > 1 else current.index
+        self._usual, _ = experience_of_batch(loaders, Boundaries.of(trainer).current, batch_idx, place)
         whose = self._by_class(trainer, owner, batch, several=len(loaders) > 1)
         if trainer.world_size > 1:
             inputs, targets = Readings.of(trainer).read(owner, batch, needs_targets=False)
@@ -160,7 +179,7 @@ class BroughtClasses:
             )
         return replace(recorded, experiences=experiences)
 
-    def one_of(self, trainer: pl.Trainer, experiences: Tensor | int, switching: Collection[Any]) -> int:
+    def one_of(self, experiences: Tensor | int, switching: Collection[Any]) -> int:
         """Return the experience of a batch, the usual one for rows of several; who switches by it is named then."""
         if isinstance(experiences, int):
             return experiences

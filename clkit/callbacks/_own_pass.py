@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -12,27 +12,8 @@ import torch
 from clkit.distributed import share_buffers
 from clkit.features.tap import evaluating
 from clkit.stream._lightning import averaged_weights, datamodule_of, evaluated_loaders
-from clkit.stream.experience import Experience
 
-__all__ = ["experience_of_batch", "own_pass"]
-
-
-def experience_of_batch(
-    loaders: Sequence[Any], current: Experience | None, batch_idx: int, place: int
-) -> tuple[int, Any]:
-    """Return the index of the experience that a batch of an evaluation belongs to, and its rows if they are known.
-
-    Args:
-        loaders: All loaders of the evaluation.
-        current: The experience that the run is in.
-        batch_idx: Number of the batch in its loader.
-        place: Number of the loader.
-    """
-    if hasattr(loaders[place], "expected_samples"):  # that of a stream
-        experience, rows = loaders[place].batches[batch_idx]
-        return int(experience), rows
-    # plain loaders: one for each experience, or one for the current experience alone
-    return (place if len(loaders) > 1 or current is None else current.index), None
+__all__ = ["own_pass"]
 
 
 def own_pass(

@@ -8,14 +8,23 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
+from clkit.callbacks._showing import show
 from clkit.distributed import gather_objects
 from clkit.errors import ConfigurationError
 from clkit.methods import SparseTopology, TaskReport
 from clkit.stream._lightning import datamodule_of
 
-__all__ = ["loggable", "planned_steps", "require_agreement", "require_known_steps", "say_what_begins", "set_classes"]
+__all__ = [
+    "hold_norms",
+    "planned_steps",
+    "require_agreement",
+    "require_known_steps",
+    "say_what_begins",
+    "set_classes",
+    "show_tasks",
+]
 
 FEWEST_UPDATES = 5
 LOW = 0.25  # share of a task's connections that it can train, below which it is told that capacity runs low
@@ -95,6 +104,14 @@ def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> Non
             f"{owner}: capacity runs low: task {report.task} can train {own:,} of its {report.active:,} connections "
             f"({100 * own / report.active:.0f} %), the others belong to earlier tasks; {left}. {advice}"
         )
+    masks = topology.mask(report.task).items()
+    thin = [name.removesuffix(".weight") for name, mask in masks if int(mask.sum()) == 1 < mask.numel()]
+    if thin and "thin" not in said:
+        said.add("thin")
+        rank_zero_warn(
+            f"{owner}: a density of {report.density} leaves a single connection to {', '.join(thin)}, so hardly "
+            f"anything passes there. Use a higher density, Initial(min_per_layer=…), or exclude={thin!r}"
+        )
     locked = [] if report.task == 0 or own == 0 else [name for name in topology.locked() if name not in said]
     said |= set(locked)
     if locked:  # as a stem that ERK makes dense is meant to be
@@ -111,14 +128,25 @@ def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> Non
         )
 
 
-def loggable(report: TaskReport) -> dict[str, float]:
-    """Return the shares of a report by the names under which they are logged."""
-    return {
-        "dst/active": report.active / report.total,
-        "dst/reused": report.reused / report.total,
-        "dst/free": report.free / report.total,
-        "dst/explored": report.explored,
-    }
+def show_tasks(trainer: pl.Trainer, reports: list[TaskReport], *, table: bool) -> None:
+    """Log the shares of the last task, and print a line for each if there shall be a ``table``."""
+    last = reports[-1]
+    shares = {name: getattr(last, name) / last.total for name in ("active", "reused", "free")}
+    for logger in trainer.loggers:
+        logged = {f"dst/{name}": share for name, share in {**shares, "explored": last.explored}.items()}
+        logger.log_metrics(logged, step=trainer.global_step)
+    if table:
+        from clkit.report.tables import topology_table
+
+        show(trainer, topology_table(reports))
+
+
+def hold_norms(module: nn.Module) -> list[nn.Module]:
+    """Put norms that train their statistics into evaluation mode, and return them."""
+    norms = [each for each in module.modules() if each.training and getattr(each, "running_mean", None) is not None]
+    for norm in norms:
+        norm.training = False
+    return norms
 
 
 def set_classes(trainer: pl.Trainer, module: Any, classes: tuple[int, ...]) -> None:

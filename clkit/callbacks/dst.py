@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clkit.arguments import check_arguments
+from clkit.callbacks._brought import experience_of_batch
 from clkit.callbacks._masking_rules import check_neighbours, optimizer_of
-from clkit.callbacks._own_pass import experience_of_batch
-from clkit.callbacks._showing import show
 from clkit.callbacks._sparse_tasks import (
-    loggable,
+    hold_norms,
     planned_steps,
     require_agreement,
     require_known_steps,
     say_what_begins,
     set_classes,
+    show_tasks,
 )
 from clkit.callbacks.base import StreamCallback
 from clkit.distributed import share_buffers
@@ -131,7 +131,9 @@ class DST(StreamCallback):
         self._optimizer: Optimizer | None = None  # the one that trains masked weights, in a fit
         self._hook: Any = None
         self._chosen = 0  # how many blocks of `activate` the user has open
-        self._of_batch = ExitStack()  # what is kept up for the batch of an evaluation
+        self._asked = False  # whether somebody says in this evaluation whose a batch is
+        self._of_batch = ExitStack()  # what is kept up for the batch of an evaluation in which nobody asks
+        self._changes = 0  # of the network by somebody else
         self._held: list[nn.Module] = []  # norms that were put into evaluation mode
         self._said: set[str] = set()
 
@@ -176,16 +178,20 @@ class DST(StreamCallback):
             finally:
                 self._chosen -= 1
 
-    @contextmanager
-    def activated(self, experience: int) -> Iterator[None]:
+    def activated(self, experience: int) -> AbstractContextManager[None]:
         """Have the network of an experience in the module, for an evaluation; the present one if it was not trained."""
-        topology = self._networks.topology
-        trained = topology is not None and (experience < self.tasks or experience == topology.shown)
-        if self._chosen or not trained:
-            yield
-            return
-        with self._networks.shown(experience):
-            yield
+        self._of_batch.close()  # who asks knows better whose the batch is
+        self._asked = True
+        return self._evaluating(experience)
+
+    def network_of(self, experience: int) -> Hashable:
+        """Return what stays the same as long as the network of a finished task does, else ``None``."""
+        settled = experience < self.tasks and experience != self.topology.shown and not self._chosen
+        return (self._changes, experience) if settled else None
+
+    def on_backbone_changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
+        """Note that somebody else changed the network, maybe that of every task."""
+        self._changes += 1
 
     def export(self, task: int) -> dict[str, Tensor]:
         """Return the state dict of a finished task's network: dense, with zeros where there is no connection.
@@ -268,7 +274,7 @@ class DST(StreamCallback):
         self._networks.begin(pl_module, steps, trainer.optimizers)
         set_classes(trainer, pl_module, experience.classes)
         say_what_begins(self.state_key, topology, self._said)
-        backbone_changed(trainer, f"the sub-network of task {topology.task} takes the place of that before")
+        backbone_changed(trainer, f"the sub-network of task {topology.task} takes the place of the last", sender=self)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -293,22 +299,23 @@ class DST(StreamCallback):
             share_buffers(trainer.strategy.model)
             require_agreement(self.state_key, topology)
         self._networks.end(pl_module)
-        self._show_tasks(trainer)
+        show_tasks(trainer, self.reports, table=self.table)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers again where no fit has."""
         super().on_validation_start(trainer, pl_module)
+        self._asked = False
         if trainer.state.fn != "fit" and self._networks.topology is not None:
             self._attach(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Show a batch the network of its own task."""
+        """Show a batch the network of its own task, where nobody says which that is."""
         self._of_batch.close()
-        loaders = evaluated_loaders(trainer)
-        experience, _ = experience_of_batch(loaders, self._boundaries.current, batch_idx, dataloader_idx)
-        self._of_batch.enter_context(self.activated(experience))
+        if not self._asked:
+            where = evaluated_loaders(trainer), self._boundaries.current, batch_idx, dataloader_idx
+            self._of_batch.enter_context(self._evaluating(experience_of_batch(*where)[0]))
 
     def on_validation_batch_end(
         self,
@@ -332,9 +339,8 @@ class DST(StreamCallback):
         if self._hook is not None:
             self._hook.remove()
         self._hook = self._optimizer = None
-        for layer in self._held:
-            layer.training = True
-        self._held = []
+        while self._held:
+            self._held.pop().training = True
         self._networks.detach(pl_module)
 
     # ---- how it is done
@@ -349,18 +355,10 @@ class DST(StreamCallback):
     def _hold_side(self, module: nn.Module) -> None:
         """Keep norms at the statistics of the first task, where the user wants that."""
         if self._side_is_frozen():
-            for layer in module.modules():
-                if layer.training and getattr(layer, "running_mean", None) is not None:
-                    layer.training = False
-                    self._held.append(layer)
+            self._held += hold_norms(module)
 
-    def _show_tasks(self, trainer: pl.Trainer) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(loggable(self.reports[-1]), step=trainer.global_step)
-        if self.table:
-            from clkit.report.tables import topology_table
-
-            show(trainer, topology_table(self.reports))
+    def _evaluating(self, experience: int) -> AbstractContextManager[None]:
+        return nullcontext() if self._chosen else self._networks.shown_if_trained(experience)
 
     def run_figures(self) -> dict[str, Any]:
         """Return the figure of the layers' densities by name; it needs matplotlib."""
@@ -380,6 +378,7 @@ class DST(StreamCallback):
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take it back; weights of the network come with the network's own state."""
         self._networks.load(state)
+        self._changes += 1
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from clkit.arguments import check_arguments
-from clkit.callbacks._brought import BroughtClasses
+from clkit.callbacks._brought import BroughtClasses, experience_of_batch
 from clkit.callbacks._own_pass import own_pass
 from clkit.callbacks._recording import Recorder, layers_of, module_predicts
 from clkit.callbacks._showing import RunFolder, has_matplotlib, measure_stage, show, show_evaluation, show_stage
@@ -52,9 +52,9 @@ class StreamEvaluation(FeatureCallback):
         figures: Whether to draw figures at the end of a fit, which needs matplotlib (``pip install "clkit[report]"``);
             ``"auto"`` draws them where it is installed, and says so where it is not.
         keep_features: Most MiB of evaluation features that are kept while the network inside the module stays as it is,
-            so that T experiences cost about T passes through it and not T(T+1)/2; the bits are the same. 8 rows of each
-            experience or more are run again and compared; :doc:`announce </guide/boundaries>` what may change only few
-            of the others. 0 keeps none.
+            or that of an experience, so that T experiences cost about T passes through it and not T(T+1)/2; the bits
+            are the same. 8 rows of each experience or more are run again and compared; :doc:`announce
+            </guide/boundaries>` what may change only few of the others. 0 keeps none.
         layer: Where the module's own classifier is, if it is not the one that :class:`~clkit.FeatureTap` finds. Each
             callback is evaluated on the features of its own ``layer``.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
@@ -241,9 +241,10 @@ class StreamEvaluation(FeatureCallback):
         self._recorder, self._loaders = None, []  # made at the first batch, when everyone else is ready
         if not self._has_stream:
             self._brought.begin(trainer)
-        if stage == "validate" and self.observers and not self._switching:  # else features tell nothing of the next one
-            tap, *others = [observer.tap for observer in self.observers]
-            self._kept.begin(module, tap, *(each for each in others if each.point != tap.point))
+        # who changes the network and does not say when it is the same leaves nothing to keep
+        if stage == "validate" and self.observers and all(hasattr(each, "network_of") for each in self._switching):
+            taps = [observer.tap for observer in self.observers]
+            self._kept.begin(module, *taps, by_experience=bool(self._switching))
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -282,21 +283,22 @@ class StreamEvaluation(FeatureCallback):
 
     def on_backbone_changed(self, trainer: pl.Trainer, module: pl.LightningModule, reason: str) -> None:
         """Let go of features that were kept of the network as it was."""
-        self._kept.clear()
+        if not self._switching:  # else those who show networks hear of it, and say which are still the same
+            self._kept.clear()
 
     def _opened(self, trainer: pl.Trainer, batch: Any, batch_idx: int, place: int) -> None:
         """Have everything in place that belongs to the batch: its kept features, and who changes by its experience."""
-        if hasattr(self._loaders[place], "expected_samples"):  # that of a stream
-            experience, rows = self._loaders[place].batches[batch_idx]
-            self._batch = batch, experience, rows, place
-        else:
-            found, rows = self._brought.of_batch(trainer, self, batch, self._loaders, batch_idx, place), None
-            self._batch, experience = (batch, found, None, place), self._brought.one_of(trainer, found, self._switching)
+        experience, rows = experience_of_batch(self._loaders, self._boundaries.current, batch_idx, place)
+        self._batch = batch, experience, rows, place
+        if rows is None:  # with plain loaders the classes say more
+            found = self._brought.of_batch(trainer, self, batch, self._loaders, batch_idx, place)
+            self._batch, experience = (batch, found, None, place), self._brought.one_of(found, self._switching)
         self._active.close()
         for callback in self._switching:
             self._active.enter_context(callback.activated(experience))
         if self._kept.active:
-            self._kept.before_batch(experience, rows)
+            networks = tuple(callback.network_of(experience) for callback in self._switching)
+            self._kept.before_batch(experience, rows, networks)
 
     def _recorded(self, trainer: pl.Trainer) -> Recorded:
         """Return what all processes recorded in this evaluation; a call on all of them."""

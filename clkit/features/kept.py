@@ -5,6 +5,8 @@ the user's own ``validation_step`` and metrics see the same bits. A changed weig
 and whoever changes the network otherwise announces it (:func:`clkit.stream.boundaries.backbone_changed`). For what
 nobody announces, some rows of each experience's first batch are run alone when it is kept and again in each evaluation,
 and compared bit for bit: the loader of a stream gives these batches before all others.
+
+Where a callback shows each experience a network of its own, that callback says which networks are still the same.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class KeptFeatures:
         self._told = False
         self._warned = False
         self._samples: dict[int, tuple[Hashable, list[Tensor]]] = {}  # by experience: of which batch, and what it gave
+        self._networks: dict[int, tuple[Hashable, ...]] = {}  # by experience: what was said of its network
         self._tap: FeatureTap | None = None
         self._others: list[FeatureTap] = []
         self._points: list[str] = []  # of the others
@@ -60,14 +63,18 @@ class KeptFeatures:
 
     # ---- one evaluation
 
-    def begin(self, module: pl.LightningModule, tap: FeatureTap, *others: FeatureTap) -> None:
+    def begin(
+        self, module: pl.LightningModule, tap: FeatureTap, *others: FeatureTap, by_experience: bool = False
+    ) -> None:
         """Begin an evaluation, with nothing kept if the network is not the one that made it.
 
         Args:
             module: The user's module.
             tap: That of the network's classifier, which answers for the network.
-            others: Further ones, to which what passed them is given again.
+            others: Further ones, to which what passed them is given again; those that read what it reads do anyway.
+            by_experience: Whether each experience has a network of its own, of which each batch says if it is the same.
         """
+        others = tuple(each for each in others if each.point != tap.point)
         self._tap = tap if self.limit and _can_answer(module, tap, others) else None
         if self._tap is None:
             return
@@ -75,7 +82,7 @@ class KeptFeatures:
         if points != self._points:
             self.clear()
             self._points = points
-        before, now = self._made_by, _fingerprint(self._tap)
+        before, now = self._made_by, () if by_experience else _fingerprint(self._tap)
         if now != before:
             self.clear()
             self._made_by = now
@@ -102,10 +109,21 @@ class KeptFeatures:
 
     # ---- one batch
 
-    def before_batch(self, experience: int, rows: Any) -> None:
-        """Have the network answer with what was kept of these rows of an experience, if known and if anything was."""
+    def before_batch(self, experience: int, rows: Any, networks: tuple[Hashable, ...] = ()) -> None:
+        """Have the network answer with what was kept of these rows of an experience, if known and if anything was.
+
+        Args:
+            experience: Index of the experience.
+            rows: Numbers of the rows in the data set, or ``None``.
+            networks: What each part that shows the experience a network of its own says of that: the same value as long
+                as it is the same to the bit, and ``None`` where nothing of it may be kept.
+        """
         self._experience = experience
-        self._key = None if rows is None else (experience, len(rows), int(rows[0]), int(rows[-1]))
+        unknown = rows is None or None in networks
+        self._key = None if unknown else (experience, len(rows), int(rows[0]), int(rows[-1]))
+        if not unknown and self._networks.setdefault(experience, networks) != networks:
+            self.clear()
+            self._networks[experience] = networks
         self._heard, self._heard_others, self._calls, self._sample = None, {}, 0, None
         if self._key not in self._features:
             return
@@ -189,6 +207,7 @@ class KeptFeatures:
         """Let go of everything."""
         self._features.clear()
         self._samples.clear()
+        self._networks.clear()
         self._bytes, self._usable, self._made_by = 0, True, ()
 
     # ----

@@ -15,7 +15,7 @@ from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
 from clkit.methods._checks import check_count, check_number, check_probability
 
-__all__ = ["Growth", "Prune", "PruneSchedule", "fitting", "highest", "lowest_active", "pack", "uniform", "unpack"]
+__all__ = ["Growth", "Prune", "PruneSchedule", "drawn_scores", "fitting", "highest", "lowest_active", "pack", "unpack"]
 
 PruneRule = Literal["magnitude", "set", "taylor", "mest"]
 GrowthRule = Literal["gradient", "random", "momentum", "unfired"]
@@ -186,16 +186,31 @@ def highest(scores: Tensor, number: int) -> Tensor:
     low, high = torch.aminmax(scores)
     if not bool(torch.isfinite(low) & torch.isfinite(high)):  # of any NaN both are NaN
         raise ArgumentError("connections cannot be ranked: a weight or gradient is not finite")
-    best = torch.topk(scores, number, sorted=False)
-    bound = best.values.min()
-    above = best.indices[best.values > bound]
-    ties = (scores == bound).nonzero().squeeze(1)[: number - len(above)]  # of which topk takes any
-    return torch.cat([above, ties]).sort().values
+    bound = _lowest_of_the_highest(scores, number)
+    best = (scores >= bound).nonzero().squeeze(1)
+    if len(best) > number:  # several have the lowest of these scores: the last of them are too many
+        kept = torch.ones_like(best, dtype=torch.bool)
+        kept[(scores[best] == bound).nonzero().squeeze(1)[number - len(best) :]] = False
+        best = best[kept]
+    return best
 
 
-def uniform(number: int, seed: Sequence[int], device: torch.device) -> Tensor:
-    """Return (``number``,) float64 scores from [0, 1); a function of the seed alone, whatever the device."""
-    return torch.from_numpy(np.random.default_rng(seed).random(number)).to(device)
+def _lowest_of_the_highest(scores: Tensor, number: int) -> Tensor:
+    if scores.device.type != "cpu":
+        return torch.topk(scores, number, sorted=False).values.min()
+    place = len(scores) - number  # NumPy selects among values alone, in a fraction of the time that torch takes
+    return torch.tensor(np.partition(scores.numpy(), place)[place])
+
+
+def drawn_scores(candidates: Tensor, seed: Sequence[int]) -> Tensor:
+    """Return (N,) float64 scores, uniform in [0, 1) for candidates in an (N,) bool tensor, and -1 for others.
+
+    A function of the seed and the candidates alone, whatever the device.
+    """
+    scores = torch.full(candidates.shape, -1.0, dtype=torch.float64, device=candidates.device)
+    drawn = np.random.default_rng(seed).random(int(candidates.sum()))
+    scores[candidates] = torch.from_numpy(drawn).to(candidates.device)
+    return scores
 
 
 def fitting(scores: Tensor, candidates: Tensor, active: Tensor) -> Tensor:

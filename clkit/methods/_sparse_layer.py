@@ -16,11 +16,11 @@ from clkit.methods._connections import (
     Growth,
     Prune,
     PruneSchedule,
+    drawn_scores,
     fitting,
     highest,
     lowest_active,
     pack,
-    uniform,
     unpack,
 )
 from clkit.methods._densities import Initial
@@ -132,12 +132,11 @@ class SparseLayer:
                     "left; use a lower density, reuse='prefer_free', or on_capacity='reuse' or 'shrink'"
                 )
             only_free = chosen.on_capacity == "shrink"
-        candidates = (free if only_free else torch.ones_like(free)).nonzero().squeeze(1)
-        scores = uniform(len(candidates), seed, candidates.device)
+        scores = drawn_scores(free if only_free else torch.ones_like(free), seed)
         if chosen.reuse != "random":
-            scores += free[candidates]  # unused ones first
+            scores += free  # unused ones first
         mask = torch.zeros_like(free)
-        mask[self._best(chosen, scores, candidates, mask, count)] = True
+        mask[self._best(chosen, scores, mask, count)] = True
         return (mask if chosen.reuse != "all" else mask | ~free).view(self.mask.shape)
 
     def begin(self, chosen: Components, mask: Tensor, *, first: bool) -> None:
@@ -198,6 +197,10 @@ class SparseLayer:
         # never a product with the mask: NaN * 0 is NaN, and -1 * 0 is -0
         weight.copy_(torch.where(self.blocked, self.bank, weight))
         weight.masked_fill_(~self.mask, 0)
+        self.forget(optimizers)
+
+    def forget(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Have optimizers remember nothing of weights that are not trained."""
         for value in self._states(optimizers):
             value.masked_fill_(self.blocked, 0)
 
@@ -229,42 +232,45 @@ class SparseLayer:
         own_only = chosen.prune.scope == "free" or chosen.reuse == "all"
         leaving = active[~used[active]] if own_only else active
         number = min(math.ceil(fraction * self.count), self.count, len(leaving))
-        if number == 0 or self.count == self.mask.numel() or not bool((mask & ~used).any()):
+        if number == 0 or self.count in (self.mask.numel(), len(self.held_at)):
             return  # nothing can move, or nothing here is trained
         weight = self.weight.detach().flatten()
         gradient = None if self.gradient is None else self.gradient.flatten()
         leaving = lowest_active(chosen.prune, weight, gradient, leaving, number)
         after = mask.clone()
         after[leaving] = False
-        candidates = (~after if chosen.grow_from == "any" else ~(after | used)).nonzero().squeeze(1)
-        scores = self._growth_scores(chosen.growth.rule, candidates, seed)
-        after[self._best(chosen, scores, candidates, after, number)] = True
-        short = self.count - int(after.sum())
-        if short:  # too few candidates: the strongest of those that left are taken back
+        taken = after if chosen.grow_from == "any" else after | used
+        coming = self._best(chosen, self._growth_scores(chosen.growth.rule, taken, seed), after, number)
+        after[coming] = True
+        if short := number - len(coming):  # too few candidates: the strongest of those that left are taken back
             back = leaving[~after[leaving]]
             after[back[highest(weight[back].float().abs(), short)]] = True
         new = after.view(self.mask.shape)
-        came = new & ~self.mask
-        start = torch.where(self.used, self.bank, 0)  # a used one with its learned value, never as a dead zero
-        self.load(torch.where(new, torch.where(came, start, self.weight.detach()), 0))
+        if chosen.grow_from == "any":  # a used one comes with its learned value, never as a dead zero; others are 0
+            came = new & ~self.mask & self.used
+            self.weight.detach()[came] = self.bank[came]
+        self.weight.detach().masked_fill_(~new, 0)
         self.train_in(new)
         self.fired = self.fired | new
 
-    def _growth_scores(self, rule: str, candidates: Tensor, seed: tuple[int, ...]) -> Tensor:
+    def _growth_scores(self, rule: str, taken: Tensor, seed: tuple[int, ...]) -> Tensor:
+        """Return the (N,) scores of connections that may come, and -1 of those that are ``taken``."""
         if self.memory is not None and rule in ("gradient", "momentum"):
-            return self.memory.flatten()[candidates].abs()
+            return self.memory.flatten().abs().masked_fill_(taken, -1)
         # also where a layer has no gradient, as in a branch that is not used
-        scores = uniform(len(candidates), seed, candidates.device)
+        scores = drawn_scores(~taken, seed)
         if rule == "unfired":
-            scores += ~self.fired.flatten()[candidates]
+            scores += ~(taken | self.fired.flatten())
         return scores
 
-    def _best(self, chosen: Components, scores: Tensor, candidates: Tensor, active: Tensor, number: int) -> Tensor:
-        """Return the candidates with the highest scores, as far as a pattern has room for them."""
+    def _best(self, chosen: Components, scores: Tensor, active: Tensor, number: int) -> Tensor:
+        """Return the positions of the highest scores that are not negative, as far as a pattern has room for them."""
         if chosen.pattern and self.weight.ndim == 2 and self.weight.shape[1] % 4 == 0:
-            fits = fitting(scores, candidates, active)
-            scores, candidates = scores[fits], candidates[fits]
-        return candidates[highest(scores, number)]
+            candidates = (scores >= 0).nonzero().squeeze(1)
+            candidates = candidates[fitting(scores[candidates], candidates, active)]
+            return candidates[highest(scores[candidates], number)]
+        best = highest(scores, number)
+        return best[scores[best] >= 0]
 
     # ---- between tasks
 

@@ -209,11 +209,10 @@ class SparseTopology:
             if due:
                 fraction = self._chosen.schedule.fraction_at(self.step, self.steps)
                 layer.move(self._chosen, fraction, (self.seed, self.task, index, self.step))
+                layer.forget(optimizers)
                 if self._chosen.growth.rule == "gradient":
                     layer.memory = None
             layer.gradient = None
-        if due:
-            self.clean(*optimizers)
         return due
 
     def clean(self, *optimizers: torch.optim.Optimizer) -> None:

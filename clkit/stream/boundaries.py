@@ -190,7 +190,7 @@ class Boundaries:
         _announce(trainer, module, "on_experience_end", self.current)
 
 
-def backbone_changed(trainer: pl.Trainer, reason: str) -> None:
+def backbone_changed(trainer: pl.Trainer, reason: str, *, sender: Any = None) -> None:
     """Announce that the network was changed other than by the optimizer, so that what was read of it grows stale.
 
     The strategy and every callback that has ``on_backbone_changed(trainer, pl_module, reason)`` hear of it, in the
@@ -200,8 +200,9 @@ def backbone_changed(trainer: pl.Trainer, reason: str) -> None:
     Args:
         trainer: The trainer of the run.
         reason: What was changed, in words that complete "the backbone changed: ...".
+        sender: The part that changed it, which is not told.
     """
-    _announce(trainer, trainer.lightning_module, "on_backbone_changed", reason)
+    _announce(trainer, trainer.lightning_module, "on_backbone_changed", reason, but=sender)
 
 
 def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:
@@ -211,7 +212,9 @@ def _schedule(trainer: pl.Trainer) -> StreamSchedule | None:
     return datamodule if follows else None
 
 
-def _announce(trainer: pl.Trainer, module: pl.LightningModule, what: str, news: Experience | str) -> None:
+def _announce(
+    trainer: pl.Trainer, module: pl.LightningModule, what: str, news: Experience | str, but: Any = None
+) -> None:
     def order(part: Any) -> tuple[bool, int]:
         phase = int(getattr(part, "boundary_phase", BoundaryPhase.LEARN))
         # what measures is first at a start: the experience before may not be measured yet, and others change or forget
@@ -219,4 +222,5 @@ def _announce(trainer: pl.Trainer, module: pl.LightningModule, what: str, news: 
 
     parts = [part for part in (trainer.strategy, *callbacks_of(trainer)) if getattr(part, what, None) is not None]
     for part in sorted(parts, key=order):
-        getattr(part, what)(trainer, module, news)
+        if part is not but:
+            getattr(part, what)(trainer, module, news)

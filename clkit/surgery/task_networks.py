@@ -181,6 +181,16 @@ class TaskNetworks:
                 (_, ending), self._block = self._block, None
                 ending.close()
 
+    @contextmanager
+    def shown_if_trained(self, task: int) -> Iterator[None]:
+        """Have the network of a task in the module inside the block, the present one if it was not trained."""
+        topology = self.topology
+        if topology is None or not (task < self.tasks or task == topology.shown):
+            yield
+            return
+        with self.shown(task):
+            yield
+
     def export(self, task: int) -> dict[str, Tensor]:
         """Return the state dict of a finished task's network, dense, on the CPU, or raise an ArgumentError."""
         if self.topology is None:

@@ -60,7 +60,7 @@ def timm_run(folder: Path) -> tuple[DST, TimmClassifier, StreamEvaluation]:
     module = TimmClassifier("resnet18", model_kwargs=SMALL, task_heads=True, optimizer=adam)
     trainer = quiet_trainer(folder, callbacks=[evaluation, dst, ModelCheckpoint(str(folder), save_last=True)])
     scenario = TaskIncremental(experiences=5, class_order=[4, 9, 2, 7, 0, 5, 1, 3, 8, 6])
-    options = {"batch_size": 20, "epochs_per_experience": 3, "relabel": True, "stop_after": 3}
+    options = {"batch_size": 20, "epochs_per_experience": 3, "relabel": True}
     data = StreamDataModule("digits", scenario, preprocessing=Preprocessing(size=16), **options)
     trainer.fit(module, datamodule=data)
     return dst, module, evaluation
@@ -75,8 +75,9 @@ def test_each_task_has_a_head_of_its_own_and_its_network_goes_into_plain_timm(
     dst, module, evaluation = timm_run(tmp_path)
     data = module.trainer.datamodule
     matrix = evaluation.results["module"]["accuracy_matrix"]
-    assert sum(matrix[-1]) > 3 * 0.7
-    for task in range(3):
+    assert sum(matrix[-1]) > 5 * 0.7
+    assert evaluation._kept.served > 0  # kept features are among what R was measured with
+    for task in range(5):
         path = str(tmp_path / f"{task}.pt")
         assert main(["export", str(tmp_path / "last.ckpt"), "--task", str(task), "-o", path]) == 0
         assert f"the network of task {task}, dense, with 20.0 % of the weights" in capsys.readouterr().out
@@ -99,8 +100,8 @@ def test_each_task_has_a_head_of_its_own_and_its_network_goes_into_plain_timm(
                         assert torch.equal(module(batch[0])[:, classes], logits)
         for row in matrix[task:]:
             assert row[task] == correct / total
-    with pytest.raises(BatchError, match=r"the targets \[0, 8\] are not all of the present task, \[4, 5\]"):
-        module.train()._of_task(torch.zeros(2, 1, 32, 32), torch.tensor([0, 8]))
+    with pytest.raises(BatchError, match=r"the targets \[0, 3\] are not all of the present task, \[8, 9\]"):
+        module.train()._of_task(torch.zeros(2, 1, 32, 32), torch.tensor([0, 3]))
 
 
 def test_task_heads_need_somebody_who_gives_them_back(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from small_runs import quiet_trainer
 from sparse_runs import DIGITS, Net, outputs, run, stream
 from torch import nn
@@ -145,11 +145,12 @@ def test_a_strategy_that_does_not_train_the_network_is_refused(tmp_path: Path, s
         fit(tmp_path, quick(), strategy=strategy)
 
 
-def test_strategies_that_split_the_network_are_refused() -> None:
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_strategies_that_split_the_network_are_refused(kind: type[Any]) -> None:
     class Trainer:
-        strategy = FSDPStrategy()
+        strategy = kind.__new__(kind)  # not all can be made without what they need
 
-    with pytest.raises(ConfigurationError, match=r"DST cannot mask weights under FSDPStrategy.*strategy=\"ddp\""):
+    with pytest.raises(ConfigurationError, match=rf"DST cannot mask weights under {kind.__name__}.*strategy=\"ddp\""):
         DST().setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]  # what of a trainer is looked at
 
 
@@ -195,6 +196,14 @@ def test_a_density_that_leaves_a_layer_empty_is_refused_and_the_rest_is_kept(tmp
         fit(tmp_path, dst, module=module)
     assert dst.tasks == 1
     assert torch.equal(outputs(dst, module, 0), learned)
+
+
+@pytest.mark.warns(r"a density of 0.0005 leaves a single connection to body.0, so hardly.*exclude=\['body.0'\]")
+def test_a_layer_with_a_single_connection_is_said(tmp_path: Path) -> None:
+    """72 and 6,912 connections: one of the first, which a share of 0.0005 would leave without any."""
+    dst = quick(density=0.0005, initial="uniform")
+    fit(tmp_path, dst)
+    assert [int(mask.sum()) for mask in dst.topology.mask(0).values()] == [1, 2]
 
 
 def test_a_stream_that_does_not_go_on_where_it_stands_is_refused(tmp_path: Path) -> None:

@@ -22,42 +22,75 @@ MIXED = [(16, 3, 3, 3), (32, 16, 3, 3), (32, 32)]
 
 
 @pytest.mark.parametrize(
-    ("shapes", "density", "cap", "shares", "counts"),
+    ("shapes", "density", "cap", "scale", "shares", "counts"),
     [
-        (LINEAR, 0.2, 1.0, [0.176923076923, 0.176923076923, 0.495384615385], [1450, 1449, 634]),
-        (LINEAR, 0.1, 1.0, [0.088461538462, 0.088461538462, 0.247692307692], [725, 724, 317]),
-        (LINEAR, 0.5, 1.0, [0.4609375, 0.4609375, 1.0], [3776, 3776, 1280]),
-        (LINEAR, 0.3, 0.5, [0.284375, 0.284375, 0.5], [2330, 2329, 640]),
-        (MIXED, 0.2, 1.0, [0.490805490805, 0.099388111888, 0.530069930070], [212, 458, 543]),
-        (MIXED, 0.5, 1.0, [1.0, 0.342013888889, 1.0], [432, 1576, 1024]),
+        (LINEAR, 0.2, 1.0, 7.548717948717949, [0.176923076923, 0.176923076923, 0.495384615385], [1450, 1449, 634]),
+        (LINEAR, 0.1, 1.0, 3.774358974358974, [0.088461538462, 0.088461538462, 0.247692307692], [725, 724, 317]),
+        (LINEAR, 0.5, 1.0, 19.666666666666668, [0.4609375, 0.4609375, 1.0], [3776, 3776, 1280]),
+        (LINEAR, 0.3, 0.5, None, [0.284375, 0.284375, 0.5], [2330, 2329, 640]),
+        (MIXED, 0.2, 1.0, 8.481118881118882, [0.490805490805, 0.099388111888, 0.530069930070], [212, 458, 543]),
+        (MIXED, 0.5, 1.0, 29.185185185185187, [1.0, 0.342013888889, 1.0], [432, 1576, 1024]),
     ],
 )
 def test_densities_are_those_of_the_page(
-    shapes: list[Any], density: float, cap: float, shares: list[float], counts: list[int]
+    shapes: list[Any], density: float, cap: float, scale: float | None, shares: list[float], counts: list[int]
 ) -> None:
     found = layer_densities(shapes, density, Initial("erk", max_layer_density=cap))
     assert found == pytest.approx(shares, abs=1e-12)
     assert layer_counts([math.prod(shape) for shape in shapes], found, density) == counts
+    if scale is not None:
+        assert scale_of(shapes, found, cap) == pytest.approx(scale, rel=1e-14)
+
+
+def scale_of(shapes: list[Any], shares: list[float], cap: float = 1.0) -> float:
+    """What the ratios of layers below the cap are multiplied by, which is the same for all of them."""
+    scales = [share * math.prod(shape) / sum(shape) for shape, share in zip(shapes, shares, strict=True) if share < cap]
+    assert scales == pytest.approx([scales[0]] * len(scales), rel=1e-12)
+    return scales[0]
+
+
+def test_densities_at_their_limits() -> None:
+    assert layer_densities(MIXED, 1.0, Initial("erk")) == [1.0, 1.0, 1.0]
+    assert layer_densities(MIXED, 0.4, Initial("uniform")) == pytest.approx([0.4, 0.4, 0.4], rel=1e-14)
+    # kernels count in the ratios, so they say the same as Erdős–Rényi's for linear layers alone
+    plain = [0.2 * sum(map(math.prod, LINEAR)) * (a + b) / (a * b) / sum(map(sum, LINEAR)) for a, b in LINEAR]
+    assert layer_densities(LINEAR, 0.2, Initial("erk")) == pytest.approx(plain, rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("name", "density", "dense", "total"),
+    ("name", "density", "scale", "dense", "stem", "total"),
     [
-        ("resnet18", 0.2, 8, 2_233_382),
-        ("resnet18", 0.1, 3, 1_116_691),
-        ("resnet18", 0.05, 1, 558_346),
-        ("mobilenetv2_100", 0.1, 2, 218_976),
-        ("vit_tiny_patch16_224", 0.1, 0, 545_587),
+        ("resnet18", 0.2, 280.401413, 8, 9408, 2_233_382),
+        ("resnet18", 0.1, 131.677352, 3, 9408, 1_116_691),
+        ("resnet18", 0.05, 64.232761, 1, 5203, 558_346),
+        ("mobilenetv2_100", 0.1, 8.459184, 2, None, 218_976),
+        ("vit_tiny_patch16_224", 0.1, 14.709423, 0, None, 545_587),
     ],
 )
-def test_densities_of_timm_networks(name: str, density: float, dense: int, total: int) -> None:
+def test_densities_of_timm_networks(
+    name: str, density: float, scale: float, dense: int, stem: int | None, total: int
+) -> None:
     import timm
 
     network = timm.create_model(name, num_classes=0)
-    shapes = [tuple(each.weight.shape) for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    layers = {path: each for path, each in network.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)}
+    shapes = [tuple(each.weight.shape) for each in layers.values()]
     shares = layer_densities(shapes, density, Initial("erk"))
     assert shares.count(1.0) == dense
-    assert sum(layer_counts([math.prod(shape) for shape in shapes], shares, density)) == total
+    assert scale_of(shapes, shares) == pytest.approx(scale, abs=5e-7)
+    counts = layer_counts([math.prod(shape) for shape in shapes], shares, density)
+    assert sum(counts) == total
+    assert stem in (None, counts[0])
+    for shape, share, count in zip(shapes, shares, counts, strict=True):
+        assert abs(count - share * math.prod(shape)) < 1
+    if name == "resnet18" and density == 0.2:
+        pinned = {path for path, share in zip(layers, shares, strict=True) if share == 1.0}
+        downsampling = {f"layer{number}.0.downsample.0" for number in (2, 3, 4)}
+        first = {f"layer1.{block}.conv{number}" for block in (0, 1) for number in (1, 2)}
+        assert pinned == {"conv1"} | downsampling | first
+    if name.startswith("vit"):
+        assert len(shapes) == 49
+        assert min(shares) == pytest.approx(0.02264, abs=5e-6)
 
 
 def test_a_small_layer_keeps_a_connection() -> None:
@@ -84,12 +117,17 @@ def test_both_schedules() -> None:
         assert share == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         cosine.step()
+    assert PruneSchedule().fraction_at(0, 1000) == 0.5
+    assert PruneSchedule().fraction_at(1000, 1000) == 0.005
     rigl = PruneSchedule("rigl", fraction=0.3, stop=0.75)
     assert rigl.fraction_at(0, 1000) == 0.3
     assert rigl.fraction_at(375, 1000) == pytest.approx(0.15)
     assert not rigl.is_due(750, 1000)  # nothing is left to move at its end
     due = [step for step in range(1, 1001) if PruneSchedule(update_every=100).is_due(step, 1000)]
     assert due == [100, 200, 300, 400, 500, 600, 700]
+    for stop, steps, every in ((0.75, 10, 3), (1.0, 12, 3), (0.5, 7, 1), (0.0, 9, 1)):
+        schedule = PruneSchedule(update_every=every, stop=stop)
+        assert sum(schedule.is_due(step, steps) for step in range(steps + 1)) == math.floor(stop * steps / every)
 
 
 def test_ranks_settle_ties_by_position() -> None:
@@ -115,6 +153,7 @@ OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, weight_decay=0.1, initial_accumulator_value=0.1),
     "adamax": lambda p: torch.optim.Adamax(p, lr=0.01, weight_decay=0.1),
 }
+MORE = {"adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=0.1)}
 GRID = list(
     itertools.product(
         ("gradient", "random", "momentum", "unfired"),
@@ -154,7 +193,8 @@ def _assert_invariants(case: tuple[Any, ...], tasks: int = 3, steps: int = 12) -
     topology = SparseTopology(
         weights,
         density,
-        initial=Initial("erk", max_layer_density=0.32),  # so that disjoint masks of three tasks fit
+        # with a cap, so that disjoint masks of three tasks fit
+        initial=lambda task: Initial(("erk", "uniform")[task % 2], max_layer_density=0.32),
         growth=Growth(growth, accumulate=2),
         prune=Prune(prune, "free" if reuse == "none" else "all"),
         schedule=PruneSchedule(update_every=3, stop=0.9),
@@ -174,7 +214,7 @@ def _assert_invariants(case: tuple[Any, ...], tasks: int = 3, steps: int = 12) -
         used = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         for each in masks:
             used = {name: used[name] | each[name] for name in used}
-        optimizer = OPTIMIZERS[optimizer_name](network.parameters())
+        optimizer = (OPTIMIZERS | MORE)[optimizer_name](network.parameters())
         generator = torch.Generator().manual_seed(task)
         for step in range(1, steps + 1):
             optimizer.zero_grad()
@@ -219,6 +259,10 @@ def _assert_invariants(case: tuple[Any, ...], tasks: int = 3, steps: int = 12) -
 @pytest.mark.parametrize("index", SAMPLE)
 def test_every_invariant_after_every_step(index: int) -> None:
     _assert_invariants(GRID[index])
+
+
+def test_every_invariant_with_the_other_elementwise_optimizer() -> None:
+    _assert_invariants(("gradient", "magnitude", "any", "random", "original", "adadelta", 1))
 
 
 @pytest.mark.slow

@@ -97,6 +97,66 @@ def test_a_layer_in_which_nothing_is_free_is_left_alone() -> None:
     assert not torch.equal(topology.mask(1)["sparse"], moved)
 
 
+# ---- draws
+
+
+def grown(device: str = "cpu", seed: int = 0, growth: str = "random") -> list[Tensor]:
+    """The masks of two tasks, before and after they moved."""
+    weights = [nn.Parameter(parameter(16, 8, seed=number).detach().to(device)) for number in range(2)]
+    topology = made({"one": weights[0], "two": weights[1]}, 0.3, growth=growth, grow_from="any", seed=seed)
+    found = []
+    for task in range(2):
+        topology.begin_task(10)
+        found += topology.mask(task).values()
+        step(topology, *weights, gradient=lambda w: torch.arange(w.numel(), device=w.device).view(w.shape).sin())
+        found += topology.mask(task).values()
+        topology.end_task()
+    return [mask.cpu() for mask in found]
+
+
+@pytest.mark.parametrize("growth", ["random", "unfired"])
+def test_draws_depend_on_the_seed_the_task_and_the_layer_alone(growth: str) -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002  the global state is what must not matter
+    one = grown(growth=growth)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002  the same
+    state = torch.get_rng_state()
+    assert all(torch.equal(*pair) for pair in zip(one, grown(growth=growth), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(torch.equal(*pair) for pair in zip(one, grown(growth=growth, seed=1), strict=True))
+    first, other, *_ = one
+    assert not torch.equal(first, other)  # two layers of a shape
+    assert not torch.equal(first, one[4])  # two tasks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="masks on two devices need a second one")
+@pytest.mark.parametrize("growth", ["random", "unfired", "gradient", "momentum"])
+def test_masks_on_another_device_are_the_same(growth: str) -> None:
+    assert all(torch.equal(*pair) for pair in zip(grown(growth=growth), grown("cuda", growth=growth), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_other_widths_are_masked_alike(dtype: torch.dtype) -> None:
+    """What clears gradients works on their bits, so on each width, and lets no NaN through."""
+    weight = nn.Parameter(parameter(16, 16).detach().to(dtype))
+    topology = made({"w": weight}, 0.25, schedule=PruneSchedule("constant", update_every=2, stop=1.0))
+    for task in range(2):
+        topology.begin_task(4)
+        for number in range(4):
+            mask = topology.mask(task)["w"]
+            blocked = ~mask | topology.mask(0)["w"] if task else ~mask
+            spoiled = torch.where(blocked, torch.nan, 1.0)
+            due = number % 2 == 1  # then every gradient is ranked, and has to be finite
+            assert step(topology, weight, gradient=lambda w: (torch.ones(16, 16) if due else spoiled).to(dtype)) == due  # noqa: B023  at once
+            assert weight.grad is not None
+            assert torch.equal(weight.grad != 0, ~blocked)
+            assert int(topology.mask(task)["w"].sum()) == 64
+            assert weight[~topology.mask(task)["w"]].count_nonzero() == 0
+        topology.end_task()
+
+
 # ---- gradients
 
 
@@ -148,6 +208,43 @@ def test_momentum_growth_explores_under_plain_momentum_descent() -> None:
         optimizer.step()
         topology.after_step(optimizer)
     assert topology.reports[0].explored > 0.3
+
+
+def test_what_a_task_trains_is_its_own_connections() -> None:
+    """As many gradients are left as connections belong to no earlier task."""
+    one, other = parameter(20, 20), parameter(10, 20, seed=1)
+    topology = made({"one": one, "other": other}, 0.4)
+    for task in range(3):
+        topology.begin_task(10)
+        one.grad, other.grad = torch.ones(20, 20), torch.ones(10, 20)
+        topology.after_backward()
+        report = topology.reports[task]
+        assert int(one.grad.sum() + other.grad.sum()) == report.active - report.reused
+        topology.end_task()
+    assert report.reused > 0
+
+
+def test_the_first_update_of_a_fresh_connection_is_that_of_adam_late_in_its_count() -> None:
+    """The step count belongs to the tensor: 2.5 times the learning rate after a thousand steps, as the page says."""
+    weight = parameter(10, 10)
+    topology = made({"w": weight}, 0.3, schedule=PruneSchedule(update_every=1000, stop=1.0), growth="random")
+    topology.begin_task(2000)
+    optimizer = torch.optim.Adam([weight], lr=1e-3)
+    for _ in range(1000):
+        weight.grad = torch.ones(10, 10)
+        topology.after_backward()
+        optimizer.step()
+        before = topology.mask(0)["w"]
+        topology.after_step(optimizer)
+    came = topology.mask(0)["w"] & ~before
+    assert int(came.sum()) > 0
+    assert weight[came].count_nonzero() == 0
+    weight.grad = torch.ones(10, 10)
+    topology.after_backward()
+    optimizer.step()
+    corrected = (0.1 / (1 - 0.9**1001)) / (0.001 / (1 - 0.999**1001)) ** 0.5
+    assert 2.4 < corrected < 2.6
+    assert weight.detach()[came].tolist() == pytest.approx([-1e-3 * corrected] * int(came.sum()), rel=1e-4)
 
 
 # ---- what leaves
@@ -217,6 +314,38 @@ def test_a_network_in_another_layout_has_the_same_masks_and_keeps_its_strides() 
 
     for one, other in zip(masks(torch.contiguous_format), masks(torch.channels_last), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_compiled_network_is_compiled_once() -> None:
+    """Weights are written in place, so that neither a graph nor what holds a tensor has to be made anew."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    weights = {"0.weight": network[0].weight}
+    where = network[0].weight.data_ptr()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(network, backend=counter)
+    topology = made(weights)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    images = torch.randn(4, 8)
+    for _ in range(2):
+        topology.begin_task(4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            compiled(images).square().sum().backward()
+            topology.after_backward()
+            optimizer.step()
+            topology.after_step(optimizer)
+        topology.end_task()
+    compiled(images).square().sum().backward()
+    with topology.activated(0):
+        given = compiled(images)
+        assert torch.equal(given, network(images))
+    assert not torch.equal(given, compiled(images))
+    assert counter.frame_count == 1
+    assert network[0].weight.data_ptr() == where
+    torch._dynamo.reset()
 
 
 def test_tied_weights_have_one_mask() -> None:
