@@ -56,7 +56,15 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
 CALLBACKS: dict[str, Callable[[], list[Any]]] = {  # of the others a head that reads the memory
     "gradient_free": lambda: [AEFOCL(), NMC(), LDA()],
     "dst": lambda: [
-        DST(0.5, growth=Growth("momentum"), schedule=PruneSchedule(update_every=1), grow_from="any", table=False)
+        DST(
+            0.3,
+            growth=Growth("momentum"),
+            schedule=PruneSchedule(update_every=1),
+            reuse="prefer_free",
+            grow_from="any",
+            steps_per_task=5,
+            table=False,
+        )
     ],
 }
 

@@ -394,6 +394,7 @@ def test_the_benchmark_of_masks_fails_where_a_goal_is_missed(
     found = json.loads(file.read_text())
     step, update = found["step of resnet18"], found["update of resnet18"]
     assert step["overhead"] == pytest.approx(step["masked"] / step["plain"] - 1)
+    capsys.readouterr()
     weights = maskable_weights(masks.network("resnet18", "cpu"), ["fc"])
     assert update["weights"] == sum(weight.numel() for weight in weights.values())
     for overhead, status in ((0.02, 0), (0.04, 1)):

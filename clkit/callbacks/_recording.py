@@ -17,7 +17,6 @@ from clkit.errors import BatchError, ConfigurationError
 from clkit.features.batch import Readings, sample_size
 from clkit.features.observer import BatchObserver
 from clkit.report.results import Recorded
-from clkit.stream._lightning import datamodule_of
 
 __all__ = ["Recorder", "layers_of", "module_predicts"]
 
@@ -30,6 +29,7 @@ class Recorder:
 
     Args:
         trainer: The trainer with its callbacks.
+        datamodule: Its data module, if any.
         owner: The callback that evaluates, whose reader finds the targets.
         predictors: Each with what shows the features that it reads, by name.
         module: What shows the user's own classifier, where that is a predictor.
@@ -44,6 +44,7 @@ class Recorder:
     def __init__(
         self,
         trainer: pl.Trainer,
+        datamodule: Any,
         owner: Any,
         predictors: Mapping[str, tuple[Predictor, BatchObserver]],
         module: BatchObserver | None,
@@ -56,7 +57,6 @@ class Recorder:
         self._owner, self._own = owner, getattr(owner, "observer", None)
         self._trainer, self._learned = trainer, learned
         self._offering = [callback for callback in callbacks if hasattr(callback, "sample_columns")]
-        datamodule = datamodule_of(trainer)
         self._predictors: dict[str, tuple[Predictor | None, BatchObserver]] = {**predictors}  # None: the module itself
         if module is not None:
             self._predictors = {MODULE: (None, module), **predictors}

@@ -324,7 +324,7 @@ class StreamEvaluation(FeatureCallback):
         current, learned = self._boundaries.current, -1
         if current is not None and not grafted:
             learned = current.index - int(trainer.state.fn == "fit" and self._pending is None)
-        return Recorder(trainer, self, self._watched, module, self._callbacks, learned)
+        return Recorder(trainer, self._data, self, self._watched, module, self._callbacks, learned)
 
     # ---- rows
 

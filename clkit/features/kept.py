@@ -102,7 +102,9 @@ class KeptFeatures:
         if not self.active:
             return
         self.active = False
-        self.after_batch()
+        if self._overridden is not None:  # something went wrong in the middle of a batch
+            self._give_back()
+        self._key = self._heard = self._sample = None
         for hook in self._hooks:
             hook.remove()
         self._tap, self._others, self._hooks = None, [], []
