@@ -115,9 +115,10 @@ def measure_update(name: str, device: str, rounds: int) -> dict[str, float]:
 def measure_memory(name: str) -> dict[str, float]:
     """Largest resident set, in MiB, of a process of its own with and without masks."""
     code = (
-        "import sys, resource; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1); import dst; "
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1); import dst; "
         "run = dst.Training(sys.argv[2], 'cpu', masked=sys.argv[3] == '1', every=1); run.step(); run.step(); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "status = pathlib.Path('/proc/self/status').read_text(); "  # getrusage has that of the parent, if it is more
+        "print(int(status.split('VmHWM:')[1].split()[0]) / 1024)"
     )
     peaks = []
     for masked in "01":
