@@ -1,14 +1,19 @@
 """Metrics of continual learning, as ``torchmetrics.Metric`` objects and as functions (:mod:`.functional`).
 
-All metrics are fed in the same way: ``update(predictions, targets, experience)`` with the test samples of an experience
-(``experience`` counts from 0, as :class:`clkit.Experience` does), and ``next_stage()`` each time an experience was
-learned. Stage 0 is before any training (only :class:`ForwardTransfer` reads it), stage ``i`` is after the ``i``-th
-experience. Constructors take the keyword arguments of ``torchmetrics.Metric``. The definitions and their sources stand
-in :mod:`clkit.metrics.functional`, the values are those of ``results.json``: float64, ``NaN`` where not defined.
+The metrics of a stream are fed in the same way: ``update(predictions, targets, experience)`` with the test samples of
+an experience (``experience`` counts from 0, as :class:`clkit.Experience` does), and ``next_stage()`` each time an
+experience was learned. Stage 0 is before any training (only :class:`ForwardTransfer` reads it), stage ``i`` is after
+the ``i``-th experience. Constructors take the keyword arguments of ``torchmetrics.Metric``. The definitions and their
+sources stand in :mod:`clkit.metrics.functional`, the values are those of ``results.json``: float64, ``NaN`` where not
+defined.
 
 The state is a list of exact integer counts, one row for every combination of stage, experience and class that really
 occurred. So class ids may have gaps and be large, nothing need be known about the stream beforehand, and processes that
 saw different experiences or classes are added up exactly.
+
+Whether models of a sequence can search each other's galleries is measured from features, not from predictions: see
+:class:`CompatibilityMatrix` and the metrics of its numbers, :mod:`clkit.metrics.compatibility` and
+:mod:`clkit.metrics.retrieval`. :class:`NegativeFlipRate` compares the answers of two systems.
 
 In a ``LightningModule``:
 
@@ -33,6 +38,14 @@ Example:
 
 from __future__ import annotations
 
+from clkit.metrics.compatibility import (
+    AverageCompatibility,
+    AverageMultiModelAccuracy,
+    BackwardCompatibility,
+    CompatibilityMatrix,
+    ForwardCompatibility,
+    MultiModelAccuracyCurve,
+)
 from clkit.metrics.continual import (
     AMCA,
     AccuracyMatrix,
@@ -46,17 +59,25 @@ from clkit.metrics.continual import (
     PerClassAccuracy,
     StreamConfusionMatrix,
 )
+from clkit.metrics.flips import NegativeFlipRate
 
 __all__ = [
     "AMCA",
     "AccuracyMatrix",
     "AccuracySeen",
     "AverageAccuracy",
+    "AverageCompatibility",
     "AverageIncrementalAccuracy",
+    "AverageMultiModelAccuracy",
+    "BackwardCompatibility",
     "BackwardTransfer",
+    "CompatibilityMatrix",
     "FinalAccuracy",
     "Forgetting",
+    "ForwardCompatibility",
     "ForwardTransfer",
+    "MultiModelAccuracyCurve",
+    "NegativeFlipRate",
     "PerClassAccuracy",
     "StreamConfusionMatrix",
 ]

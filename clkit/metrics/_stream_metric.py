@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from clkit.errors import ArgumentError, BatchError
+from clkit.metrics._exact_metric import ExactMetric
 from clkit.metrics.counts import StreamCounts, Tables, add_up
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["AccuracyMetric", "StreamMetric"]
+__all__ = ["AccuracyMetric", "StreamMetric", "integers"]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-class StreamMetric(Metric):
+class StreamMetric(ExactMetric):
     """Counts by stage, added up over batches and processes.
 
     A row of the state ``counts`` is a key of ``_keys`` integers, the first of which is the stage, and the number of
@@ -32,14 +32,12 @@ class StreamMetric(Metric):
     batches.
     """
 
-    is_differentiable: bool | None = False
     # The fast path of `forward` cannot add up tables of different lengths.
     full_state_update: bool | None = True
 
     counts: Tensor
     current_stage: Tensor
     _keys: int
-    _dimensions: int  # of what `compute` returns
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -137,10 +135,6 @@ class StreamMetric(Metric):
         self._update_count += 1
         self._computed = None
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
-        """Change nothing: counts are int64, and values are float64 (float32 on devices that have no float64)."""
-        return self
-
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the metric on given axes, or on those of a new figure that pyplot does not know; return both."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
@@ -150,26 +144,6 @@ class StreamMetric(Metric):
     @abstractmethod
     def _draw(self, counts: Tensor, ax: Axes | None) -> tuple[Figure, Axes]:
         """Draw the given counts, which are on the CPU and those of all processes."""
-
-    def _wrap_compute(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        squeezed = super()._wrap_compute(compute)
-
-        @functools.wraps(compute)
-        def in_shape(*args: Any, **kwargs: Any) -> Tensor:
-            # torchmetrics makes a scalar of every value with one element, also of a table after the first stage.
-            value: Tensor = squeezed(*args, **kwargs)
-            return value if value.ndim else value.reshape((1,) * self._dimensions)
-
-        return in_shape
-
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        module = super()._apply(*args, **kwargs)
-        self._computed = None  # casts leave the counts alone, but not a value kept from the last `compute`
-        return module
-
-    def _value(self, value: float | Tensor) -> Tensor:
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.as_tensor(value, dtype=dtype, device=self.device)
 
 
 class AccuracyMetric(StreamMetric):
@@ -204,10 +178,10 @@ def _summed(*tables: Tensor) -> Tensor:
 
 
 def _checked_batch(predictions: Tensor, targets: Tensor, experience: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    targets = _integers("targets", targets)
-    predictions = _integers("predictions", predictions, hint=" Scores (B, C) become class ids by scores.argmax(dim=1).")
+    targets = integers("targets", targets)
+    predictions = integers("predictions", predictions, hint=" Scores (B, C) become class ids by scores.argmax(dim=1).")
     if isinstance(experience, Tensor):
-        experiences = _integers("experience", experience)
+        experiences = integers("experience", experience)
     elif isinstance(experience, int) and not isinstance(experience, bool):
         experiences = torch.full_like(targets, experience)
     else:
@@ -224,7 +198,8 @@ def _checked_batch(predictions: Tensor, targets: Tensor, experience: int | Tenso
     return predictions, targets, experiences
 
 
-def _integers(name: str, values: Tensor, hint: str = "") -> Tensor:
+def integers(name: str, values: Tensor, hint: str = "") -> Tensor:
+    """Return a vector of integers as int64, or raise a BatchError."""
     if not isinstance(values, Tensor):
         raise BatchError(f"{name} is a {type(values).__name__}: it must be a (B,) integer tensor.{hint}")
     if values.ndim != 1 or values.dtype not in _INTEGERS:

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["plot_accuracy_matrix", "plot_accuracy_over_time", "plot_class_accuracy", "plot_confusion_matrix"]
+__all__ = [
+    "plot_accuracy_matrix",
+    "plot_accuracy_over_time",
+    "plot_class_accuracy",
+    "plot_compatibility_matrix",
+    "plot_confusion_matrix",
+    "plot_flips",
+]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -102,6 +109,51 @@ def plot_confusion_matrix(
     figure, axes = heat_map(shares, [[f"{count:.0f}" for count in row] for row in counts], labels, labels, ax)
     axes.set(xlabel="predicted class", ylabel="true class", title=title or "")
     _percent_scale(figure, axes, "share of the true class (%)")
+    return figure, axes
+
+
+def plot_compatibility_matrix(
+    matrix: Array, ax: Axes | None = None, names: Sequence[str] | None = None, title: str | None = None
+) -> tuple[Figure, Axes]:
+    """Draw a compatibility matrix (T, T) as a heat map, in percent: rows search the gallery of each column's model.
+
+    A value in brackets is not above that of the older model in its own gallery: those two models are not compatible.
+    ``names`` are those of the T models, by default 1 … T.
+
+    Example:
+        >>> figure, axes = plot_compatibility_matrix([[0.5, None], [0.5, 0.75]])
+        >>> [text.get_text() for text in axes.texts]
+        ['50.0', '(50.0)', '75.0']
+    """
+    values = floats("matrix", matrix, ndim=2).copy()
+    values[np.triu_indices(len(values), k=1, m=values.shape[1])] = np.nan
+    labels = label_texts("names", names, values.shape[1])
+    texts = _percent(values)
+    for row, column in np.argwhere(values <= values.diagonal()):
+        if row != column:
+            texts[row][column] = f"({texts[row][column]})"
+    figure, axes = heat_map(values, texts, labels, labels, ax)
+    axes.set(xlabel="gallery of model", ylabel="queries of model", title=title or "")
+    _percent_scale(figure, axes, "score (%)")
+    return figure, axes
+
+
+def plot_flips(table: Array, ax: Axes | None = None, title: str | None = None) -> tuple[Figure, Axes]:
+    """Draw how many samples two systems answer rightly and wrongly, (2, 2) counts: rows the old one, columns the new.
+
+    Negative flips are bottom left; the shades are shares of all samples.
+
+    Example:
+        >>> figure, axes = plot_flips([[2, 1], [3, 4]])
+        >>> [text.get_text() for text in axes.texts]
+        ['2', '1', '3', '4']
+    """
+    counts = floats("table", table, ndim=2)
+    shares = counts / counts.sum() if counts.sum() else np.full_like(counts, np.nan)
+    answers = ["wrong", "right"]
+    figure, axes = heat_map(shares, [[f"{count:.0f}" for count in row] for row in counts], answers, answers, ax)
+    axes.set(xlabel="new system", ylabel="old system", title=title or "")
+    _percent_scale(figure, axes, "share of all samples (%)")
     return figure, axes
 
 
