@@ -17,6 +17,7 @@ __all__ = [
     "broadcast",
     "gather_objects",
     "gather_rows",
+    "gather_with_graph",
     "report_lost_process",
     "share_buffers",
     "world_size",
@@ -91,6 +92,21 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], what: str = "their rows", gr
     with report_lost_process(what):
         dist.all_gather(received, padded, group=group)
     return [part[:size] for part, size in zip(received, sizes, strict=True)]
+
+
+def gather_with_graph(rows: Tensor, what: str, group: Any = None) -> Tensor:
+    """Return the rows of all processes one under another, those of this process with their graph; all must call it.
+
+    Each process may have another number of rows (N, ...). A ProcessLostError names ``what`` was exchanged.
+    """
+    processes = world_size(group)
+    if processes == 1:
+        return rows
+    own = torch.tensor([len(rows)], device=rows.device)
+    sizes = [int(each) for each in gather_rows(own, [1] * processes, what, group)]
+    parts = gather_rows(rows.detach(), sizes, what, group)
+    parts[dist.get_rank(group)] = rows
+    return torch.cat(parts)
 
 
 def broadcast(tensors: Iterable[Tensor], what: str, group: Any = None) -> None:

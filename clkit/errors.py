@@ -12,12 +12,14 @@ from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
 __all__ = [
     "ArgumentError",
     "BatchError",
+    "CapacityError",
     "ClkitError",
     "ConfigurationError",
     "ContractError",
     "DataError",
     "NotFittedError",
     "ProcessLostError",
+    "SignatureError",
     "StateError",
     "TapError",
     "WriteError",
@@ -61,8 +63,16 @@ class BatchError(ClkitError, ValueError):
     """
 
 
+class CapacityError(ClkitError, ValueError):
+    """More classes were to be given vertices than are free; none of them was given one."""
+
+
 class NotFittedError(ClkitError, _SklearnNotFittedError):  # type: ignore[misc]  # scikit-learn has no types
     """A prediction was asked for before anything was learned (also scikit-learn's ``NotFittedError``)."""
+
+
+class SignatureError(ClkitError, ValueError):
+    """Features of models that do not share their prototypes were to be compared; their similarities mean nothing."""
 
 
 class StateError(ClkitError, RuntimeError):

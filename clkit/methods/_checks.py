@@ -24,6 +24,7 @@ __all__ = [
     "check_finite",
     "check_number",
     "check_probability",
+    "check_width",
     "derived_seed",
     "generator",
 ]
@@ -83,6 +84,13 @@ def check_features(features: Tensor, width: int, device: torch.device) -> Tensor
     if features.device.type == "mps":  # has no float64: leave first, upcast then
         return features.to(device).to(torch.float64)
     return features.to(device=device, dtype=torch.float64)
+
+
+def check_width(name: str, rows: Tensor, width: int) -> None:
+    """Raise a BatchError for what is not floating-point numbers of shape (B, ``width``)."""
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != width or not rows.dtype.is_floating_point:
+        seen = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else in_short(rows)
+        raise BatchError(f"{name} must be floating-point numbers of shape (B, {width}), got {seen}")
 
 
 def check_finite(features: Tensor) -> None:
