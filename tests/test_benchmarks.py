@@ -444,3 +444,41 @@ def test_a_run_of_the_study_learns_and_forgets_nothing(study: ModuleType) -> Non
     accuracy, transfer = study.run("digits", 0.2, "erk", "gradient", 0)
     assert accuracy > 85
     assert transfer == 0
+
+
+# ---- d-Simplex
+
+
+@pytest.fixture(scope="module")
+def simplex() -> ModuleType:
+    return loaded(SCRIPT.with_name("simplex.py"))
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_the_bank_is_measured_beside_a_search_that_finds_the_same(simplex: ModuleType, storage: str) -> None:
+    figures = simplex.measure_bank(storage, "cpu", 1, number=300, width=40)
+    assert figures["ratio"] == figures["search_s"] / figures["bare_s"]
+    assert figures["recall_at_1"] > 0.95
+    assert figures["rows_mib"] == 300 * 40 * (4 if storage == "float32" else 2) / 2**20
+    assert figures["file_mib"] > figures["rows_mib"]
+
+
+@pytest.mark.slow
+def test_the_head_is_measured_beside_its_matrix(simplex: ModuleType) -> None:
+    figures = simplex.measure_head("cpu", 1, vertices=20_000, slab=100)
+    assert figures["largest_difference"] < 1e-4
+    assert figures["explicit_s"] > figures["implicit_s"]
+    assert 0.5 < figures["share_of_logits"] < 6
+
+
+def test_a_missed_goal_of_the_simplex_is_said(
+    simplex: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = {"share_of_time": 0.004, "share_of_logits": 2.0}
+    monkeypatch.setattr(simplex, "measure_head", lambda *_: head)
+    monkeypatch.setattr(simplex, "measure_bank", lambda storage, *_: {"ratio": 1.0 if storage == "float32" else 1.2})
+    file = tmp_path / "simplex.json"
+    assert simplex.main(["--only", "head", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["head"] == head
+    assert simplex.main([]) == 1
+    assert "MISSED: bank, float16: ratio 1.2, goal 1.1" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clkit.arguments import in_short
-from clkit.errors import ArgumentError, BatchError
+from clkit.errors import ArgumentError, BatchError, first_line
 
 __all__ = [
     "Array",
@@ -20,6 +20,7 @@ __all__ = [
     "check_batch",
     "check_choice",
     "check_count",
+    "check_device",
     "check_features",
     "check_finite",
     "check_number",
@@ -185,6 +186,14 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> int:
         size = " below 2**63" * (isinstance(value, int) and value >= 2**63)
         raise ArgumentError(f"{name} must be an integer of at least {at_least}{size}, got {in_short(value)}")
     return value
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Return the device, with its number, that an argument of this name must be; else raise an ArgumentError."""
+    try:
+        return torch.empty(0, device=device).device
+    except RuntimeError as error:  # no such device, or none here
+        raise ArgumentError(f"device must be one that torch has here, got {device!r}: {first_line(error)}") from error
 
 
 def check_number(name: str, value: float, *, above: float | None = None, at_least: float | None = None) -> float:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from clkit.arguments import check_arguments, in_short
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, SignatureError, StateError
 from clkit.files import read_checkpoint, write_checkpoint
-from clkit.methods._checks import check_count, check_finite, check_width
+from clkit.methods._checks import check_count, check_device, check_finite, check_width
 from clkit.methods._state import exact
 from clkit.methods.replay.contrast import wide
 from clkit.methods.replay.rows import check_labels
@@ -83,6 +83,7 @@ class FeatureBank:
         if not signature:
             raise ArgumentError("signature must say what the models share, got an empty string")
         self.signature, self.storage = signature, storage
+        device = check_device(device)
         self._names: list[str] = []
         self._models: list[str] = []
         self._features = torch.empty(0, width, dtype=_DTYPES[storage], device=device)  # with room for more rows
@@ -110,7 +111,7 @@ class FeatureBank:
 
     @property
     def names(self) -> list[str]:
-        """Their names, empty where none was given."""
+        """Their names, empty where none was given; the list itself, to be read only."""
         return self._names
 
     @property
@@ -259,7 +260,7 @@ class FeatureBank:
         bank = cls(width, saved["signature"], storage=storage, device=device)
         bank._names, bank._models = saved["names"], models
         bank._features, bank._labels, bank._model_of = (
-            each.to(device) for each in (saved["features"], saved["labels"], model_of)
+            each.to(bank.device) for each in (saved["features"], saved["labels"], model_of)
         )
         return bank
 

@@ -38,6 +38,10 @@ class SimplexHead(nn.Module):
     bias nor scale, and z is not normalised before: its length does the scaling. All K logits belong in the
     cross-entropy, those of vertices without a class too: they keep room for classes to come.
 
+    Where K is much larger than the number of classes, train with SGD or with weight decay. Adam without it leaves in z
+    what the junction drew at random for vertices without a class. No other model shares that, so that a model finds its
+    own rows and not theirs.
+
     Features are d wide, four times the bytes of a plain ResNet-18 feature at K = 2048; a
     :class:`~clkit.methods.FeatureBank` can keep them in half precision.
 

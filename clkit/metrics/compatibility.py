@@ -182,9 +182,7 @@ class _CompatibilityMetric(ExactMetric):
             )
         sides = queries, query_labels, gallery, gallery_labels
         if self.score == "verification":
-            drawn = retrieval.draw_pairs(query_labels, gallery_labels, self.pairs, seed=self.seed)
-            rows = queries[drawn.query.to(queries.device)], gallery[drawn.gallery.to(gallery.device)]
-            total, number = len(drawn.same) * retrieval.verification(*rows, drawn.same), len(drawn.same)
+            total, number = self.pairs * retrieval.verified(*sides, self.pairs, seed=self.seed), self.pairs
         else:
             found = {
                 "identification": lambda: retrieval.identified(*sides),

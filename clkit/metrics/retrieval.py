@@ -32,6 +32,7 @@ __all__ = [
     "recall_at_k",
     "recalled",
     "verification",
+    "verified",
 ]
 
 _SHORTEST = 1e-12  # length up to which a feature has no direction
@@ -218,6 +219,16 @@ def verification(first: Tensor, second: Tensor, same: Tensor, folds: int = 10) -
     elsewhere = table.sum(axis=0) - table
     chosen = elsewhere.argmax(axis=1)
     return float(np.mean(table[np.arange(folds), chosen] / np.array(sizes)))
+
+
+def verified(
+    queries: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, number: int = 6000, *, seed: int = 0
+) -> float:
+    """Return :func:`verification` of pairs that :func:`draw_pairs` draws from queries and gallery."""
+    sides = _Sides(queries, query_labels, gallery, gallery_labels)
+    pairs = draw_pairs(sides.at, sides.gallery_at, number, seed=seed)
+    first, second = sides.queries[pairs.query.to(queries.device)], sides.gallery[pairs.gallery.to(gallery.device)]
+    return verification(first, second, pairs.same)
 
 
 class _Sides:

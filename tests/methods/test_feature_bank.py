@@ -195,6 +195,8 @@ def test_an_empty_bank_has_nothing_to_find() -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
+    with pytest.raises(ArgumentError, match="device must be one that torch has here, got 'nowhere'"):
+        FeatureBank(D, SIGNATURE, device="nowhere")
     with pytest.raises(ArgumentError, match="width must be an integer of at least 1, got 0"):
         FeatureBank(0, SIGNATURE)
     with pytest.raises(ArgumentError, match="signature must say what the models share"):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from clkit.errors import ArgumentError, BatchError, CapacityError, SignatureError, StateError
 from clkit.methods import ClassAllocator, SimplexHead
 from clkit.methods._polytopes import vertices
+from clkit.metrics.retrieval import identification
 
 DIMS = [1, 2, 3, 9, 99, 511, 1023, 2047, 4096]
 
@@ -271,6 +272,44 @@ def test_heads_of_other_vertices_are_refused(other: SimplexHead, says: str) -> N
     with pytest.raises(SignatureError, match=says):
         SimplexHead(32).check_compatible(other)
     assert issubclass(SignatureError, ValueError)
+
+
+# ---- what it is for
+
+
+def trained_on_blobs(head: nn.Module, seed: int, classes: Tensor, centres: Tensor) -> nn.Module:
+    """A small network that learned noisy points round some centres from its own random start."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+    model = nn.Sequential(network, head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
+    for _ in range(200):
+        ids = classes[torch.randint(len(classes), (128,), generator=generator)]
+        points = centres[ids] + torch.randn(128, 32, generator=generator)
+        out = model(points)
+        loss = F.cross_entropy(out[1] if isinstance(out, tuple) else out, ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("K", [32, 512])
+def test_models_that_never_met_search_each_others_galleries(K: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres, classes = torch.randn(10, 32, generator=generator), torch.arange(10)
+    ids = classes.repeat(40)
+    queries, gallery = (centres[ids] + torch.randn(400, 32, generator=generator) for _ in range(2))
+    fixed = [trained_on_blobs(SimplexHead(K, in_features=64), seed, classes, centres) for seed in (1, 2)]
+    cross = identification(fixed[0](queries)[0], ids, fixed[1](gallery)[0], ids)
+    own = identification(fixed[1](queries)[0], ids, fixed[1](gallery)[0], ids)
+    assert cross >= 0.95
+    assert own >= 0.95
+    if K == 32:
+        learned = [trained_on_blobs(nn.Linear(64, 10), seed, classes, centres) for seed in (1, 2)]
+        assert identification(learned[0][0](queries), ids, learned[1][0](gallery), ids) <= 0.3
+        assert identification(learned[1][0](queries), ids, learned[1][0](gallery), ids) >= 0.95
 
 
 # ---- allocation

@@ -245,6 +245,11 @@ def test_sides_that_do_not_fit_are_refused(changes: dict[int, Any], says: str) -
     for score in (retrieval.identification, retrieval.recall_at_k, retrieval.mean_average_precision):
         with pytest.raises(BatchError, match=says):
             score(*given)
+    if "labelled" not in says:  # to a metric such a batch is one that counts nothing
+        for name in ("verification", "map"):
+            metric = M.CompatibilityMatrix(models=1, score=name)  # type: ignore[arg-type]  # a name in a loop
+            with pytest.raises(BatchError, match=says):
+                metric.update(*given, 0, 0)
 
 
 # ---- verification

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clkit.arguments import check_arguments
-from clkit.errors import ArgumentError, BatchError, NotFittedError, first_line
-from clkit.methods._checks import check_count, generator
+from clkit.errors import ArgumentError, BatchError, NotFittedError
+from clkit.methods._checks import check_count, check_device, generator
 from clkit.methods._state import exact
 from clkit.methods.replay import selection
 from clkit.methods.replay.rows import (
@@ -104,12 +104,7 @@ class ReservoirBuffer(StoredRows):
         self._balanced = policy == "class_balanced"
         self.storage = storage
         self._codec = RowCodec(self.storage, mean, std)
-        try:
-            self._device = torch.empty(0, device=device).device
-        except RuntimeError as error:  # no such device, or none here
-            raise ArgumentError(
-                f"device must be one that torch has here, got {device!r}: {first_line(error)}"
-            ) from error
+        self._device = check_device(device)
         self._generator = torch.Generator().manual_seed(check_count("seed", seed, at_least=0))
         self._table = None
         self._seen = [0]  # arrivals by origin
