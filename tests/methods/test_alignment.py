@@ -5,6 +5,7 @@ Run as a program, ``test_alignment.py FOLDER NAME ...``, this file is what two r
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
@@ -16,11 +17,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from two_ranks import drive, driven
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods import HOCLoss, SimplexHead, align, distillation_weight, feature_distillation, hoc_total
+from clkit.metrics.compatibility import average_multi_model_accuracy
+from clkit.metrics.retrieval import identification
 
 NEW = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]]
 OLD = [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 1.0]]
@@ -208,6 +212,54 @@ def test_weight_of_the_distillation() -> None:
     assert distillation_weight(5, 5, base=10.0) == 10.0
     with pytest.raises(ArgumentError, match="old_classes must be an integer of at least 1, got 0"):
         distillation_weight(10, 0)
+
+
+# ---- what they are for
+
+
+def multi_model_accuracy(seed: int, *, aligned: bool) -> float:
+    """AM over all ten classes of the models after five tasks of two classes each, with 20 rows a class to replay."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    centres = torch.randn(10, 32, generator=generator)
+
+    def points(ids: Tensor) -> Tensor:
+        return centres[ids] + torch.randn(len(ids), 32, generator=generator)
+
+    ids = torch.arange(10).repeat(40)
+    queries, gallery = points(ids), points(ids)
+    head = SimplexHead(32, in_features=64)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), head)
+    memory: list[tuple[Tensor, Tensor]] = []
+    models: list[nn.Module] = []
+    for task in range(5):
+        y = torch.arange(2 * task, 2 * task + 2).repeat(150)
+        x = points(y)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        sources = [(x, y), tuple(map(torch.cat, zip(*memory, strict=True))) if memory else (x, y)]
+        for _ in range(100):
+            drawn = [torch.randint(len(each[0]), (32,), generator=generator) for each in sources]
+            inputs, labels = (torch.cat([each[k][at] for each, at in zip(sources, drawn, strict=True)]) for k in (0, 1))
+            features, logits = model(inputs)
+            loss = F.cross_entropy(logits, labels)
+            if models and aligned:
+                loss = hoc_total(loss, HOCLoss()(features, models[-1](inputs)[0], labels))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        memory += [(x[y == c][:20], y[y == c][:20]) for c in (2 * task, 2 * task + 1)]
+        models.append(copy.deepcopy(model).requires_grad_(False))
+    matrix = [
+        [identification(new(queries)[0], ids, old(gallery)[0], ids) if j <= i else None for j, old in enumerate(models)]
+        for i, new in enumerate(models)
+    ]
+    return average_multi_model_accuracy(matrix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_contrastive_term_raises_the_accuracy_between_models(seed: int) -> None:
+    assert multi_model_accuracy(seed, aligned=True) > multi_model_accuracy(seed, aligned=False)
 
 
 # ---- Procrustes
