@@ -29,6 +29,7 @@ __all__ = [
     "identification",
     "identified",
     "mean_average_precision",
+    "pairwise_compatibility",
     "recall_at_k",
     "recalled",
     "verification",
@@ -123,6 +124,43 @@ def average_precisions(queries: Tensor, query_labels: Tensor, gallery: Tensor, g
         precisions = same.cumsum(dim=1).gather(1, last).double() / (last + 1)
         found.append((precisions * same).sum(dim=1) / same.sum(dim=1))
     return torch.cat(found) if found else sides.queries.new_zeros(0).double()
+
+
+def pairwise_compatibility(new: Tensor, old: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return in which shares of all pairs of images the new model brings classes together, and keeps them apart.
+
+    The formal definition of compatible models wants, for each two images, the new feature of one to be no farther from
+    the old feature of the other than its old feature is where they are of one class, and no nearer where they are not.
+    It never holds for all pairs, so it is no criterion; distances are 1 - cosine. As in arXiv 2405.02581.
+
+    Args:
+        new: (n, d) features by the new model.
+        old: (n, d) features of the same images by the old one.
+        labels: (n,) class ids; rows of -1 are left out.
+
+    Returns:
+        The shares for pairs of one class and of two, in [0, 1]; ``NaN`` where there is none.
+
+    Example:
+        >>> old = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> new = torch.tensor([[1.0, 0.2], [1.0, 0.0], [0.0, 1.0]])
+        >>> pairwise_compatibility(new, old, torch.tensor([5, 5, 2]))
+        (1.0, 0.75)
+    """
+    sides = _Sides(new, labels, old, labels)
+    before = _Sides(old, labels, old, labels).queries.to(sides.queries.dtype)
+    kept, pairs = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    numbers = torch.arange(len(sides.at), device=old.device)
+    start = 0
+    for (after, at), (own, _) in zip(sides.blocks(sides.gallery), sides.blocks(sides.gallery, before), strict=True):
+        others = numbers[start : start + len(at), None] != numbers
+        same = sides.gallery_at == at[:, None]
+        for kind, (of_kind, holds) in enumerate(((same, after >= own), (~same, after <= own))):
+            kept[kind] += int((of_kind & others & holds).sum())
+            pairs[kind] += int((of_kind & others).sum())
+        start += len(at)
+    shares = (kept.double() / pairs).tolist()  # 0 of 0 is NaN
+    return shares[0], shares[1]
 
 
 class Pairs(NamedTuple):

@@ -252,6 +252,28 @@ def test_sides_that_do_not_fit_are_refused(changes: dict[int, Any], says: str) -
                 metric.update(*given, 0, 0)
 
 
+@pytest.mark.parametrize("block", [1, 100, 2**24])
+def test_the_formal_criterion_as_two_shares(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "_BLOCK", block)
+    old, labels = sides(3)[:2]
+    new = old + torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).double()
+    new[:5], labels[7] = old[:5], -1  # an unchanged feature satisfies either wish
+    after, before = cosines(new, old), cosines(old, old)
+    found: dict[bool, list[bool]] = {True: [], False: []}
+    for i in range(len(old)):
+        for j in range(len(old)):
+            if i != j and labels[i] >= 0 <= labels[j]:
+                same = bool(labels[i] == labels[j])
+                nearer = after[i, j] - before[i, j]
+                found[same].append(i < 5 or (nearer >= 0 if same else nearer <= 0))
+    assert retrieval.pairwise_compatibility(new, old, labels) == (np.mean(found[True]), np.mean(found[False]))
+    one_class = retrieval.pairwise_compatibility(new[:2], old[:2], torch.tensor([4, 4]))
+    assert one_class[0] == 1.0
+    assert math.isnan(one_class[1])
+    with pytest.raises(BatchError, match="query_labels has 3 entries for 2 rows"):
+        retrieval.pairwise_compatibility(new[:2], old[:3], labels[:3])
+
+
 # ---- verification
 
 
