@@ -4,6 +4,7 @@
 from clkit._registry import register_strategies
 from clkit.callbacks.aef_ocl import AEFOCL, Lift, PseudoFeatures
 from clkit.callbacks.base import FeatureCallback, Predictor, StreamCallback
+from clkit.callbacks.d_simplex import DSimplex
 from clkit.callbacks.dst import DST
 from clkit.callbacks.evaluation import StreamEvaluation
 from clkit.callbacks.head import HeadCallback
@@ -11,12 +12,14 @@ from clkit.callbacks.lda import LDA
 from clkit.callbacks.nmc import NMC
 from clkit.callbacks.progress import StreamProgressBar
 from clkit.surgery.classifier import ungraft
+from clkit.surgery.fixed_classifier import attach_simplex_head, detach_simplex_head
 
 __all__ = [
     "AEFOCL",
     "DST",
     "LDA",
     "NMC",
+    "DSimplex",
     "FeatureCallback",
     "HeadCallback",
     "Lift",
@@ -25,6 +28,8 @@ __all__ = [
     "StreamCallback",
     "StreamEvaluation",
     "StreamProgressBar",
+    "attach_simplex_head",
+    "detach_simplex_head",
     "ungraft",
 ]
 

@@ -217,13 +217,14 @@ class BatchObserver:
         assert self.targets is not None
         return self.targets
 
-    def features(self, source: FeaturesFrom = "shared", *, graph: bool = False) -> Tensor:
+    def features(self, source: FeaturesFrom = "shared", *, graph: bool = False, whole: bool = False) -> Tensor:
         """Return the features (B, D) of the open batch, in the dtype of the forward pass.
 
         Args:
             source: Which pass they come from, as it was said to :meth:`open`.
             graph: Whether they carry their graph, for a loss that is added before the backward pass; they are those of
                 the pass that happens anyway. Detached otherwise.
+            whole: With ``graph``, whether rows that a strategy runs beside the batch are among them.
 
         Raises:
             BatchError: If another number of rows passed the tap than the batch has, or some were left out.
@@ -235,7 +236,7 @@ class BatchObserver:
                     f"features at {self.point!r} have no graph: the batch was not opened with graph=True, its "
                     "forward has not run, or it is done"
                 )
-            return self._rows(self._live)
+            return self._live if whole else self._rows(self._live)
         if not self._is_own:
             self.settle(source)
         evaluated = source != "shared" and self._evaluated is not None

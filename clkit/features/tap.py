@@ -479,19 +479,19 @@ def _linear_heads(module: nn.Module, path: str) -> Iterator[str]:
     """Paths of the layers that may be a classifier, in order of definition: no part that a strategy attached is one."""
     if isinstance(module, NonDynamicallyQuantizableLinear):  # of nn.MultiheadAttention, which never calls it
         return
-    own = _is_of(module, "clkit")
-    if isinstance(module, nn.Linear) or _is_graft(module) or (own and type(module).__name__.endswith("Head")):
+    if isinstance(module, nn.Linear) or _is_head(module):
         yield path
         return
-    if own and path:
+    if _is_of(module, "clkit") and path:
         return
     for name, child in module.named_children():
         yield from _linear_heads(child, f"{path}.{name}" if path else name)
 
 
-def _is_graft(module: nn.Module) -> bool:
-    """Whether a head was put here in the place of a classifier: the mark is of clkit.surgery, which is above."""
-    return getattr(getattr(module, "clkit_change", None), "noun", None) == "graft"
+def _is_head(module: nn.Module) -> bool:
+    """Whether this is a head of clkit, or layers that stand for one: the mark is of clkit.surgery, which is above."""
+    grafted = getattr(getattr(module, "clkit_change", None), "noun", None) == "graft"
+    return grafted or (_is_of(module, "clkit") and type(module).__name__.endswith("Head"))
 
 
 def _runnable(module: nn.Module, path: str) -> nn.Module:
@@ -595,7 +595,7 @@ def _is_empty(module: nn.Module) -> bool:
 
 def _reads_input(module: nn.Module, network: nn.Module) -> bool:
     """Whether a path to this layer means its input: linear, convolutional, or what timm calls the classifier."""
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_graft(module):
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_head(module):
         return True
     core = _unwrapped(network)
     if not callable(getattr(core, "get_classifier", None)):

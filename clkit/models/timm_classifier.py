@@ -181,7 +181,8 @@ class TimmClassifier(pl.LightningModule):
         if self.num_classes is None:
             # an identity backbone of unknown width cannot get a classifier
             headless = isinstance(self.network, IdentityBackbone) and self.network.num_features is None
-            if self.network.num_classes != wanted and not headless:
+            fixed = hasattr(self.network.get_classifier(), "vertex_of")  # a simplex head has room for all classes
+            if self.network.num_classes != wanted and not headless and not fixed:
                 self.network.reset_classifier(wanted)
                 self._make_task_classes()
         elif 0 < self.num_classes < wanted:

@@ -25,7 +25,8 @@ from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.runs.heads import head_entries, name_of
 from clkit.schema import EXPORTED
 from clkit.stream._lightning import datamodule_of
-from clkit.surgery.splice import SplicedCopy, trainer_of
+from clkit.surgery.copies import trainer_of
+from clkit.surgery.splice import SplicedCopy
 
 __all__ = ["Exported", "export", "export_checkpoint"]
 

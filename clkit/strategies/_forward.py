@@ -21,8 +21,9 @@ from clkit.methods.replay.contrast import Projector
 from clkit.methods.replay.rows import check_labels
 from clkit.methods.replay.segments import BatchNormSegments
 from clkit.methods.replay.step import StepOutputs, StepViews
+from clkit.strategies._ranks import Incoming
 
-__all__ = ["Projection", "SingleForward", "check_range", "checked_batch"]
+__all__ = ["Projection", "SingleForward", "StepWork", "check_range", "checked_batch"]
 
 _UNLABELLED = -1
 
@@ -79,6 +80,13 @@ class SingleForward:
         self._tap = FeatureTap(module, layer)
         self._segments = BatchNormSegments(module) if segments else None
         self._automatic, module.automatic_optimization = module.automatic_optimization, True
+
+    def look_again(self) -> None:
+        """Follow the network that is in the module now, which may be another than before."""
+        self._tap.resolve()
+        if self._segments is not None:
+            self._segments.close()
+            self._segments = BatchNormSegments(self._module)
 
     def close(self) -> None:
         if self._segments is not None:
@@ -155,3 +163,15 @@ def check_range(labels: Tensor, width: int | None, least: int = 0) -> int:
             f"{'?' if width is None else width - 1}); build it with as many outputs as there will be classes"
         )
     return low
+
+
+@dataclass
+class StepWork:
+    """What a batch needs until it is learned."""
+
+    step: int
+    incoming: Incoming
+    seen: set[int]  # classes, its own among them
+    views: StepViews = None  # type: ignore[assignment]  # set before anyone reads it
+    extras: dict[str, Tensor] | None = None  # for the memory, once the loss is there
+    kept: bool = False  # whether the memory has the batch

@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -23,13 +22,12 @@ from clkit.features.tap import evaluating
 from clkit.methods._checks import check_count, generator
 from clkit.methods.replay.buffer import ReservoirBuffer
 from clkit.methods.replay.contrast import wide
-from clkit.methods.replay.step import Block, StepBatch, StepOutputs, StepViews, arrange, total_loss
+from clkit.methods.replay.step import Block, StepBatch, StepOutputs, arrange, total_loss
 from clkit.methods.replay.stored import MemoryRows
 from clkit.schema import Instance, Many, Nested, Table, describe, is_same, read_own
 from clkit.strategies._augmentation import Augmentation
-from clkit.strategies._forward import Projection, SingleForward, checked_batch
+from clkit.strategies._forward import Projection, SingleForward, StepWork, checked_batch
 from clkit.strategies._memory import Counters, MemorySettings, ReplayMemory
-from clkit.strategies._ranks import Incoming
 from clkit.strategies.base import LearningStrategy
 from clkit.stream._lightning import callbacks_of, is_logged
 from clkit.stream.experience import Experience
@@ -132,7 +130,7 @@ class ReplayStrategy(LearningStrategy):
         self._ranks = self._memory.ranks
         self._counters = Counters()
         self._forward: SingleForward | None = None  # while a fit runs
-        self._work: _Work | None = None
+        self._work: StepWork | None = None
         self._monitored = False  # whether a callback or a schedule of this fit asks for what is logged
         self._logs = False  # whether the batch in work logs
         self._said: set[str] = set()
@@ -186,6 +184,11 @@ class ReplayStrategy(LearningStrategy):
 
     # ---- before and after the loops
 
+    @property
+    def forwarded(self) -> tuple[Tensor, Tensor] | None:
+        """What the step in work runs through the network: all images (N, …), and their labels (N,) on the host."""
+        return None if self._work is None else (self._work.views.images, self._work.views.all_labels)
+
     def make_projector(self, module: pl.LightningModule) -> nn.Module | None:
         """Return the embedding beside the classifier, D to p; ``None`` where no loss needs it."""
         return None if self.projection is None else self.projection.build(module, self.layer, self.seed)
@@ -212,6 +215,11 @@ class ReplayStrategy(LearningStrategy):
         self._monitored = any(str(monitor).startswith(f"{self.name}/") for monitor in monitors)
         segments = self.batch_norm == "segments" and self.segmented
         self._forward = SingleForward(module, self.layer, segments=segments, wrapped=not self.single_device)
+
+    def on_backbone_changed(self, trainer: pl.Trainer, module: pl.LightningModule, reason: str) -> None:
+        """Run the network that is there now, where another took the place of the one before."""
+        if self._forward is not None:
+            self._forward.look_again()
 
     def teardown(self) -> None:
         """Give the user's module back as it was."""
@@ -282,7 +290,7 @@ class ReplayStrategy(LearningStrategy):
             self._report(work, terms, loss.detach())
         return loss
 
-    def _prepared(self, batch: Any) -> _Work:
+    def _prepared(self, batch: Any) -> StepWork:
         """Draw and read all that a step needs before the forward; nothing that is kept changes."""
         assert self._forward is not None
         memory = self._memory.rows
@@ -290,7 +298,7 @@ class ReplayStrategy(LearningStrategy):
         incoming = self._ranks.incoming(x, y, memory)
         if memory is not None:  # what it would refuse is known before the step
             memory.check(incoming.offered, incoming.offered_labels, self.extra_names)
-        self._work = work = _Work(self._counters.step, incoming, self._counters.seen | set(incoming.labels.tolist()))
+        self._work = work = StepWork(self._counters.step, incoming, self._counters.seen | set(incoming.labels.tolist()))
         count = self.replay_count(len(work.seen)) if incoming.stored else 0
         rows, replay = self.drawn(incoming.own, count, SAMPLE)
         extras = {name: self._ranks.mine(rows.extras[name]).cpu() for name in self.extra_names}
@@ -330,7 +338,7 @@ class ReplayStrategy(LearningStrategy):
         self._counters.step += 1
         self._counters.batch_in_experience += 1
 
-    def _report(self, work: _Work, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
+    def _report(self, work: StepWork, terms: Mapping[str, tuple[float, Tensor]], loss: Tensor) -> None:
         if not math.isfinite(loss):  # with any of its terms, whatever their weights
             self._tell_not_finite(work.step, terms)
         if not self._logs:
@@ -386,15 +394,3 @@ class ReplayStrategy(LearningStrategy):
         ]
         if changed:
             rank_zero_warn(f"{key}: the checkpoint was saved with other settings: {', '.join(changed)}")
-
-
-@dataclass
-class _Work:
-    """What a batch needs until it is learned."""
-
-    step: int
-    incoming: Incoming
-    seen: set[int]  # classes, its own among them
-    views: StepViews = None  # type: ignore[assignment]  # set before anyone reads it
-    extras: dict[str, Tensor] | None = None  # for the memory, once the loss is there
-    kept: bool = False  # whether the memory has the batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import NoReturn
 
@@ -17,8 +16,9 @@ from clkit.features.tap import FeatureTap, path_of, put_at, width_of
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import L2Normalize, LinearReadout, layer_values
 from clkit.surgery.classifier import copy_into, outputs_of, ungraft
+from clkit.surgery.copies import bare_copy
 
-__all__ = ["SplicedCopy", "trainer_of"]
+__all__ = ["SplicedCopy"]
 
 
 class SplicedCopy:
@@ -41,7 +41,9 @@ class SplicedCopy:
     def __init__(self, module: pl.LightningModule, head: Head, layer: str, example: Tensor) -> None:
         self.example = example
         self._head = head
-        whole = _bare_copy(module)
+        whole = bare_copy(module).cpu()
+        ungraft(whole)  # its own classifier comes back as it was, with gradients
+        whole.eval().requires_grad_(False)
         with FeatureTap(whole, layer) as tap:
             self.network: nn.Module = getattr(tap.network, "_orig_mod", tap.network)
             self._features = tap.extract(example, partial(forward, whole, tap.network))
@@ -163,14 +165,6 @@ class _HandOn(nn.Module):
         return pad(features, self.padding) * self.times
 
 
-def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
-    """Return the trainer that a module is attached to, if there is one."""
-    try:
-        return module.trainer
-    except RuntimeError:  # it has none
-        return None
-
-
 def _linear_part(leaf: nn.Module) -> nn.Module:
     """Return the linear layer of a classifier; the norm before it (LeViT's) is made to do nothing."""
     norm, layer = getattr(leaf, "bn", None), getattr(leaf, "linear", None)
@@ -195,19 +189,3 @@ def _scores(layers: nn.Sequential, features: Tensor) -> tuple[Tensor, Tensor]:
         elif isinstance(layer, L2Normalize):
             size = scores
     return scores, size
-
-
-def _bare_copy(module: pl.LightningModule) -> pl.LightningModule:
-    """Return a copy on the CPU with its own classifier, in evaluation mode, that drags no trainer along."""
-    parts = [part for part in module.modules() if isinstance(part, pl.LightningModule)]
-    trainers = [trainer_of(part) for part in parts]
-    for part in parts:
-        part.trainer = None
-    try:
-        copied = copy.deepcopy(module)
-    finally:
-        for part, trainer in zip(parts, trainers, strict=True):
-            part.trainer = trainer
-    ungraft(copied)
-    copied.cpu().eval().requires_grad_(False)
-    return copied

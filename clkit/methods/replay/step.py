@@ -75,6 +75,11 @@ class StepViews:
     labels: dict[str, Tensor]  # of each block
     stream: slice | None = None  # where the incoming images themselves lie, if they are among the blocks
 
+    @property
+    def all_labels(self) -> Tensor:
+        """The labels of all images, in their order."""
+        return torch.cat([self.labels[name] for name in self.rows])
+
 
 class StepOutputs:
     """What the network gave for the blocks of a step: logits (N, C), features (N, D) and, if any, embeddings (N, p)."""

@@ -1,0 +1,375 @@
+"""d-Simplex as a callback: a fixed classifier, and features that stay comparable with those of earlier models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from clkit.arguments import check_arguments
+from clkit.callbacks._previous_model import PreviousModel
+from clkit.callbacks._replacing import Replacing
+from clkit.callbacks.base import FeatureCallback
+from clkit.errors import CapacityError, ConfigurationError, StateError
+from clkit.features.batch import BatchReader
+from clkit.features.observer import BatchObserver
+from clkit.features.tap import path_of
+from clkit.methods._checks import check_number, check_probability
+from clkit.methods.alignment import HOCLoss, distillation_weight, feature_distillation
+from clkit.methods.simplex import ClassAllocator, SimplexHead
+from clkit.schema import Instance, OneOf, Table, Whole, read_own
+from clkit.stream._lightning import is_logged
+from clkit.stream.experience import Experience
+from clkit.surgery.fixed_classifier import SimplexClassifierHead, attach_simplex_head, simplex_classifier_of
+
+__all__ = ["DSimplex"]
+
+_TABLE: Table = {
+    "signature": Instance(str),
+    "side": OneOf(("low", "high")),
+    "allocation": Instance(dict),
+    "replaced": Whole(optional=True),
+    "previous": Instance(str | None),
+    "started": Whole(optional=True),
+}
+
+
+class DSimplex(FeatureCallback):
+    r"""Trains the network behind a classifier that never changes: the vertices of a regular simplex.
+
+    Features of all models that were ever trained so gather round the same vertices, class by class, hence a gallery
+    that an old model wrote can be searched with queries of a new one: no re-indexing. The classifier of the module is
+    replaced by a :class:`~clkit.methods.SimplexHead` with room for ``num_vertices`` classes behind a trainable linear
+    junction, and stays so when the run is over; the module's own cross-entropy, optimizer and strategy train it. Choose
+    ``num_vertices`` for all classes that will ever come.
+
+    From the second experience on, ``alignment="hoc"`` adds the higher-order contrastive term to the loss,
+    :math:`\lambda L + (1 - \lambda) L_{NCE}` (:class:`~clkit.methods.HOCLoss`), between features of the model that
+    trains and of a frozen copy of the model from which the experience started. That costs one more forward a batch and
+    a copy of the weights, which is in no checkpoint: it lies in ``folder``, so that a run can be resumed inside an
+    experience. ``"fd"`` adds the older distillation of features on the replayed rows. Replay is the business of a
+    strategy, :class:`~clkit.strategies.ERStrategy` for instance, whose replayed rows are aligned too.
+
+    Args:
+        num_vertices: K, at least 2 and at least as many as there will be classes; features are K - 1 wide.
+        alignment: ``None`` for the cross-entropy alone, ``"hoc"`` or ``"fd"``.
+        lam: :math:`\lambda`, the share of the cross-entropy beside the higher-order term, [0, 1].
+        mu: :math:`\mu`, the scale of the cosines in it, above 0.
+        same_class: What pairs of one class count there: ``"unit"`` or ``"exclude"``.
+        distillation: :math:`w_0`, the weight of ``"fd"`` where old and new classes are equally many.
+        side: The class with id c has vertex c (``"low"``) or K - 1 - c (``"high"``). Two parties with classes of their
+            own take a side each.
+        reserved: Vertices that classes of another party have.
+        junction: Whether a linear layer stands before the vertices; ``"auto"``: where widths differ.
+        polytope: ``"simplex"``, or vertices of fewer dimensions without its theory; see ``SimplexHead``.
+        replacements: By the index of an experience, the better model with which it starts: a path of a checkpoint of
+            the same module, a network with a simplex head of the same vertices, or a function that returns one; it may
+            be of another architecture.
+        folder: Where the models before each experience are kept; by default ``models`` in the run's log folder.
+        batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
+
+    Raises:
+        ArgumentError: If a value is not allowed.
+        ConfigurationError: At the start: if the network has no single classifier, another callback has taken its place,
+            nothing trains it, or ``"fd"`` has no replay.
+        CapacityError: If a class has no vertex; before the experience that brings it.
+        SignatureError: If a network has a simplex head of other vertices.
+
+    Example:
+        >>> from clkit.callbacks import DSimplex
+        >>> DSimplex(num_vertices=1024, alignment="hoc").head.dim
+        1023
+
+    Reference:
+        N. Biondi, F. Pernici, S. Ricci, A. Del Bimbo, "Stationary Representations: Optimally Approximating
+        Compatibility and Implications for Improved Model Replacements", CVPR 2024, arXiv 2405.02581; "A Stationary (and
+        Therefore Compatible) Representation is All You Need", TPAMI 2026, arXiv 2606.12488. ``"fd"``: CL2R, arXiv
+        2211.09032.
+    """
+
+    needs_graph = True
+
+    def __init__(
+        self,
+        num_vertices: int = 1024,
+        *,
+        alignment: Literal["hoc", "fd"] | None = None,
+        lam: float = 0.1,
+        mu: float = 10.0,
+        same_class: Literal["unit", "exclude"] = "unit",
+        distillation: float = 5.0,
+        side: Literal["low", "high"] = "low",
+        reserved: Sequence[int] = (),
+        junction: bool | Literal["auto"] = "auto",
+        polytope: Literal["simplex", "orthoplex", "cube"] = "simplex",
+        replacements: Mapping[int, str | Path | nn.Module | Callable[[], nn.Module]] | None = None,
+        folder: str | Path | None = None,
+        batch_reader: BatchReader | None = None,
+    ) -> None:
+        check_arguments(DSimplex, locals())
+        super().__init__(forward="shared", batch_reader=batch_reader)
+        # of no width yet; a wrong number of vertices is known now
+        self.head = SimplexHead(num_vertices, junction=False, polytope=polytope)
+        self.junction = junction
+        self.alignment = alignment
+        self.lam = check_probability("lam", lam)
+        self.distillation = check_number("distillation", distillation, at_least=0)
+        self.side = side
+        self.folder = None if folder is None else Path(folder)
+        self.allocator = ClassAllocator(num_vertices)
+        self.allocator.reserve(reserved)
+        self._contrast = HOCLoss(mu, same_class)
+        self._replacing = Replacing(self.state_key, replacements or {})
+        self._previous: PreviousModel | None = None
+        self._digest: str | None = None  # of the file that holds it
+        self._started: int | None = None  # the experience that it belongs to
+        self._weight = 0.0  # of the distillation in this experience
+        self._added = -1  # the batch whose loss has the term
+        self._said: set[str] = set()
+
+    # ---- what the user asks for
+
+    def place(self, module: nn.Module) -> SimplexClassifierHead:
+        """Return the simplex classifier in a module, put there if there is none.
+
+        Raises:
+            ConfigurationError: If its network has no single classifier that can be replaced.
+            SignatureError: If it has a simplex head of other vertices.
+        """
+        found = attach_simplex_head(
+            module,
+            self.head.num_vertices,
+            junction=self.junction,
+            polytope=self.head.polytope,
+            owner=self.state_key,
+        )
+        self.layer = ".".join(filter(None, (path_of(module, found), found.feature_layer)))
+        return found
+
+    def replace(self, trainer: pl.Trainer, network: Any) -> None:
+        """Go on with another model, from which the next experience starts; its architecture may be another.
+
+        Call it between two fits with the trainer of the last, or at the start of an experience; ``replacements`` does.
+
+        Raises:
+            ConfigurationError: If it has no simplex head, or several processes train.
+            SignatureError: If it has one of other vertices.
+            ArgumentError: If classes of its own have vertices that are taken here.
+        """
+        module = trainer.lightning_module
+        self._replacing.put(trainer, network, self.allocator, self.side)
+        self._look_again(trainer, module)
+        self.place(module).follow(self.allocator, self.side)
+        self._replacing.tell(trainer)
+
+    # ---- one run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the head into the network before optimizers are made and weights are loaded."""
+        if stage == "fit":
+            self._check_strategy(trainer)
+        pl_module.configure_model()  # a network may be built there; Lightning calls it again, and it must stand that
+        fresh = simplex_classifier_of(pl_module) is None
+        place = self.place(pl_module)
+        if fresh:
+            place.follow(self.allocator, self.side)
+        self._replacing.listen(trainer, pl_module, lambda: self._look_again(trainer, pl_module))
+        super().setup(trainer, pl_module, stage)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the previous model; the head stays."""
+        self._previous = None
+        self._replacing.close()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the previous model of an experience that a resumed run goes on with."""
+        super().on_train_start(trainer, pl_module)
+        current = self._boundaries.current
+        if self._digest is not None and current is not None and current.index == self._started:
+            self._previous = PreviousModel(pl_module, self.layer)
+            self._previous.load(self._file(trainer, current.index), self._digest)
+            self._weigh(current)
+
+    def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Replace the model where that is wanted, give new classes their vertices, and freeze a copy of the model."""
+        if self._started == experience.index and self._previous is not None:
+            return
+        if experience.index in self._replacing.models:
+            self.replace(trainer, experience.index)
+        known = len(self.allocator.classes)
+        self._allocate(trainer, pl_module, experience)
+        begins = experience.index > 0 or self._replacing.last is not None
+        self._previous, self._digest, self._started = None, None, experience.index
+        if self.alignment is not None and begins:
+            self._previous = PreviousModel(pl_module, self.layer)
+            self._digest = self._previous.save(self._file(trainer, experience.index), trainer)
+            self._weigh(experience, known)
+
+    def learns(self, trainer: pl.Trainer) -> bool:
+        """Whether the batch in work is aligned with a previous model."""
+        return self._previous is not None and super().learns(trainer)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Add the term to the loss, in place."""
+        super().on_before_backward(trainer, pl_module, loss)
+        batch = trainer.fit_loop.total_batch_idx
+        if not self._reads or self._previous is None:
+            return
+        if self._added == batch:
+            raise ConfigurationError(
+                f"{self.state_key} with alignment={self.alignment!r} saw a second backward pass for one batch (of an "
+                "optimizer that runs the step again, as LBFGS does), and adds its term to one only; leave alignment out"
+            )
+        self._added = batch
+        term = self._term(trainer, self._previous)
+        if term is None:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = (1.0 if scaler is None else scaler.get_scale()) / trainer.accumulate_grad_batches
+        if self.alignment == "hoc":
+            loss.mul_(self.lam).add_(term, alpha=(1 - self.lam) * scale)
+        else:
+            loss.add_(term, alpha=self._weight * scale)
+        if is_logged(trainer):
+            pl_module.log(f"d_simplex/{self.alignment}", term.detach(), on_step=True, on_epoch=False)
+
+    def on_batch(self, *_: Any) -> None:
+        """Nothing is learned beside the network."""
+
+    def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
+        """Let go of the previous model."""
+        self._previous, self._digest = None, None
+
+    # ---- how it is done
+
+    def _look_again(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Read features where they are in the network that is there now."""
+        before = self.layer
+        self.place(module)
+        if self.layer != before and hasattr(self, "observer"):
+            self.observer.detach(trainer)
+            self.observer = BatchObserver.attach(trainer, module, self)
+            self.observers = {self.observer: self}
+
+    def _term(self, trainer: pl.Trainer, previous: PreviousModel) -> Tensor | None:
+        """Return the term of the batch in work; ``None`` where the network ran something else than its images."""
+        forwarded = getattr(trainer.strategy, "forwarded", None)  # of a strategy that runs rows of its own
+        if forwarded is None and not self.observer.is_own:
+            self._say_once(
+                "the step gives the network something else than the inputs of the batch (a mix, a view, another "
+                "scale), whose features belong to no label: such batches are not aligned with the previous model. "
+                "Transform the inputs in the data module or in forward()",
+                rank_zero_warn,
+            )
+            return None
+        inputs, labels = forwarded or (self.observer.inputs, self.observer.known_targets)
+        features = self.observer.features(graph=True, whole=True)
+        rows = labels >= 0
+        if self.alignment == "fd":
+            stream = trainer.strategy.stream_rows  # type: ignore[attr-defined]  # checked in setup
+            rows = rows.clone()
+            rows[slice(0, 0) if stream is None else stream] = False
+        old = previous.features(trainer, inputs)
+        if not bool(rows.all()):
+            at = rows.to(features.device)
+            features, old, labels = features[at], old[at], labels[rows]
+        if self.alignment == "fd":
+            return feature_distillation(features, old)
+        return self._contrast(features, old, labels)
+
+    def _check_strategy(self, trainer: pl.Trainer) -> None:
+        strategy = trainer.strategy
+        if not getattr(strategy, "trains_module", True):
+            raise ConfigurationError(
+                f"{self.state_key} trains the network for its vertices, and {type(strategy).__name__} trains nothing; "
+                "use another strategy, or heads that need no training (AEFOCL, NMC)"
+            )
+        if self.alignment is not None and not trainer.lightning_module.automatic_optimization:
+            raise ConfigurationError(
+                f"{self.state_key} with alignment={self.alignment!r} adds a term to the loss, and under manual "
+                "optimization it cannot know which; add clkit.methods.HOCLoss in your training_step, or leave "
+                "alignment out"
+            )
+        if self.alignment == "fd" and not hasattr(strategy, "forwarded"):
+            raise ConfigurationError(
+                f"{self.state_key} with alignment='fd' distils the replayed rows, and {type(strategy).__name__} "
+                "replays none; use strategy='er' or another that replays, or alignment='hoc'"
+            )
+
+    def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        """Give the ids up to the highest one of an experience their vertices, so that they do not depend on the order.
+
+        Where the data do not say which classes they bring, no id is known before the cross-entropy sees it.
+        """
+        if not experience.classes:
+            return
+        original = getattr(trainer.datamodule, "original_ids", None)  # type: ignore[attr-defined]  # Lightning sets it
+        ids = experience.classes
+        if original is not None:
+            place = {each: column for column, each in enumerate(original)}
+            ids = tuple(place[each] for each in ids)
+        highest = max(ids)
+        if highest >= self.head.num_vertices:
+            raise CapacityError(
+                f"{experience.name!r} has a class with id {highest}, and {self.state_key} has "
+                f"num_vertices={self.head.num_vertices}, which cannot grow without losing its galleries; build it with "
+                "more from the start, or set relabel=True in the data where ids are far apart"
+            )
+        self.allocator.allocate(range(highest + 1), self.side)
+        self.place(module).follow(self.allocator, self.side)
+        width = self.place(module).in_features
+        if width < len(self.allocator.classes):
+            self._say_once(
+                f"{self.state_key}: the network gives {width} features and there are {highest + 1} classes, so that "
+                "features lie in a subspace and reach the vertices only nearly",
+                rank_zero_warn,
+            )
+
+    def _weigh(self, experience: Experience, known: int | None = None) -> None:
+        if self.alignment == "fd":
+            new = max(1, len(experience.classes))
+            old = len(self.allocator.classes) - new if known is None else known
+            self._weight = distillation_weight(new, max(1, old), self.distillation)
+
+    def _file(self, trainer: pl.Trainer, experience: int) -> Path:
+        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "models"
+        return folder / f"before_experience_{experience}.pt"
+
+    def _say_once(self, message: str, say: Callable[[str], None] = rank_zero_info) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            say(f"clkit: {message}")
+
+    # ---- state
+
+    def stream_state(self) -> dict[str, Any]:
+        """Return the allocation and where the previous model is to be found, but no weights."""
+        return {
+            "signature": self.head.signature(),
+            "side": self.side,
+            "allocation": self.allocator.state_dict(),
+            "replaced": self._replacing.last,
+            "previous": self._digest,
+            "started": self._started,
+        }
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Take it back.
+
+        Raises:
+            StateError: If it is damaged, or of other vertices or the other side.
+        """
+        saved = read_own(state, _TABLE, self.state_key)
+        for name, own in (("signature", self.head.signature()), ("side", self.side)):
+            if saved[name] != own:
+                raise StateError(
+                    f"{self.state_key}: the saved run has {name} {saved[name]!r}, this one {own!r}: their features "
+                    "cannot be compared; use the settings of the saved run"
+                )
+        self.allocator.load_state_dict(saved["allocation"])
+        self._replacing.last, self._digest, self._started = saved["replaced"], saved["previous"], saved["started"]
