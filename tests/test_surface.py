@@ -68,6 +68,7 @@ PUBLIC = {
     "clkit.callbacks": {
         "AEFOCL",
         "DST",
+        "DSimplex",
         "LDA",
         "NMC",
         "FeatureCallback",
@@ -78,6 +79,8 @@ PUBLIC = {
         "StreamCallback",
         "StreamEvaluation",
         "StreamProgressBar",
+        "attach_simplex_head",
+        "detach_simplex_head",
         "ungraft",
     },
     "clkit.strategies": {

@@ -66,7 +66,7 @@ class Replacing:
                 self._put_network(module, self.models[saved])
                 placed()
 
-        self._hook = module.register_load_state_dict_pre_hook(before_load)
+        self._hook = module.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call]  # torch: no types
 
     def close(self) -> None:
         """Take the hook off."""

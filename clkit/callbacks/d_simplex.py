@@ -280,7 +280,8 @@ class DSimplex(FeatureCallback):
             features, old, labels = features[at], old[at], labels[rows]
         if self.alignment == "fd":
             return feature_distillation(features, old)
-        return self._contrast(features, old, labels)
+        contrast: Tensor = self._contrast(features, old, labels)
+        return contrast
 
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         strategy = trainer.strategy

@@ -47,7 +47,8 @@ class SimplexClassifierHead(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (B, K), float32, of inputs (B, D) or (B, D, 1, 1): column c is that of the class with id c."""
-        return self.head(inputs.flatten(1))[1][:, self.vertex_of]
+        logits: Tensor = self.head(inputs.flatten(1))[1]
+        return logits[:, self.vertex_of]
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return features (B, d) of length 1, as they are searched, of inputs (B, D) or (B, D, 1, 1)."""
