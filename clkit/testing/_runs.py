@@ -41,6 +41,10 @@ EXACT = "64-true"  # in float32 the network itself rounds otherwise where batche
 FOLLOWED = ("format", "batches")  # what every StreamCallback saves of the stream
 
 
+CLASSIFIER = "net.3"
+"""Where :class:`SmallModule` has its classifier."""
+
+
 class SmallModule(pl.LightningModule):
     """Two layers with dropout, so that a change of the global random state shows in the weights.
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from clkit.arguments import check_arguments
-from clkit.callbacks import AEFOCL, DST, LDA, NMC, Lift, StreamEvaluation, StreamProgressBar
+from clkit.callbacks import AEFOCL, DST, LDA, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, PruneSchedule
 from clkit.strategies import (
@@ -47,6 +47,8 @@ class Entry:
             learns what the module's own step makes of them, bad ones included, in the dtype of the weights.
         needs_gradients: Of a callback: whether it cannot run where the network is not trained.
         changes_training: Of a callback: whether it means to change how the network is trained.
+        replaces_classifier: Of a callback: whether it puts a part of its own in the place of the classifier, to
+            stay there.
         processes: What several processes give: ``"exact"``: what one process gives, within ``tolerance``; ``"agree"``:
             the same on every process; ``"refused"``: an error by name.
         merges: Of a head: whether it offers ``merge``.
@@ -72,6 +74,7 @@ class Entry:
     reads_batches: bool = True
     needs_gradients: bool = False
     changes_training: bool = False
+    replaces_classifier: bool = False
     processes: Processes = "exact"
     merges: bool = True
     subtracts: bool = True
@@ -155,6 +158,16 @@ def clkit_entries() -> list[Entry]:
             reads_batches=False,
             needs_gradients=True,
             changes_training=True,
+            processes="agree",
+        ),
+        callback(
+            "DSimplex",
+            make=partial(DSimplex, num_vertices=16, alignment="hoc"),
+            yaml={"class_path": "clkit.callbacks.DSimplex", "init_args": {"num_vertices": 16, "alignment": "hoc"}},
+            reads_batches=False,
+            needs_gradients=True,
+            changes_training=True,
+            replaces_classifier=True,
             processes="agree",
         ),
         callback("LDA", make=LDA),

@@ -77,8 +77,9 @@ class StepViews:
 
     @property
     def all_labels(self) -> Tensor:
-        """The labels of all images, in their order."""
-        return torch.cat([self.labels[name] for name in self.rows])
+        """The class ids (N,) of all images, in their order; -1 for those of no single class, such as mixed ones."""
+        found = [self.labels[name] for name in self.rows]
+        return torch.cat([each if each.ndim == 1 else torch.full((len(each),), -1) for each in found])
 
 
 class StepOutputs:
