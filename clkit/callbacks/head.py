@@ -22,7 +22,7 @@ from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, Stat
 from clkit.features.batch import BatchReader
 from clkit.features.observer import FeaturesFrom
 from clkit.methods.heads.base import Head
-from clkit.schema import saved_entry
+from clkit.schema import Whole, saved_entry
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 from clkit.stream.experience import Experience
 from clkit.surgery.classifier import Graft
@@ -363,7 +363,7 @@ class HeadCallback(FeatureCallback):
             "graft": dict | None,
             "tap": str | None,
             "head": dict | None,
-            "in_features": int | None,
+            "in_features": Whole(optional=True),
         }
         saved = {name: saved_entry(state, name, kind, self.state_key) for name, kind in kinds.items()}
         graft = None if saved["graft"] is None else Graft(self.state_key, saved["graft"])
