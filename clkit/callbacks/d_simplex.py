@@ -14,7 +14,7 @@ from clkit.arguments import check_arguments
 from clkit.callbacks._previous_model import PreviousModel
 from clkit.callbacks._replacing import Replacing
 from clkit.callbacks.base import FeatureCallback
-from clkit.errors import CapacityError, ConfigurationError, StateError
+from clkit.errors import CapacityError, ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver
 from clkit.features.tap import path_of
@@ -28,9 +28,8 @@ from clkit.surgery.fixed_classifier import SimplexClassifierHead, attach_simplex
 
 __all__ = ["DSimplex"]
 
+_OTHERS = "features of other vertices cannot be compared, so use the settings of the saved run"
 _TABLE: Table = {
-    "signature": Instance(str),
-    "side": OneOf(("low", "high")),
     "allocation": Instance(dict),
     "replaced": Whole(optional=True),
     "previous": Instance(str | None),
@@ -365,12 +364,8 @@ class DSimplex(FeatureCallback):
         Raises:
             StateError: If it is damaged, or of other vertices or the other side.
         """
-        saved = read_own(state, _TABLE, self.state_key)
-        for name, own in (("signature", self.head.signature()), ("side", self.side)):
-            if saved[name] != own:
-                raise StateError(
-                    f"{self.state_key}: the saved run has {name} {saved[name]!r}, this one {own!r}: their features "
-                    "cannot be compared; use the settings of the saved run"
-                )
+        own = {"signature": self.head.signature(), "side": self.side}
+        same = {name: OneOf((value,), _OTHERS) for name, value in own.items()}
+        saved = read_own(state, {**same, **_TABLE}, self.state_key)
         self.allocator.load_state_dict(saved["allocation"])
         self._replacing.last, self._digest, self._started = saved["replaced"], saved["previous"], saved["started"]

@@ -216,7 +216,7 @@ def test_a_run_goes_on_inside_an_experience_with_the_model_before_it(tmp_path: P
     saved = torch.load(path, weights_only=True)
     count = sum(p.numel() for p in Lit().net.hidden.parameters()) + 11 * 16
     assert sum(each.numel() for each in saved["state_dict"].values()) == count + K  # and nothing of the model before
-    with pytest.raises(StateError, match="features cannot be compared; use the settings of the saved run"):
+    with pytest.raises(StateError, match=r"side must be 'high'.*use the settings of the saved run"):
         run(folder, DSimplex(K, side="high"), quiet_evaluation(), ckpt_path=path)
     (folder / "before_experience_2.pt").write_bytes((folder / "before_experience_1.pt").read_bytes())
     with pytest.raises(StateError, match="another run has written it; give each run a folder of its own"):
