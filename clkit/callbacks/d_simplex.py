@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clkit.arguments import check_arguments
 from clkit.callbacks._previous_model import PreviousModel
@@ -16,8 +18,8 @@ from clkit.callbacks._replacing import Replacing
 from clkit.callbacks.base import FeatureCallback
 from clkit.errors import CapacityError, ConfigurationError
 from clkit.features.batch import BatchReader
-from clkit.features.observer import BatchObserver
-from clkit.features.tap import path_of
+from clkit.features.observer import BatchObserver, forward
+from clkit.features.tap import FeatureTap, path_of
 from clkit.methods._checks import check_number, check_probability
 from clkit.methods.alignment import HOCLoss, distillation_weight, feature_distillation
 from clkit.methods.simplex import ClassAllocator, SimplexHead
@@ -148,6 +150,17 @@ class DSimplex(FeatureCallback):
         )
         self.layer = ".".join(filter(None, (path_of(module, found), found.feature_layer)))
         return found
+
+    def embed(self, module: pl.LightningModule, inputs: Any) -> Tensor:
+        """Return features (B, d) of length 1, as they are searched, in evaluation mode and without gradients.
+
+        Args:
+            module: The user's module, also of a run that is over.
+            inputs: What its ``forward`` takes.
+        """
+        self.place(module)
+        with FeatureTap(module, self.layer) as tap:
+            return F.normalize(tap.extract(inputs, partial(forward, module, tap.network)).float(), dim=1)
 
     def replace(self, trainer: pl.Trainer, network: Any) -> None:
         """Go on with another model, from which the next experience starts; its architecture may be another.
