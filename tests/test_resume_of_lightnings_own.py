@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_runs import LitSmall
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from clkit.callbacks import NMC, StreamCallback
 from clkit.data import ClassIncremental, StreamDataModule
@@ -151,3 +151,54 @@ def test_a_plain_loader_that_begins_anew_within_an_epoch_is_said(
         assert len(lost) == int(within and not stateful)
         assert all("after batch 2 of an epoch" in message for message in lost)
         assert int(head.head.counts.sum()) == 80
+
+
+class Counting(IterableDataset[Any]):
+    """Rows in order, which knows where it is; ``length`` is how many it says there are, if anything."""
+
+    def __init__(self, length: int | None) -> None:
+        self.at = 0
+        if length is not None:
+            self.__class__ = type("Sized", (type(self),), {"__len__": lambda self: length})
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        while self.at < 50:
+            self.at += 1
+            yield torch.full((64,), float(self.at)), self.at % 10
+        self.at = 0
+
+
+class Placed(DataLoader[Any]):
+    """A loader with a position, as torchdata's stateful one has it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.dataset.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dataset.at = state["at"]
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("length", [None, 50])
+def test_iterable_data_with_a_position_goes_on_there_and_says_where_a_batch_was_fetched_ahead(
+    make_trainer: Make, tmp_path: Path, length: int | None
+) -> None:
+    class Seen(pl.Callback):
+        def __init__(self) -> None:
+            self.first: list[int] = []
+
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            self.first.append(int(batch[0][0, 0]))
+
+    saving = ModelCheckpoint(str(tmp_path), every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    make_trainer(max_epochs=1, enable_checkpointing=True, callbacks=[StreamCallback(), saving]).fit(
+        LitSmall(), Placed(Counting(length), batch_size=10)
+    )
+    trainer = make_trainer(max_epochs=1, callbacks=[StreamCallback(), seen := Seen()])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(LitSmall(), Placed(Counting(length), batch_size=10), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    ahead = [str(each.message) for each in said if "fetched a batch ahead" in str(each.message)]
+    assert (seen.first, len(ahead)) == (([31, 41], 1) if length is None else ([21, 31, 41], 0))

@@ -147,15 +147,31 @@ def _say_lost_steps(trainer: pl.Trainer) -> None:
 
 
 def _say_lost_place(trainer: pl.Trainer) -> None:
-    """Warn where an epoch goes on whose loader cannot tell which rows it has given."""
+    """Warn where an epoch goes on whose loader cannot tell which rows it has given, or tells it wrong."""
     _, batches = stream_position(trainer)
     loader: Any = trainer.train_dataloader
-    if batches and not hasattr(datamodule_of(trainer), "evaluation_loader") and not hasattr(loader, "state_dict"):
+    if not batches or hasattr(datamodule_of(trainer), "evaluation_loader"):
+        return
+    if not hasattr(loader, "state_dict"):
         rank_zero_warn(
             f"the fit goes on after batch {batches} of an epoch, and its {type(loader).__name__} has no position: it "
             "begins at its first batch again, so some rows of this epoch are learned and counted twice, and others not "
             "at all. Go on from a checkpoint of an epoch's end, or use a StreamDataModule or a loader with a state_dict"
         )
+    elif not _has_length(loader):
+        rank_zero_warn(
+            f"the fit goes on after batch {batches} of an epoch, and its {type(loader).__name__} has a state but no "
+            "length: Lightning had fetched a batch ahead when the state was saved, and that batch does not come again. "
+            "Give the data set a __len__, with which nothing is fetched ahead"
+        )
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except TypeError:  # a data set without __len__
+        return False
+    return True
 
 
 # ---- random states
