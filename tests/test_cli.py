@@ -90,6 +90,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "merge",
         "forget",
         "export",
+        "embed",
+        "search",
         "complete",
     ):
         assert f"    {command} " in text
@@ -189,6 +191,9 @@ def issubclass_of(package: Any, name: str, base: type) -> bool:
         (["clkit", "fit", "--trainer.strategy", "er"], {"er", "er_ace"}),
         (["clkit", "fit", "--trainer.callbacks+", "A"], {"AEFOCL"}),
         (["clkit", "forget", "run.ckpt", "--sam"], {"--samples"}),
+        (["clkit", "search", "bank.pt", "--que"], {"--queries"}),
+        (["clkit", "embed", "run.ckpt", "--part", "te"], {"test"}),
+        (["clkit", "search", "bank.pt", "-k", ""], set()),  # a number
         (["clkit", "fit", "--config", "on"], set()),  # a file
     ],
 )

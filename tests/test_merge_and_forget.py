@@ -772,7 +772,7 @@ def changed(last: Path, change: Callable[[dict[str, Any]], object]) -> str:
         (put("data.source", "features:elsewhere"), "elsewhere"),
         (
             lambda s: s["model"]["init_args"].update(num_classes=10, model_kwargs={"in_features": 64}),
-            "the network of the settings is not that of the run: Missing key(s) in state_dict",
+            "the checkpoint has the weights of another network: Missing key(s) in state_dict",
         ),
     ],
 )

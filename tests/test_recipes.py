@@ -37,7 +37,7 @@ def built(name: str, *overrides: str) -> StreamCLI:
 
 
 def test_there_are_recipes_of_the_methods_and_of_the_papers() -> None:
-    assert {"aef_ocl", "dst", "lda", "nmc", *REPLAY, *PAPERS, *ONPRO_PAPERS} <= set(recipe_names())
+    assert {"aef_ocl", "d_simplex", "dst", "lda", "nmc", *REPLAY, *PAPERS, *ONPRO_PAPERS} <= set(recipe_names())
     assert recipe_names().index("nmc") < recipe_names().index("paper/core50")
 
 
@@ -99,6 +99,20 @@ def test_the_settings_of_the_nearest_mean_paper(tmp_path: Path, monkeypatch: pyt
     assert published_order(data.scenario.class_order)[:4] == (87, 0, 52, 58)
     assert data.scenario.experiences == 10
     assert data.preprocessing == Preprocessing(size=224, interpolation="bilinear")
+
+
+def test_models_that_replace_others_stay_in_the_settings_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = yaml.safe_load(read_recipe("d_simplex"))
+    layer = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 64, "out_features": 32}}
+    settings["trainer"]["callbacks"][0]["init_args"]["replacements"] = {1: layer, 2: "better.ckpt"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "mine.yaml"), "--print_config"])
+    (simplex, *_) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    layer["init_args"] |= {"bias": True, "device": None, "dtype": None}
+    assert simplex["init_args"]["replacements"] == {"1": layer, "2": "better.ckpt"}
 
 
 # ---- replay

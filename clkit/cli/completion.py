@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from clkit.cli.search_commands import PARTS
 from clkit.cli.settings_help import CLASSES
 
 __all__ = ["SHELLS", "completion_script"]
@@ -22,7 +23,7 @@ _clkit() {{
     fi
     case ${{before%+}} in
 {values}
-        --*|-c|-o) [[ $current == -* ]] || words="" ;;
+        --*|-c|-k|-o) [[ $current == -* ]] || words="" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
@@ -32,9 +33,10 @@ complete -o default -F _clkit clkit
 
 def completion_script(shell: str, words: Mapping[str, Sequence[str]]) -> str:
     """Return the script of a shell; ``words`` are what may follow each command. Files are completed everywhere."""
+    values = {**CLASSES, "--part": PARTS}
     script = _SCRIPT.format(
         commands=" ".join(words),
         cases="\n".join(f'            {name}) words="{" ".join(each)}" ;;' for name, each in words.items()),
-        values="\n".join(f'        {name}) words="{" ".join(each)}" ;;' for name, each in CLASSES.items()),
+        values="\n".join(f'        {name}) words="{" ".join(each)}" ;;' for name, each in values.items()),
     )
     return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script

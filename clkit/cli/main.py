@@ -6,12 +6,13 @@ import argparse
 import itertools
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clkit._version import __version__
 from clkit.cli.completion import SHELLS, completion_script
+from clkit.cli.search_commands import add_search_commands, embed, search
 from clkit.cli.settings_help import COMMANDS, OPTIONS, settings_help
 from clkit.runs.recipes import read_recipe, recipe_lines, recipe_names
 
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from clkit.errors import ClkitError  # imports scikit-learn
 
     try:
-        lines = {"compare": _compare, "merge": _merge, "forget": _forget, "export": _export}[options.command](options)
+        lines = _LINES_OF[options.command](options)
     except ClkitError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -131,6 +132,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     demo.add_argument("--folder", default="runs/demo", help="where the results go (default: %(default)s)")
     _add_compare(commands)
     _add_file_commands(commands)
+    add_search_commands(commands, _positive)
     complete = commands.add_parser(
         "complete",
         help="print what a shell needs to complete commands, recipes and settings",
@@ -305,3 +307,13 @@ def _lines(learned: list[HeadSummary]) -> list[str]:
 def _count(number: int, one: str) -> str:
     plural = "es" if one.endswith("s") else "s"
     return f"{number} {one}{plural * (number != 1)}"
+
+
+_LINES_OF: Mapping[str, Callable[[argparse.Namespace], list[str]]] = {
+    "compare": _compare,
+    "merge": _merge,
+    "forget": _forget,
+    "export": _export,
+    "embed": embed,
+    "search": search,
+}

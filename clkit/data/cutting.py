@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 
 from clkit.data.loader import Rows
 from clkit.data.scenarios import Labels, Scenario, Split
@@ -29,12 +28,6 @@ class CutStream:
     experiences: list[Experience]  # those that are learned, which may be the first ones only
     splits: list[Split]  # the rows of each, without those that are cut off for validation
     validation: list[Rows]  # the rows of the training part that are cut off of each; empty where none are
-
-    @property
-    def first_image(self) -> torch.Tensor | None:
-        """The first training image (C, H, W); ``None`` where the inputs are vectors rather than images."""
-        first: Any = self.train.get_many(np.zeros(1, dtype=np.int64))
-        return first[0] if isinstance(first, list) or (isinstance(first, torch.Tensor) and first.ndim == 4) else None
 
     def part(self, name: PartName) -> SourcePart:
         """Return the part of the source that the rows of a name belong to."""

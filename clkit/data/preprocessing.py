@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from clkit.arguments import check_arguments
+from clkit.data.sources.base import SourcePart, first_image
 from clkit.errors import ArgumentError, DataError
 from clkit.methods._checks import check_count
 
-__all__ = ["Preprocessing"]
+__all__ = ["Preprocessing", "settled_preprocessing"]
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 
@@ -160,6 +161,16 @@ class Preprocessing:
         if self.std is not None:
             images = images / torch.as_tensor(self.std, dtype=torch.float32).reshape(-1, 1, 1)
         return images.contiguous()
+
+
+def settled_preprocessing(
+    chosen: str | Callable[[Any], Tensor], part: SourcePart, module: Any = None
+) -> Callable[[Any], Tensor]:
+    """Return the function from stored inputs to those of a network; ``"auto"`` asks its module where there is one."""
+    if not isinstance(chosen, str):
+        return chosen
+    image = first_image(part) if chosen == "auto" and module is not None else None
+    return Preprocessing() if image is None else Preprocessing.of_module(module, image)
 
 
 def _range(images: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from clkit.data.loader import (
     epoch_order,
 )
 from clkit.data.position import StreamPosition
-from clkit.data.preprocessing import Preprocessing
+from clkit.data.preprocessing import Preprocessing, settled_preprocessing
 from clkit.data.scenarios import ClassIncremental, Scenario
 from clkit.data.sources import resolve_source
 from clkit.data.sources.base import Source, data_root
@@ -347,11 +347,8 @@ class StreamDataModule(LightningData):
 
     def input_preprocessing(self) -> Callable[[Any], Tensor]:
         """Return the function from stored inputs to those of the network, with ``"auto"`` settled; after ``setup``."""
-        if not isinstance(self.preprocessing, str):
-            return self.preprocessing
-        if self.preprocessing == "auto" and self.trainer is not None and (image := self._cut.first_image) is not None:
-            return Preprocessing.of_module(self.trainer.lightning_module, image)
-        return Preprocessing()
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return settled_preprocessing(self.preprocessing, self._cut.train, module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and learned batches, with what they depend on."""

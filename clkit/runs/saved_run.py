@@ -21,13 +21,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from clkit.callbacks import HeadCallback
+from clkit.callbacks import DSimplex, HeadCallback
 from clkit.callbacks.base import FeatureCallback, Stage
 from clkit.data import StreamDataModule
 from clkit.data.loader import Rows
 from clkit.errors import ArgumentError, ClkitError, ConfigurationError, DataError, StateError
 from clkit.features.batch import BatchReader, Readings
-from clkit.runs.settings import StreamCLI, read_settings, refusal
+from clkit.runs.settings import StreamCLI, read_settings, refusal, weights_line
 from clkit.strategies import GradientFreeStrategy
 from clkit.stream._lightning import callbacks_of
 
@@ -37,6 +37,15 @@ Plan = list[tuple[int, Rows]]  # epoch and rows of each batch
 
 # of the run's trainer, what says where and how numbers are computed, and with what the parts are built
 _ELSEWHERE = {"accelerator": "cpu", "precision": None, "devices": 1, "num_nodes": 1, "plugins": None}
+
+# of a trainer that only runs a network
+_BARE: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "inference_mode": False,
+}
 
 
 class SavedRun:
@@ -64,6 +73,7 @@ class SavedRun:
         self.callbacks = {
             callback.state_key: callback for callback in callbacks_of(cli.trainer) if isinstance(callback, HeadCallback)
         }
+        self._placed = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, DSimplex)]
         self._readings = Readings(lambda: ((self.strategy, self.module), callbacks_of(cli.trainer)))
         trainer = settings.get("trainer") or {}
         limit = trainer.get("limit_train_batches")  # an integer 1 is one batch, 1.0 is all of them
@@ -125,6 +135,20 @@ class SavedRun:
                 found |= {key: (torch.cat(one.features), torch.cat(one.targets)) for key, one in collectors.items()}
         return found
 
+    def restored(self) -> tuple[pl.LightningModule, torch.device]:
+        """Return the module with the network and the weights of the checkpoint, and the best place to run it.
+
+        No data are looked at: a model may be wanted where its training data are not.
+        """
+        with _quiet(), _loading():
+            options: dict[str, Any] = {**_BARE, "callbacks": list(self._placed), "limit_predict_batches": 0}
+            trainer = pl.Trainer(accelerator="auto", devices=1, **options)
+            try:
+                trainer.predict(self.module, [], return_predictions=False, ckpt_path=self.path, weights_only=True)
+            except MisconfigurationException as error:
+                raise ConfigurationError(f"Lightning cannot run {type(self.module).__name__}: {error}") from error
+        return self.module, trainer.strategy.root_device
+
     def prepare(self, key: str, samples: int = 4) -> Any:
         """Load the checkpoint's weights into the module; return some inputs of the kind that a callback reads."""
         plan = None
@@ -157,24 +181,15 @@ class SavedRun:
                     **computing,
                     devices=1,
                     callbacks=list(collectors),
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                    inference_mode=False,
+                    **_BARE,
                     limit_val_batches=1 if plan is None else 1.0,
                 )
             except MisconfigurationException as error:
                 raise ConfigurationError(
                     f"the run was computed with {computing}, which is not here ({error}): other numbers would come out"
                 ) from error
-            try:
+            with _loading():
                 trainer.validate(self.module, datamodule=data, ckpt_path=self.path, verbose=False, weights_only=True)
-            except RuntimeError as error:
-                if not str(error).startswith("Error(s) in loading state_dict for"):
-                    raise
-                differs = " ".join(str(error).partition("\n")[2].split())
-                raise StateError(f"the network of the settings is not that of the run: {differs}") from error
 
 
 class _Collector(FeatureCallback):
@@ -237,6 +252,17 @@ def _built(config: Path, settings: dict[str, Any]) -> StreamCLI:
             raise refusal(error) or ConfigurationError(f"{config}: {error}") from error
         except SystemExit as error:  # the parser has said what is wrong
             raise ConfigurationError(f"the run of {config} cannot be built; what is wrong is said above") from error
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Say in one line that weights do not fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict for"):
+            raise
+        raise StateError(weights_line(str(error))) from error
 
 
 @contextmanager

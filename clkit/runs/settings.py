@@ -27,7 +27,7 @@ from clkit.errors import ArgumentError, ClkitError, ConfigurationError, did_you_
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.checkpoint_io import read_run
 
-__all__ = ["StreamCLI", "line_for_settings", "read_settings", "refusal", "run"]
+__all__ = ["StreamCLI", "line_for_settings", "read_settings", "refusal", "run", "weights_line"]
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def line_for_error(error: Exception) -> str | None:
     if isinstance(error, MisconfigurationException):  # by Lightning, of what a user has set
         return f"Lightning refuses the settings: {' '.join(text.split())}"
     if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict for"):
-        return _weights_line(text)
+        return weights_line(text)
     if isinstance(error, KeyError) and text.startswith("Trying to restore optimizer state"):
         return (
             "the checkpoint holds weights only (ModelCheckpoint with save_weights_only=true): no fit can go on from "
@@ -238,7 +238,7 @@ def line_for_error(error: Exception) -> str | None:
     return None
 
 
-def _weights_line(message: str) -> str:
+def weights_line(message: str) -> str:
     """Return in one line what torch says in many of weights that do not fit: the first difference and what to do."""
     problems = [line.strip().rstrip(".") for line in message.splitlines()[1:] if line.strip()]
     first = re.sub(r"torch\.Size\((\[[^\]]*\])\)", r"\1", problems[0])

@@ -21,6 +21,8 @@ from sphinx.util import logging
 DOCS = Path(__file__).parents[1]
 GENERATED = DOCS / "_build" / "generated"
 CLKIT = [sys.executable, "-m", "clkit"]
+SIMPLEX = ["--config", "d_simplex.yaml", "--trainer.enable_progress_bar", "false"]
+OLD, NEW = (f"runs/d_simplex/version_{run}/checkpoints/last.ckpt" for run in (0, 1))
 
 # name of the output -> command line, expected exit status, whether standard error is what is shown
 COMMANDS: dict[str, tuple[list[str], int, bool]] = {
@@ -41,6 +43,28 @@ COMMANDS: dict[str, tuple[list[str], int, bool]] = {
         0,
         False,
     ),
+    "cli_fit_old": ([*CLKIT, "fit", *SIMPLEX, "--data.stop_after", "3"], 0, False),
+    "cli_fit_new": ([*CLKIT, "fit", *SIMPLEX, "--ckpt_path", OLD], 0, False),
+    "cli_embed": (
+        [*CLKIT, "embed", OLD, "--data", "digits", "-o", "gallery.pt"],
+        0,
+        False,
+    ),
+    "cli_search": (
+        [
+            *CLKIT,
+            "search",
+            "gallery.pt",
+            "--queries",
+            NEW,
+            "--data",
+            "digits",
+            "--picture",
+            "found.png",
+        ],
+        0,
+        False,
+    ),
     "cli_no_recipe": ([*CLKIT, "recipes", "nmd"], 2, True),
     "cli_no_data": (
         [*CLKIT, "fit", "--config", "nmc.yaml", "--data.source", "npz:birds"],
@@ -56,9 +80,8 @@ def make_outputs(app: Any) -> None:
     """Runs all scripts and commands."""
     shutil.rmtree(GENERATED, ignore_errors=True)  # run folders are numbered
     GENERATED.mkdir(parents=True)
-    (GENERATED / "nmc.yaml").write_text(
-        (DOCS.parent / "configs" / "nmc.yaml").read_text(encoding="utf-8"), "utf-8"
-    )
+    for recipe in ("nmc.yaml", "d_simplex.yaml"):
+        shutil.copy(DOCS.parent / "configs" / recipe, GENERATED)
     scripts = {
         script.stem: [sys.executable, str(DOCS / "_ext" / "quiet.py"), str(script)]
         for script in sorted((DOCS / "snippets").glob("*.py"))

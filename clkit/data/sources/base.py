@@ -17,7 +17,7 @@ import torch
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, DataError, did_you_mean
 
-__all__ = ["Source", "SourcePart", "data_root"]
+__all__ = ["Source", "SourcePart", "data_root", "first_image"]
 
 Int64 = npt.NDArray[np.int64]
 
@@ -51,6 +51,12 @@ class SourcePart(ABC):
         They are uint8 images (B, C, H, W) with values 0..255, or float32 ones with values in [0, 1]; or a list of
         images (C, H, W) where sizes or dtypes differ; or float32 (B, ...) that goes into the network as it is.
         """
+
+
+def first_image(part: SourcePart) -> torch.Tensor | None:
+    """Return the first image (C, H, W) of a part; ``None`` where the inputs are vectors rather than images."""
+    first: Any = part.get_many(np.zeros(1, dtype=np.int64))
+    return first[0] if isinstance(first, list) or (isinstance(first, torch.Tensor) and first.ndim == 4) else None
 
 
 class Source(ABC):
