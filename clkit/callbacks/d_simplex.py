@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +107,7 @@ class DSimplex(FeatureCallback):
         reserved: Sequence[int] = (),
         junction: bool | Literal["auto"] = "auto",
         polytope: Literal["simplex", "orthoplex", "cube"] = "simplex",
-        replacements: Mapping[int, str | Path | nn.Module | Callable[[], nn.Module]] | None = None,
+        replacements: dict[int, nn.Module | Callable[[], nn.Module] | str | Path] | None = None,
         folder: str | Path | None = None,
         batch_reader: BatchReader | None = None,
     ) -> None:
