@@ -128,6 +128,20 @@ def test_banks_grow_and_may_be_half_as_large(runs: Runs, tmp_path: Path, capsys:
     assert "898 of the queries are in the gallery themselves" in said
 
 
+def test_images_that_are_gone_cost_the_picture_alone(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = FeatureBank(31, SIGNATURE)
+    bank.add(torch.eye(31), torch.arange(31) % 10, model="m", signature=SIGNATURE, names=["nowhere"] * 31)
+    bank.save(tmp_path / "gallery.pt")
+    line = ["search", str(tmp_path / "gallery.pt"), "--queries", runs.new, "--data", "digits"]
+    assert main([*line, "--picture", str(tmp_path / "found.png")]) == 2
+    said, error = capsys.readouterr()
+    assert " % of 898 queries" in said
+    assert error == "clkit: the row 'nowhere' does not say by source/part/number where its image is\n"
+    assert not (tmp_path / "found.png").exists()
+
+
 def test_refusals_are_one_line(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bank, other, empty = (str(tmp_path / f"{name}.pt") for name in ("gallery", "other", "empty"))
     assert main(["embed", runs.old, "--data", "digits", "-o", bank]) == 0

@@ -25,9 +25,15 @@ def add_search_commands(commands: Any, positive: Callable[[str], int]) -> None:
     embed = commands.add_parser(
         "embed",
         help=EMBED,
+        usage="clkit embed CHECKPOINT --data SOURCE [SOURCE ...] -o BANK [options]",
         description=f"{EMBED[0].upper()}{EMBED[1:]}. Models trained by DSimplex with the same vertices share banks.",
     )
-    search = commands.add_parser("search", help=SEARCH, description=f"{SEARCH[0].upper()}{SEARCH[1:]}.")
+    search = commands.add_parser(
+        "search",
+        help=SEARCH,
+        usage="clkit search BANK --queries CHECKPOINT --data SOURCE [SOURCE ...] [options]",
+        description=f"{SEARCH[0].upper()}{SEARCH[1:]}.",
+    )
     embed.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint file of the model")
     search.add_argument("bank", metavar="BANK", help="the file that clkit embed wrote")
     search.add_argument(
@@ -79,7 +85,7 @@ def embed(options: argparse.Namespace) -> list[str]:
 
 
 def search(options: argparse.Namespace) -> list[str]:
-    """Print a table of some queries, draw them where asked for; return how well the label is found."""
+    """Print a table of some queries and how well the label is found; draw them where that is asked for."""
     from clkit.callbacks._showing import has_matplotlib
     from clkit.errors import ArgumentError, ConfigurationError
     from clkit.files import check_output
@@ -101,7 +107,7 @@ def search(options: argparse.Namespace) -> list[str]:
         config=options.config,
     )
     _show(found, options)
-    return [*_recalls(found, options), *([] if options.picture is None else [f"wrote {options.picture}"])]
+    return [] if options.picture is None else [f"wrote {options.picture}"]
 
 
 def _show(found: Found, options: argparse.Namespace) -> None:
@@ -120,12 +126,16 @@ def _show(found: Found, options: argparse.Namespace) -> None:
     shown = names if len(options.data) > 1 else [name.rpartition("/")[2] for name in names]
     title = f"nearest in {options.bank}: label and cosine ({len(rows)} of {len(found.names)} queries)"
     first = Neighbours(*(column[:, :IN_TABLE] for column in nearest))
-    Console().print(neighbours_table(shown, labels, first, found.class_names, title))
+    console = Console()
+    console.print(neighbours_table(shown, labels, first, found.class_names, title))
+    for line in _recalls(found, options):  # before the picture, for which an image may be missing
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if options.picture is None:
         return
-    queries = stored_images(names, found.root)
-    images = [stored_images([found.bank.names[at] for at in each], found.root) for each in nearest.rows.tolist()]
-    figure = plot_neighbours(queries, images, labels, nearest, found.class_names)
+    images = stored_images([*names, *(found.bank.names[at] for at in nearest.rows.flatten().tolist())], found.root)
+    columns = nearest.rows.shape[1]
+    others = [images[start : start + columns] for start in range(len(names), len(images), columns)]
+    figure = plot_neighbours(images[: len(names)], others, labels, nearest, found.class_names)
     with atomic_write(options.picture) as draft:
         figure.savefig(draft, dpi=150, format="png")
 

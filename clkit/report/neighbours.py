@@ -38,6 +38,8 @@ def neighbours_table(
         >>> neighbours_table(["digits/test/0"], [7], found, {}, "nearest").row_count
         1
     """
+    long = any(len(_label(each, class_names)) > 3 for each in found.labels.flatten().tolist())
+    gap = "\n" if long else " "
     table = Table(title=title, title_justify="left")
     table.add_column("query", no_wrap=True)
     table.add_column("label", no_wrap=True)
@@ -45,7 +47,7 @@ def neighbours_table(
         table.add_column("nearest" if place == 0 else f"{place + 1}", justify="right", min_width=6)
     for name, label, others, scores in zip(names, labels, found.labels.tolist(), found.scores.tolist(), strict=True):
         cells = [
-            Text(f"{_label(other, class_names)} {score:.3f}", style=_colour(label, other))
+            Text(f"{_label(other, class_names)}{gap}{score:.3f}", style=_colour(label, other))
             for other, score in zip(others, scores, strict=True)
         ]
         table.add_row(name, _label(label, class_names), *cells)
