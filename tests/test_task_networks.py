@@ -47,8 +47,8 @@ def given(networks: TaskNetworks, network: nn.Module, task: int, images: Tensor)
     ("name", "growth"),
     [
         ("test_resnet", "gradient"),
-        ("mobilenetv3_small_050", "random"),
-        ("test_convnext", "momentum"),
+        pytest.param("mobilenetv3_small_050", "random", marks=pytest.mark.slow),
+        pytest.param("test_convnext", "momentum", marks=pytest.mark.slow),
         ("test_vit", "unfired"),
     ],
 )

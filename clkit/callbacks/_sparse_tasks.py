@@ -21,6 +21,7 @@ __all__ = [
     "planned_steps",
     "require_agreement",
     "require_known_steps",
+    "say_given_tasks",
     "say_what_begins",
     "set_classes",
     "show_tasks",
@@ -125,6 +126,18 @@ def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> Non
             f"{owner}: task {report.task} has {topology.steps} optimizer steps, and the topology moves every "
             f"{schedule.update_every}: that is hardly ever. Use "
             f"schedule=PruneSchedule(update_every={max(1, topology.steps // 20)}), say"
+        )
+
+
+def say_given_tasks(owner: str, trainer: pl.Trainer, said: set[str]) -> None:
+    """Tell a person once that evaluations go by the task of a sample, where the stream does not give it away."""
+    datamodule = datamodule_of(trainer)
+    if hasattr(datamodule, "gives_task_id") and not datamodule.gives_task_id and "given" not in said:
+        said.add("given")
+        rank_zero_info(
+            f"clkit: {owner} shows each batch of an evaluation the network of its own experience, whose index "
+            f"{type(datamodule.scenario).__name__} does not give to a predictor: accuracies are those of known tasks, "
+            "also those of heads beside it. TaskIncremental says so, and restricts answers to the classes of the task"
         )
 
 

@@ -280,7 +280,7 @@ class DSimplex(FeatureCallback):
             )
             return None
         inputs, labels = forwarded or (self.observer.inputs, self.observer.known_targets)
-        features = self.observer.features(graph=True, whole=True)
+        features = self.observer.features(graph=True, whole=forwarded is not None)
         rows = labels >= 0
         if self.alignment == "fd":
             stream = trainer.strategy.stream_rows  # type: ignore[attr-defined]  # checked in setup

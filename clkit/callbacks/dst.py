@@ -19,6 +19,7 @@ from clkit.callbacks._sparse_tasks import (
     planned_steps,
     require_agreement,
     require_known_steps,
+    say_given_tasks,
     say_what_begins,
     set_classes,
     show_tasks,
@@ -274,6 +275,8 @@ class DST(StreamCallback):
         self._networks.begin(pl_module, steps, trainer.optimizers)
         set_classes(trainer, pl_module, experience.classes)
         say_what_begins(self.state_key, topology, self._said)
+        if topology.task == 1:
+            say_given_tasks(self.state_key, trainer, self._said)
         backbone_changed(trainer, f"the sub-network of task {topology.task} takes the place of the last", sender=self)
 
     def on_before_optimizer_step(

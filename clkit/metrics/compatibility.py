@@ -39,6 +39,8 @@ __all__ = [
     "multi_model_accuracy_curve",
 ]
 
+_MOST = 10_000_000  # models, pairs and neighbours: what can be counted at all
+
 Score = Literal["identification", "verification", "recall", "map"]
 
 
@@ -144,8 +146,10 @@ class _CompatibilityMetric(ExactMetric):
         check_arguments(_CompatibilityMetric, locals())
         super().__init__(**kwargs)
         for name, value in (("models", models), ("k", k), ("pairs", pairs)):
-            if value < 1:
-                raise ArgumentError(f"{name} must be an integer of at least 1, got {value}")
+            if not 1 <= value <= _MOST:
+                raise ArgumentError(f"{name} must be an integer from 1 to {_MOST}, got {value}")
+        if not 0 <= seed < 2**63:
+            raise ArgumentError(f"seed must be an integer from 0 to 2**63 - 1, got {seed}")
         self.models, self.score, self.k, self.pairs, self.seed = models, score, k, pairs, seed
         self.add_state("sums", torch.zeros(models, models, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(models, models, dtype=torch.int64), dist_reduce_fx="sum")

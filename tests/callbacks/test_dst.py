@@ -169,7 +169,10 @@ def test_two_of_four_is_kept_and_checked(tmp_path: Path) -> None:
     assert "1 groups of 2 neighbours have more than 1 weights" in told[""]
 
 
-@pytest.mark.parametrize("growth", ["gradient", "random", "momentum", "unfired"])
+RULES = ["momentum", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("gradient", "random", "unfired"))]
+
+
+@pytest.mark.parametrize("growth", RULES)
 def test_a_run_killed_in_the_middle_of_a_task_ends_with_the_same_bits(tmp_path: Path, growth: Any) -> None:
     """Gradient growth averages over two steps, and 3 batches make one, so that something is on its way at any time."""
     options: dict[str, Any] = {"data": None, "accumulate_grad_batches": 3}

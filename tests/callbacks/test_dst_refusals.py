@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from clkit.callbacks import DST
 from clkit.callbacks._masking_rules import optimizer_of
+from clkit.data import ClassIncremental, StreamDataModule, TaskIncremental
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.methods import PruneSchedule
 from clkit.strategies import GradientFreeStrategy
@@ -324,3 +325,15 @@ def test_a_task_without_any_connection_of_its_own_trains_its_head(tmp_path: Path
     assert dst.reports[1].reused == dst.reports[1].active
     assert torch.equal(seen.rows[0][0], seen.rows[1][0])
     assert not torch.equal(seen.rows[1][0], seen.rows[1][1])
+
+
+@pytest.mark.warns("task 0 has 4 optimizer steps")
+@pytest.mark.parametrize("scenario", [ClassIncremental, TaskIncremental])
+def test_that_the_task_of_a_sample_is_known_is_said_where_the_stream_does_not_give_it(
+    scenario: type[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = StreamDataModule("digits", scenario(experiences=5), batch_size=60, stop_after=2)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        run(tmp_path, quick(), data=data)
+    said = [each.message for each in caplog.records if "accuracies are those of known tasks" in each.message]
+    assert len(said) == int(scenario is ClassIncremental)

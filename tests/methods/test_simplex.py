@@ -295,7 +295,7 @@ def trained_on_blobs(head: nn.Module, seed: int, classes: Tensor, centres: Tenso
     return model
 
 
-@pytest.mark.parametrize("K", [32, 512])
+@pytest.mark.parametrize("K", [32, pytest.param(512, marks=pytest.mark.slow)])
 def test_models_that_never_met_search_each_others_galleries(K: int) -> None:
     generator = torch.Generator().manual_seed(0)
     centres, classes = torch.randn(10, 32, generator=generator), torch.arange(10)
