@@ -15,8 +15,8 @@ of whose images were trained on. Rows:
 
 Without a data folder the digits of scikit-learn take the place of the images: six digits in eight symmetries are the
 classes, the other four are searched, and better networks see more pixels. Exit status 1 if d-Simplex-HOC has an average
-compatibility of less than 0.6, or ER of more than 0.2; on digits, if its average accuracy is not above that of ER: there
-24 classes are too few for what none of them resembles, and old galleries stay worse than for their own model. 2 if the
+compatibility of less than 0.6, or ER of more than 0.2; on digits, if its average accuracy is not above that of ER (none
+of their few classes resembles what is searched, so that old galleries stay worse than for their own models). 2 if the
 folder lacks a file.
 """
 

@@ -482,3 +482,100 @@ def test_a_missed_goal_of_the_simplex_is_said(
     assert json.loads(file.read_text())["head"] == head
     assert simplex.main([]) == 1
     assert "MISSED: bank, float16: ratio 1.2, goal 1.1" in capsys.readouterr().out
+
+
+# ---- replaced models
+
+
+@pytest.fixture(scope="module")
+def compatibility() -> ModuleType:
+    return loaded(SCRIPT.with_name("compatibility.py"))
+
+
+def tiny_data(compatibility: ModuleType) -> Any:
+    """Gaussian classes of three widths: eight of the server's, eight of the client's, four to search."""
+    rng = np.random.default_rng(0)
+    widths = (4, 8, 12)
+    centres = rng.normal(size=(20, sum(widths)))
+
+    def rows(classes: range, each: int) -> Any:
+        ids = np.repeat(np.arange(len(classes)), each)
+        values = centres[ids + classes.start] + 0.3 * rng.normal(size=(len(ids), sum(widths)))
+        return torch.from_numpy(values).float(), torch.from_numpy(ids)
+
+    parts = [rows(range(8), 20), rows(range(8, 16), 40), rows(range(16, 20), 30), rows(range(16, 20), 10)]
+    return compatibility.Data("tiny", *parts, widths, 2, 1, True)
+
+
+def test_replaced_models_are_compared_in_a_matrix_and_by_their_goals(
+    compatibility: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_data(compatibility)
+    monkeypatch.setattr(compatibility, "load", lambda options: data)
+    file = tmp_path / "out.json"
+    options = ["--steps", "20", "--epochs", "1", "--json", str(file)]
+    status = compatibility.main(options)
+    printed = capsys.readouterr().out
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == ["ER", "ER + Procrustes", "d-Simplex-HOC"]
+    for name, row in rows.items():
+        matrix = row["matrix"]
+        assert [len(line) for line in matrix] == [1, 2, 3, 4, 5, 6, 7]
+        better = [matrix[i][j] > matrix[j][j] for i in range(7) for j in range(i)]
+        assert row["AC"] == pytest.approx(sum(better) / 21)
+        assert row["AM"] == pytest.approx(sum(map(sum, matrix)) / 28)
+        line = next(line for line in printed.splitlines() if line.startswith(f"│ {name} ") and line.count("│") == 6)
+        assert line.replace("│", " ").split()[-4:-2] == [f"{row['AC']:.2f}", f"{100 * row['AM']:.2f}"]
+        assert row["flips"][0] is None
+        for i in range(1, 7):  # what is lost is at least by how much the score falls
+            assert max(0, matrix[i - 1][i - 1] - matrix[i][i - 1]) - 1e-9 <= row["flips"][i] <= 1
+    own = [[line[i] for i, line in enumerate(rows[name]["matrix"])] for name in ("ER", "ER + Procrustes")]
+    assert own[0] == own[1]  # a model needs no rotation to itself
+    holds = rows["ER"]["AC"] <= 0.2 and rows["d-Simplex-HOC"]["AC"] >= 0.6
+    assert status == (0 if holds else 1)
+    for texts in (("35.18", "68.90", "0.95"), ("starts with a network of the server",)):
+        assert all(text in printed for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("er", "simplex", "rich", "status"),
+    [(0.2, 0.6, True, 0), (0.3, 0.6, True, 1), (0.2, 0.5, True, 1), (0.9, 0.0, False, 0), (0.9, -1.0, False, 1)],
+)
+def test_replaced_models_that_miss_a_goal_fail_the_benchmark(
+    compatibility: ModuleType,
+    er: float,
+    simplex: float,
+    rich: bool,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = tiny_data(compatibility)
+    data.rich = rich
+    plain = {"matrix": [[0.5], [0.4, 0.5]], "flips": [None, 0.2]}
+    found = {"ER": {**plain, "AC": er, "AM": 0.4}, "d-Simplex-HOC": {**plain, "AC": simplex, "AM": 0.5 + simplex}}
+    monkeypatch.setattr(compatibility, "load", lambda options: data)
+    monkeypatch.setattr(compatibility, "measured", lambda data, options: found)
+    assert compatibility.main([]) == status
+    assert ("MISSED" in capsys.readouterr().out) == bool(status)
+
+
+def test_replaced_models_without_a_file_say_so_in_one_line(
+    compatibility: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    assert compatibility.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cifar100_subset.npz" in line
+    assert "mobilenetv2_035" in line
+
+
+def test_digits_of_the_replacement_benchmark_are_disjoint(
+    compatibility: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CLKIT_DATA", raising=False)
+    data = compatibility.load(compatibility.parsed([]))
+    assert [len(side[1].unique()) for side in (data.server, data.client)] == [24, 24]
+    assert set(data.queries[1].tolist()) == set(data.gallery[1].tolist()) == {0, 1, 6, 8}
+    seen = {tuple(row) for side in (data.server, data.client) for row in side[0].tolist()}
+    assert not seen & {tuple(row) for side in (data.queries, data.gallery) for row in side[0].tolist()}
