@@ -91,7 +91,7 @@ class Data:
     client: Rows
     queries: Rows
     gallery: Rows
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
     first: int  # classes of the client's first task
     later: int  # of each further one
     rich: bool  # whether the server's classes are many enough for the goals
@@ -131,7 +131,7 @@ def cifar(features: dict[str, np.ndarray]) -> Data:
     sides = [(x[theirs], y[theirs]), (x[~theirs], y[~theirs] - 60)]
     widths = tuple(features[f"{FILES[1]}:test:{name}"].shape[1] for name, *_ in STEMS)
     name = "CIFAR-100, searched in CIFAR-10"
-    return Data(name, *sides, rows(FILES[1], "train"), rows(FILES[1], "test"), widths, 10, 5, True)  # type: ignore[arg-type]
+    return Data(name, *sides, rows(FILES[1], "train"), rows(FILES[1], "test"), widths, 10, 5, True)
 
 
 def digits() -> Data:
