@@ -278,7 +278,7 @@ def _export(options: argparse.Namespace) -> list[str]:
         task = export_task(options.checkpoint, options.output, options.task, overwrite=options.force)
         return [
             f"wrote {options.output} ({_size(options.output)}): the network of task {options.task}, dense, with "
-            f"{100 * task.density:.1f} % of the weights of its masked layers and zeros for the others",
+            f"{100 * task.density:.1f} % of the connections of its masked layers and zeros for the others",
             f"read it with: {task.reading}",
         ]
     from clkit.runs.exporting import export_checkpoint

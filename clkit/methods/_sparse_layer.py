@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clkit.arguments import in_short
 from clkit.errors import ArgumentError, first_line
 from clkit.methods._checks import check_choice
 from clkit.methods._connections import (
@@ -55,7 +56,7 @@ class Components(NamedTuple):
         """Return what a task has, given settings or functions of the task; else raise an ArgumentError."""
         own = {name: _of_task(name, given[name], task) for name in cls._fields}
         for name, kind in _KINDS.items():
-            own[name] = own[name] if isinstance(own[name], kind) else kind(own[name])
+            own[name] = _made(name, own[name], kind)
         for name, allowed in _CHOICES.items():
             check_choice(name, own[name], allowed)
         chosen = cls(**own)
@@ -85,6 +86,16 @@ def described(given: Mapping[str, Any]) -> dict[str, Any]:
         if plain[name] != "by task":
             plain[name] = str(plain[name] if isinstance(plain[name], kind) else kind(plain[name]))
     return plain
+
+
+def _made(name: str, value: Any, kind: Any) -> Any:
+    """Return a setting as it is, or made of its rule's name, with an error that says whose rule it is."""
+    if isinstance(value, kind):
+        return value
+    try:
+        return kind(value)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}={in_short(value)}: {error}") from error
 
 
 def _of_task(name: str, setting: Any, task: int) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clkit.arguments import in_short
 from clkit.errors import ArgumentError, ConfigurationError, StateError, TapError
 from clkit.features.tap import FeatureTap, path_of
 from clkit.methods import SparseTopology, TaskReport
@@ -85,6 +86,13 @@ class TaskNetworks:
             if self.topology is None:
                 heads = find_heads(module, head)
                 weights = maskable_weights(module, [*heads, *([path_of(module, apart)] if apart else [])], exclude)
+                for path in heads:
+                    part = module.get_submodule(path)
+                    if next(part.parameters(), None) is None:
+                        raise ConfigurationError(
+                            f"{self.owner} was given the head {path!r}, a {type(part).__name__} that has no weights; "
+                            "name the layer that gives the logits"
+                        )
                 if not weights:
                     raise ConfigurationError(
                         f"{self.owner} finds no linear or convolutional layer to mask beside the head {heads}; name "
@@ -156,6 +164,8 @@ class TaskNetworks:
         Raises:
             ArgumentError: If the task was not trained.
         """
+        if not isinstance(task, int) or isinstance(task, bool):
+            raise ArgumentError(f"task must be the index of a task, an integer from 0, got {in_short(task)}")
         module = module or self._module
         if self.topology is None or module is None:
             raise self._none_such(task)

@@ -158,6 +158,13 @@ def test_strategies_that_split_the_network_are_refused(kind: type[Any]) -> None:
 # ---- tasks and densities
 
 
+def test_a_wrong_rule_and_a_head_without_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="growth='rigl': rule must be one of 'gradient'"):
+        DST(growth="rigl")
+    with pytest.raises(ConfigurationError, match=r"the head 'body\.2', a ReLU that has no weights"):
+        fit(tmp_path, quick(head="body.2"), module=Net())
+
+
 def test_a_task_that_was_never_trained_is_named(tmp_path: Path) -> None:
     dst, module = quick(), Net()
     for ask in (lambda: dst.export(0), lambda: dst.activate(0, module).__enter__()):
@@ -168,6 +175,8 @@ def test_a_task_that_was_never_trained_is_named(tmp_path: Path) -> None:
     for ask in (lambda: dst.export(1), lambda: dst.activate(-1).__enter__()):
         with pytest.raises(ArgumentError, match="1 tasks were, counted from 0"):
             ask()
+    with pytest.raises(ArgumentError, match="task must be the index of a task, an integer from 0, got '1'"):
+        dst.activate("1").__enter__()  # type: ignore[arg-type]  # as a user may write
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
