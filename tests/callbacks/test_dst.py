@@ -80,7 +80,7 @@ def test_each_task_has_a_head_of_its_own_and_its_network_goes_into_plain_timm(
     for task in range(5):
         path = str(tmp_path / f"{task}.pt")
         assert main(["export", str(tmp_path / "last.ckpt"), "--task", str(task), "-o", path]) == 0
-        assert f"the network of task {task}, dense, with 20.0 % of the weights" in capsys.readouterr().out
+        assert f"the network of task {task}, dense, with 20.0 % of the connections" in capsys.readouterr().out
         file = torch.load(path, weights_only=True)
         plain = timm.create_model("resnet18", num_classes=10, **SMALL)
         plain.load_state_dict(file["state_dict"])
