@@ -59,9 +59,10 @@ class Project(pl.LightningModule):
         self.log("val/accuracy", self.accuracy)
         self.log("val/loss", nn.functional.cross_entropy(logits, batch[1]))
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Lightning's hook of this name; pytest collects no method of a module."""
+    def log_test_loss(self, batch: Any, batch_idx: int) -> None:
         self.log("test/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    test_step = log_test_loss  # Lightning's hook
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)

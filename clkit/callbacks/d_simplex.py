@@ -21,7 +21,7 @@ from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, forward
 from clkit.features.tap import FeatureTap, path_of
 from clkit.methods._checks import check_number, check_probability
-from clkit.methods.alignment import HOCLoss, distillation_weight, feature_distillation
+from clkit.methods.alignment import HOCLoss, distillation_weight, feature_distillation, hoc_total
 from clkit.methods.simplex import ClassAllocator, SimplexHead
 from clkit.schema import Instance, OneOf, Table, Whole, read_own
 from clkit.stream._lightning import is_logged
@@ -244,7 +244,7 @@ class DSimplex(FeatureCallback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = (1.0 if scaler is None else scaler.get_scale()) / trainer.accumulate_grad_batches
         if self.alignment == "hoc":
-            loss.mul_(self.lam).add_(term, alpha=(1 - self.lam) * scale)
+            loss.copy_(hoc_total(loss, scale * term, self.lam))
         else:
             loss.add_(term, alpha=self._weight * scale)
         if is_logged(trainer):

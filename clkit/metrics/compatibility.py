@@ -213,7 +213,7 @@ class _CompatibilityMetric(ExactMetric):
         return (sums / counts)[:number, :number].cpu()
 
     def _of(self, matrix: Tensor) -> Tensor | float:
-        raise NotImplementedError
+        raise NotImplementedError  # each metric below says what it makes of the matrix
 
     def _figure(self, matrix: Tensor, ax: Axes | None) -> tuple[Figure, Axes]:
         values = [self._of(matrix[:number, :number]) for number in range(1, len(matrix) + 1)]

@@ -328,7 +328,8 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
     new, old, labels = drawn(9)
     own = slice(0, 5) if rank == 0 else slice(5, 12)  # unequal parts
     weight = torch.eye(5, dtype=torch.float64).requires_grad_()
-    loss = HOCLoss(same_class=name, gather=True)(new[own] @ weight, old[own], labels[own])  # type: ignore[arg-type]
+    contrast = HOCLoss(same_class=name, gather=True)  # type: ignore[arg-type]  # a name that a parameter gives
+    loss = contrast(new[own] @ weight, old[own], labels[own])
     loss.backward()
     dist.all_reduce(weight.grad)
     dist.destroy_process_group()

@@ -277,7 +277,9 @@ def test_a_write_that_fails_leaves_file_and_bank_as_they_were(tmp_path: Path, mo
     assert len(bank) == 53
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is forked")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the writer is killed in a fork of its own, which this system has not"
+)
 @pytest.mark.parametrize("moment", ["half of the draft is written", "the draft is whole", "it has replaced the file"])
 def test_a_bank_killed_while_written_is_whole_or_as_before(moment: str, tmp_path: Path) -> None:
     path = tmp_path / "gallery.pt"

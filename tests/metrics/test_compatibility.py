@@ -513,7 +513,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
 
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    metric = M.CompatibilityMatrix(models=4, score=name)  # type: ignore[arg-type]
+    metric = M.CompatibilityMatrix(models=4, score=name)  # type: ignore[arg-type]  # a name that a parameter gives
     flips = M.NegativeFlipRate()
     part = slice(0, 10) if rank == 0 else slice(10, 100)
     for i in range(3):
