@@ -1,6 +1,6 @@
 """What a fixed simplex saves, and what a search of a feature bank adds to the products that it consists of.
 
-    python benchmarks/simplex.py [--threads 1] [--device cuda] [--only head bank] [--json FILE]
+    python benchmarks/simplex.py [--threads 1] [--device cuda] [--only head bank hoc] [--json FILE]
 
 * head: the forward of a head of 100,000 vertices for 256 features, beside the product with the matrix of its
   prototypes; goal: a hundredth of its time, and no more memory than four times the logits. The matrix is 37 GiB: where
@@ -8,6 +8,8 @@
 * bank: queries in batches of 256 searched among 100,000 rows of 1,023 numbers, beside a bare product with topk in
   blocks of the same size, taking turns; goal: at most 1.1 times. Also writing, reading and adding, recall@1 of noisy
   copies, and the same with rows in half precision.
+* hoc: a training step of a ResNet-18 at batch 32 and 64 px with the higher-order term against a frozen copy, beside the
+  same step with the forward of the copy alone, taking turns; goal: at most 5 % more.
 
 Needs no data. Exit status 1 if a goal is missed.
 """
@@ -15,6 +17,7 @@ Needs no data. Exit status 1 if a goal is missed.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -24,16 +27,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
-from clkit.methods import FeatureBank, SimplexHead
+from clkit.methods import FeatureBank, HOCLoss, SimplexHead
+from clkit.methods.alignment import hoc_total
 from clkit.methods.feature_bank import _ROWS
 
 BATCH = 256
 VERTICES, SLAB = 100_000, 1_000
 ROWS, WIDTH, NEAREST = 100_000, 1_023, 10
 ROUNDS = 5
+IMAGES, PIXELS, CLASSES = 32, 64, 100
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
@@ -146,12 +152,36 @@ def measure_bank(storage: Any, device: str, rounds: int, number: int = ROWS, wid
     }
 
 
+def measure_hoc(device: str, rounds: int, network: str = "resnet18", pixels: int = PIXELS) -> dict[str, float]:
+    """Time of a training step with the forward of a frozen copy, and with the higher-order term as well."""
+    torch.manual_seed(0)
+    model = timm.create_model(network, num_classes=CLASSES).to(device)
+    previous = copy.deepcopy(model).requires_grad_(False).eval()
+    contrast, optimizer = HOCLoss(), torch.optim.SGD(model.parameters(), lr=0.01)
+    images = torch.randn(IMAGES, 3, pixels, pixels, device=device)
+    labels = torch.randint(CLASSES, (IMAGES,), device=device)
+
+    def step(aligned: bool) -> None:
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        loss = torch.nn.functional.cross_entropy(model.get_classifier()(features), labels)
+        with torch.no_grad():
+            old = previous.forward_head(previous.forward_features(images), pre_logits=True)
+        if aligned:
+            loss = hoc_total(loss, contrast(features, old, labels), 0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plain, aligned = in_turns([lambda: step(False), lambda: step(True)], device, rounds)
+    return {"forward_alone_s": plain, "with_hoc_s": aligned, "ratio": aligned / plain}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for, and return the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", nargs="+", default=["head", "bank"])
+    parser.add_argument("--only", nargs="+", default=["head", "bank", "hoc"])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -173,6 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         for storage in ("float32", "float16"):
             figures = measure_bank(storage, options.device, options.rounds)
             told(f"bank, {storage}", figures, ratio=1.1)
+    if "hoc" in options.only:
+        told("hoc", measure_hoc(options.device, 2 * options.rounds), ratio=1.05)
     if options.json:
         about = {"torch": torch.__version__, "device": options.device, "threads": options.threads}
         options.json.write_text(json.dumps({**about, **found}, indent=1))

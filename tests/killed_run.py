@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import clkit.stream.resume
-from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamCallback, StreamEvaluation
+from clkit.callbacks import AEFOCL, DST, LDA, NMC, DSimplex, Lift, StreamCallback, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, StreamDataModule
-from clkit.methods import OnProLosses
-from clkit.strategies import GradientFreeStrategy, LearningStrategy, OnProStrategy
+from clkit.methods import OnProLosses, PruneSchedule
+from clkit.strategies import ERStrategy, GradientFreeStrategy, LearningStrategy, OnProStrategy
 from clkit.surgery.classifier import Graft
 
 # experiences of 25, 11 and 21 samples: 7, 3 and 6 batches of 4, the next one being once shorter and once longer
@@ -88,6 +88,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "trainer": {"accumulate_grad_batches": 3, "val_check_interval": 0.5},
         "saves": None,
     },
+    "dst": {"heads": "dst", "epochs": 2},
+    "d_simplex": {"heads": "d_simplex", "epochs": 2},
+    "d_simplex_replay": {"heads": "d_simplex", "strategy": "er", "trainer": {"val_check_interval": 0.5}},
 }
 
 
@@ -347,6 +350,10 @@ def dataset(counts: tuple[int, ...], first: int, seed: int) -> TensorDataset:
 def make_heads(kind: str) -> list[Any]:
     if kind == "none":
         return []
+    if kind == "dst":
+        return [DST(0.3, schedule=PruneSchedule(update_every=2)), NMC()]
+    if kind == "d_simplex":
+        return [DSimplex(8, alignment="hoc"), NMC()]
     if kind == "graft":
         return [AEFOCL(graft="experience_end"), NMC(), LDA()]
     if kind == "graft_replaced":
@@ -385,6 +392,8 @@ def make_strategy(name: str, world: int) -> Any:
         return LearningStrategy()
     if name == "onpro":
         return OnProStrategy(capacity=12, losses=OnProLosses(rotation="rot4"), replay_batch=10)
+    if name == "er":
+        return ERStrategy(capacity=12, replay_batch=5)
     return "auto" if world == 1 else "ddp"
 
 

@@ -477,11 +477,19 @@ def test_a_missed_goal_of_the_simplex_is_said(
     head = {"share_of_time": 0.004, "share_of_logits": 2.0}
     monkeypatch.setattr(simplex, "measure_head", lambda *_: head)
     monkeypatch.setattr(simplex, "measure_bank", lambda storage, *_: {"ratio": 1.0 if storage == "float32" else 1.2})
+    monkeypatch.setattr(simplex, "measure_hoc", lambda *_: {"ratio": 1.06})
     file = tmp_path / "simplex.json"
     assert simplex.main(["--only", "head", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["head"] == head
     assert simplex.main([]) == 1
-    assert "MISSED: bank, float16: ratio 1.2, goal 1.1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "MISSED: bank, float16: ratio 1.2, goal 1.1" in said
+    assert "MISSED: hoc: ratio 1.06, goal 1.05" in said
+
+
+def test_the_step_with_the_term_is_measured_beside_the_forward_alone(simplex: ModuleType) -> None:
+    figures = simplex.measure_hoc("cpu", 1, "test_resnet", 32)
+    assert figures["ratio"] == figures["with_hoc_s"] / figures["forward_alone_s"]
 
 
 # ---- replaced models

@@ -373,6 +373,13 @@ def test_a_failing_get_classifier_is_named() -> None:
     with pytest.raises(TapError, match=r"Odd.get_classifier\(\) failed .*missing"):
         FeatureTap(Odd(2, 2))
 
+    class Empty(nn.Linear):
+        def get_classifier(self) -> nn.Module:
+            return next(self.children())
+
+    with pytest.raises(TapError, match=r"Empty.get_classifier\(\) failed \(StopIteration\)"):
+        FeatureTap(Empty(2, 2))
+
 
 # ---- paths
 

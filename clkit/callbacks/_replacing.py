@@ -122,6 +122,11 @@ class Replacing:
                 "it must be trained with one: clkit.callbacks.attach_simplex_head(network, num_vertices)"
             )
         old.head.check_compatible(new.head)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ConfigurationError(
+                f"{self.owner}: no parameter of the {type(network).__name__} that shall take the network's place "
+                "requires a gradient, so nothing could be trained; call requires_grad_(True) on what shall train"
+            )
         others = [change for change in changes_of(module) if not isinstance(change, SimplexPlace)]
         if others:
             raise ConfigurationError(

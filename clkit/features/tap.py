@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clkit.arguments import check_arguments
-from clkit.errors import TapError, did_you_mean
+from clkit.errors import TapError, did_you_mean, first_line
 
 __all__ = ["FeatureTap", "Handle", "Tapped"]
 
@@ -557,12 +557,12 @@ def _classifier_of(network: nn.Module) -> Any:
     get_classifier: Callable[[], Any] = core.get_classifier  # type: ignore[assignment]  # modules are duck-typed
     try:
         return get_classifier()
-    except AttributeError as error:
+    except Exception as error:  # a network of the user's own may fail with any
         # Some of timm's networks look inside a head that num_classes=0 has replaced by an identity.
-        if getattr(core, "num_classes", None) == 0:
+        if isinstance(error, AttributeError) and getattr(core, "num_classes", None) == 0:
             return None
         raise TapError(
-            f"{type(core).__name__}.get_classifier() failed ({error}); pass layer='output' or the classifier's path"
+            f"{type(core).__name__}.get_classifier() failed ({first_line(error)}); pass layer='output' or a path"
         ) from error
 
 

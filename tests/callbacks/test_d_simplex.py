@@ -14,10 +14,10 @@ import torch
 from small_runs import LitSmall, SmallNet, hooks_of, quiet_trainer
 from torch import Tensor, nn
 
-from clkit.callbacks import AEFOCL, DSimplex, StreamEvaluation, attach_simplex_head, detach_simplex_head
+from clkit.callbacks import AEFOCL, DST, NMC, DSimplex, StreamEvaluation, attach_simplex_head, detach_simplex_head
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import CapacityError, ConfigurationError, SignatureError, StateError
-from clkit.methods import SimplexHead
+from clkit.methods import PruneSchedule, SimplexHead
 from clkit.strategies import ERStrategy, GradientFreeStrategy
 from clkit.surgery.fixed_classifier import simplex_classifier_of
 
@@ -290,6 +290,14 @@ def test_another_architecture_takes_the_place_of_the_model_in_the_middle_of_a_st
     assert same(weights(again), weights(module))
 
 
+def test_a_network_that_nothing_can_train_takes_no_place(tmp_path: Path) -> None:
+    def frozen() -> nn.Module:
+        return better().requires_grad_(False)
+
+    with pytest.raises(ConfigurationError, match="no parameter of the Wide that shall take the network's place"):
+        run(tmp_path, DSimplex(K, replacements={1: frozen}), quiet_evaluation(), module=Holder())
+
+
 def test_a_checkpoint_of_others_takes_the_place_with_their_classes_on_the_other_side(tmp_path: Path) -> None:
     path = tmp_path / "theirs.ckpt"
     theirs = run(tmp_path / "theirs", DSimplex(20, side="low"), Batches(12, path))
@@ -337,6 +345,26 @@ def _by_hand() -> Lit:
     module = Lit()
     module.automatic_optimization = False
     return module
+
+
+@pytest.mark.filterwarnings("ignore:.*backbone (still trains|changed)")
+def test_a_sparse_network_for_each_task_stands_under_the_simplex(tmp_path: Path) -> None:
+    """In any order of the list; with the vertices in place no output of an earlier task changes."""
+    found = []
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]):
+        evaluation = quiet_evaluation()
+        dst = DST(0.3, schedule=PruneSchedule(update_every=1), on_capacity="reuse")
+        parts = [dst, DSimplex(K, alignment="hoc", folder=tmp_path), NMC(), evaluation]
+        trainer = quiet_trainer(tmp_path, callbacks=[parts[place] for place in order], max_epochs=-1)
+        module = Lit()
+        trainer.fit(module, datamodule=stream())
+        assert simplex_classifier_of(module) is not None
+        found.append({name: each["accuracy_matrix"] for name, each in evaluation.results.items()})
+    assert found[0] == found[1] == found[2]
+    assert found[0].keys() == {"module", "nmc"}
+    rows = found[0]["module"]
+    for stage, row in enumerate(rows):
+        assert row[: stage + 1] == [rows[earlier][earlier] for earlier in range(stage + 1)]
 
 
 @pytest.mark.warns("the step gives the network something else than the inputs of the batch")
