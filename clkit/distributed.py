@@ -15,6 +15,7 @@ from clkit.errors import ClkitError, ProcessLostError, first_line
 
 __all__ = [
     "broadcast",
+    "exchange_device",
     "gather_objects",
     "gather_rows",
     "gather_with_graph",
@@ -27,6 +28,14 @@ __all__ = [
 def world_size(group: Any = None) -> int:
     """Return the number of processes that learn together, 1 where none are set up."""
     return int(dist.get_world_size(group)) if dist.is_available() and dist.is_initialized() else 1
+
+
+def exchange_device(device: torch.device, group: Any = None) -> torch.device:
+    """Return where tensors of a device have to lie to be exchanged: a backend reaches one kind of device only."""
+    backend = dist.get_backend(group)
+    if backend == "gloo":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else device
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from clkit.callbacks import Predictor
 from clkit.errors import ClkitError
+from clkit.methods import ErrorPredictor, ErrorRecords, FeatureMemory, PredictionSets
 from clkit.runs.heads import build_head
 from clkit.schema import STRATEGY, STREAM
 from clkit.stream import resume
@@ -359,3 +360,60 @@ def test_a_mutated_position_of_data_is_refused_or_works(mutations: int, tmp_path
         data.test_dataloader()
 
     attack("position in the data", checkpoint["StreamDataModule"], load, dict, works, mutations)
+
+
+# ---- the engine of DEUP
+
+
+@MANY
+@pytest.mark.parametrize("model", ["forest", "ridge", "gbt", "mlp", "gp"])
+def test_a_mutated_error_predictor_is_refused_or_works(model: Any, mutations: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    phi, error = torch.randn(60, 3, generator=draws), torch.rand(60, generator=draws)
+    predictor = ErrorPredictor(model, trees=3)
+    predictor.fit(phi, error)
+
+    def works() -> None:
+        assert predictor.predict(1e3 * phi).isfinite().all()
+        ErrorPredictor(model, trees=3).load_state_dict(predictor.state_dict())
+
+    attack(
+        f"error predictor {model}",
+        predictor.state_dict(),
+        predictor.load_state_dict,
+        predictor.state_dict,
+        works,
+        mutations,
+    )
+
+
+@MANY
+@pytest.mark.parametrize("kind", ["memory", "records", "sets"])
+def test_a_mutated_table_is_refused_or_works(kind: str, mutations: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    phi, labels, ids = torch.randn(60, 3, generator=draws), torch.arange(60) % 3, torch.arange(60)
+    made: Any
+    if kind == "memory":
+        made = FeatureMemory(30)
+        made.add(phi, labels, ids)
+    elif kind == "records":
+        made = ErrorRecords(30)
+        made.add("loo", phi, phi[:, 0].abs(), ids, labels)
+        made.add("novel", phi, phi[:, 0].abs(), ids)
+    else:
+        made = PredictionSets(0.9, class_conditional=True, adaptive=0.1)
+        made.calibrate(phi, labels)
+
+    def works() -> None:
+        if kind == "memory":
+            made.add(phi, labels, ids + 100)
+            made.forget(ids)
+        elif kind == "records":
+            ErrorPredictor("ridge").fit(*made.training_set({0: 5, 1: 6, 2: 7}, holdout=0.2))
+            made.add("novel", phi, phi[:, 0].abs(), ids)
+        else:
+            made.observe(phi, labels)
+            made.predict(phi)
+        made.load_state_dict(made.state_dict())
+
+    attack(kind, made.state_dict(), made.load_state_dict, made.state_dict, works, mutations)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clkit.distributed import gather_rows, world_size
+from clkit.distributed import exchange_device, gather_rows, world_size
 from clkit.errors import BatchError
 from clkit.methods._checks import SMALL, Array, Batch, Ids
 from clkit.methods._gram import add_gram_, new_gram
@@ -246,9 +246,7 @@ def exchange_sums(own: Sums, bad: int, group: Any) -> Sums | None:
 
     ``bad`` is the number of the batch that was masked on this rank, 0 for none: its error is raised on all ranks.
     """
-    device, backend = own.tables["counts"].device, dist.get_backend(group)
-    if backend in ("gloo", "nccl"):  # a backend reaches one kind of device only
-        device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
+    device = exchange_device(own.tables["counts"].device, group)
     headers = gather_rows(torch.tensor([own.ids.size, bad], device=device), [2] * world_size(group), group=group)
     sizes = [int(header[0]) for header in headers]
     for rank, header in enumerate(headers):

@@ -1,0 +1,222 @@
+"""Rows of a stream of which a bounded part is kept that depends on the set of samples, and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clkit.distributed import exchange_device, gather_rows, report_lost_process, world_size
+from clkit.errors import ArgumentError, BatchError
+from clkit.methods._checks import Ids
+
+__all__ = ["KeyedRows", "Keys", "keys_of"]
+
+Keys = np.ndarray[tuple[int], np.dtype[np.uint64]]
+
+_EVERY = np.uint64(2**64 - 1)
+_STEP, _FIRST, _SECOND = (np.uint64(each) for each in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mixed(values: Keys) -> Keys:
+    """Apply splitmix64, a bijection of 64 bits; products wrap around on purpose."""
+    values = values + _STEP
+    values = (values ^ (values >> np.uint64(30))) * _FIRST
+    values = (values ^ (values >> np.uint64(27))) * _SECOND
+    mixed: Keys = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+def keys_of(seed: int, ids: Ids) -> Keys:
+    """Return the key of each sample, which is a function of the seed and its id."""
+    return _mixed(_mixed(np.array([seed], dtype=np.uint64)) ^ ids.astype(np.uint64))
+
+
+class KeyedRows:
+    """Of each stratum the rows with the smallest keys, as many as each stratum's equal share of the capacity.
+
+    What is kept is a function of the set of rows that were offered: not of their order, of batches, or of how they were
+    spread over several tables that are then merged. With more strata than the capacity, those with the smallest keys
+    have one row each. A row that is offered again takes the place of the one before.
+
+    Args:
+        capacity: Most rows.
+        seed: Of the keys.
+        columns: Dtypes by name; the first column is (N, W), the others (N,).
+        device: Where the columns lie.
+    """
+
+    def __init__(self, capacity: int, seed: int, columns: Mapping[str, torch.dtype], device: torch.device) -> None:
+        self.capacity = capacity
+        self.seed = seed
+        self.device = device
+        self._dtypes = dict(columns)
+        self._wide = next(iter(columns))
+        self.strata: Ids = np.empty(0, dtype=np.int64)  # all that were ever seen, sorted
+        self._cuts: Keys = np.empty(0, dtype=np.uint64)  # of each the largest key that may enter
+        self._used = np.zeros(capacity, dtype=np.bool_)
+        self._ids: Ids = np.zeros(capacity, dtype=np.int64)
+        self._keys: Keys = np.zeros(capacity, dtype=np.uint64)
+        self._stratum: Ids = np.zeros(capacity, dtype=np.int64)
+        self._columns: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return int(self._used.sum())
+
+    @property
+    def width(self) -> int | None:
+        """W, known from the first rows on."""
+        return self._columns[self._wide].shape[1] if self._columns else None
+
+    def admits(self, ids: Ids, strata: Ids) -> Any:
+        """Return which of some rows would be kept if each came alone, (B,) bool."""
+        if not self.strata.size:
+            return np.ones(ids.size, dtype=np.bool_)
+        at = np.searchsorted(self.strata, strata).clip(max=self.strata.size - 1)
+        return (self.strata[at] != strata) | (keys_of(self.seed, ids) <= self._cuts[at])
+
+    def add(self, ids: Ids, strata: Ids, columns: Mapping[str, Tensor]) -> None:
+        """Offer rows."""
+        width = columns[self._wide].shape[1]
+        if self.width not in (None, width):
+            raise BatchError(f"{self._wide} must have {self.width} columns as before, got {width}; nothing was changed")
+        at = np.flatnonzero(self.admits(ids, strata))
+        if not at.size:
+            return
+        if not self._columns:
+            self._columns = {
+                name: torch.zeros((self.capacity, width) if name == self._wide else self.capacity, dtype=dtype).to(
+                    self.device
+                )
+                for name, dtype in self._dtypes.items()
+            }
+        self.strata = np.union1d(self.strata, strata)
+        held = np.flatnonzero(self._used)
+        keys = np.concatenate([self._keys[held], keys_of(self.seed, ids[at])])
+        of = np.concatenate([self._stratum[held], strata[at]])
+        chosen = self._smallest(keys, of)
+        new = at[chosen[chosen >= held.size] - held.size]
+        self._used[:] = False
+        self._used[held[chosen[chosen < held.size]]] = True
+        free = np.flatnonzero(~self._used)[: new.size]
+        self._used[free] = True
+        self._ids[free], self._stratum[free] = ids[new], strata[new]
+        self._keys[free] = keys_of(self.seed, ids[new])
+        slots = torch.from_numpy(free).to(self.device)
+        for name, own in self._columns.items():
+            rows = columns[name]
+            taken = rows[torch.from_numpy(new).to(rows.device)]
+            own.index_copy_(0, slots, taken.to(own.device, own.dtype))
+        self._set_cuts()
+
+    def _smallest(self, keys: Keys, strata: Ids) -> Ids:
+        """Return the positions of the rows that are kept; of several with one key the last."""
+        if not keys.size:
+            return np.empty(0, dtype=np.int64)
+        order = np.lexsort((keys, strata))  # is stable
+        keys_in_order, of = keys[order], strata[order]
+        last = np.append((keys_in_order[1:] != keys_in_order[:-1]) | (of[1:] != of[:-1]), True)
+        order = order[last]
+        rank = np.arange(order.size) - np.searchsorted(strata[order], strata[order])
+        chosen: Ids
+        if self.strata.size <= self.capacity:
+            chosen = order[rank < self.capacity // self.strata.size]
+        else:
+            first = order[rank == 0]
+            chosen = first[keys[first].argsort()[: self.capacity]]
+        return chosen
+
+    def _set_cuts(self) -> None:
+        """Say up to which key a row may enter; rows in a stratum that is not full always may."""
+        used = np.flatnonzero(self._used)
+        at = np.searchsorted(self.strata, self._stratum[used])
+        largest = np.zeros(self.strata.size, dtype=np.uint64)
+        np.maximum.at(largest, at, self._keys[used])
+        number = np.bincount(at, minlength=self.strata.size)
+        if self.strata.size <= self.capacity:
+            self._cuts = np.where(number < self.capacity // self.strata.size, _EVERY, largest)
+        else:
+            most = self._keys[used].max(initial=0) if used.size == self.capacity else _EVERY
+            self._cuts = np.where(number > 0, largest, most)
+
+    def remove(self, of: Any) -> int:
+        """Take out rows, given as a mask of those that :meth:`read` gives; return how many."""
+        self._used[self._slots()[of]] = False
+        self._set_cuts()
+        return int(np.count_nonzero(of))
+
+    def read(self) -> tuple[Ids, Ids, Keys, dict[str, Tensor]]:
+        """Return ids, strata, keys and columns in the order of the keys, copies; columns without a width have 0."""
+        slots = self._slots()
+        at = torch.from_numpy(slots).to(self.device)
+        columns = {
+            name: self._columns[name].index_select(0, at)
+            if self._columns
+            else torch.zeros((0, 0) if name == self._wide else 0, dtype=dtype, device=self.device)
+            for name, dtype in self._dtypes.items()
+        }
+        return self._ids[slots], self._stratum[slots], self._keys[slots], columns
+
+    def _slots(self) -> Ids:
+        used = np.flatnonzero(self._used)
+        slots: Ids = used[np.lexsort((self._stratum[used], self._keys[used]))]
+        return slots
+
+    def merge(self, other: KeyedRows) -> None:
+        """Take up the rows of another table; of a row that both have, the other's."""
+        if (self.capacity, self.seed) != (other.capacity, other.seed):
+            raise ArgumentError(
+                f"cannot merge rows kept with capacity={other.capacity}, seed={other.seed} into ones with "
+                f"capacity={self.capacity}, seed={self.seed}; build both with the same arguments"
+            )
+        ids, strata, _, columns = other.read()
+        self._absorb(other.strata, ids, strata, columns)
+
+    def synchronize(self, group: Any, what: str) -> None:
+        """Take up the rows of all processes, so that all have the same; all must call it."""
+        if world_size(group) == 1:
+            return
+        ids, strata, _, columns = self.read()
+        device = exchange_device(self.device, group)
+        with report_lost_process(what):
+            own = torch.tensor([ids.size, self.strata.size, self.width or 0], device=device)
+            headers = torch.stack(gather_rows(own, [3] * world_size(group), what, group)).tolist()
+            widths = {width for _, _, width in headers if width}
+            if len(widths) > 1:
+                raise BatchError(f"{self._wide} must have one width in all processes, got {sorted(widths)}")
+            if not widths:
+                return
+            if not self.width:
+                columns[self._wide] = columns[self._wide].new_zeros(0, *widths)
+            sizes = [rows for rows, _, _ in headers]
+            seen = gather_rows(torch.from_numpy(self.strata).to(device), [n for _, n, _ in headers], what, group)
+            parts = [
+                gather_rows(each.to(device).contiguous(), sizes, what, group)
+                for each in (torch.from_numpy(ids), torch.from_numpy(strata), *columns.values())
+            ]
+        for known, part_ids, part_strata, *rows in zip(seen, *parts, strict=True):
+            self._absorb(
+                known.cpu().numpy(),
+                part_ids.cpu().numpy(),
+                part_strata.cpu().numpy(),
+                dict(zip(columns, rows, strict=True)),
+            )
+
+    def _absorb(self, seen: Ids, ids: Ids, strata: Ids, columns: Mapping[str, Tensor]) -> None:
+        """Take up rows of a table that has seen some strata, of which it may not have a row any more."""
+        if ids.size:
+            self.add(ids, strata, columns)
+        if np.setdiff1d(seen, self.strata).size:
+            self.strata = np.union1d(self.strata, seen)
+            used = np.flatnonzero(self._used)
+            self._used[:] = False
+            self._used[used[self._smallest(self._keys[used], self._stratum[used])]] = True
+            self._set_cuts()
+
+    def to(self, device: torch.device) -> None:
+        """Move the columns."""
+        self._columns = {name: column.to(device) for name, column in self._columns.items()}
+        self.device = device
