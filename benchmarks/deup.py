@@ -10,7 +10,7 @@
 * stream: a batch of 64 rows of 768 features offered to a full memory of 1,024 rows, and 64 records to a full table of
   4,096, early in a stream and late; goal: late at most 1.2 times early.
 
-Needs no data; half a minute on one core. Exit status 1 if a goal is missed.
+Needs no data; a minute on one core. Exit status 1 if a goal is missed.
 """
 
 from __future__ import annotations

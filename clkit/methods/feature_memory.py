@@ -78,9 +78,7 @@ class FeatureMemory(KeyedTable):
         return self
 
     def add(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
-        """Offer a batch. Rows with label -1 are left out and counted as rejected.
-
-        So are those that would be kept and are not finite in float32.
+        """Offer a batch. Rows with label -1, or with features that are not finite in float32, are counted as rejected.
 
         Args:
             features: (B, D) of any floating dtype and device; copied.
@@ -93,16 +91,12 @@ class FeatureMemory(KeyedTable):
         with exact():
             rows = matrix("features", features).to(torch.float32)
             of, names = integers("labels", labels, len(rows), least=-1), integers("ids", ids, len(rows))
-            # only of rows that would be kept is it asked whether they are finite: elsewhere than on a CPU it is a wait
-            at = np.flatnonzero((of >= 0) & self._rows.admits(names, of))
-            refused = int((of < 0).sum())
-            if at.size:
-                rows = rows[torch.from_numpy(at).to(rows.device)]
-                good = rows.isfinite().all(dim=1).cpu().numpy()
-                at, refused = at[good], refused + int((~good).sum())
-                kept = rows[torch.from_numpy(np.flatnonzero(good)).to(rows.device)]
-                self._rows.add(names[at], of[at], {"features": kept})
-            self._refused_here += refused
+            finite = (rows - rows).sum(dim=1) == 0  # NaN otherwise; isfinite takes ten times as long
+            good = (of >= 0) & finite.cpu().numpy()
+            at = np.flatnonzero(good)
+            kept = rows if good.all() else rows[torch.from_numpy(at).to(rows.device)]
+            self._rows.add(names[at], of[at], {"features": kept})
+            self._refused_here += int(good.size - at.size)
 
     def _column_kinds(self) -> dict[str, Kind]:
         return {"features": Numbers(("N", "D"), torch.float32)}
