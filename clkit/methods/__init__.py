@@ -9,6 +9,7 @@ from clkit.methods.feature_memory import FeatureMemory
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.lda import LDAHead
 from clkit.methods.nearest_mean import NearestMeanHead
+from clkit.methods.novelty import Novelty
 from clkit.methods.onpro import OnlinePrototypes, OnProLosses
 from clkit.methods.prediction_sets import PredictionSets, nonconformity
 from clkit.methods.records import ErrorRecords, WeightedRecords, sample_keys
@@ -21,9 +22,18 @@ from clkit.methods.ridge import AnalyticHead
 from clkit.methods.sample_loss import neighbour_noise, replicate_noise, sample_loss
 from clkit.methods.simplex import ClassAllocator, SimplexHead
 from clkit.methods.sparse import Growth, Initial, Prune, PruneSchedule, SparseTopology, TaskReport
+from clkit.methods.stationarising import (
+    FEATURE_SIGNS,
+    Snapshot,
+    gaussian_rows,
+    left_out_features,
+    novel_features,
+    stationarising_features,
+)
 from clkit.methods.statistics import FeatureStatistics
 
 __all__ = [
+    "FEATURE_SIGNS",
     "AnalyticHead",
     "BatchNormSegments",
     "ClassAllocator",
@@ -42,6 +52,7 @@ __all__ = [
     "Mixing",
     "NearestMeanHead",
     "Neighbours",
+    "Novelty",
     "OnProLosses",
     "OnlinePrototypes",
     "OutOfSample",
@@ -52,6 +63,7 @@ __all__ = [
     "RandomViews",
     "ReservoirBuffer",
     "SimplexHead",
+    "Snapshot",
     "SparseTopology",
     "TaskReport",
     "Uncertainty",
@@ -61,11 +73,14 @@ __all__ = [
     "cross_fit",
     "distillation_weight",
     "feature_distillation",
+    "gaussian_rows",
     "hoc_total",
     "instance_contrast",
+    "left_out_features",
     "mixed_cross_entropy",
     "neighbour_noise",
     "nonconformity",
+    "novel_features",
     "prototype_contrast",
     "query",
     "replicate_noise",
@@ -73,6 +88,7 @@ __all__ = [
     "rotate_views",
     "sample_keys",
     "sample_loss",
+    "stationarising_features",
     "supervised_contrast",
     "variant_labels",
 ]

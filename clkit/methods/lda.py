@@ -11,6 +11,7 @@ from torch import Tensor
 from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError
 from clkit.methods._checks import check_probability
+from clkit.methods._leave_one_out import left_out_distances
 from clkit.methods._solving import condition_number, spectrum, warn_of_lost_digits
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
@@ -40,8 +41,8 @@ class LDAHead(Head):
         in_features: D, width of the features; the state has D² numbers.
         shrinkage: ``"auto"``: Λ = [Σ + γ/N I]⁻¹ with the γ that generalised cross-validation chooses, from the same
             sums, for the ridge regression (with intercept) of the classes on the features: both damp the same noise.
-            It takes an eigendecomposition at each solve. A number ε in [0, 1], as above: 0 takes Σ as it is, 1 is the
-            nearest mean; it is absolute, compared with Σ.
+            It takes an eigendecomposition at each solve, and :meth:`leave_one_out` keeps to the γ chosen. A number ε in
+            [0, 1], as above: 0 takes Σ as it is, 1 is the nearest mean; it is absolute, compared with Σ.
         num_classes: Fixed number of score columns; ``None`` for the largest id seen + 1.
         max_classes: Class ids must be below this.
         statistics: Sums to share with other heads (needs ``sums`` and ``scatter``); update them, not the head.
@@ -88,6 +89,45 @@ class LDAHead(Head):
         """What ``"auto"`` adds to the diagonal of the scatter N Σ; 0 for a number, NaN before anything was learned."""
         return self._gamma if self._solved().size else math.nan
 
+    def distance(self, features: Tensor) -> Tensor:
+        r"""Return how far features are from everything learned: the squared distance to the nearest class.
+
+        .. math:: \min_c \, (x - \mu_c)^\top \Lambda (x - \mu_c)
+
+        In expectation about D for a sample of a class with that covariance. :class:`Novelty` is the same of features
+        of unit length, which tells new classes better.
+
+        Args:
+            features: (B, in_features).
+
+        Returns:
+            (B,), at least 0; float64 for float64 features, else float32.
+
+        Raises:
+            NotFittedError: If nothing was learned.
+            BatchError: If the features have the wrong shape or, on a CPU, are not finite.
+
+        Example:
+            >>> head = LDAHead(1, shrinkage=0.0)
+            >>> head.update(torch.tensor([[-1.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1, 1]))
+            >>> head.distance(torch.tensor([[1.0], [9.0]]))  # Σ = 1, means 0 and 4
+            tensor([ 1., 25.])
+        """
+        self._check_fitted()
+        scores: Tensor = self(features)
+        return scores.amax(dim=1).abs()  # they are at most 0
+
+    def left_out_distance(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return the distance of learned rows from everything else learned; see :meth:`leave_one_out`.
+
+        As far as new samples of the classes learned would be, so a quantile of it is a threshold with a known rate of
+        false alarms. Infinite where nothing is left.
+
+        Returns:
+            (B,), at least 0; float64 for float64 features, else float32.
+        """
+        return self.leave_one_out(features, targets).amax(dim=1).abs()
+
     def _best_gamma(self) -> float:
         """Return the strength that the sums choose for the ridge regression with intercept of the same classes."""
         means, counts = self.statistics.means, self.statistics.counts.to(torch.float64)[:, None]
@@ -104,13 +144,24 @@ class LDAHead(Head):
         classes = self.statistics.classes
         if not classes.numel():
             return nearest_mean_readout(classes, self.statistics.means)
-        shrunk = self.covariance
         if self.shrinkage == "auto":
             self._gamma = self._best_gamma()
-            shrunk.diagonal().add_(self._gamma / self.statistics.samples)
+        self._factor = self._factorised(self.statistics.samples)
+        plain = nearest_mean_readout(classes, self.statistics.means)
+        weight = torch.cholesky_solve(plain.weight.T, self._factor).T  # 2 Λ (μ - o)
+        weight = weight if plain.duplicates is None else weight[plain.duplicates]
+        bias = -(weight * plain.weight).sum(dim=1) / 4
+        return Readout.of(classes, weight, bias, plain.offset)
+
+    def _factorised(self, samples: int) -> Tensor:
+        """Return the Cholesky factor of the shrunk covariance, whose scatter is divided by this number of samples."""
+        shrunk = self.statistics.scatter / samples
+        if self.shrinkage == "auto":
+            shrunk.diagonal().add_(self._gamma / samples)
         else:
             shrunk *= 1 - self.shrinkage
             shrunk.diagonal().add_(self.shrinkage)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(shrunk)
         condition = math.inf if int(failed) else condition_number(factor)
         # Rounding lets a singular matrix through with a tiny pivot; nothing computed from it would mean anything.
@@ -123,12 +174,17 @@ class LDAHead(Head):
         if not self._warned:
             advice = 'use shrinkage="auto" or scale the features'
             self._warned = warn_of_lost_digits(condition, "the pooled covariance", advice)
-        self._factor = factor
-        plain = nearest_mean_readout(classes, self.statistics.means)
-        weight = torch.cholesky_solve(plain.weight.T, factor).T  # 2 Λ (μ - o)
-        weight = weight if plain.duplicates is None else weight[plain.duplicates]
-        bias = -(weight * plain.weight).sum(dim=1) / 4
-        return Readout.of(classes, weight, bias, plain.offset)
+        return factor
+
+    def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
+        samples = self.statistics.samples - 1
+        if not samples:
+            return rows.new_full((rows.shape[0], 1), -torch.inf)
+        factor = self._factorised(samples)
+        both = [readout.centred(self._design(rows)), readout.centred(self.statistics.means)]
+        white, means = (torch.linalg.solve_triangular(factor, each.T, upper=False).T for each in both)
+        weight = (1.0 if isinstance(self.shrinkage, str) else 1 - self.shrinkage) / samples
+        return -left_out_distances(white, means, self.counts, at, weight)[0]
 
     def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         if not scores.shape[1]:

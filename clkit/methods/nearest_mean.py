@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from clkit.arguments import check_arguments
 from clkit.methods._checks import Batch
+from clkit.methods._leave_one_out import left_out_means
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
@@ -83,8 +84,7 @@ class NearestMeanHead(Head):
     @property
     def means(self) -> Tensor:
         """(k, D) float64, the means that features are compared with, in the order of :attr:`classes`."""
-        means = self.statistics.means
-        return normalize(means, eps=_EPSILON) if self.metric in ("icarl", "cosine") else means
+        return self._scaled(self.statistics.means)
 
     def _design(self, features: Tensor) -> Tensor:
         return normalize(features, eps=_EPSILON) if self.normalizes else features
@@ -103,6 +103,16 @@ class NearestMeanHead(Head):
             if self.metric != "cosine":
                 rows = rows / lengths.clamp(min=_EPSILON)
         return [(self.statistics, rows)]
+
+    def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
+        design = self._design(rows)
+        averaged = rows if self.metric == "cosine" else design
+        own = self._scaled(left_out_means(averaged, self.statistics.means, self.counts, at))
+        score = (design * own).sum(dim=1) if self.metric == "cosine" else -(design - own).square().sum(dim=1)
+        return self._score(rows, readout).scatter(1, at[:, None], score[:, None])
+
+    def _scaled(self, means: Tensor) -> Tensor:
+        return normalize(means, eps=_EPSILON) if self.metric in ("icarl", "cosine") else means
 
     def _readout_of_sums(self) -> Readout:
         means, classes = self.means, self.statistics.classes

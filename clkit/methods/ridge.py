@@ -15,6 +15,7 @@ from clkit.distributed import world_size
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
 from clkit.methods._checks import Batch, check_count, check_number
 from clkit.methods._gram import add_gram_
+from clkit.methods._leave_one_out import left_out_ridge_scores, what_is_left
 from clkit.methods._recursion import RecursiveLeastSquares, not_positive_definite, woodbury_update
 from clkit.methods._solving import condition_number, spectrum, warn_of_lost_digits
 from clkit.methods.heads.base import Head
@@ -50,7 +51,8 @@ class AnalyticHead(Head):
               \mathrm{df}(\gamma) = \mathrm{tr} \, H (H^\top H + \gamma I)^{-1} H^\top
 
     So it is the same after merges, unlearning and in several processes. It costs an eigendecomposition at a solve,
-    about ten times what Cholesky costs, and nothing at a batch. ``chosen_gamma`` tells it.
+    about ten times what Cholesky costs, and nothing at a batch. ``chosen_gamma`` tells it, and
+    :meth:`leave_one_out` keeps to it: without a row the sums might choose another.
 
     Imbalance is corrected at solve time, never in what is learned; with :math:`m_c = \max_j n_j - n_c`:
 
@@ -196,7 +198,7 @@ class AnalyticHead(Head):
             return self.gamma
         return self._chosen if self._solved().size else math.nan
 
-    def leverage(self, features: Tensor) -> Tensor:
+    def leverage(self, features: Tensor, *, left_out: bool = False) -> Tensor:
         r"""Return how far features are from what was learned.
 
         .. math:: u(x) = \varphi(x) (H^\top H + \gamma I)^{-1} \varphi(x)^\top
@@ -206,21 +208,22 @@ class AnalyticHead(Head):
 
         Args:
             features: (B, in_features).
+            left_out: Whether these are rows that are in the sums exactly once, and each is to be left out of them:
+                u / (1 - u).
 
         Returns:
             (B,), at least 0; float64 for float64 features, else float32.
 
         Raises:
             NotFittedError: If nothing was learned.
+            BatchError: If a row that is to be left out cannot be in the sums.
         """
         self._check_sums()
         if not self.statistics.classes.numel():
             raise NotFittedError("this AnalyticHead has learned nothing yet: call update first")
-        design = self._mapped(self._check_features(features))
-        if self.recursion is not None:
-            leverage = (design @ self.recursion.inverse * design).sum(dim=1).clamp(min=0)
-        else:
-            leverage = torch.linalg.solve_triangular(self._real_factor(), design.T, upper=False).square().sum(dim=0)
+        leverage = self._leverage_of(self._check_features(features))
+        if left_out:
+            leverage = leverage / what_is_left(leverage)
         return (leverage if features.dtype == torch.float64 else leverage.to(torch.float32)).to(features.device)
 
     def reset(self) -> None:
@@ -249,6 +252,21 @@ class AnalyticHead(Head):
         """Return the rows that products are formed of: lifted, and with the constant 1."""
         mapped: Tensor = self.feature_map(features)
         return pad(mapped, (0, 1), value=1.0) if self.bias else mapped
+
+    def _leverage_of(self, rows: Tensor) -> Tensor:
+        design = self._mapped(rows)
+        if self.recursion is not None:
+            return (design @ self.recursion.inverse * design).sum(dim=1).clamp(min=0)
+        white: Tensor = torch.linalg.solve_triangular(self._real_factor(), design.T, upper=False)
+        return white.square().sum(dim=0)
+
+    def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
+        if self.balance != "none":
+            raise ConfigurationError(
+                f"balance={self.balance!r} has no exact leave-one-out form: what balances the classes changes with "
+                f'each row; use balance="none"'
+            )
+        return left_out_ridge_scores(self._score(rows, readout), self._leverage_of(rows), at)
 
     def _check_allowed(self, verb: str) -> None:
         super()._check_allowed(verb)

@@ -15,6 +15,9 @@ Whether models of a sequence can search each other's galleries is measured from 
 :class:`CompatibilityMatrix` and the metrics of its numbers, :mod:`clkit.metrics.compatibility` and
 :mod:`clkit.metrics.retrieval`. :class:`NegativeFlipRate` compares the answers of two systems.
 
+How much an uncertainty is worth (``AUROC``, ``AURC``, ``CalibrationError``, …) is measured from a number a sample,
+whatever it comes from: see :mod:`clkit.metrics.uncertainty`.
+
 In a ``LightningModule``:
 
 * log ``metric.compute()``, not the metric: ``log`` would reset it at the end of the epoch, and these remember a stream;
@@ -60,24 +63,54 @@ from clkit.metrics.continual import (
     StreamConfusionMatrix,
 )
 from clkit.metrics.flips import NegativeFlipRate
+from clkit.metrics.uncertainty import (
+    AUGRC,
+    AUPR,
+    AURC,
+    AUROC,
+    FPR95,
+    AdaptiveCalibrationError,
+    BrierScore,
+    CalibrationError,
+    ExcessAURC,
+    KendallCorrelation,
+    MaxCalibrationError,
+    NegativeLogLikelihood,
+    RiskCoverageCurve,
+    SpearmanCorrelation,
+)
 
 __all__ = [
     "AMCA",
+    "AUGRC",
+    "AUPR",
+    "AURC",
+    "AUROC",
+    "FPR95",
     "AccuracyMatrix",
     "AccuracySeen",
+    "AdaptiveCalibrationError",
     "AverageAccuracy",
     "AverageCompatibility",
     "AverageIncrementalAccuracy",
     "AverageMultiModelAccuracy",
     "BackwardCompatibility",
     "BackwardTransfer",
+    "BrierScore",
+    "CalibrationError",
     "CompatibilityMatrix",
+    "ExcessAURC",
     "FinalAccuracy",
     "Forgetting",
     "ForwardCompatibility",
     "ForwardTransfer",
+    "KendallCorrelation",
+    "MaxCalibrationError",
     "MultiModelAccuracyCurve",
     "NegativeFlipRate",
+    "NegativeLogLikelihood",
     "PerClassAccuracy",
+    "RiskCoverageCurve",
+    "SpearmanCorrelation",
     "StreamConfusionMatrix",
 ]

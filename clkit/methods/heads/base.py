@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.methods._checks import Batch, check_batch, check_count, check_features, check_finite
+from clkit.methods._leave_one_out import class_positions
 from clkit.methods._state import LOADED, exact
 from clkit.methods._sums import masked_batch_error
 from clkit.methods.heads.feature_map import FeatureMap
@@ -150,11 +151,46 @@ class Head(nn.Module):
             BatchError: If the features have the wrong shape or, on a CPU, are not finite.
         """
         readout = self._solved()
-        scores = self._score(features, readout)
-        width = readout.size if self.num_classes is None else self.num_classes
-        if width != readout.classes.numel():
-            scores = scores.new_full((scores.shape[0], width), -torch.inf).index_copy(1, readout.classes, scores)
-        return (scores if features.dtype == torch.float64 else scores.to(torch.float32)).to(features.device)
+        return self._in_columns(self._score(features, readout), readout, features)
+
+    def leave_one_out(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return the scores of learned rows by the head that had learned everything else, each row left out alone.
+
+        Exact, in closed form, at the price of a prediction: what :meth:`forward` of a head that is learned again
+        without the row would give. So errors on the rows learned are errors on rows not learned, and nothing need be
+        held out. Each row must be in the sums **exactly once**, with these very numbers and this class: of a row that
+        was learned twice one copy stays, and the scores of a row that was never learned mean nothing.
+
+        Args:
+            features: (B, in_features), the numbers that :meth:`update` took.
+            targets: (B,) class ids that they were learned as.
+
+        Returns:
+            (B, C), dtype and columns of :meth:`forward`; the column of a class whose only row is left out is ``-inf``.
+
+        Raises:
+            NotFittedError: If nothing was learned.
+            BatchError: If the batch is malformed, a class was not learned, or a row cannot have been (see above).
+            ConfigurationError: If these options have no exact form.
+
+        Example:
+            >>> from clkit.methods import NearestMeanHead
+            >>> head = NearestMeanHead(1, metric="euclidean")
+            >>> rows, targets = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
+            >>> head.update(rows, targets)
+            >>> head.leave_one_out(rows, targets)  # without the first row the mean of class 0 is 2
+            tensor([[ -4., -25.],
+                    [ -4.,  -9.],
+                    [-16., -inf]])
+        """
+        readout = self._check_fitted()
+        with exact():
+            rows = self._check_features(features)
+            at = class_positions(readout.classes, targets, rows.shape[0])
+            scores = self._left_out(rows, at, readout)
+            last = self.counts[at] == 1
+            scores[last, at[last]] = -torch.inf
+            return self._in_columns(scores, readout, features)
 
     def scores_seen(self, features: Tensor) -> Tensor:
         """Return (B, k) float64 scores of the seen classes only, in the order of :attr:`classes`, on their device."""
@@ -167,9 +203,7 @@ class Head(nn.Module):
             NotFittedError: If nothing was learned.
             BatchError: If the features have the wrong shape or, on a CPU, are not finite.
         """
-        readout = self._solved()
-        if not readout.size:
-            raise NotFittedError(f"this {type(self).__name__} has learned nothing yet: call update first")
+        readout = self._check_fitted()
         scores = readout.scores(readout.centred(self._design(self._check_features(features))))
         return readout.classes[scores.argmax(dim=1)].to(features.device)
 
@@ -219,6 +253,10 @@ class Head(nn.Module):
         """Turn linear scores into those that :meth:`forward` promises; may change a row by a constant."""
         return scores
 
+    def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
+        """Return (B, k) scores of checked rows, each without itself, whose classes are at these positions."""
+        raise ConfigurationError(f"{type(self).__name__} has no exact leave-one-out form")
+
     def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
         """Return each statistics object, or other learner, with the rows that it learns of a batch."""
         return [(self.statistics, self._design(batch.features))]
@@ -244,11 +282,24 @@ class Head(nn.Module):
         centred = readout.centred(self._design(self._check_features(features)))
         return self._final_scores(readout.scores(centred), centred)
 
+    def _in_columns(self, scores: Tensor, readout: Readout, like: Tensor) -> Tensor:
+        """Return (B, k) scores of the seen classes in the column of each id, in dtype and place as for ``like``."""
+        width = readout.size if self.num_classes is None else self.num_classes
+        if width != readout.classes.numel():
+            scores = scores.new_full((scores.shape[0], width), -torch.inf).index_copy(1, readout.classes, scores)
+        return (scores if like.dtype == torch.float64 else scores.to(torch.float32)).to(like.device)
+
     def _check_features(self, features: Tensor) -> Tensor:
         rows = check_features(features, self.in_features, self.statistics._device)
         if rows.device.type == "cpu":
             check_finite(rows)
         return rows
+
+    def _check_fitted(self) -> Readout:
+        readout = self._solved()
+        if not readout.size:
+            raise NotFittedError(f"this {type(self).__name__} has learned nothing yet: call update first")
+        return readout
 
     def _check_allowed(self, verb: str) -> None:
         if self._shares and verb != "synchronize":

@@ -1,0 +1,150 @@
+"""Which score tells what was never learned, from features of a network that is not trained.
+
+    CLKIT_DATA=FOLDER python benchmarks/novelty.py [--images]
+
+CIFAR-100 is learned. Its test images are to be told from those of other sets: Caltech-101, traffic signs, and classes
+of CIFAR-100 itself of which none was learned (half of them, five random halves); with ``--images`` also CIFAR-10,
+textures and clutter, whose features are computed first (some minutes on one core). Prints a table of the area under the
+ROC curve in per cent, and the rate of false alarms on the CIFAR-100 test images at a threshold for 5 %. Exit status 2
+if the data is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, Novelty, Snapshot
+from clkit.metrics.ranking import auroc
+
+FEATURES = "features_{}_tf_efficientnet_lite0.npz"
+NETWORK, WEIGHTS = "tf_efficientnet_lite0", "weights/tf_efficientnet_lite0_in1k.safetensors"
+SIDE, BATCH = 224, 32
+NEIGHBOUR = 5
+RATE = 0.05
+HALVES = 5
+
+
+def rows(folder: Path, name: str, part: str) -> tuple[Tensor, Tensor]:
+    """Return kept features of a part of a set, float64, and their class ids."""
+    with np.load(folder / FEATURES.format(name), allow_pickle=False) as data:
+        arrays = data[f"f_{part}"].astype(np.float64), data[f"y_{part}"].astype(np.int64)
+    return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
+
+
+def scores(features: Tensor, targets: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return by name what is to be high for new images, of heads that have learned these rows."""
+    width = features.shape[1]
+    ridge, raw, unit = AnalyticHead(width, gamma="auto"), LDAHead(width), Novelty(width)
+    for head in (ridge, raw, unit):
+        head.update(features, targets)
+    units = torch.nn.functional.normalize(features)
+    sums = FeatureStatistics(width, scatter=True)
+    sums.update(units, targets * 0)
+    background = Snapshot.of(sums, shrinkage=1e-3)
+
+    def neighbour(x: Tensor) -> Tensor:
+        return torch.cdist(torch.nn.functional.normalize(x), units).topk(NEIGHBOUR, largest=False).values[:, -1]
+
+    return {
+        "largest ridge score": lambda x: -ridge(x).amax(dim=1),
+        "Mahalanobis": raw.distance,
+        "Mahalanobis, unit length": unit.distance,
+        "the same, relative": lambda x: unit.distance(x) - background.distances(torch.nn.functional.normalize(x))[:, 0],
+        "5th neighbour, unit length": neighbour,
+    }
+
+
+def image_features(images: Sequence[Any], folder: Path) -> Tensor:
+    """Return the features of images (H, W, 3), uint8, as the kept ones were computed."""
+    import timm
+
+    network = timm.create_model(NETWORK, pretrained=False, checkpoint_path=str(folder / WEIGHTS)).eval()
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(images), BATCH):
+            batch = torch.stack([_prepared(np.asarray(image)) for image in images[start : start + BATCH]])
+            found.append(network.forward_head(network.forward_features(batch), pre_logits=True).double())
+    return torch.cat(found)
+
+
+def _prepared(image: np.ndarray) -> Tensor:
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+    scale = SIDE / min(pixels.shape[2:])
+    size = [max(SIDE, round(side * scale)) for side in pixels.shape[2:]]
+    resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
+    top, left = ((side - SIDE) // 2 for side in size)
+    return resized[0, :, top : top + SIDE, left : left + SIDE] / 127.5 - 1
+
+
+def other_images(folder: Path) -> dict[str, Tensor]:
+    """Return features of the sets of which none are kept."""
+    from PIL import Image
+
+    with np.load(folder / "cifar10_subset.npz", allow_pickle=False) as data:
+        found = {"CIFAR-10": image_features(data["x_test"], folder)}
+    with np.load(folder / "ood_textures_clutter.npz", allow_pickle=False) as data:
+        for name in ("textures", "clutter"):
+            bytes_of, ends = data[f"jpeg_{name}"], data[f"offsets_{name}"]
+            images = [Image.open(io.BytesIO(bytes_of[a:b].tobytes())) for a, b in pairwise(ends)]
+            found[name] = image_features(images, folder)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", action="store_true", help="also sets whose features are computed first")
+    wants_images = parser.parse_args(arguments).images
+    folder = Path(os.environ.get("CLKIT_DATA", ""))
+    if not (folder / FEATURES.format("cifar100")).is_file():
+        print("set CLKIT_DATA to the folder with the features", file=sys.stderr)
+        return 2
+    train, targets = rows(folder, "cifar100", "train")
+    test, test_targets = rows(folder, "cifar100", "test")
+    others = {"Caltech-101": rows(folder, "caltech101", "test")[0], "traffic signs": rows(folder, "gtsrb", "test")[0]}
+    others |= other_images(folder) if wants_images else {}
+
+    table: dict[str, list[str]] = {}
+    for name, score in scores(train, targets).items():
+        seen = score(test)
+        table[name] = [f"{100 * _auroc(seen, score(new)):.1f}" for new in others.values()]
+    halves: dict[str, list[float]] = {}
+    for seed in range(HALVES):
+        order = np.random.default_rng(seed).permutation(100)[:50]
+        known, test_known = (torch.from_numpy(np.isin(ids.numpy(), order)) for ids in (targets, test_targets))
+        for name, score in scores(train[known], targets[known]).items():
+            halves.setdefault(name, []).append(100 * _auroc(score(test[test_known]), score(test[~test_known])))
+    printed = Table("CIFAR-100 learned, against", *others, "its other half")
+    for name, cells in table.items():
+        printed.add_row(name, *cells, f"{np.mean(halves[name]):.1f} ± {np.std(halves[name], ddof=1):.1f}")
+    Console(width=120).print(printed)
+
+    novelty = Novelty(train.shape[1])
+    novelty.update(train, targets)
+    threshold = novelty.threshold(train, targets, RATE)
+    alarms = {"CIFAR-100": test, **others}
+    print(f"alarms at a threshold for {100 * RATE:g} % false ones, from the rows learned:")
+    for name, new in alarms.items():
+        print(f"  {name}: {100 * float((novelty.distance(new) > threshold).double().mean()):.1f} %")
+    return 0
+
+
+def _auroc(seen: Tensor, new: Tensor) -> float:
+    return auroc(torch.cat([seen, new]), torch.cat([torch.zeros(len(seen)), torch.ones(len(new))]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
