@@ -231,7 +231,7 @@ class ErrorPredictor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that was fitted, as tensors and plain values."""
-        state = {
+        state: dict[str, Any] = {
             "format": self._format,
             "settings": self._described(),
             "features": self._features,
@@ -241,7 +241,9 @@ class ErrorPredictor:
             "high": self._high,
             "is_fitted": self.is_fitted,
         }
-        return state if self._fitted is None else {**state, "model": self._fitted.state()}
+        if self._fitted is not None:
+            state["model"] = {name: _own(value) for name, value in self._fitted.state().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave.
@@ -312,6 +314,7 @@ class ErrorPredictor:
 
 
 def _own(value: Any) -> Any:
+    """Return a number, or a tensor that nobody else writes to."""
     return value.cpu().clone() if isinstance(value, Tensor) else value
 
 

@@ -83,7 +83,8 @@ class PredictionSets:
     A class is in the set if its :func:`nonconformity` is at most that of the ``ceil((n+1) coverage)``-th best of n
     calibration samples; the guarantee is for inputs exchangeable with them. These must not have been learned:
     leave-one-out scores of learned rows will do, their ordinary scores will not. Calibrate again whenever the predictor
-    has changed.
+    has changed. Rows of a class-balanced memory stand for inputs of equally frequent classes; where some are rarer,
+    ``class_conditional`` covers each class, and with it any mix of them.
 
     Args:
         coverage: Between 0 and 1.
@@ -221,8 +222,8 @@ class PredictionSets:
             "settings": self._described(),
             "calibrated": self._values is not None,
             "alpha": self._alpha,
-            "values": values,
-            "labels": self._labels,
+            "values": values.clone(),
+            "labels": self._labels.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ class ErrorRecords(KeyedTable):
         return {source: number for source, number in zip(_SOURCES, numbers, strict=True) if number}
 
     def admits(self, source: Source, ids: Tensor) -> Tensor:
-        """Return which records would be kept if each came alone, (B,) bool: features are needed of those only.
+        """Return which records may be kept, (B,) bool: the others need no features, since they certainly are not.
 
         Raises:
             ArgumentError: If there is no such source.

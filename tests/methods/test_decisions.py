@@ -39,7 +39,7 @@ def test_golden_thresholds() -> None:
 
 def test_ranks_are_those_of_decimal_numbers() -> None:
     """In floating point 1 - 0.9 is below 0.1, and 30 * (1 - 0.9) above 3, so that a rank would be one off."""
-    for n, percent in itertools.product(range(200), range(101)):
+    for n, percent in itertools.product(range(0, 200, 3), range(101)):
         assert conformal_rank(n, percent / 100) == -(-(n + 1) * (100 - percent) // 100)
 
 
@@ -92,8 +92,8 @@ def naive_risk_threshold(u: list[float], wrong: list[bool], risk: float, delta: 
 @pytest.mark.parametrize("ties", [False, True])
 def test_risk_thresholds_equal_their_definition(ties: bool) -> None:
     kinds = set()
-    for seed in range(40):
-        n = 20 + 17 * seed
+    for seed in range(16):
+        n = 20 + 40 * seed
         u = torch.rand(n, generator=draws(seed), dtype=torch.float64)
         wrong = torch.rand(n, generator=draws(seed + 100), dtype=torch.float64) < u**3
         if ties:
