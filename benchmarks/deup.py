@@ -8,7 +8,7 @@
 * state: bytes of the records and the memory in a file, after a stream and after one 100 times as long; goal: at most
   1.01 times. Beside them those of the predictor, whose trees have at most 511 nodes each.
 * stream: a batch of 64 rows of 768 features offered to a full memory of 1,024 rows, and 64 records to a full table of
-  4,096, early in a stream and late; goal: late at most 1.2 times early.
+  4,096, early in a stream and late; goal: late at most 1.5 times early.
 
 Needs no data; a minute on one core. Exit status 1 if a goal is missed.
 """
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "state" in options.only:
         told("state", measure_state(), growth=1.01)
     if "stream" in options.only:
-        told("stream", measure_stream(options.rounds), growth=1.2)
+        told("stream", measure_stream(options.rounds), growth=1.5)
     if options.json:
         options.json.write_text(json.dumps({"torch": torch.__version__, "threads": options.threads, **found}, indent=1))
     for what in missed:

@@ -587,3 +587,38 @@ def test_digits_of_the_replacement_benchmark_are_disjoint(
     assert set(data.queries[1].tolist()) == set(data.gallery[1].tolist()) == {0, 1, 6, 8}
     seen = {tuple(row) for side in (data.server, data.client) for row in side[0].tolist()}
     assert not seen & {tuple(row) for side in (data.queries, data.gallery) for row in side[0].tolist()}
+
+
+# ---- DEUP
+
+
+@pytest.fixture(scope="module")
+def deup() -> ModuleType:
+    return loaded(SCRIPT.with_name("deup.py"))
+
+
+def test_an_error_predictor_is_measured_beside_the_same_forest(deup: ModuleType) -> None:
+    for measure, seconds in ((deup.measure_fit, "fit_s"), (deup.measure_predict, "predict_s")):
+        figures = measure(1, number=200)
+        assert figures["ratio"] == pytest.approx(figures[seconds] / figures["bare_s"])
+        assert figures.get("largest_difference", 0.0) <= 1e-12
+
+
+def test_the_state_is_measured_after_a_long_stream_and_a_batch_late_in_one(deup: ModuleType) -> None:
+    figures = deup.measure_state(batches=2, capacity=100, rows=20, width=4)
+    assert figures["growth"] == figures["long_bytes"] / figures["short_bytes"] < 1.01
+    assert figures["short_bytes"] > 100 * (6 + 4) * 8
+    figures = deup.measure_stream(1, batches=2, rows=20, width=4)
+    assert figures["growth"] == pytest.approx(figures["late_s"] / figures["early_s"])
+
+
+def test_a_missed_goal_of_the_error_predictor_is_said(
+    deup: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deup, "measure_fit", lambda rounds: {"ratio": 1.1})
+    monkeypatch.setattr(deup, "measure_predict", lambda rounds: {"ratio": 0.2, "largest_difference": 1e-9})
+    file = tmp_path / "deup.json"
+    assert deup.main(["--only", "fit", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["fit"] == {"ratio": 1.1}
+    assert deup.main(["--only", "fit", "predict"]) == 1
+    assert "MISSED: predict: largest_difference 1e-09, goal 1e-12" in capsys.readouterr().out
