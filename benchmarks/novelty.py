@@ -26,13 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, Novelty, Snapshot
+from clkit.methods import AnalyticHead, LDAHead, Novelty
 from clkit.metrics.ranking import auroc
 
 FEATURES = "features_{}_tf_efficientnet_lite0.npz"
 NETWORK, WEIGHTS = "tf_efficientnet_lite0", "weights/tf_efficientnet_lite0_in1k.safetensors"
 SIDE, BATCH = 224, 32
 NEIGHBOUR = 5
+SHRINKAGE = 1e-3
 RATE = 0.05
 HALVES = 5
 
@@ -47,13 +48,12 @@ def rows(folder: Path, name: str, part: str) -> tuple[Tensor, Tensor]:
 def scores(features: Tensor, targets: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return by name what is to be high for new images, of heads that have learned these rows."""
     width = features.shape[1]
-    ridge, raw, unit = AnalyticHead(width, gamma="auto"), LDAHead(width), Novelty(width)
-    for head in (ridge, raw, unit):
+    ridge, raw = AnalyticHead(width, gamma="auto"), LDAHead(width, shrinkage=SHRINKAGE)
+    unit, chosen, background = Novelty(width, shrinkage=SHRINKAGE), Novelty(width, shrinkage="auto"), Novelty(width)
+    for head in (ridge, raw, unit, chosen):
         head.update(features, targets)
+    background.update(features, torch.zeros_like(targets))  # all classes as one
     units = torch.nn.functional.normalize(features)
-    sums = FeatureStatistics(width, scatter=True)
-    sums.update(units, targets * 0)
-    background = Snapshot.of(sums, shrinkage=1e-3)
 
     def neighbour(x: Tensor) -> Tensor:
         return torch.cdist(torch.nn.functional.normalize(x), units).topk(NEIGHBOUR, largest=False).values[:, -1]
@@ -61,8 +61,9 @@ def scores(features: Tensor, targets: Tensor) -> dict[str, Callable[[Tensor], Te
     return {
         "largest ridge score": lambda x: -ridge(x).amax(dim=1),
         "Mahalanobis": raw.distance,
-        "Mahalanobis, unit length": unit.distance,
-        "the same, relative": lambda x: unit.distance(x) - background.distances(torch.nn.functional.normalize(x))[:, 0],
+        "unit length (Novelty)": unit.distance,
+        'unit length, shrinkage="auto"': chosen.distance,
+        "unit length, relative": lambda x: unit.distance(x) - background.distance(x),
         "5th neighbour, unit length": neighbour,
     }
 

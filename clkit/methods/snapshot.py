@@ -101,18 +101,18 @@ class Snapshot:
         if not statistics.samples:
             raise NotFittedError("these statistics have seen nothing yet: there is nothing to take a snapshot of")
         with exact():
-            covariance = statistics.scatter / statistics.samples
-            means = statistics.means
+            covariance, counts, means = statistics.scatter / statistics.samples, statistics.counts, statistics.means
             offset = means.mean(dim=0)
+            leverage = _leverage_of(covariance.clone(), counts, means) if leverage is None else leverage
             return cls(
                 classes=statistics.classes,
-                counts=statistics.counts,
+                counts=counts,
                 means=means - offset,
                 offset=offset,
                 factor=_factorised(covariance, float(shrinkage)),
                 shrinkage=float(shrinkage),
                 memory=None if memory is None else _kept(memory, offset),
-                leverage=_leverage_of(statistics.lower_gram()) if leverage is None else leverage,
+                leverage=leverage,
             )
 
     @property
@@ -221,14 +221,18 @@ def _kept(memory: Rows, offset: Tensor) -> Rows:
     return rows - offset, targets
 
 
-def _leverage_of(lower: Tensor) -> Leverage:
-    """Return the leverage under a Gram matrix, of which only the lower triangle counts, and a ridge strength of 1."""
-    system = lower.to(torch.float64, copy=True)
-    system.diagonal().add_(1.0)
-    factor = cache(lambda: torch.linalg.cholesky(system))
+def _leverage_of(covariance: Tensor, counts: Tensor, means: Tensor) -> Leverage:
+    """Return the leverage under the Gram matrix of what was learned and a ridge strength of 1."""
+
+    @cache
+    def factor() -> Tensor:
+        weighted = counts[:, None].to(torch.float64) * means
+        system = torch.addmm(covariance, weighted.T, means, beta=float(counts.sum()))
+        system.diagonal().add_(1.0)
+        return torch.linalg.cholesky(system)
 
     def leverage(features: Tensor) -> Tensor:
-        rows = check_features(features, len(system), system.device)
+        rows = check_features(features, len(covariance), covariance.device)
         white: Tensor = torch.linalg.solve_triangular(factor(), rows.T, upper=False)
         return white.square().sum(dim=0)
 

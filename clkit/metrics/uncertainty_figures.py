@@ -82,7 +82,7 @@ def plot_loss_by_uncertainty(
     place = np.arange(1, len(parts) + 1)
     axes.bar(place, parts, color=COLOURS[0], edgecolor="white")
     axes.set_xticks(place, [str(number) for number in place])
-    axes.set(xlabel="samples by rising uncertainty, in groups of equal size", ylabel="mean loss", title=title or "")
+    axes.set(xlabel="groups of equal size, surest first", ylabel="mean loss", title=title or "")
     return figure, _finished(axes, legend=False)
 
 
@@ -199,7 +199,7 @@ def plot_histograms(
     if threshold is not None and np.isfinite(threshold):
         axes.axvline(threshold, color=COLOURS[2], linestyle=DASHES[3], label="threshold")
     axes.set(xlabel=xlabel, ylabel="density", title=title or "")
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(0.0, 1.3 * axes.get_ylim()[1])  # room for the legend
     return figure, _finished(axes)
 
 
@@ -236,6 +236,8 @@ def plot_around_learning(
     axes.plot(places, means, color=COLOURS[0], label="mean of the classes", **line)
     axes.set(xlabel="stages since the class was learned", ylabel=ylabel, title=title or "")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if known.any() and values[known].min() >= 0:
+        axes.set_ylim(bottom=0.0)
     return figure, _finished(axes)
 
 

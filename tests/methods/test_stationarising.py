@@ -283,6 +283,17 @@ def test_one_class_and_one_row() -> None:
     assert one_column.tolist() == [[-50], [-50]]
 
 
+def test_a_gap_is_capped() -> None:
+    rows, targets = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 90.0], [9.0, 91.0]]), torch.tensor([0, 0, 1, 1])
+    snapshot = Snapshot.of(learned(rows, targets))
+    for middle, capped in ((45.4, False), (10.0, True)):
+        row = torch.tensor([[4.5, middle]])
+        first, second = snapshot.distances(row)[0].tolist()
+        assert ((second - first) / 2 > 50) == capped
+        gap = stationarising_features(["gap"], snapshot, row, torch.zeros(1, 2), probabilities=False)
+        assert float(gap) == pytest.approx(min((second - first) / 2, 50))
+
+
 def test_empty_batches_and_rows_that_are_not_finite() -> None:
     features, targets = sample()
     snapshot, scores = Snapshot.of(learned(features, targets), memory=(features, targets)), scores_of(features)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
 from torch import Tensor
+from two_ranks import drive, driven
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -345,3 +349,34 @@ def test_figures_show_what_is_computed() -> None:
         "future (2, 1 infinite)",
         "threshold",
     ]
+
+
+# ---- two processes
+
+
+def scenario(name: str, folder: Path) -> dict[str, Any]:
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    part = {"uneven": slice(0, 3) if rank == 0 else slice(3, 8), "one": slice(0, 0 if rank == 0 else 8)}[name]
+    found: dict[str, Any] = {}
+    for kind in (*RANKING, *CALIBRATION, *SCORES):
+        metric = kind()
+        rows = [each[part] for each in arguments_of(kind)]
+        if len(rows[0]):
+            metric.update(*rows)
+        else:
+            metric._update_count = 1  # no warning that nothing came: that is the subject
+        found[kind.__name__] = metric.compute()
+    dist.destroy_process_group()
+    return found
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    for ranks in driven(__file__, tmp_path, ["uneven", "one"]).values():
+        for found in ranks:
+            for kind in (*RANKING, *CALIBRATION, *SCORES):
+                assert torch.equal(found[kind.__name__], fed(kind, *arguments_of(kind)).compute()), kind
+
+
+if __name__ == "__main__":
+    sys.exit(drive(scenario))
