@@ -356,6 +356,33 @@ def test_replay_on_images_without_the_data_says_so_in_one_line(
     assert all(images.FILE in line for line in lines)
 
 
+# ---- novelty
+
+
+def test_novelty_is_measured_on_tiny_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    novelty = loaded(SCRIPT.with_name("novelty.py"))
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    assert novelty.main([]) == 2
+    assert "CLKIT_DATA" in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(100, 12))
+    for name, offset in (("cifar100", 0.0), ("caltech101", 0.0), ("gtsrb", 1000 * np.eye(12)[0])):
+        ids = np.repeat(np.arange(100), 4)
+        rows = {part: centres[ids] + offset + 0.1 * rng.normal(size=(400, 12)) for part in ("train", "test")}
+        arrays: dict[str, Any] = {"f_train": rows["train"], "f_test": rows["test"], "y_train": ids, "y_test": ids}
+        np.savez(tmp_path / novelty.FEATURES.format(name), **arrays)
+    assert novelty.main([]) == 0
+    lines = {
+        line.split("│")[1].strip(): line.split("│")[2:5] for line in capsys.readouterr().out.splitlines() if "│" in line
+    }
+    same, far, half = lines["unit length (Novelty)"]
+    assert abs(float(same) - 50) < 5  # the same classes again
+    assert float(far) == 100.0
+    assert float(half.split("±")[0]) > 90
+
+
 # ---- sparse training
 
 
