@@ -23,10 +23,10 @@ __all__ = [
     "check_device",
     "check_features",
     "check_finite",
-    "check_labels",
     "check_number",
     "check_probability",
     "check_width",
+    "class_ids",
     "derived_seed",
     "generator",
 ]
@@ -120,7 +120,7 @@ def check_batch(
     ``limit_name`` says; ``device`` is that of the state. A BatchError names the rows.
     """
     rows = check_features(features, width, device).detach()
-    labels = check_labels(targets, features.shape[0])
+    labels = class_ids(targets, features.shape[0])
     ids, first, inverse, counts = _grouped(labels)
     if ids.size and ids[0] < UNLABELLED:
         row = int(labels.argmin())
@@ -168,7 +168,7 @@ def _grouped(labels: Ids) -> tuple[Ids, Ids, Ids, Ids]:
     return ids, first, inverse, np.bincount(inverse, minlength=ids.size)
 
 
-def check_labels(targets: Tensor, rows: int) -> Ids:
+def class_ids(targets: Tensor, rows: int) -> Ids:
     """Return integer class ids, one for each of some rows, on the host; else raise a BatchError."""
     if not isinstance(targets, Tensor):
         raise BatchError(f"targets must be a tensor of {rows} class ids, got {type(targets).__name__}")

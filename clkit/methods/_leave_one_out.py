@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clkit.errors import BatchError
-from clkit.methods._checks import check_labels
+from clkit.methods._checks import class_ids
 
 __all__ = [
     "class_positions",
@@ -32,7 +32,7 @@ def class_positions(classes: Tensor, targets: Tensor, rows: int) -> Tensor:
         >>> class_positions(torch.tensor([3, 7]), torch.tensor([7, 7, 3]), 3)
         tensor([1, 1, 0])
     """
-    labels, known = check_labels(targets, rows), classes.cpu().numpy()
+    labels, known = class_ids(targets, rows), classes.cpu().numpy()
     strangers = np.flatnonzero(~np.isin(labels, known))
     if strangers.size:
         row = int(strangers[0])

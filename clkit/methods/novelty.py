@@ -2,7 +2,6 @@ r"""How unlike everything learned an input is, from running sums of features of 
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clkit.arguments import check_arguments
-from clkit.errors import ArgumentError
-from clkit.methods._checks import Batch
+from clkit.methods._checks import Batch, check_probability
+from clkit.methods.decisions import abstention_threshold
 from clkit.methods.lda import LDAHead
 
 __all__ = ["Novelty"]
@@ -76,13 +75,14 @@ class Novelty(LDAHead):
         Args:
             features: (n, in_features), rows that are in the sums exactly once.
             targets: (n,) class ids that they were learned as.
-            false_alarms: r, in (0, 1).
+            false_alarms: r, from 0 to 1.
 
         Returns:
-            The threshold, infinite where n is too small for the rate: an alarm is a distance above it.
+            The threshold of :func:`abstention_threshold`, infinite where n is too small for the rate: an alarm is a
+            distance above it.
 
         Raises:
-            ArgumentError: If the rate is not in (0, 1).
+            ArgumentError: If the rate is not allowed.
             BatchError: If the batch is malformed, or a row cannot have been learned.
 
         Example:
@@ -93,11 +93,8 @@ class Novelty(LDAHead):
             >>> round(novelty.threshold(rows, targets, false_alarms=0.5), 4)
             0.8
         """
-        if isinstance(false_alarms, bool) or not isinstance(false_alarms, int | float) or not 0 < false_alarms < 1:
-            raise ArgumentError(f"false_alarms must be a number between 0 and 1, got {false_alarms!r}")
-        distances = self.left_out_distance(features.to(torch.float64), targets)
-        place = math.ceil((len(distances) + 1) * (1 - false_alarms))
-        return float(distances.sort().values[place - 1]) if place <= len(distances) else math.inf
+        check_probability("false_alarms", false_alarms)
+        return abstention_threshold(self.left_out_distance(features.to(torch.float64), targets), false_alarms)
 
     def _design(self, features: Tensor) -> Tensor:
         return normalize(features, eps=1e-12)

@@ -15,8 +15,8 @@ from clkit.methods._checks import (
     check_count,
     check_features,
     check_finite,
-    check_labels,
     check_probability,
+    class_ids,
     derived_seed,
 )
 from clkit.methods._leave_one_out import squared_distances
@@ -215,7 +215,7 @@ def _kept(memory: Rows, offset: Tensor) -> Rows:
         raise ArgumentError(f"memory must be a pair of features and class ids, got {type(memory).__name__}")
     rows = check_features(memory[0], offset.numel(), offset.device).detach()
     check_finite(rows)
-    targets = torch.from_numpy(check_labels(memory[1], len(rows)).copy()).to(offset.device)
+    targets = torch.from_numpy(class_ids(memory[1], len(rows)).copy()).to(offset.device)
     if len(targets) and int(targets.min()) < 0:
         raise BatchError(f"memory has the target {int(targets.min())}: its rows must have the class that they are of")
     return rows - offset, targets
@@ -229,7 +229,8 @@ def _leverage_of(covariance: Tensor, counts: Tensor, means: Tensor) -> Leverage:
         weighted = counts[:, None].to(torch.float64) * means
         system = torch.addmm(covariance, weighted.T, means, beta=float(counts.sum()))
         system.diagonal().add_(1.0)
-        return torch.linalg.cholesky(system)
+        lower: Tensor = torch.linalg.cholesky(system)
+        return lower
 
     def leverage(features: Tensor) -> Tensor:
         rows = check_features(features, len(covariance), covariance.device)

@@ -207,8 +207,8 @@ def test_the_rate_of_false_alarms_is_the_one_asked_for(rate: float) -> None:
         alarms.append(float((novelty.distance(features[120:]) > threshold).double().mean()))
     assert float(np.mean(alarms)) == pytest.approx(rate, abs=0.02)  # 2400 rows: about three standard errors
     assert novelty.threshold(features[:18], targets[:18], 0.05) == float("inf")
-    with pytest.raises(ValueError, match="false_alarms must be a number between 0 and 1"):
-        novelty.threshold(features[:120], targets[:120], 0.0)
+    with pytest.raises(ValueError, match="false_alarms must be a number from 0 to 1"):
+        novelty.threshold(features[:120], targets[:120], 1.5)
 
 
 def test_novelty_is_the_distance_of_unit_features() -> None:
