@@ -160,9 +160,11 @@ class KeyedRows:
 
     def remove(self, of: Any) -> int:
         """Take out rows, given as a mask of those that :meth:`read` gives; return how many."""
-        self._used[self._slots()[of]] = False
-        self._set_cuts()
-        return int(np.count_nonzero(of))
+        removed = self._slots()[of]
+        if removed.size:
+            self._used[removed] = False
+            self._set_cuts()
+        return int(removed.size)
 
     def read(self) -> tuple[Ids, Ids, Keys, dict[str, Tensor]]:
         """Return ids, strata, keys and columns in the order of the keys, copies; columns without a width have 0."""

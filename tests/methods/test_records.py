@@ -377,8 +377,9 @@ def test_records_that_cannot_be_used_are_counted() -> None:
 def test_records_are_replaced_source_by_source_and_forgotten_by_sample() -> None:
     phi, error, ids = batch(40)
     records = ErrorRecords(200)
+    assert records.forget(ids) == 0
+    records.replace("loo", phi, error, ids, ids % 4)
     records.add("prequential", phi, error, ids)
-    records.add("loo", phi, error, ids, ids % 4)
     records.replace("loo", phi[:5], error[:5] + 1, ids[:5], ids[:5] % 4)
     assert records.counts == {"prequential": 40, "loo": 5}
     assert records.forget(torch.tensor([0, 1, 99])) == 4
