@@ -33,6 +33,9 @@ def nonconformity(scores: Tensor, score: SetScore = "margin") -> Tensor:
     ``aps``    :math:`\sum_{j: p_j \ge p_c} p_j`, the probability of all classes that are at least as likely
     ========== =========================================================================================
 
+    With ``margin`` a set is never empty: where the predictor is right more often than was asked for, it is the best
+    class alone, and covers more. With the others it may be empty.
+
     Args:
         scores: (B, C) floating-point scores z, logits where p is their softmax; ``-inf`` for classes not known yet.
         score: Which of the three.
