@@ -17,13 +17,18 @@ from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFitte
 from clkit.methods import (
     FEATURE_SIGNS,
     AnalyticHead,
+    ErrorPredictor,
+    ErrorRecords,
     FeatureStatistics,
+    NearestMeanHead,
     Snapshot,
     gaussian_rows,
     left_out_features,
     novel_features,
+    sample_loss,
     stationarising_features,
 )
+from clkit.metrics.ranking import auroc
 
 DEFAULT = ["log_maha", "gap", "log_leverage", "log_knn", "confidence", "margin"]
 FROM_SUMS = ["log_maha", "gap", "log_density"]
@@ -432,3 +437,77 @@ def test_no_warning_of_scikit_learn_comes_through() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stationarising_features(["gmm", "kde"], snapshot, rows, torch.zeros(30, 3), probabilities=True)
+
+
+# ---- what they are for: an error predictor on a stream of classes, from records of rows that were learned
+
+
+def stream_of_digits(
+    digits: Any, kind: str, memory: str = "features", novelty: float = 0.05, judged: tuple[int, ...] = (0, 3, 4)
+) -> dict[int, dict[str, float]]:
+    """What an error predictor is worth after some of five stages of two classes, in the order of their ids."""
+    train, targets, test, test_targets = digits
+    head: Any = (
+        AnalyticHead(64, gamma=0.1, expansion_dim=512, num_classes=10)
+        if kind == "ridge"
+        else NearestMeanHead(64, metric="cosine", num_classes=10)
+    )
+    statistics, stages = FeatureStatistics(64, scatter=True), {}
+    for stage in range(5):
+        now, learned_so_far = targets // 2 == stage, targets < 2 * stage + 2
+        for learner in (head, statistics):
+            learner.update(train[now], targets[now])
+        if stage not in judged:
+            continue
+        rows, labels = train[learned_so_far], targets[learned_so_far]
+        leverage = head.leverage if kind == "ridge" else None
+        snapshot = Snapshot.of(statistics, memory=(rows, labels), leverage=leverage)
+        records, source = ErrorRecords(4096), "loo"
+        if memory == "gaussian":
+            source = "gaussian"
+            rows, labels = gaussian_rows(snapshot)
+            snapshot = Snapshot.of(statistics, memory=gaussian_rows(snapshot, seed=1), leverage=leverage)
+            scores = head(rows)
+            phi = stationarising_features(DEFAULT, snapshot, rows, scores, probabilities=False)
+        else:
+            scores = head.leave_one_out(rows, labels)
+            phi = left_out_features(DEFAULT, snapshot, rows, labels, scores, probabilities=False)
+        ids = torch.arange(len(rows))
+        records.add(source, phi, sample_loss("error", scores, labels), ids, labels)
+        arguments = (DEFAULT, snapshot, rows, labels, head(rows))
+        phi = novel_features(*arguments, probabilities=False, learned=memory == "features")
+        records.add("novel", phi, torch.ones(len(rows)), ids)
+        predictor = ErrorPredictor(signs=[FEATURE_SIGNS[name] for name in DEFAULT])
+        made = records.training_set(novelty=novelty)
+        predictor.fit(made.phi, made.error, made.weight)
+        scores = head(test)
+        phi = stationarising_features(DEFAULT, snapshot, test, scores, probabilities=False)
+        total, wrong, seen = predictor.predict(phi), scores.argmax(dim=1) != test_targets, test_targets < 2 * stage + 2
+        stages[stage] = {
+            "future": auroc(total, ~seen),
+            "distance": auroc(phi[:, 0], ~seen),
+            "mistakes": auroc(total[seen], wrong[seen]),
+            "total": float(total[seen].mean()),
+            "error": float(wrong[seen].double().mean()),
+        }
+    return stages
+
+
+def test_left_out_and_novel_records_predict_errors_of_a_ridge_head(digits: Any) -> None:
+    stages = stream_of_digits(digits, "ridge")
+    assert min(stages[0]["future"], stages[3]["future"]) > 0.95
+    assert stages[3]["future"] > stages[3]["distance"] + 0.03  # than the best single feature for what is new
+    assert stages[4]["mistakes"] > 0.9
+    assert 0.5 < stages[4]["total"] / stages[4]["error"] < 2
+    without = stream_of_digits(digits, "ridge", novelty=0.0, judged=(0,))
+    assert without[0]["future"] < 0.7  # no record shows a novelty before there are mistakes
+
+
+def test_means_and_drawn_rows(digits: Any) -> None:
+    kept, drawn = (stream_of_digits(digits, "means", memory) for memory in ("features", "gaussian"))
+    for stage in (0, 3):
+        assert kept[stage]["future"] > 0.93
+        assert drawn[stage]["future"] > kept[stage]["future"] - 0.06
+    for stages in (kept, drawn):
+        assert stages[4]["mistakes"] > 0.9
+        assert 0.8 < stages[4]["total"] / stages[4]["error"] < 1.6
