@@ -1,6 +1,6 @@
 """What an error predictor costs beside scikit-learn's own forest, and how its state grows with the stream.
 
-    python benchmarks/deup.py [--threads 1] [--only fit predict state stream] [--rounds 5] [--json FILE]
+    python benchmarks/deup.py [--threads 1] [--only fit predict state stream features] [--rounds 5] [--json FILE]
 
 * fit: 4,096 records of six features, 0/1 errors and monotone signs, beside the bare RandomForestRegressor, taking
   turns; goal: at most 1.2 times (checks and the copy into tensors).
@@ -9,6 +9,9 @@
   1.01 times. Beside them those of the predictor, whose trees have at most 511 nodes each.
 * stream: a batch of 64 rows of 768 features offered to a full memory of 1,024 rows, and 64 records to a full table of
   4,096, early in a stream and late; goal: late at most 1.5 times early.
+* features: the six features of 64 rows of 768, 100 classes and a memory of 1,000, beside the bare products that they
+  rest on (two triangular solves, a product with the means and one with the memory); goal: at most 2 times. A snapshot
+  beside the Cholesky factorisation in it, and the scores of 1,000 left-out rows beside plain ones, without goals.
 
 Needs no data; a minute on one core. Exit status 1 if a goal is missed.
 """
@@ -29,10 +32,19 @@ import torch
 from sklearn.ensemble import RandomForestRegressor
 from torch import Tensor
 
-from clkit.methods import ErrorPredictor, ErrorRecords, FeatureMemory
+from clkit.methods import (
+    AnalyticHead,
+    ErrorPredictor,
+    ErrorRecords,
+    FeatureMemory,
+    FeatureStatistics,
+    Snapshot,
+    stationarising_features,
+)
 
 RECORDS, FEATURES, BATCH = 4096, 6, 64
-MEMORY, WIDTH = 1024, 768
+MEMORY, WIDTH, CLASSES = 1024, 768, 100
+NAMES = ["log_maha", "gap", "log_leverage", "log_knn", "confidence", "margin"]
 SIGNS = [1, -1, 1, 1, 1, 1]
 ROUNDS = 5
 
@@ -145,11 +157,44 @@ def measure_stream(rounds: int, batches: int = 200, rows: int = MEMORY, width: i
     return {"early_s": early / 20, "late_s": late / 20, "growth": late / early}
 
 
+def measure_features(rounds: int, width: int = WIDTH, classes: int = CLASSES, memory: int = 1000) -> dict[str, float]:
+    """Time of the features of a batch, of a snapshot and of leaving rows out, each beside what it rests on."""
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randn(30 * classes, width, generator=draws)
+    targets = torch.arange(len(rows)) % classes
+    statistics, head = FeatureStatistics(width, scatter=True), AnalyticHead(width)
+    for learner in (statistics, head):
+        learner.update(rows, targets)
+    snapshot = Snapshot.of(statistics, memory=(rows[:memory], targets[:memory]))
+    batch, scores = rows[:BATCH].double(), torch.randn(BATCH, classes, generator=draws)
+    kept, factor = rows[:memory].double(), snapshot.factor
+
+    def six() -> Tensor:
+        return stationarising_features(NAMES, snapshot, batch, scores, probabilities=False)
+
+    def bare() -> tuple[Tensor, ...]:
+        white, lifted = (torch.linalg.solve_triangular(factor, batch.T, upper=False).T for _ in range(2))
+        return white @ snapshot.white_means.T, lifted, batch @ kept.T
+
+    covariance = statistics.scatter + torch.eye(width)
+    runs: list[Callable[[], Any]] = [
+        six,
+        bare,
+        lambda: Snapshot.of(statistics),
+        lambda: torch.linalg.cholesky(covariance),
+        lambda: head.leave_one_out(rows[:memory], targets[:memory]),
+        lambda: head(rows[:memory]),
+    ]
+    names = ("six_s", "bare_s", "snapshot_s", "cholesky_s", "left_out_s", "scores_s")
+    found = dict(zip(names, in_turns(runs, rounds), strict=True))
+    return {**found, "ratio": found["six_s"] / found["bare_s"]}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for, and return the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=["fit", "predict", "state", "stream"])
+    parser.add_argument("--only", nargs="+", default=["fit", "predict", "state", "stream", "features"])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -173,6 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
         told("state", measure_state(), growth=1.01)
     if "stream" in options.only:
         told("stream", measure_stream(options.rounds), growth=1.5)
+    if "features" in options.only:
+        told("features", measure_features(options.rounds), ratio=2.0)
     if options.json:
         options.json.write_text(json.dumps({"torch": torch.__version__, "threads": options.threads, **found}, indent=1))
     for what in missed:

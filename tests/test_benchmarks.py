@@ -639,6 +639,12 @@ def test_the_state_is_measured_after_a_long_stream_and_a_batch_late_in_one(deup:
     assert figures["growth"] == pytest.approx(figures["late_s"] / figures["early_s"])
 
 
+def test_features_are_measured_beside_the_products_that_they_rest_on(deup: ModuleType) -> None:
+    figures = deup.measure_features(1, width=8, classes=4, memory=20)
+    assert figures["ratio"] == pytest.approx(figures["six_s"] / figures["bare_s"])
+    assert min(figures.values()) > 0
+
+
 def test_a_missed_goal_of_the_error_predictor_is_said(
     deup: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

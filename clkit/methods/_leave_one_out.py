@@ -141,12 +141,15 @@ def left_out_distances(
     return distances, left
 
 
-def squared_distances(rows: Tensor, others: Tensor) -> Tensor:
+def squared_distances(rows: Tensor, others: Tensor, squares: Tensor | None = None) -> Tensor:
     """Return the (B, k) squared Euclidean distances by one product; rounding cannot make one negative.
+
+    ``squares`` (k,) are the squared lengths of the others, where they are known.
 
     Example:
         >>> squared_distances(torch.tensor([[0.0, 3.0]]), torch.tensor([[4.0, 0.0], [0.0, 3.0]]))
         tensor([[25.,  0.]])
     """
-    lengths = rows.square().sum(dim=1, keepdim=True), others.square().sum(dim=1)
-    return torch.addmm(lengths[1], rows, others.T, alpha=-2).add_(lengths[0]).clamp_(min=0)
+    squares = others.square().sum(dim=1) if squares is None else squares
+    own = rows.square().sum(dim=1, keepdim=True)
+    return torch.addmm(squares, rows, others.T, alpha=-2).add_(own).clamp_(min=0)

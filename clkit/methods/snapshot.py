@@ -126,6 +126,11 @@ class Snapshot:
         return self.whitened(self.means)
 
     @cached_property
+    def memory_squares(self) -> Tensor:
+        """(M,) float64, squared lengths of the rows of the memory."""
+        return self.means.new_zeros(0) if self.memory is None else self.memory[0].square().sum(dim=1)
+
+    @cached_property
     def log_determinant(self) -> float:
         """Of S_λ."""
         return 2 * float(self.factor.diagonal().log().sum())

@@ -281,7 +281,7 @@ class _View:
     def to_memory(self) -> Tensor:
         """(B, M) squared distances to the rows of the memory, infinite for those that are left out."""
         rows, classes = self.memory
-        squared = squared_distances(self.rows, rows)
+        squared = squared_distances(self.rows, rows, self.snapshot.memory_squares)
         if self.without == "class":
             assert self.at is not None
             squared[self.snapshot.classes[self.at][:, None] == classes] = torch.inf
