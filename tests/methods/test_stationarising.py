@@ -28,6 +28,7 @@ from clkit.methods import (
     sample_loss,
     stationarising_features,
 )
+from clkit.methods.heads.pseudo_features import pseudo_features
 from clkit.metrics.ranking import auroc
 
 DEFAULT = ["log_maha", "gap", "log_leverage", "log_knn", "confidence", "margin"]
@@ -236,6 +237,10 @@ def test_leverage() -> None:
     np.testing.assert_allclose(out[:, 0].numpy(), np.log(v / (1 - v)), rtol=1e-8)
     torch.testing.assert_close(novel, out)
     torch.testing.assert_close(drawn, plain)
+    for v in (0.5, 0.9995):  # of a row that is nearly all that is known of its direction
+        known = Snapshot.of(statistics, leverage=lambda rows, v=v: torch.full((len(rows),), v))
+        found = novel_features(["log_leverage"], known, *arguments[2:], probabilities=False).exp()
+        np.testing.assert_allclose(found.numpy(), v / (1 - min(v, 0.999)), rtol=1e-6)
     given = torch.full((90,), 0.25)
     for function in (left_out_features, novel_features):
         assert function(*arguments, given, probabilities=False).exp().unique().numpy() == pytest.approx(0.25)
@@ -374,6 +379,11 @@ def test_gaussian_rows_have_the_moments_and_depend_on_nothing_else() -> None:
         assert np.abs(error).max() < 4 / np.sqrt(4000), place
         assert np.abs(np.cov(drawn.T) - covariance).max() < 0.1 * np.abs(covariance).max()
     assert not torch.equal(gaussian_rows(snapshot, per_class=3, seed=1)[0], few)
+    noise = torch.linalg.solve_triangular(
+        snapshot.factor, (few[:3] - snapshot.means[0] - snapshot.offset).T, upper=False
+    ).T
+    zeros = torch.zeros(6, dtype=torch.float64)
+    assert not torch.allclose(noise, next(pseudo_features(zeros, zeros + 1, 3, class_id=2)))  # draws of their own
     assert float(gaussian_rows(snapshot, clamp_min=5.0)[0].min()) == 5.0
     with pytest.raises(ArgumentError, match="per_class must be an integer of at least 1, got 0"):
         gaussian_rows(snapshot, per_class=0)
