@@ -123,18 +123,18 @@ class PredictionSets:
         check_arguments(PredictionSets, locals())
         if not 0 < coverage < 1:
             raise ArgumentError(f"coverage must be between 0 and 1, got {coverage}")
-        self.coverage = coverage
+        self.coverage = float(coverage)
         self.score = score
         self.class_conditional = class_conditional
         self.adaptive = check_number("adaptive", adaptive, at_least=0)
-        self._alpha = self._nominal = round(1 - coverage, 12)  # 1 - 0.9 is 0.09999999999999998
+        self._alpha = self._nominal = round(1 - self.coverage, 12)  # 1 - 0.9 is 0.09999999999999998
         self._values: Tensor | None = None  # of the calibration samples, ascending
         self._labels = torch.empty(0, dtype=torch.int64)
         self._of_class: dict[int, Tensor] = {}  # those of classes that have a threshold of their own
 
     @property
     def alpha(self) -> float:
-        """The miss rate that thresholds are for at present: ``1 - coverage`` unless the online rule has moved it."""
+        """The miss rate that thresholds are for, ``1 - coverage`` unless the online rule has moved it."""
         return self._alpha
 
     @property

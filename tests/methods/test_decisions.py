@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from typing import Any
@@ -309,7 +310,7 @@ def test_unlabelled_and_unknown_samples_of_a_stream() -> None:
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_states_of_sets_come_back(conditional: bool) -> None:
-    options: dict[str, Any] = {"coverage": 0.8, "class_conditional": conditional, "adaptive": 0.05}
+    options: dict[str, Any] = {"coverage": np.float64(0.8), "class_conditional": conditional, "adaptive": 0.05}
     sets = PredictionSets(**options)
     fresh = PredictionSets(**options)
     fresh.load_state_dict(sets.state_dict())
@@ -317,7 +318,10 @@ def test_states_of_sets_come_back(conditional: bool) -> None:
         fresh.predict(torch.zeros(1, 2))
     sets.calibrate(*data(200))
     sets.observe(*data(20, seed=5))
-    state = sets.state_dict()
+    file = io.BytesIO()
+    torch.save(sets.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
     fresh.load_state_dict(state)
     new = data(50, seed=9)[0]
     assert torch.equal(fresh.predict(new), sets.predict(new))
