@@ -243,11 +243,6 @@ def test_batches_copies_and_casts_change_nothing(kind: Any) -> None:
     value = metric.compute()
     assert value.dtype == torch.float64
     assert torch.equal(fed(kind, *arguments).compute(), value)
-    first, second = kind(), kind()
-    first.update(*[each[:5] for each in arguments])
-    second.update(*[each[5:] for each in arguments])
-    first.merge_state(second)
-    assert torch.equal(first.compute(), value)
     assert torch.equal(pickle.loads(pickle.dumps(metric)).half().compute(), value)
     assert torch.equal(kind()(*arguments), value)
     metric.reset()
