@@ -61,7 +61,7 @@ class LDAHead(Head):
 
     _factor: Tensor
     _gamma = 0.0
-    _own_options = ("shrinkage",)
+    _own_options: tuple[str, ...] = ("shrinkage",)
 
     def __init__(
         self,
@@ -146,16 +146,16 @@ class LDAHead(Head):
             return nearest_mean_readout(classes, self.statistics.means)
         if self.shrinkage == "auto":
             self._gamma = self._best_gamma()
-        self._factor = self._factorised(self.statistics.samples)
+        self._factor = self._factorised(self.statistics.scatter, self.statistics.samples)
         plain = nearest_mean_readout(classes, self.statistics.means)
         weight = torch.cholesky_solve(plain.weight.T, self._factor).T  # 2 Λ (μ - o)
         weight = weight if plain.duplicates is None else weight[plain.duplicates]
         bias = -(weight * plain.weight).sum(dim=1) / 4
         return Readout.of(classes, weight, bias, plain.offset)
 
-    def _factorised(self, samples: int) -> Tensor:
-        """Return the Cholesky factor of the shrunk covariance, whose scatter is divided by this number of samples."""
-        shrunk = self.statistics.scatter / samples
+    def _factorised(self, scatter: Tensor, samples: int) -> Tensor:
+        """Return the Cholesky factor of the shrunk covariance of a scatter of this number of samples."""
+        shrunk = scatter / samples
         if self.shrinkage == "auto":
             shrunk.diagonal().add_(self._gamma / samples)
         else:
@@ -180,11 +180,15 @@ class LDAHead(Head):
         samples = self.statistics.samples - 1
         if not samples:
             return rows.new_full((rows.shape[0], 1), -torch.inf)
-        factor = self._factorised(samples)
+        factor = self._factorised(self.statistics.scatter, samples)
         both = [readout.centred(self._design(rows)), readout.centred(self.statistics.means)]
         white, means = (torch.linalg.solve_triangular(factor, each.T, upper=False).T for each in both)
-        weight = (1.0 if isinstance(self.shrinkage, str) else 1 - self.shrinkage) / samples
-        return -left_out_distances(white, means, self.counts, at, weight)[0]
+        return -left_out_distances(white, means, self.counts, at, self._weight / samples)[0]
+
+    @property
+    def _weight(self) -> float:
+        """What the scatter weighs in the shrunk covariance."""
+        return 1.0 if isinstance(self.shrinkage, str) else 1 - self.shrinkage
 
     def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         if not scores.shape[1]:

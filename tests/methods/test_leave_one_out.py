@@ -194,14 +194,47 @@ def test_leaving_out_changes_nothing_and_wants_no_graph() -> None:
         assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("shrinkage", [0.01, "auto"])
+def test_relative_distances(shrinkage: Any) -> None:
+    features, targets = sample(64, 100)
+    units, y, row = torch.nn.functional.normalize(features), targets.numpy(), 5
+    relative, classes = Novelty(64, shrinkage=shrinkage, relative=True), LDAHead(64, shrinkage=shrinkage)
+    relative.update(features, targets)
+    classes.update(units, targets)
+    own = units.numpy() - np.stack([units.numpy()[y == c].mean(0) for c in (1, 4, 6)])[np.searchsorted([1, 4, 6], y)]
+    ratio = ((units.numpy() - units.numpy().mean(axis=0)) ** 2).sum() / (own**2).sum()
+    epsilon, gamma = (0.0, classes.chosen_gamma) if shrinkage == "auto" else (shrinkage, 0.0)
+
+    def from_everything(x: np.ndarray) -> float:
+        """Squared distance of the row to one Gaussian of rows x, shrunk in proportion to the variance of all rows."""
+        centred, offset = x - x.mean(axis=0), units[row].numpy() - x.mean(axis=0)
+        S = (1 - epsilon) * centred.T @ centred / len(x) + ratio * (epsilon + gamma / len(x)) * np.eye(64)
+        return float(offset @ np.linalg.solve(S, offset))
+
+    expected = float(classes.distance(units)[row]) - from_everything(units.numpy())
+    assert float(relative.distance(features)[row]) == pytest.approx(expected, rel=1e-9)
+    expected = float(classes.left_out_distance(units, targets)[row]) - from_everything(np.delete(units.numpy(), row, 0))
+    found = float(relative.left_out_distance(features, targets)[row])
+    assert found == pytest.approx(expected, rel=1e-9)
+    if shrinkage != "auto":  # without the row the proportion is another, by one part in N
+        kept, smaller = np.arange(100) != row, Novelty(64, shrinkage=shrinkage, relative=True)
+        smaller.update(features[kept], targets[kept])
+        assert found == pytest.approx(float(smaller.distance(features)[row]), rel=0.02)
+    assert relative.distance(features.float()).dtype == torch.float32
+    again = Novelty(64, shrinkage=shrinkage, relative=True)
+    again.load_state_dict(relative.state_dict())
+    assert torch.equal(again.distance(features), relative.distance(features))
+
+
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("rate", [0.05, 0.2])
-def test_the_rate_of_false_alarms_is_the_one_asked_for(rate: float) -> None:
+def test_the_rate_of_false_alarms_is_the_one_asked_for(rate: float, relative: bool) -> None:
     alarms, generator = [], torch.Generator().manual_seed(0)
     for _ in range(20):
         centres = torch.randn(4, 16, generator=generator)
         targets = torch.randint(4, (240,), generator=generator)
         features = centres[targets] + 0.5 * torch.randn(240, 16, generator=generator)
-        novelty = Novelty(16)
+        novelty = Novelty(16, relative=relative)
         novelty.update(features[:120], targets[:120])
         threshold = novelty.threshold(features[:120], targets[:120], rate)
         alarms.append(float((novelty.distance(features[120:]) > threshold).double().mean()))
