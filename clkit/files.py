@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from clkit.errors import ArgumentError, StateError, WriteError
 
-__all__ = ["atomic_write", "check_output", "read_checkpoint", "write_checkpoint"]
+__all__ = ["atomic_write", "check_output", "plain_values", "read_checkpoint", "write_checkpoint"]
 
 
 @contextmanager
@@ -72,6 +73,22 @@ def check_output(output: str | Path, inputs: Iterable[Path] = (), overwrite: boo
         read = any(path.samefile(file) for file in inputs if file.exists())
         what = "is one of the files that are read" if read else "exists"
         raise ArgumentError(f"output={str(output)!r} {what}; give another name, or --force (overwrite=True)")
+
+
+def plain_values(value: Any) -> Any:
+    """Return settings as values that any file can hold: of a function there are none.
+
+    Example:
+        >>> plain_values({"size": (28, 28), "draw": print})
+        {'size': [28, 28], 'draw': None}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(name): plain_values(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(part) for part in value]
+    return value if isinstance(value, (str, int, float, bool)) else None
 
 
 _FOLDER = 0x10  # of a zip entry's external attributes

@@ -93,5 +93,10 @@ def run(folder: Path, dst: DST, *beside: Any, module: Net | None = None, data: A
     return module, seen, trainer
 
 
+def said_by_dst(warned: Any) -> list[str]:
+    """The texts that DST gave among recorded warnings, where Lightning may have said something, too."""
+    return [text for each in warned if (text := str(each.message)).startswith("DST: ")]
+
+
 def quick(**options: Any) -> DST:
     return DST(**{"density": 0.2, "schedule": OFTEN, "table": False, **options})

@@ -455,6 +455,31 @@ def test_the_study_of_sparse_training_says_what_holds_and_fails_if_anything_is_f
         assert "digits density 0.1   erk      random    accuracy  93.50 ± 0.71" in printed
 
 
+def test_the_study_goes_on_where_it_was_interrupted(
+    study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All cells get a seed before any gets the next, what is done is kept, and it is printed with the rest."""
+    ran: list[tuple[Any, ...]] = []
+
+    def given(*key: Any) -> tuple[float, float]:
+        if len(ran) == 11:
+            raise KeyboardInterrupt
+        ran.append(key)
+        return 90.0 + key[-1], 0.0
+
+    monkeypatch.setattr(study, "run", given)
+    file = str(tmp_path / "done.json")
+    options = ["dst_study.py", "--streams", "digits", "--densities", "0.1", "--seeds", "2", "--results", file]
+    monkeypatch.setattr(sys, "argv", options)
+    with pytest.raises(KeyboardInterrupt):
+        study.main()
+    assert [key[-1] for key in ran] == [0] * 8 + [1] * 3
+    monkeypatch.setattr(study, "run", lambda *key: ran.append(key) or (90.0 + key[-1], 0.0))
+    assert study.main() == 0
+    assert len(ran) == len(set(ran)) == 16
+    assert capsys.readouterr().out.count("accuracy  90.50 ± 0.71") == 8
+
+
 def test_the_study_leaves_out_what_the_folder_does_not_have(
     study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

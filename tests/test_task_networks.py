@@ -32,7 +32,7 @@ def train(networks: TaskNetworks, network: nn.Module, batches: list[Tensor], opt
         networks.known.after_backward()
         optimizer.step()
         networks.known.after_step(optimizer)
-    networks.end(network)
+    networks.end(network, {})
 
 
 @torch.no_grad()

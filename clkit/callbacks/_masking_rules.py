@@ -57,6 +57,12 @@ def check_neighbours(owner: str, trainer: pl.Trainer) -> None:
                 f"{owner} and {name} would both mask weights; leave {name} out: load_into(module, task, "
                 f"form='prune') of {owner} gives the form of torch.nn.utils.prune afterwards"
             )
+        if (when := getattr(other, "graft_when", "never")) != "never":
+            raise ConfigurationError(
+                f"{owner} keeps a classifier for each task, and {name} with graft={when!r} would put its one head in "
+                "the place of the last one only, so that a row of the accuracy matrix would mix both; set "
+                'graft="never": the head is evaluated beside the module all the same'
+            )
         if isinstance(other, WeightAveraging | StochasticWeightAveraging):
             raise ConfigurationError(
                 f"{name} averages weights over the steps, and an average across changes of the masks is denser than "

@@ -106,11 +106,17 @@ def measure_stage(
     notes: Mapping[str, str],
     *,
     cut: bool = False,
+    fills: bool = False,
 ) -> Results:
     """Take the evaluation of a stage up, and say once what must be known of it: notes by kind, and why one is null.
 
-    Returns the metrics of all predictors.
+    One that only ``fills`` counts where the stage was not measured yet: other samples beside those that measured the
+    stages before would be taken for a change of the accuracy. Returns the metrics of all predictors.
     """
+    if fills:
+        recorded = measured.unmeasured(stage, recorded)
+        if not bool((recorded.experiences >= 0).any()):
+            return measured.summaries()
     experiences = getattr(datamodule, "experiences", None) or ()
     measured.measure(stage, recorded, cut=cut, experiences=experiences, said=notes)
     new, results = measured.new_notes(), measured.summaries()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,15 +14,20 @@ from torch import Tensor, nn
 from clkit.callbacks._showing import show
 from clkit.distributed import gather_objects
 from clkit.errors import ConfigurationError
+from clkit.files import plain_values
 from clkit.methods import SparseTopology, TaskReport
 from clkit.stream._lightning import datamodule_of
+from clkit.stream.experience import Experience
+from clkit.surgery.task_networks import TaskNetworks
 
 __all__ = [
+    "about_task",
     "hold_norms",
     "planned_steps",
     "require_agreement",
     "require_known_steps",
     "say_given_tasks",
+    "say_shared_head",
     "say_what_begins",
     "set_classes",
     "show_tasks",
@@ -90,19 +96,20 @@ def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> Non
         said: What was said before; it grows.
     """
     report, schedule = topology.reports[-1], topology.schedule
+    task = f"task {report.task} (experience {report.task + 1})"
     own = report.active - report.reused
     advice = "Use reuse='prefer_free', a lower density, or a larger network"
     left = f"{report.free:,} of {report.total:,} connections are in no task's mask"
     if own == 0 and "nothing" not in said:
         said.add("nothing")
         rank_zero_warn(
-            f"{owner}: task {report.task} can train no connection: all {report.active:,} of its mask belong to earlier "
+            f"{owner}: {task} can train no connection: all {report.active:,} of its mask belong to earlier "
             f"tasks, so only its head and other side state train; {left}. {advice}"
         )
     elif own < LOW * report.active and "low" not in said:
         said.add("low")
         rank_zero_warn(
-            f"{owner}: capacity runs low: task {report.task} can train {own:,} of its {report.active:,} connections "
+            f"{owner}: capacity runs low: {task} can train {own:,} of its {report.active:,} connections "
             f"({100 * own / report.active:.0f} %), the others belong to earlier tasks; {left}. {advice}"
         )
     masks = topology.mask(report.task).items()
@@ -117,15 +124,19 @@ def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> Non
     said |= set(locked)
     if locked:  # as a stem that ERK makes dense is meant to be
         rank_zero_info(
-            f"clkit: {owner}: earlier tasks have all connections that task {report.task} uses in {', '.join(locked)}; "
+            f"clkit: {owner}: earlier tasks have all connections that {task} uses in {', '.join(locked)}; "
             "they are shared and train no more. Initial(max_layer_density=…) keeps room in layers"
         )
     if schedule.stop and topology.steps < FEWEST_UPDATES * schedule.update_every and "updates" not in said:
         said.add("updates")
+        moving = int(schedule.stop * topology.steps)  # steps in which connections may move
+        advice = "train a task for more epochs"
+        if topology.steps >= FEWEST_UPDATES:
+            advice = f"use schedule=PruneSchedule(update_every={max(1, moving // FEWEST_UPDATES)}) or fewer"
         rank_zero_warn(
-            f"{owner}: task {report.task} has {topology.steps} optimizer steps, and the topology moves every "
-            f"{schedule.update_every}: that is hardly ever. Use "
-            f"schedule=PruneSchedule(update_every={max(1, topology.steps // 20)}), say"
+            f"{owner}: connections move every {schedule.update_every} optimizer steps (update_every), which is "
+            f"{moving // schedule.update_every} times in the {topology.steps} steps of {task}; {advice}, so that they "
+            "find their place"
         )
 
 
@@ -141,10 +152,58 @@ def say_given_tasks(owner: str, trainer: pl.Trainer, said: set[str]) -> None:
         )
 
 
+def say_shared_head(owner: str, trainer: pl.Trainer, networks: TaskNetworks, said: set[str]) -> None:
+    """Tell a person once that tasks share what gives the logits, as soon as it is known that there are several."""
+    several = networks.known.task > 0 or len(getattr(datamodule_of(trainer), "experiences", ())) > 1
+    if several and not networks.heads and "head" not in said:
+        said.add("head")
+        rank_zero_warn(
+            f"{owner}: no layer is a head of its own for each task (head=[], or 'auto' found no classifier), so the "
+            "last layer has a mask like all others, and a later task finds much of it frozen; name the layer that "
+            "gives the logits: head='…'"
+        )
+
+
+def about_task(
+    trainer: pl.Trainer, module: Any, experience: Experience, brought: Sequence[Sequence[int]], known: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what somebody who gets the weights of a task has to know to use them, as plain values.
+
+    Args:
+        trainer: The trainer.
+        module: The module, of which ``timm_arguments`` says how timm makes its network, if it does.
+        experience: The task.
+        brought: Classes that each task trained, where no stream says it.
+        known: What was returned for an earlier task.
+    """
+    data, timm = datamodule_of(trainer), getattr(module, "timm_arguments", None)
+    if timm is not None:
+        plain = {name: value for name, value in timm["kwargs"].items() if _is_plain(value)}
+        timm = {**timm, "kwargs": plain_values(plain), "objects": sorted(timm["kwargs"].keys() - plain)}
+    index = experience.index
+    ids = list(experience.classes) or list(brought[index] if index < len(brought) else ())
+    names, preparing = getattr(data, "class_names", None) or {}, getattr(data, "input_preprocessing", None)
+    preprocessing = known["preprocessing"] if known else plain_values(preparing and preparing())
+    return {
+        "network": f"{type(module).__module__}.{type(module).__qualname__}",
+        "timm": timm,
+        "classes": _columns(data, ids),
+        "class_ids": ids,
+        "class_names": [str(names.get(each, "")) for each in ids],
+        "preprocessing": preprocessing,
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def show_tasks(trainer: pl.Trainer, reports: list[TaskReport], *, table: bool) -> None:
     """Log the shares of the last task, and print a line for each if there shall be a ``table``."""
     last = reports[-1]
-    shares = {name: getattr(last, name) / last.total for name in ("active", "reused", "free")}
+    shares = {name: getattr(last, name) / last.total for name in ("active", "nonzero", "reused", "free")}
     for logger in trainer.loggers:
         logged = {f"dst/{name}": share for name, share in {**shares, "explored": last.explored}.items()}
         logger.log_metrics(logged, step=trainer.global_step)
@@ -167,7 +226,12 @@ def set_classes(trainer: pl.Trainer, module: Any, classes: tuple[int, ...]) -> N
     own = getattr(module, "task_classes", None)
     if not isinstance(own, Tensor):
         return
-    original = getattr(datamodule_of(trainer), "original_ids", None)
-    ids = list(classes) if original is None else [list(original).index(each) for each in classes]
+    ids = _columns(datamodule_of(trainer), classes)
     own.fill_(not ids)
     own[ids] = True
+
+
+def _columns(data: Any, classes: Sequence[int]) -> list[int]:
+    """Return the outputs that stand for classes, as the user numbers these."""
+    original = getattr(data, "original_ids", None)
+    return list(classes) if original is None else [list(original).index(each) for each in classes]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,26 +11,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clkit.arguments import check_arguments
-from clkit.callbacks._brought import experience_of_batch
+from clkit.callbacks._brought import BroughtClasses
 from clkit.callbacks._masking_rules import check_neighbours, optimizer_of
+from clkit.callbacks._shown_tasks import ShowsTasks
 from clkit.callbacks._sparse_tasks import (
+    about_task,
     hold_norms,
     planned_steps,
     require_agreement,
     require_known_steps,
     say_given_tasks,
+    say_shared_head,
     say_what_begins,
     set_classes,
     show_tasks,
 )
-from clkit.callbacks.base import StreamCallback
 from clkit.distributed import share_buffers
 from clkit.errors import ConfigurationError
 from clkit.methods import Growth, Initial, Prune, PruneSchedule, SparseTopology, TaskReport
 from clkit.methods._checks import check_count
 from clkit.methods.sparse import Reuse
-from clkit.stream._lightning import evaluated_loaders
-from clkit.stream.boundaries import BoundaryPhase, backbone_changed
+from clkit.schema import saved_entry
+from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience
 from clkit.surgery.mask_forms import MaskForm, in_form
 from clkit.surgery.task_networks import TaskNetworks
@@ -41,7 +42,7 @@ __all__ = ["DST"]
 _SHARED = ("density", "initial", "prune", "growth", "schedule", "reuse", "grow_from", "fresh_init", "on_capacity")
 
 
-class DST(StreamCallback):
+class DST(ShowsTasks):
     r"""Trains a sparse sub-network of the user's network for each task, and keeps every earlier one to the bit.
 
     Choose it where the task of a sample is known when it is predicted, nothing may be forgotten at all, and no sample
@@ -72,7 +73,8 @@ class DST(StreamCallback):
         side_state: What of all else a task may train: ``"per_task"`` all of it; ``"freeze_after_first"`` nothing but
             the head once the first task is over, and norms keep its statistics.
         head: Dotted paths of the layers that each task begins anew and keeps to itself; ``"auto"`` is the classifier
-            that :class:`~clkit.FeatureTap` finds.
+            that :class:`~clkit.FeatureTap` finds. With an empty list no layer is: the classifier gets a mask like all
+            others, as in plain RigL, and all tasks share it.
         exclude: Patterns of layers that get no mask, as a shell matches file names; they are kept for each task.
         steps_per_task: Optimizer steps that a task is planned to have; by default as the trainer and the data say.
         table: Whether to print a line for each task at its end.
@@ -119,24 +121,18 @@ class DST(StreamCallback):
     ) -> None:
         given = dict(locals())
         check_arguments(DST, given)
-        super().__init__()
-        self._settings: dict[str, Any] = {name: given[name] for name in (*_SHARED, "pattern", "seed")}
+        settings: dict[str, Any] = {name: given[name] for name in (*_SHARED, "pattern", "seed")}
         # a wrong value is known now, not after the first task
-        SparseTopology({"weight": torch.empty(1000, 1000, device="meta")}, **self._settings)
+        SparseTopology({"weight": torch.empty(2**20, 2**20, device="meta")}, **settings)
+        super().__init__(TaskNetworks(self.state_key, settings))
         self.side_state = side_state
         self.head = head
         self.exclude = exclude
         self.steps_per_task = None if steps_per_task is None else check_count("steps_per_task", steps_per_task)
         self.table = table
-        self._networks = TaskNetworks(self.state_key, self._settings)
         self._optimizer: Optimizer | None = None  # the one that trains masked weights, in a fit
         self._hook: Any = None
-        self._chosen = 0  # how many blocks of `activate` the user has open
-        self._asked = False  # whether somebody says in this evaluation whose a batch is
-        self._of_batch = ExitStack()  # what is kept up for the batch of an evaluation in which nobody asks
-        self._changes = 0  # of the network by somebody else
         self._held: list[nn.Module] = []  # norms that were put into evaluation mode
-        self._said: set[str] = set()
 
     # ---- what the user reads and asks for
 
@@ -158,41 +154,6 @@ class DST(StreamCallback):
     def reports(self) -> list[TaskReport]:
         """What each task took of the weights, the one that trains included."""
         return self._networks.reports
-
-    @contextmanager
-    def activate(self, task: int, module: nn.Module | None = None) -> Iterator[None]:
-        """Have the network of a task in the module inside the block, and bitwise what was there afterwards.
-
-        Evaluations inside the block use this task, too, whatever their data say.
-
-        Args:
-            task: Index of a task that is finished or trains.
-            module: The module, if no run has had it yet.
-
-        Raises:
-            ArgumentError: If the task was not trained.
-        """
-        with self._networks.shown(task, module):
-            self._chosen += 1
-            try:
-                yield
-            finally:
-                self._chosen -= 1
-
-    def activated(self, experience: int) -> AbstractContextManager[None]:
-        """Have the network of an experience in the module, for an evaluation; the present one if it was not trained."""
-        self._of_batch.close()  # who asks knows better whose the batch is
-        self._asked = True
-        return self._evaluating(experience)
-
-    def network_of(self, experience: int) -> Hashable:
-        """Return what stays the same as long as the network of a finished task does, else ``None``."""
-        settled = experience < self.tasks and experience != self.topology.shown and not self._chosen
-        return (self._changes, experience) if settled else None
-
-    def on_backbone_changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
-        """Note that somebody else changed the network, maybe that of every task."""
-        self._changes += 1
 
     def export(self, task: int) -> dict[str, Tensor]:
         """Return the state dict of a finished task's network: dense, with zeros where there is no connection.
@@ -267,7 +228,7 @@ class DST(StreamCallback):
             return
         if topology.running or experience.index != topology.tasks:
             raise ConfigurationError(
-                f"experience {experience.index} begins, and {self.state_key} has learned {topology.tasks} tasks"
+                f"experience {experience.index + 1} begins, and {self.state_key} has learned {topology.tasks} tasks"
                 f"{' and is in the middle of one' * topology.running}: each experience is one task, in their order. "
                 "Use a new callback for a new stream, and the checkpoint of this one to go on with it"
             )
@@ -275,9 +236,9 @@ class DST(StreamCallback):
         self._networks.begin(pl_module, steps, trainer.optimizers)
         set_classes(trainer, pl_module, experience.classes)
         say_what_begins(self.state_key, topology, self._said)
+        say_shared_head(self.state_key, trainer, self._networks, self._said)
         if topology.task == 1:
             say_given_tasks(self.state_key, trainer, self._said)
-        backbone_changed(trainer, f"the sub-network of task {topology.task} takes the place of the last", sender=self)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -301,50 +262,27 @@ class DST(StreamCallback):
         if trainer.world_size > 1:
             share_buffers(trainer.strategy.model)
             require_agreement(self.state_key, topology)
-        self._networks.end(pl_module)
+        self._brought.share()
+        known = self._networks.about[-1] if self.tasks else {}
+        self._networks.end(pl_module, about_task(trainer, pl_module, experience, self._brought.classes(), known))
         show_tasks(trainer, self.reports, table=self.table)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers again where no fit has."""
         super().on_validation_start(trainer, pl_module)
-        self._asked = False
         if trainer.state.fn != "fit" and self._networks.topology is not None:
             self._attach(trainer, pl_module)
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Show a batch the network of its own task, where nobody says which that is."""
-        self._of_batch.close()
-        if not self._asked:
-            where = evaluated_loaders(trainer), self._boundaries.current, batch_idx, dataloader_idx
-            self._of_batch.enter_context(self._evaluating(experience_of_batch(*where)[0]))
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Give the module what it had before the batch."""
-        self._of_batch.close()
-
     on_test_start = on_predict_start = on_validation_start
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hook off the optimizer and the marks off the layers."""
-        self._of_batch.close()
+        super().teardown(trainer, pl_module, stage)
         if self._hook is not None:
             self._hook.remove()
         self._hook = self._optimizer = None
         while self._held:
             self._held.pop().training = True
-        self._networks.detach(pl_module)
 
     # ---- how it is done
 
@@ -360,27 +298,27 @@ class DST(StreamCallback):
         if self._side_is_frozen():
             self._held += hold_norms(module)
 
-    def _evaluating(self, experience: int) -> AbstractContextManager[None]:
-        return nullcontext() if self._chosen else self._networks.shown_if_trained(experience)
-
     def run_figures(self) -> dict[str, Any]:
-        """Return the figure of the layers' densities by name; it needs matplotlib."""
+        """Return the figure of what each task took of each layer, by name; it needs matplotlib."""
         if not self.tasks:
             return {}
-        from clkit.report.run_figures import plot_layer_densities
+        from clkit.report.run_figures import plot_layer_use
 
-        figure, _ = plot_layer_densities([self.topology.densities(task) for task in range(self.tasks)])
-        return {"layer_densities": figure}
+        figure, _ = plot_layer_use(*self.topology.layer_use())
+        return {"layer_use": figure}
 
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
-        """Return the masks, values and side states of all tasks."""
-        return self._networks.state()
+        """Return the masks, values and side states of all tasks, and which classes they trained."""
+        return {**self._networks.state(), "brought": self._brought.state_dict()}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take it back; weights of the network come with the network's own state."""
+        brought = BroughtClasses()
+        brought.load_state_dict(saved_entry(state, "brought", dict, self.state_key), self.state_key)
         self._networks.load(state)
+        self._brought = brought
         self._changes += 1
 
     def on_save_checkpoint(

@@ -329,10 +329,8 @@ class StreamEvaluation(FeatureCallback):
     # ---- rows
 
     def _flush(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._pending is None:
-            return
         pending, self._pending = self._pending, None
-        if trainer.limit_val_batches != 0:
+        if pending is not None and trainer.limit_val_batches != 0:
             self._own_pass(trainer, module, stage=pending.index + 1)
 
     def _own_pass(self, trainer: pl.Trainer, module: pl.LightningModule, *, stage: int) -> None:
@@ -379,7 +377,8 @@ class StreamEvaluation(FeatureCallback):
     def _show_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule, what: str) -> None:
         recorded, current = self._recorded(trainer), self._boundaries.current
         if current is not None and not self._has_stream:  # plain loaders: this is how a row of R is measured
-            measure_stage(self._data, self._measured, current.index + 1, recorded, self._brought.notes)
+            stage, said = current.index + 1, self._brought.notes
+            measure_stage(self._data, self._measured, stage, recorded, said, fills=what == "test")
         show_evaluation(trainer, module, recorded, what, table=self.table)
 
     # ---- state

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit.arguments import check_arguments
-from clkit.callbacks._last_epoch import backbone_trains, check_last_epoch_is_known, is_last_epoch, on_second_epoch
+from clkit.callbacks._last_epoch import check_last_epoch_is_known, is_last_epoch, leaves_behind, on_second_epoch
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError, first_line
@@ -223,7 +223,7 @@ class HeadCallback(FeatureCallback):
             )
         if self.reset_each_task and self._head is not None and experience.index > 0:
             self._head.reset()
-        elif experience.index > 0 and backbone_trains(self.observer.tap):
+        elif experience.index > 0 and leaves_behind(trainer, self.observer.tap):
             self._say(
                 "the backbone still trains, so what was learned of earlier experiences no longer fits its "
                 "features; freeze it, use strategy='gradient_free', or pass reset_each_task=True"

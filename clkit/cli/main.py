@@ -277,9 +277,12 @@ def _export(options: argparse.Namespace) -> list[str]:
 
         task = export_task(options.checkpoint, options.output, options.task, overwrite=options.force)
         return [
-            f"wrote {options.output} ({_size(options.output)}): the network of task {options.task}, dense, with "
-            f"{100 * task.density:.1f} % of the connections of its masked layers and zeros for the others",
-            f"read it with: {task.reading}",
+            f"wrote {options.output} ({_size(options.output)}): the network of task {options.task} (experience "
+            f"{options.task + 1}), dense, with {100 * task.density:.1f} % of the connections of its masked layers "
+            f"({100 * task.nonzero:.1f} % are not 0) and zeros for the others",
+            *([f"classes of the task, the only outputs that mean anything: {task.classes}"] if task.classes else []),
+            "make the network and read the file with (these lines are its 'code'):",
+            *(f"  {line}" for line in task.code),
         ]
     from clkit.runs.exporting import export_checkpoint
 

@@ -70,7 +70,10 @@ def layer_densities(shapes: Sequence[Sequence[int]], density: float, initial: In
     cap = initial.max_layer_density
     _check_share("density", density)
     if density > cap:
-        raise ArgumentError(f"density={density} is above max_layer_density={cap}: no layer may be so dense")
+        raise ArgumentError(
+            f"density={density} is above max_layer_density={cap}, the most that any layer may have, so the layers "
+            f"together cannot reach it; use a density of at most {cap}, or a higher cap"
+        )
     sizes = [math.prod(shape) for shape in shapes]
     rule = initial.rule if initial.rule != "auto" else "erk" if density >= 0.2 else "uniform"
     ratios = [
@@ -84,8 +87,9 @@ def layer_densities(shapes: Sequence[Sequence[int]], density: float, initial: In
         left = budget - sum(share * sizes[layer] for layer, share in pinned.items())
         if left <= 0:
             raise ArgumentError(
-                f"density={density} leaves nothing to the other layers when the first, with {sizes[0]} of "
-                f"{sum(sizes)} connections, is dense; use a higher density or dense_first_layer=False"
+                f"density={density} gives {budget:,.0f} of {sum(sizes):,} connections, and the first layer, which "
+                f"dense_first_layer=True makes dense, has {sizes[0]:,}: nothing is left to the others; use a density "
+                f"above {sizes[0] / sum(sizes):.3g}, or dense_first_layer=False"
             )
         scale = left / sum(ratios[layer] * sizes[layer] for layer in free)
         full = [layer for layer in free if scale * ratios[layer] > cap * (1 + 1e-12)]
@@ -125,9 +129,11 @@ def layer_counts(sizes: Sequence[int], densities: Sequence[float], density: floa
         while counts[layer] < min(least, size):
             giver = max(range(len(sizes)), key=lambda other: counts[other])
             if counts[giver] <= least:
+                needed = sum(min(least, each) for each in sizes)
                 raise ArgumentError(
-                    f"density={density} of {sum(sizes)} connections is less than {least} for each of {len(sizes)} "
-                    "layers; use a higher density or exclude layers"
+                    f"density={density} gives {sum(counts)} of {sum(sizes):,} connections, and {len(sizes)} layers "
+                    f"need {needed}, {least} each (min_per_layer); use a density of at least "
+                    f"{needed / sum(sizes):.3g}, or exclude layers"
                 )
             counts[giver] -= 1
             counts[layer] += 1
@@ -136,4 +142,4 @@ def layer_counts(sizes: Sequence[int], densities: Sequence[float], density: floa
 
 def _check_share(name: str, value: float) -> None:
     if check_number(name, value, above=0) > 1:
-        raise ArgumentError(f"{name} must be a number above 0 and up to 1, got {value!r}")
+        raise ArgumentError(f"{name} must be a share above 0 and up to 1 (20 % is 0.2), got {value!r}")

@@ -62,6 +62,11 @@ class Components(NamedTuple):
         chosen = cls(**own)
         if chosen.pattern not in (None, "2:4"):
             raise ArgumentError(f"pattern must be '2:4' or None, got {chosen.pattern!r}")
+        if chosen.pattern and isinstance(chosen.density, int | float) and chosen.density > 0.5:
+            raise ArgumentError(
+                f"density={chosen.density} does not go with pattern='2:4', which has two of four connections; use a "
+                "density of at most 0.5"
+            )
         if chosen.pattern and chosen.prune.scope == "all" and chosen.grow_from == "free":
             raise ArgumentError(
                 "pattern='2:4' needs prune=Prune(scope='free') or grow_from='any': a dropped connection of an earlier "
@@ -138,9 +143,10 @@ class SparseLayer:
         only_free = chosen.reuse in ("none", "all")
         if only_free and count > left:
             if chosen.on_capacity == "raise" or chosen.reuse == "all":
+                instead = "reuse='prefer_free'" + ", or on_capacity='reuse' or 'shrink'" * (chosen.reuse == "none")
                 raise ArgumentError(
-                    f"density={chosen.density} asks for {count} unused connections of {self.name!r}, and {left} are "
-                    "left; use a lower density, reuse='prefer_free', or on_capacity='reuse' or 'shrink'"
+                    f"density={chosen.density} with reuse={chosen.reuse!r} asks for {count:,} unused connections of "
+                    f"{self.name!r}, and {left:,} of its {len(free):,} are left; use a lower density, {instead}"
                 )
             only_free = chosen.on_capacity == "shrink"
         scores = drawn_scores(free if only_free else torch.ones_like(free), seed)

@@ -41,6 +41,7 @@ class TaskReport(NamedTuple):
     density: float  # what was asked for
     total: int  # connections that there are
     active: int  # in the task's mask
+    nonzero: int  # of these, not 0: one that came with 0, and has had no gradient since, is 0 still
     reused: int  # of these, learned by earlier tasks and read only
     free: int  # in no mask of a task up to this one
     explored: float  # share of all that was active at some time of the task
@@ -51,6 +52,7 @@ _REPORT: Table = {
     "density": Real(least=0, most=1),
     "total": Whole(),
     "active": Whole(),
+    "nonzero": Whole(),
     "reused": Whole(),
     "free": Whole(),
     "explored": Real(least=0, most=1),

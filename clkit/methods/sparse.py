@@ -84,29 +84,18 @@ class SparseTopology:
         pattern: Literal["2:4"] | None = None,
         seed: int = 0,
     ) -> None:
-        check_arguments(SparseTopology, locals())
+        given = dict(locals())
+        check_arguments(SparseTopology, given)
         if not weights:
             raise ArgumentError("weights must name at least one tensor, got none")
-        self._given = {
-            "density": density,
-            "initial": initial,
-            "prune": prune,
-            "growth": growth,
-            "schedule": schedule,
-            "reuse": reuse,
-            "grow_from": grow_from,
-            "fresh_init": fresh_init,
-            "on_capacity": on_capacity,
-            "pattern": pattern,
-            "seed": seed,
-        }
+        self._given = {name: given[name] for name in (*Components._fields, "seed")}
         self.seed = check_count("seed", seed, at_least=0)
         self.task = -1  # the one that trains, or trained last
         self.running = False
         self.step = self.steps = 0  # optimizer steps done in the task, and planned
         self._masks: list[dict[str, Tensor]] = []  # of finished tasks, as bits
         self._reports: list[TaskReport] = []
-        self._away = False  # whether a block shows another task for a while
+        self._live: dict[str, Tensor] = {}  # the weights, while a block shows those of another task
         self._shown: int | None = None  # the finished task whose sub-network the weights hold, while none trains
         self._layers = {name: SparseLayer.of(name, weight) for name, weight in weights.items()}
         self._chosen = Components.of_task(self._given, 0)  # a wrong value is known now, not after the first task
@@ -150,6 +139,16 @@ class SparseTopology:
         """Return the active share of each layer in a finished task or the one that trains."""
         return {name: int(mask.sum()) / mask.numel() for name, mask in self.mask(task).items()}
 
+    def layer_use(self) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Return the share of each layer that each finished task was the first to take, and that in the last's mask."""
+        taken: list[dict[str, float]] = []
+        used = {name: torch.zeros_like(layer.mask) for name, layer in self._layers.items()}
+        for task in range(self.tasks):
+            masks = self.mask(task)
+            taken.append({name: int((mask & ~used[name]).sum()) / mask.numel() for name, mask in masks.items()})
+            used = {name: used[name] | mask for name, mask in masks.items()}
+        return taken, self.densities(self.tasks - 1)
+
     # ---- a task
 
     def begin_task(self, steps: int) -> None:
@@ -165,13 +164,15 @@ class SparseTopology:
         if self.running:
             raise ConfigurationError(f"task {self.task} still trains: call end_task() first")
         check_count("steps", steps)
-        task = self.task + 1
-        chosen = Components.of_task(self._given, task)
-        layers = list(self._layers.values())
-        masks = [
-            layer.drawn(chosen, count, (self.seed, task, index))
-            for index, (layer, count) in enumerate(zip(layers, self._counts(chosen), strict=True))
-        ]
+        task, layers = self.task + 1, list(self._layers.values())
+        try:
+            chosen = Components.of_task(self._given, task)
+            masks = [
+                layer.drawn(chosen, count, (self.seed, task, index))
+                for index, (layer, count) in enumerate(zip(layers, self._counts(chosen), strict=True))
+            ]
+        except ArgumentError as error:
+            raise ArgumentError(f"task {task} cannot begin: {error}") from error
         self.task, self.running, self.step, self.steps = task, True, 0, steps
         self._chosen, self._shown = chosen, None
         for layer, mask in zip(layers, masks, strict=True):
@@ -271,20 +272,19 @@ class SparseTopology:
         Raises:
             ArgumentError: If the task neither finished nor trains.
         """
-        if task == self.shown and not self._away:
+        if task == self.shown and not self._live:
             yield
             return
         bits = self._mask_of(task)
-        if self._away:
+        if self._live:
             raise ConfigurationError(f"task {task} cannot be shown inside of a block of another: leave that first")
-        self._away = True
-        live = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
+        live = self._live = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
         try:
             for name, layer in self._layers.items():
                 layer.load(layer.sub_network(bits[name]))
             yield
         finally:
-            self._away = False
+            self._live = {}
             for name, layer in self._layers.items():
                 layer.load(live[name])
 
@@ -365,7 +365,7 @@ class SparseTopology:
 
     def _counts(self, chosen: Components) -> list[int]:
         initial = chosen.initial
-        if chosen.pattern:
+        if chosen.pattern:  # of which no layer can have more than half
             initial = replace(initial, max_layer_density=min(0.5, initial.max_layer_density))
         weights = [layer.weight for layer in self._layers.values()]
         shares = layer_densities([tuple(weight.shape) for weight in weights], chosen.density, initial)
@@ -392,7 +392,8 @@ class SparseTopology:
         layers = self._layers.values()
         total = sum(layer.mask.numel() for layer in layers)
         active = sum(layer.count for layer in layers)
+        nonzero = sum(int(self._live.get(name, each.weight).count_nonzero()) for name, each in self._layers.items())
         reused = sum(int((layer.mask & layer.used).sum()) for layer in layers)
         free = sum(int((~(layer.used | layer.mask)).sum()) for layer in layers)
         explored = sum(int(layer.fired.sum()) for layer in layers) / total
-        return TaskReport(self.task, self._chosen.density, total, active, reused, free, explored)
+        return TaskReport(self.task, self._chosen.density, total, active, nonzero, reused, free, explored)

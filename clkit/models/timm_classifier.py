@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from clkit.features.batch import BatchReader, Readings, read_batch, read_inputs
 from clkit.methods._checks import check_count
 from clkit.stream._lightning import callbacks_of, datamodule_of
 
-__all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout"]
+__all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout", "timm_code"]
 
 # Backward of a strided 1 x 1 convolution on the CPU writes past its workspace (oneDNN issue 6035) with fewer channels
 # than a vector of the processor holds, 8 with AVX2 and 16 with AVX-512.
@@ -168,6 +169,18 @@ class TimmClassifier(pl.LightningModule):
                 config[name] = (sum(config[name]) / len(config[name]),) * wanted
         return {**config, "input_size": (wanted, height, width)}
 
+    @property
+    def timm_arguments(self) -> dict[str, Any] | None:
+        """What makes the network anew: ``model_name``, ``kwargs``, ``num_classes``, and whether for ``small_images``.
+
+        ``None`` for the identity backbone.
+        """
+        if isinstance(self.network, IdentityBackbone):
+            return None
+        kwargs = {name: value for name, value in self.model_kwargs.items() if name != "num_classes"}
+        outputs = {"num_classes": self.network.num_classes, "small_images": self.small_images}
+        return {"model_name": self.backbone, "kwargs": kwargs, **outputs}
+
     def setup(self, stage: str) -> None:
         """Give the network as many outputs as the stream has classes, where no number was given."""
         if self.task_heads and not any(hasattr(each, "activated") for each in callbacks_of(self.trainer)):
@@ -269,6 +282,29 @@ def _replace_stem(network: Any, backbone: str) -> None:
     network.conv1 = nn.Conv2d(first.in_channels, network.bn1.num_features, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does for all others
     network.maxpool = nn.Identity()
+
+
+def timm_code(arguments: Mapping[str, Any], first: Tensor | None) -> list[str]:
+    """Return the lines of Python by which plain timm makes a network, as ``network``.
+
+    Args:
+        arguments: What ``timm_arguments`` of the module gave.
+        first: The weight of the layer ``conv1``, where there is one.
+
+    Example:
+        >>> model = TimmClassifier("resnet18", num_classes=4, small_images=True)
+        >>> timm_code(model.timm_arguments, model.network.conv1.weight)[1:]
+        ['network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)', 'network.maxpool = torch.nn.Identity()']
+    """
+    kwargs = "".join(f", {name}={value!r}" for name, value in arguments["kwargs"].items())
+    lines = [
+        f"network = timm.create_model({arguments['model_name']!r}, num_classes={arguments['num_classes']}{kwargs})"
+    ]
+    if arguments["small_images"] and first is not None:
+        sizes = f"{first.shape[1]}, {first.shape[0]}, {first.shape[2]}"
+        lines.append(f"network.conv1 = torch.nn.Conv2d({sizes}, padding={first.shape[2] // 2}, bias=False)")
+        lines.append("network.maxpool = torch.nn.Identity()")
+    return lines
 
 
 def _build(backbone: str, pretrained: bool, checkpoint_path: str | Path | None, options: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,13 @@ class RunResults:
         new = {kind: note for kind, note in self._notes.items() if kind not in self._noted}
         self._noted |= new.keys()
         return list(new.values())
+
+    def unmeasured(self, stage: int, recorded: Recorded) -> Recorded:
+        """Return an evaluation whose rows belong to no experience where the stage has been measured on it before."""
+        tables = [counts.rows[counts.rows[:, 0] == stage, 1] for counts in self.counts.values()]
+        known = torch.cat([recorded.experiences[:0], *tables])
+        experiences = recorded.experiences
+        return replace(recorded, experiences=torch.where(torch.isin(experiences, known), -1, experiences))
 
     def class_counts(self, predictor: str) -> dict[int, tuple[int, int]]:
         """Return correct and evaluated samples of each class after the last stage.

@@ -13,7 +13,6 @@ from clkit.files import atomic_write
 from clkit.metrics.figures import (
     COLOURS,
     LARGEST_WITH_NUMBERS,
-    MARKERS,
     colour_scale,
     floats,
     heat_map,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figures", "plot_layer_densities", "plot_memory_balance", "plot_prototype_similarity", "save_figures"]
+__all__ = ["draw_figures", "plot_layer_use", "plot_memory_balance", "plot_prototype_similarity", "save_figures"]
 
 MOST_COLUMNS = 3
 MINUS = "\N{MINUS SIGN}"
@@ -76,28 +75,53 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(draft, dpi=150, format="png")
 
 
-def plot_layer_densities(
-    densities: Sequence[Mapping[str, float]], ax: Axes | None = None, title: str | None = None
+def plot_layer_use(
+    taken: Sequence[Mapping[str, float]],
+    mask: Mapping[str, float],
+    ax: Axes | None = None,
+    title: str | None = None,
 ) -> tuple[Figure, Axes]:
-    """Draw the share of each layer's connections that each task uses, one curve a task; layers in their order.
+    """Draw which share of each layer's connections each task was the first to take; what is left white is free.
+
+    Args:
+        taken: For each task, by layer in their order, the share that no earlier task had.
+        mask: The share that the last task has, reused connections included: a line across each bar.
+        ax: Axes to draw on.
+        title: Of the axes.
 
     Example:
-        >>> figure, axes = plot_layer_densities([{"0.weight": 0.5, "3.weight": 0.1}])
-        >>> len(axes.get_lines())
-        1
+        >>> figure, axes = plot_layer_use([{"0.weight": 0.5, "3.weight": 0.1}], {"0.weight": 0.5, "3.weight": 0.1})
+        >>> [float(bar.get_height()) for bar in axes.patches]
+        [50.0, 10.0]
     """
-    names = list(densities[0])
-    figure, axes = own_axes(ax, width=max(5.0, min(0.35 * len(names) + 2.0, 12.0)), height=4.0)
-    for task, each in enumerate(densities):
-        (line,) = axes.plot([each[name] for name in names], label=str(task), linewidth=1.2, markersize=4)
-        line.set(color=COLOURS[task % len(COLOURS)], marker=MARKERS[task % len(MARKERS)])
-    shown = thinned(len(names))
-    axes.set_xticks(shown, [names[index].removesuffix(".weight") for index in shown], rotation=60, ha="right")
-    axes.set_ylim(0, 1.03)
+    names = list(mask)
+    parts = {name.partition(".")[0] for name in names}
+    prefix = f"{parts.pop()}." if len(parts) == 1 and len(names) > 1 else ""  # of the module's one network
+    figure, axes = own_axes(ax, width=max(6.5, min(0.35 * len(names) + 3.0, 13.0)), height=4.8)
+    places, floor = np.arange(len(names)), np.zeros(len(names))
+    colours = [shades()(0.9 - 0.75 * task / max(1, len(taken) - 1)) for task in range(len(taken))]
+    bars = []
+    for task, each in enumerate(taken):
+        heights, label = 100 * np.array([each[name] for name in names]), f"new in exp {task + 1}"
+        drawn = axes.bar(
+            places, heights, 0.8, floor, color=colours[task], edgecolor="white", linewidth=0.6, label=label
+        )
+        bars.append(drawn)
+        floor += heights
+    label = f"whole mask of exp {len(taken)}"
+    line = axes.hlines(
+        [100 * mask[name] for name in names], places - 0.45, places + 0.45, color=COLOURS[1], label=label
+    )
+    ticks = thinned(len(names))
+    axes.set_xticks(ticks, [names[index].removeprefix(prefix).removesuffix(".weight") for index in ticks])
+    axes.tick_params(axis="x", rotation=60)
+    for tick in axes.get_xticklabels():
+        tick.set(horizontalalignment="right", rotation_mode="anchor")
+    axes.set_ylim(0, 101)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(ylabel="active share of the layer", title=title or "")
-    if len(densities) > 1:
-        axes.legend(title="task", frameon=False)
+    axes.set(ylabel="connections of the layer (%)", title=title or "")
+    handles = [line, *(bars[task] for task in reversed(thinned(len(bars))))]  # from the top, as the bars stand
+    axes.legend(handles=handles, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure, axes
 
 

@@ -73,22 +73,29 @@ def seeds_table(rows: Sequence[ComparisonRow], title: str, caption: str) -> Tabl
 
 
 def topology_table(reports: Sequence[TaskReport]) -> Table:
-    """Return what each task of sparse training takes of the connections, a row a task.
+    """Return what each task of sparse training takes of the connections, a row a task, in per cent.
 
-    ``reused`` connections belong to earlier tasks, ``free`` ones are in no mask so far, and ``explored`` is what was
-    active at some time of the task.
+    ``in mask`` connections belong to the task, and those that are ``not 0`` do something; ``reused`` ones were learned
+    by earlier tasks, ``free`` ones are in no mask so far, and ``explored`` is what was in the mask at some time of the
+    task. Experiences count from 1 as in the other tables; the first is task 0 of ``activate``, ``export`` and
+    ``--task``.
 
     Example:
-        >>> topology_table([TaskReport(0, 0.1, 1000, 100, 0, 900, 0.15)]).row_count
+        >>> topology_table([TaskReport(0, 0.1, 1000, 100, 98, 0, 900, 0.15)]).row_count
         1
     """
-    table = Table(title="sparse sub-networks (connections, %)", title_justify="left")
-    for head in ("task", "asked", "active", "reused", "free", "explored", "active", "reused", "free"):
+    total = reports[-1].total if reports else 0
+    table = Table(
+        title=f"sparse sub-networks (% of {total:,} connections)",
+        title_justify="left",
+        caption="exp 1 is task 0 of activate(), export() and --task",
+        caption_justify="left",
+    )
+    for head in ("experience", "asked", "in mask", "not 0", "reused", "free", "explored"):
         table.add_column(head, justify="right", no_wrap=True)
     for each in reports:
-        shares = (each.active / each.total, each.reused / each.total, each.free / each.total, each.explored)
-        numbers = (f"{number:,}" for number in (each.active, each.reused, each.free))
-        table.add_row(str(each.task), *map(_percent, (each.density, *shares)), *numbers)
+        shares = [number / each.total for number in (each.active, each.nonzero, each.reused, each.free)]
+        table.add_row(f"exp {each.task + 1}", *map(_percent, (each.density, *shares, each.explored)))
     return table
 
 

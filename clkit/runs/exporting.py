@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import warnings
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +17,12 @@ from clkit._version import __version__
 from clkit.callbacks import HeadCallback
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, first_line
-from clkit.files import atomic_write, check_output, read_checkpoint
+from clkit.files import atomic_write, check_output, plain_values, read_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.readout import LinearReadout, linear_of, readout_module, readout_tensors
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.runs.heads import head_entries, name_of
+from clkit.runs.task_export import saved_tasks
 from clkit.schema import EXPORTED
 from clkit.stream._lightning import datamodule_of
 from clkit.surgery.copies import trainer_of
@@ -135,7 +135,7 @@ def export(
         "classes": columns,
         "class_ids": class_ids,
         "class_names": {column: str(class_names[column]) for column in columns if column in class_names},
-        "preprocessing": _plain(preprocessing),
+        "preprocessing": plain_values(preprocessing),
     }
     if path.suffix == ".pt":
         content = _weights(spliced, learned, name, about, model_kwargs or getattr(module, "model_kwargs", None) or {})
@@ -172,6 +172,11 @@ def export_checkpoint(
     named = {name_of(key): key for key in head_entries(checkpoint)}
     if head is None and len(named) == 1:
         (head,) = named
+    if not named and (tasks := saved_tasks(checkpoint)):
+        raise ArgumentError(
+            f"{path} is of a run with DST and has no heads, but the networks of {tasks} tasks; say which one is "
+            f"wanted: --task K, from 0 to {tasks - 1}"
+        )
     if head not in named:
         asked = "one must be named (--head)" if head is None else f"there is none named {head!r}"
         raise ArgumentError(f"{path} has the heads {sorted(named) or 'none'}; {asked}")
@@ -211,17 +216,6 @@ def _example(module: pl.LightningModule, stream: StreamDataModule | None, exampl
         raise ArgumentError(f"example must be one tensor (B, …), got {seen}; a network of other inputs is not exported")
     example = example.detach().cpu()
     return torch.cat([example, example]) if len(example) == 1 else example
-
-
-def _plain(value: Any) -> Any:
-    """Return preprocessing as plain values; of a function there are none."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return value if isinstance(value, (str, int, float, bool)) else None
 
 
 def _weights(spliced: SplicedCopy, head: Head, name: str, about: dict[str, Any], model_kwargs: dict[str, Any]) -> bytes:

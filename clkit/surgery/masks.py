@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from clkit.errors import ConfigurationError, StateError, did_you_mean
 from clkit.schema import Many, Named, Numbers, Table, read_state
 from clkit.surgery.change import Change
 
-__all__ = ["Masks", "SideState", "maskable_weights"]
+__all__ = ["Masks", "SideState", "maskable_weights", "refuse_lazy"]
 
 MASKED = (
     nn.Linear,
@@ -74,6 +75,21 @@ def maskable_weights(module: nn.Module, heads: Collection[str], exclude: Collect
             storages.add(weight.data_ptr())
             found[f"{path}.weight" if path else "weight"] = weight
     return found
+
+
+def refuse_lazy(module: nn.Module, owner: str) -> None:
+    """Refuse a module some of whose layers have no weights yet, since nothing has run through them.
+
+    Raises:
+        ConfigurationError: Naming them and what to do.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise ConfigurationError(
+            f"{owner} cannot mask {', '.join(lazy[:5])}{' and more' * (len(lazy) > 5)}: the sizes of lazy layers are "
+            "known once a batch has run through the network, so run one before the fit, or give the layers their sizes"
+        )
 
 
 class Masks(Change):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,26 @@ from clkit.errors import ArgumentError, ConfigurationError, StateError, TapError
 from clkit.features.tap import FeatureTap, path_of
 from clkit.methods import SparseTopology, TaskReport
 from clkit.methods._sparse_saved import saved_sub_network
-from clkit.schema import Instance, Many, Named, saved_entry
-from clkit.surgery.masks import Masks, SideState, maskable_weights
+from clkit.schema import Instance, Many, Named, Nested, OneOf, Table, Whole, read_state, saved_entry
+from clkit.surgery.masks import Masks, SideState, maskable_weights, refuse_lazy
 
-__all__ = ["TaskNetworks", "find_heads", "task_of_state"]
+__all__ = ["SavedTask", "TaskNetworks", "find_heads", "task_of_state"]
+
+_TIMM: Table = {
+    "model_name": Instance(str),
+    "kwargs": Named(Instance(object)),
+    "objects": Many(Instance(str)),  # names of further arguments, which no file can hold
+    "num_classes": Whole(),
+    "small_images": OneOf((False, True)),
+}
+_ABOUT: Table = {
+    "network": Instance(str),
+    "timm": Instance(dict | None),
+    "classes": Many(Whole()),
+    "class_ids": Many(Whole()),
+    "class_names": Many(Instance(str)),
+    "preprocessing": Instance(object),
+}
 
 
 class TaskNetworks:
@@ -37,6 +53,7 @@ class TaskNetworks:
         self._settings = settings
         self._side = SideState([])
         self._keys: dict[str, str] = {}  # of the module's state dict, with the name under which a tensor is kept here
+        self.about: list[dict[str, Any]] = []  # what somebody who gets the weights of each task has to know
         self._module: nn.Module | None = None
         self._apart: nn.Module | None = None  # a part of the module that is no part of its networks
         self._marks = Masks(owner)
@@ -57,6 +74,11 @@ class TaskNetworks:
     def reports(self) -> list[TaskReport]:
         """What each task took, the one that trains included."""
         return [] if self.topology is None else self.topology.reports
+
+    @property
+    def heads(self) -> list[str]:
+        """Dotted paths of the layers that each task begins anew."""
+        return self._side.heads
 
     @property
     def module(self) -> nn.Module | None:
@@ -84,6 +106,7 @@ class TaskNetworks:
         self._apart = apart
         with torch.inference_mode(False):  # what an evaluation makes must serve the next training too
             if self.topology is None:
+                refuse_lazy(module, self.owner)
                 heads = find_heads(module, head)
                 weights = maskable_weights(module, [*heads, *([path_of(module, apart)] if apart else [])], exclude)
                 for path in heads:
@@ -148,9 +171,10 @@ class TaskNetworks:
                     if isinstance(value, Tensor) and value.ndim and value.shape == tensor.shape:
                         value.zero_()
 
-    def end(self, module: nn.Module) -> None:
-        """Keep the task's network for ever."""
+    def end(self, module: nn.Module, about: dict[str, Any]) -> None:
+        """Keep the task's network for ever, and what is ``about`` it, in plain values."""
         self.known.end_task()
+        self.about.append(about)
         others = self.others(module)
         self._side.end(others)
         known = {id(tensor): name for name, tensor in {**self.weights(module), **others}.items()}
@@ -217,25 +241,27 @@ class TaskNetworks:
         """Return tensors and plain values; the module's own weights are saved with the module."""
         topology = None if self.topology is None else self.topology.state_dict()
         side = self._side
-        return {"topology": topology, "side": side.state(), "heads": list(side.heads), "keys": dict(self._keys)}
+        plain = {"heads": list(side.heads), "keys": dict(self._keys), "about": [dict(each) for each in self.about]}
+        return {"topology": topology, "side": side.state(), **plain}
 
     def load(self, state: Any) -> None:
         """Take up a saved state, or raise a StateError; nothing is changed then."""
         saved = saved_entry(state, "topology", dict | None, self.owner)
         heads = saved_entry(state, "heads", Many(Instance(str)), self.owner)
         keys = saved_entry(state, "keys", Named(Instance(str)), self.owner)
+        about = _read_about(state, self.owner)
         side = SideState.loaded(saved_entry(state, "side", dict, self.owner), heads, f"{self.owner}: 'side'")
         topology = None if saved is None else SparseTopology.restored(saved, **self._settings)
         finished = 0 if topology is None else topology.tasks
-        if len(side) != finished:
+        if not len(side) == len(about) == finished:
             raise StateError(
-                f"{self.owner}: the saved state has side states of {len(side)} tasks and masks of {finished}; the file "
-                "is damaged"
+                f"{self.owner}: the saved state has side states of {len(side)} tasks, words about {len(about)} and "
+                f"masks of {finished}; the file is damaged"
             )
         kept = {*(topology.names if topology else ()), *(side.of(-1) if finished else ())}
         if not kept.issuperset(keys.values()):
             raise StateError(f"{self.owner}: the saved state names tensors that it does not hold; the file is damaged")
-        self.topology, self._side, self._module, self._keys = topology, side, None, keys
+        self.topology, self._side, self._module, self._keys, self.about = topology, side, None, keys, about
 
 
 def find_heads(module: nn.Module, head: str | Sequence[str]) -> list[str]:
@@ -251,8 +277,17 @@ def find_heads(module: nn.Module, head: str | Sequence[str]) -> list[str]:
         return []
 
 
-def task_of_state(state: Any, task: int, owner: str) -> tuple[dict[str, Tensor], float]:
-    """Return the state dict of a task's network out of a saved state, and its density, whatever the settings were.
+class SavedTask(NamedTuple):
+    """The network of a task out of a saved state."""
+
+    weights: dict[str, Tensor]  # its state dict
+    density: float  # share of the connections of masked layers that it has
+    nonzero: float  # share that is not 0: a connection comes with 0, and may have had no gradient since
+    about: dict[str, Any]  # what somebody who gets the weights has to know
+
+
+def task_of_state(state: Any, task: int, owner: str) -> SavedTask:
+    """Return the network of a task out of a saved state, whatever the settings were.
 
     Raises:
         ArgumentError: If the task did not finish.
@@ -262,9 +297,22 @@ def task_of_state(state: Any, task: int, owner: str) -> tuple[dict[str, Tensor],
     if saved is None:
         raise TaskNetworks(owner, {})._none_such(task)
     weights, density = saved_sub_network(saved, task, owner)
+    nonzero = sum(int(each.count_nonzero()) for each in weights.values()) / sum(
+        each.numel() for each in weights.values()
+    )
     side = SideState.loaded(saved_entry(state, "side", dict, owner), [], f"{owner}: 'side'")
-    keys = saved_entry(state, "keys", Named(Instance(str)), owner)
+    keys, about = saved_entry(state, "keys", Named(Instance(str)), owner), _read_about(state, owner)
     values = {**weights, **(side.of(task) if task < len(side) else {})}
-    if missing := sorted(set(keys.values()) - values.keys()):
-        raise StateError(f"{owner}: the saved state does not hold {missing[:5]} of task {task}; the file is damaged")
-    return {key: values[name].clone() for key, name in keys.items()}, density
+    missing = sorted(set(keys.values()) - values.keys())
+    if missing or task >= len(about):
+        what = missing[:5] or "words"
+        raise StateError(f"{owner}: the saved state does not hold {what} of task {task}; the file is damaged")
+    return SavedTask({key: values[name].clone() for key, name in keys.items()}, density, nonzero, about[task])
+
+
+def _read_about(state: Any, owner: str) -> list[dict[str, Any]]:
+    about: list[dict[str, Any]] = saved_entry(state, "about", Many(Nested(_ABOUT)), owner)
+    for each in about:
+        if each["timm"] is not None:
+            read_state(each["timm"], _TIMM, f"{owner}: 'timm' of 'about'")
+    return about

@@ -5,11 +5,11 @@ DST: five tasks in one network, nothing forgotten
 One small ResNet learns five pairs of handwritten digits, one pair after the other, and keeps no image:
 
 .. image:: /tutorials/images/sphx_glr_plot_dst_001.png
-   :alt: Left, an accuracy matrix whose columns do not change; right, the densities of the layers for each task.
+   :alt: Left, an accuracy matrix whose columns do not change; right, what each task took of the layers.
 
 On the left no column changes from one row to the next: that is measured, after each task, not assumed. On the right
-what share of each layer a task uses. This tutorial makes the figure, looks at the bits, and takes the network of one
-task out into plain timm.
+which connections of each layer a task was the first to take; those left white are free. This tutorial makes the figure,
+looks at the bits, and takes the network of one task out into plain timm.
 """
 
 # %%
@@ -98,7 +98,7 @@ print(f"{zeros} zeros")
 import matplotlib.pyplot as plt
 
 from clkit.metrics.figures import plot_accuracy_matrix
-from clkit.report.run_figures import plot_layer_densities
+from clkit.report.run_figures import plot_layer_use
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
 plot_accuracy_matrix(
@@ -106,5 +106,5 @@ plot_accuracy_matrix(
     ax=left,
     names=["0-1", "2-3", "4-5", "6-7", "8-9"],
 )
-plot_layer_densities([dst.topology.densities(task) for task in range(5)], ax=right)
+plot_layer_use(*dst.topology.layer_use(), ax=right)
 plt.show()

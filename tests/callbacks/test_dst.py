@@ -14,11 +14,13 @@ from sparse_runs import DIGITS, Net, outputs, quick, run, stream
 from torch import Tensor, nn
 
 from clkit.callbacks import DST, StreamEvaluation
+from clkit.callbacks._sparse_tasks import about_task
 from clkit.cli.main import main
 from clkit.data import Preprocessing, StreamDataModule, TaskIncremental
 from clkit.errors import BatchError, ConfigurationError
 from clkit.methods import Growth, PruneSchedule
 from clkit.models import TimmClassifier
+from clkit.stream.experience import Experience
 from clkit.surgery.change import changes_of
 from clkit.surgery.mask_forms import in_form
 
@@ -53,11 +55,11 @@ def test_no_output_of_an_earlier_task_changes(tmp_path: Path, options: dict[str,
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "in_chans": 1, "zero_init_last": False}
 
 
-def timm_run(folder: Path) -> tuple[DST, TimmClassifier, StreamEvaluation]:
+def timm_run(folder: Path, **model: Any) -> tuple[DST, TimmClassifier, StreamEvaluation]:
     dst, evaluation = quick(reuse="prefer_free"), StreamEvaluation(table=False, files=False, figures=False)
     torch.manual_seed(0)
     adam = partial(torch.optim.Adam, lr=3e-3)
-    module = TimmClassifier("resnet18", model_kwargs=SMALL, task_heads=True, optimizer=adam)
+    module = TimmClassifier("resnet18", model_kwargs=SMALL, task_heads=True, optimizer=adam, **model)
     trainer = quiet_trainer(folder, callbacks=[evaluation, dst, ModelCheckpoint(str(folder), save_last=True)])
     scenario = TaskIncremental(experiences=5, class_order=[4, 9, 2, 7, 0, 5, 1, 3, 8, 6])
     options = {"batch_size": 20, "epochs_per_experience": 3, "relabel": True}
@@ -66,28 +68,35 @@ def timm_run(folder: Path) -> tuple[DST, TimmClassifier, StreamEvaluation]:
     return dst, module, evaluation
 
 
+@pytest.mark.parametrize("small_images", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_each_task_has_a_head_of_its_own_and_its_network_goes_into_plain_timm(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_images: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R of the run equals, entry by entry, what plain timm gives with the exported weights."""
-    import timm
-
-    dst, module, evaluation = timm_run(tmp_path)
+    """R of the run equals, entry by entry, what plain timm gives with the exported weights, made as the file says."""
+    dst, module, evaluation = timm_run(tmp_path, small_images=small_images)
+    monkeypatch.chdir(tmp_path)
     data = module.trainer.datamodule
     matrix = evaluation.results["module"]["accuracy_matrix"]
     assert sum(matrix[-1]) > 5 * 0.7
     assert evaluation._kept.served > 0  # kept features are among what R was measured with
     for task in range(5):
-        path = str(tmp_path / f"{task}.pt")
-        assert main(["export", str(tmp_path / "last.ckpt"), "--task", str(task), "-o", path]) == 0
-        assert f"the network of task {task}, dense, with 20.0 % of the connections" in capsys.readouterr().out
-        file = torch.load(path, weights_only=True)
-        plain = timm.create_model("resnet18", num_classes=10, **SMALL)
-        plain.load_state_dict(file["state_dict"])
-        plain.eval()
+        assert main(["export", "last.ckpt", "--task", str(task), "-o", f"{task}.pt"]) == 0
+        said = capsys.readouterr().out
+        assert f"the network of task {task} (experience {task + 1}), dense, with 20.0 % of the connections" in said
+        file = torch.load(f"{task}.pt", weights_only=True)
+        assert all(f"  {line}\n" in said for line in file["code"])
+        assert not any("clkit" in line for line in file["code"])
+        made: dict[str, Any] = {}
+        exec("\n".join(file["code"]), made)
+        plain = made["network"]
+        assert ("maxpool" in str(file["code"])) == small_images
         with dst.activate(task):
             classes = module.task_classes.nonzero().squeeze(1)
-        assert classes.tolist() == [2 * task, 2 * task + 1]
+        assert classes.tolist() == file["classes"] == [2 * task, 2 * task + 1]
+        assert file["class_ids"] == sorted([4, 9, 2, 7, 0, 5, 1, 3, 8, 6][2 * task : 2 * task + 2])
+        assert f"the only outputs that mean anything: {file['classes']}" in said
+        assert file["timm"]["model_name"] == "resnet18"
+        assert file["preprocessing"]["size"] == 16
         correct = total = 0
         with torch.no_grad():
             for (experience, _), batch in zip(data.val_dataloader().batches, data.val_dataloader(), strict=True):
@@ -118,6 +127,8 @@ def test_what_is_exported_says_why_it_is_not(tmp_path: Path, capsys: pytest.Capt
     assert "task 4 was not trained to its end; 1 tasks were, counted from 0" in capsys.readouterr().err
     assert main(["export", end, "--task", "0", "-o", out + "2"]) == 2
     assert "must end in .pt" in capsys.readouterr().err
+    assert main(["export", end, "-o", out]) == 2
+    assert "is of a run with DST and has no heads, but the networks of 1 tasks; say which" in capsys.readouterr().err
     checkpoint = torch.load(end, weights_only=True)
     checkpoint["callbacks"].pop("DST")
     torch.save(checkpoint, tmp_path / "other.ckpt")
@@ -125,9 +136,51 @@ def test_what_is_exported_says_why_it_is_not(tmp_path: Path, capsys: pytest.Capt
     assert "is of no run with DST" in capsys.readouterr().err
     # a module of one's own has no common part, and its own class loads the file
     assert main(["export", end, "--task", "0", "-o", out]) == 0
-    again = Net()
-    again.load_state_dict(torch.load(out, weights_only=True)["state_dict"])
+    again, file = Net(), torch.load(out, weights_only=True)
+    again.load_state_dict(file["state_dict"])
     assert torch.equal(again.eval()(DIGITS[:64]), outputs(dst, module, 0)[:64])
+    assert (file["network"], file["timm"], file["part"]) == ("sparse_runs.Net", None, "")
+    assert file["code"][0] == "network = ...  # a sparse_runs.Net, made as for the run"
+    assert (file["classes"], file["class_ids"]) == ([0, 1], [0, 1])
+
+
+def test_what_no_file_can_hold_of_a_networks_arguments_is_named(tmp_path: Path) -> None:
+    class Layer(nn.BatchNorm2d):
+        """An argument that is no plain value."""
+
+    module = TimmClassifier("resnet18", model_kwargs={**SMALL, "norm_layer": Layer}, num_classes=2)
+    stream, known = StreamDataModule("digits"), {"preprocessing": None}
+
+    class Trainer:
+        datamodule = stream
+
+    about = about_task(Trainer(), module, Experience(0, "fit 1"), [[1, 0]], known)  # type: ignore[arg-type]  # what of a trainer is looked at
+    assert about["timm"]["objects"] == ["norm_layer"]
+    assert about["timm"]["kwargs"] == SMALL
+    assert about["classes"] == about["class_ids"] == [1, 0]
+
+
+def test_the_figure_shows_what_each_task_was_the_first_to_take(tmp_path: Path) -> None:
+    """Bars of all tasks stand on each other, and reach what the masks have together."""
+    dst = quick(density=0.3)
+    run(tmp_path, dst, data=stream(stop_after=3, epochs_per_experience=1))
+    axes = dst.run_figures()["layer_use"].axes[0]
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    masks = [dst.topology.mask(task) for task in range(3)]
+    for place, name in enumerate(dst.topology.names):
+        union, reached = torch.zeros_like(masks[0][name]), 0.0
+        for task in range(3):
+            union |= masks[task][name]
+            reached += heights[task][place]
+            assert reached == pytest.approx(100 * float(union.double().mean()))
+            bar = axes.containers[task][place]
+            assert bar.get_y() + bar.get_height() == pytest.approx(reached)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "whole mask of exp 3",
+        "new in exp 3",
+        "new in exp 2",
+        "new in exp 1",
+    ]
 
 
 @pytest.mark.parametrize("form", ["dense", "prune", "fake_sparsity"])

@@ -10,16 +10,17 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from small_runs import quiet_trainer
-from sparse_runs import DIGITS, Net, outputs, quick, run, stream
+from sparse_runs import DIGITS, OFTEN, Net, outputs, quick, run, stream
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import AEFOCL, DST, NMC, StreamEvaluation
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*backbone (still trains|changed)")
-
 
 def test_heads_and_the_module_are_evaluated_under_the_network_of_each_task(tmp_path: Path) -> None:
-    """In any order of the list, with and without kept features, the same results; those of the module stay."""
+    """In any order of the list, with and without kept features, the same results; those of the module stay.
+
+    No head says that what it learned of an earlier task no longer fits: its network is kept, and shown.
+    """
     found = []
     for number, order in enumerate(([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2])):
         dst, nmc, ridge = quick(), NMC(), AEFOCL()
@@ -121,9 +122,14 @@ def test_a_person_sees_a_line_and_a_figure_of_each_task(tmp_path: Path, capsys: 
     run(tmp_path, dst, evaluation, data=stream(stop_after=2, epochs_per_experience=2), logger=logger)
     shown = capsys.readouterr().out
     report = dst.reports[1]
-    assert f"{report.free:,}" in shown
-    assert shown.count("sparse sub-networks") == 2
-    assert (Path(logger.log_dir) / "layer_densities.png").stat().st_size > 5000
+    assert shown.count("sparse sub-networks (% of 6,984 connections)") == 2
+    (line,) = [line for line in shown.splitlines() if "exp 2" in line]
+    shares = [report.density, *(each / report.total for each in (report.active, report.nonzero, report.reused))]
+    expected = [*shares, report.free / report.total, report.explored]
+    assert [float(cell) for cell in line.split("│")[2:-1]] == pytest.approx([100 * each for each in expected], abs=0.05)
+    heads = next(line for line in shown.splitlines() if "asked" in line).split("┃")[1:-1]
+    assert len(set(heads)) == len(heads) == len(line.split("│")[1:-1])
+    assert (Path(logger.log_dir) / "layer_use.png").stat().st_size > 5000
     logger.finalize("success")
     logged = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "dst/free" in logged
@@ -152,7 +158,7 @@ def test_every_component_may_be_a_function_of_the_task(tmp_path: Path) -> None:
         initial=lambda task: ("erk", "uniform")[task % 2],
         growth=lambda task: ("gradient", "random", "momentum", "unfired")[task % 4],
         prune=lambda task: ("magnitude", "set", "taylor", "mest")[task % 4],
-        schedule=lambda task: quick()._settings["schedule"],
+        schedule=lambda task: OFTEN,
         reuse=lambda task: ("random", "prefer_free")[task % 2],
         grow_from=lambda task: ("free", "any")[task % 2],
         table=False,

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from small_runs import quiet_trainer
-from sparse_runs import DIGITS, Net, outputs, run, stream
+from sparse_runs import DIGITS, Net, outputs, run, said_by_dst, stream
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from clkit.callbacks import DST
+from clkit.callbacks import AEFOCL, DST, NMC
 from clkit.callbacks._masking_rules import optimizer_of
 from clkit.data import ClassIncremental, StreamDataModule, TaskIncremental
 from clkit.errors import ArgumentError, ConfigurationError, StateError
@@ -122,6 +122,8 @@ class Averaging(WeightAveraging):
         (ModelPruning("l1_unstructured", amount=0.5), "DST and ModelPruning would both mask weights"),
         (Averaging(), "Averaging averages weights over the steps"),
         (StochasticWeightAveraging(1e-2), "StochasticWeightAveraging averages weights"),
+        (AEFOCL(graft="fit_end"), "DST keeps a classifier for each task, and AEFOCL with graft='fit_end'.*\"never\""),
+        (NMC(graft="experience_end"), "a row of the accuracy matrix would mix both"),
     ],
 )
 def test_other_callbacks_that_mask_or_average_are_refused(tmp_path: Path, other: Any, said: str) -> None:
@@ -165,6 +167,38 @@ def test_a_wrong_rule_and_a_head_without_weights_are_named(tmp_path: Path) -> No
         fit(tmp_path, quick(head="body.2"), module=Net())
 
 
+def test_layers_without_sizes_are_named_before_anything_is_masked(tmp_path: Path) -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[4] = nn.LazyLinear(24)
+
+    with pytest.raises(
+        ConfigurationError, match=r"cannot mask body\.4\.weight, body\.4\.bias: .* run one before the fit"
+    ):
+        fit(tmp_path, quick(), module=Lazy())
+    module = Lazy()
+    module(DIGITS[:2])
+    fit(tmp_path, quick(), module=module)
+
+
+@pytest.mark.parametrize("data", [True, False], ids=["a stream", "two fits"])
+def test_tasks_that_share_their_last_layer_are_said_once(data: bool, tmp_path: Path) -> None:
+    dst, module = quick(head=[]), Net()
+
+    def train() -> None:
+        if data:
+            run(tmp_path, dst, module=module, data=stream(stop_after=2, epochs_per_experience=1))
+        else:
+            fit(tmp_path, dst, module=module)
+            fit(tmp_path, dst, module=module)
+
+    with pytest.warns(UserWarning, match=r"no layer is a head of its own for each task.*head='…'") as warned:
+        train()
+    assert len(said_by_dst(warned)) == 1
+    assert "head.weight" in dst.topology.names
+
+
 def test_a_task_that_was_never_trained_is_named(tmp_path: Path) -> None:
     dst, module = quick(), Net()
     for ask in (lambda: dst.export(0), lambda: dst.activate(0, module).__enter__()):
@@ -185,7 +219,8 @@ def test_a_task_that_was_never_trained_is_named(tmp_path: Path) -> None:
     [
         ({"density": 0.0}, "density must be"),
         ({"density": 1.5}, "density must be"),
-        ({"density": 0.6, "pattern": "2:4", "grow_from": "any"}, "density=0.6 is above max_layer_density=0.5"),
+        ({"density": 20.0}, r"density must be a share above 0 and up to 1 \(20 % is 0.2\), got 20.0"),
+        ({"density": 0.6, "pattern": "2:4", "grow_from": "any"}, "density=0.6 does not go with pattern='2:4'"),
         ({"growth": "random_unfired"}, "rule must be one of"),
         ({"reuse": "sometimes"}, "reuse must be one of"),
         ({"density": lambda task: 1 / 0}, "density as a function of the task fails for task 0: division by zero"),
@@ -202,7 +237,10 @@ def test_a_density_that_leaves_a_layer_empty_is_refused_and_the_rest_is_kept(tmp
     dst, module = quick(density=lambda task: 0.2 if task == 0 else 1e-4), Net()
     fit(tmp_path, dst, module=module)
     learned = outputs(dst, module, 0)
-    with pytest.raises(ArgumentError, match=r"density=0.0001 of 6984 connections is less than 1 for each of 2 layers"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"task 1 cannot begin: density=0.0001 gives 1 of 6,984.*2 layers need 2,.*at least 0.000286",
+    ):
         fit(tmp_path, dst, module=module)
     assert dst.tasks == 1
     assert torch.equal(outputs(dst, module, 0), learned)
@@ -221,7 +259,7 @@ def test_a_stream_that_does_not_go_on_where_it_stands_is_refused(tmp_path: Path)
     fit(tmp_path, dst, module=module)
     fit(tmp_path, dst, module=module)
     assert dst.tasks == 2
-    with pytest.raises(ConfigurationError, match="experience 0 begins, and DST has learned 2 tasks: each experience"):
+    with pytest.raises(ConfigurationError, match="experience 1 begins, and DST has learned 2 tasks: each experience"):
         quiet_trainer(tmp_path, callbacks=[dst]).fit(module, datamodule=stream())
 
 
@@ -269,9 +307,32 @@ def test_steps_are_counted_as_the_optimizer_makes_them(tmp_path: Path, accumulat
     assert trainer.global_step == dst.topology.step == dst.topology.steps == steps
 
 
-@pytest.mark.warns("task 0 has 8 optimizer steps, and the topology moves every 100")
-def test_updates_that_hardly_come_are_said(tmp_path: Path) -> None:
-    fit(tmp_path, DST(0.2, table=False))
+@pytest.mark.parametrize(
+    ("epochs", "said", "advised"),
+    [
+        (8, r"every 100 optimizer steps \(update_every\), which is 0 times in the 64 steps of task 0 \(exp", 9),
+        (1, r"0 times in the 8 steps of task 0 \(experience 1\); use schedule=PruneSchedule\(update_every=1\)", 1),
+    ],
+)
+def test_updates_that_hardly_come_are_said_once_with_what_is_enough(
+    epochs: int, said: str, advised: int, tmp_path: Path
+) -> None:
+    dst, module = DST(0.2, table=False), Net()
+
+    def train_twice() -> None:
+        for _ in range(2):
+            fit(tmp_path, dst, module=module, max_epochs=epochs)
+
+    with pytest.warns(UserWarning, match=said) as warned:
+        train_twice()
+    (text,) = said_by_dst(warned)
+    assert f"update_every={advised})" in text
+    fit(tmp_path, quick(schedule=PruneSchedule(update_every=advised)), max_epochs=epochs)  # says nothing
+
+
+@pytest.mark.warns("0 times in the 4 steps of task 0 .*; train a task for more epochs, so that they find their place")
+def test_a_task_that_is_too_short_for_any_topology_is_said(tmp_path: Path) -> None:
+    fit(tmp_path, DST(0.2, steps_per_task=4, table=False))
 
 
 # ---- gradients
@@ -322,12 +383,12 @@ def test_gradients_are_clipped_by_the_norm_of_what_is_trained(tmp_path: Path) ->
 # ---- capacity
 
 
-@pytest.mark.warns(r"capacity runs low: task [1-4] can train [\d,]+ of its [\d,]+ connections \(\d+ %\).*Use reuse=")
+@pytest.mark.warns(r"capacity runs low: task [12] \(experience [23]\) can train [\d,]+ of its [\d,]+ conn.*Use reuse=")
 def test_little_capacity_is_said_once_with_its_numbers(tmp_path: Path) -> None:
     run(tmp_path, quick(density=0.6), data=stream(epochs_per_experience=1, stop_after=3))
 
 
-@pytest.mark.warns("task 1 can train no connection: all 6,984 of its mask belong to earlier tasks, so only its head")
+@pytest.mark.warns(r"task 1 \(experience 2\) can train no connection: all 6,984 of its mask belong to earlier")
 def test_a_task_without_any_connection_of_its_own_trains_its_head(tmp_path: Path) -> None:
     dst, module = quick(density=1.0), Net()
     _, seen, _ = run(tmp_path, dst, module=module, data=stream(stop_after=2))
@@ -336,7 +397,7 @@ def test_a_task_without_any_connection_of_its_own_trains_its_head(tmp_path: Path
     assert not torch.equal(seen.rows[1][0], seen.rows[1][1])
 
 
-@pytest.mark.warns("task 0 has 4 optimizer steps")
+@pytest.mark.warns("3 times in the 4 steps of task 0")
 @pytest.mark.parametrize("scenario", [ClassIncremental, TaskIncremental])
 def test_that_the_task_of_a_sample_is_known_is_said_where_the_stream_does_not_give_it(
     scenario: type[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture

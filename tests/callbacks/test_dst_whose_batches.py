@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from small_runs import quiet_trainer
-from sparse_runs import DIGITS, LABELS, Net, quick, run, stream
+from sparse_runs import DIGITS, LABELS, Net, quick, run, said_by_dst, stream
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -191,6 +191,97 @@ def test_without_an_evaluation_the_place_of_a_loader_says_whose_it_is(tmp_path: 
             with dst.activate(task):
                 assert torch.equal(module.eval()(images), given)
     assert not torch.equal(*module.shown)
+
+
+class Shown(Net):
+    """Keeps what it gave for each batch, whatever its form."""
+
+    given: list[Tensor]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.given.append(self(batch[0]))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        self.validation_step(batch, batch_idx)
+        return self.given[-1]
+
+
+def two_tasks(folder: Path) -> tuple[Any, Shown, list[Any]]:
+    """Two fits on plain loaders without an evaluation, and the loader of each."""
+    dst, module, loaders = quick(), Shown(), [loader(0, 1), loader(2, 3)]
+    for each in loaders:
+        quiet_trainer(folder, max_epochs=3, callbacks=[dst]).fit(module, DataLoader(each.dataset, batch_size=16))
+    return dst, module, loaders
+
+
+def assert_shown(dst: Any, module: Shown, loaders: list[Any], tasks: list[int]) -> None:
+    """The batches in work were given to the networks of these tasks, one for each loader."""
+    expected = []
+    module.eval()
+    with torch.inference_mode():
+        for each, task in zip(loaders, tasks, strict=True):
+            with dst.activate(task):
+                expected += [module(batch[0]) for batch in each]
+    assert len(module.given) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(module.given, expected, strict=True))
+
+
+@pytest.mark.parametrize("how", ["validate", "test", "predict"])
+def test_plain_loaders_alone_and_in_any_order_have_the_network_of_their_classes(tmp_path: Path, how: str) -> None:
+    dst, module, loaders = two_tasks(tmp_path)
+    for order in ([0], [1], [1, 0]):
+        module.given = []
+        shown = [loaders[task] for task in order]
+        trainer = quiet_trainer(tmp_path, callbacks=[dst])
+        getattr(trainer, how)(module, shown if len(shown) > 1 else shown[0])
+        assert_shown(dst, module, shown, order)
+    state = torch.load(_saved(tmp_path, dst, module), weights_only=True)
+    assert state["callbacks"]["DST"]["about"][1]["classes"] == [2, 3]
+
+
+def _saved(folder: Path, dst: Any, module: Any) -> Path:
+    trainer = quiet_trainer(folder, max_epochs=6, callbacks=[dst])
+    trainer.fit(module, DataLoader(loader(4).dataset, batch_size=16))
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return folder / "end.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("guessed", "beside"),
+    [
+        ("no labels", False),
+        ("no labels", True),
+        ("labels that are none", False),
+        ("several tasks", False),
+        ("several tasks", True),
+    ],
+)
+def test_a_batch_whose_task_is_guessed_is_said_once(tmp_path: Path, guessed: str, beside: bool) -> None:
+    dst, module, _ = two_tasks(tmp_path)
+    if guessed == "several tasks":
+        labels, said = (
+            torch.arange(64) % 4,
+            "rows of several experiences, and DST evaluated all of them as experience 2",
+        )
+    else:
+        labels, said = torch.rand(64), r"all are shown the network of task 1, the last.*with callback.activate\(task\):"
+    rows = (DIGITS[:64],) if guessed == "no labels" else (DIGITS[:64], labels)
+    mixed = DataLoader(TensorDataset(*rows), batch_size=32)
+    module.given = []
+
+    def evaluate_twice() -> None:
+        for _ in range(2):
+            parts = [dst, silent()] if beside else [dst]
+            quiet_trainer(tmp_path, callbacks=parts).predict(module, mixed)
+
+    with pytest.warns(UserWarning, match=said) as warned:
+        evaluate_twice()
+    assert len(said_by_dst(warned)) == 1
+    assert_shown(dst, module, [mixed, mixed], [1, 1])
+    with dst.activate(0):  # who says it is told nothing
+        quiet_trainer(tmp_path, callbacks=[dst]).predict(module, mixed)
 
 
 # ---- what is measured, and what is saved

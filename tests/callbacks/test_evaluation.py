@@ -456,11 +456,30 @@ def test_measuring_a_stage_twice_with_plain_loaders_counts_the_last_time(make_tr
     module = TimmClassifier("identity")
     trainer = make_trainer(strategy="gradient_free", callbacks=[head, evaluation], max_epochs=1)
     trainer.fit(module, fit)
+    trainer.test(module, half, verbose=False)  # where nothing was measured yet
+    assert sum(total for _, total in evaluation.class_counts("nmc").values()) == 400
     trainer.validate(module, half, verbose=False)
-    trainer.test(module, rest, verbose=False)
+    trainer.validate(module, rest, verbose=False)
     ids = head.head.predict(torch.from_numpy(test[400:])).numpy()
     assert evaluation.results["nmc"]["accuracy_matrix"] == [[accuracy_score(targets[400:], ids)]]
     assert [total for _, total in evaluation.class_counts("nmc").values()] == np.bincount(targets[400:]).tolist()
+
+
+def test_a_later_test_leaves_the_row_that_a_validation_measured(make_trainer: Make) -> None:
+    """Its samples are others, and a row of others among those of the validation would look like forgetting."""
+    train, train_targets, test, targets = digits()
+    fit = DataLoader(dataset(train, train_targets), 64)
+    half, rest = DataLoader(dataset(test[:400], targets[:400]), 64), DataLoader(dataset(test[400:], targets[400:]), 64)
+    head, evaluation = NMC(), StreamEvaluation(table=False, files=False)
+    module = TimmClassifier("identity")
+    trainer = make_trainer(strategy="gradient_free", callbacks=[head, evaluation], max_epochs=1)
+    trainer.fit(module, fit, half)
+    measured = evaluation.results
+    (shown,) = trainer.test(module, rest, verbose=False)
+    assert evaluation.results == measured
+    ids = [head.head.predict(torch.from_numpy(rows)).numpy() for rows in (test[:400], test[400:])]
+    assert measured["nmc"]["accuracy_matrix"] == [[accuracy_score(targets[:400], ids[0])]]
+    assert shown["nmc/accuracy_seen"] == pytest.approx(accuracy_score(targets[400:], ids[1]), abs=1e-6)
 
 
 @pytest.mark.warns("it has learned nothing")

@@ -96,7 +96,7 @@ def test_densities_of_timm_networks(
 def test_a_small_layer_keeps_a_connection() -> None:
     shares = layer_densities([(100, 100), (2, 2)], 1e-3, Initial("uniform"))
     assert layer_counts([10_000, 4], shares, 1e-3) == [9, 1]
-    with pytest.raises(ArgumentError, match=r"density=0.0001 of 10004 connections is less than 1 for each"):
+    with pytest.raises(ArgumentError, match=r"density=0.0001 gives 1 of 10,004 connections, and 2 layers need 2"):
         layer_counts([10_000, 4], layer_densities([(100, 100), (2, 2)], 1e-4, Initial("uniform")), 1e-4)
 
 
@@ -270,3 +270,28 @@ def test_every_invariant_on_the_whole_grid() -> None:
     for case in GRID:
         _assert_invariants(case, steps=6)
     print(f"{len(GRID)} combinations")
+
+
+def test_connections_that_came_late_are_counted_apart() -> None:
+    """What comes at the last step is in the mask and 0: both numbers are told, also while another task is shown."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(20, 20))
+    topology = SparseTopology(
+        {"w": weight}, 0.2, growth="random", schedule=PruneSchedule("constant", 0.5, stop=1.0, update_every=1)
+    )
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for _ in range(2):
+        topology.begin_task(1)
+        weight.square().sum().backward()
+        topology.after_backward()
+        optimizer.step()
+        topology.after_step(optimizer)
+        report = topology.reports[-1]
+        assert report.active == 80
+        assert report.nonzero == int((weight != 0).sum()) < 80
+        if topology.task:
+            with topology.activated(0):
+                assert topology.reports[-1] == report
+        topology.end_task()
+        assert topology.reports[-1] == report
+        assert int(topology.export(topology.task)["w"].count_nonzero()) == report.nonzero

@@ -69,7 +69,7 @@ def test_disjoint_masks_end_as_the_user_says() -> None:
 
     topology, weight = third("raise")
     before = weight.detach().clone()
-    with pytest.raises(ArgumentError, match="asks for 40 unused connections of 'w', and 20 are left"):
+    with pytest.raises(ArgumentError, match="asks for 40 unused connections of 'w', and 20 of its"):
         topology.begin_task(1)
     assert topology.tasks == 2
     assert not topology.running
