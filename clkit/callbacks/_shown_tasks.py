@@ -18,6 +18,8 @@ from clkit.surgery.task_networks import TaskNetworks
 
 __all__ = ["ShowsTasks"]
 
+_INSIDE = "evaluate inside `with callback.activate(task):`"
+
 
 class ShowsTasks(StreamCallback):
     """A callback that keeps a network for each task in one module, and shows each batch of an evaluation its own.
@@ -138,20 +140,20 @@ class ShowsTasks(StreamCallback):
             return found
         experience = self._brought.one_of(found, [self])
         if "switched" in self._brought.notes:
-            self._say("mixed", self._brought.notes["switched"], rank_zero_warn)
+            shown = f"a batch holds rows of several tasks, and all of them are shown the network of task {experience}"
+            self._say("mixed", f"{shown}; give a list with a loader for each task, or {_INSIDE}", rank_zero_warn)
         return experience
 
     def _say_guess(self, trainer: pl.Trainer, task: int, loaders: int) -> None:
         if trainer.state.fn == "fit":  # it is the task that trains, or the list is in the order of the tasks
             return
         unknown = "nothing says to which task the rows of plain loaders belong (no classes of its own), so"
-        inside = "evaluate inside `with callback.activate(task):`"
         if loaders > 1:
             order = f"{unknown} the loaders of the list are taken for those of tasks 0 to {loaders - 1}, in this order"
-            self._say("list", f"{order}; where that is wrong, {inside}", rank_zero_info)
+            self._say("list", f"{order}; where that is wrong, {_INSIDE}", rank_zero_info)
         else:
             last = f"{unknown} all are shown the network of task {task}, the last that was trained"
-            self._say("one", f"{last}; {inside}, or give a list with a loader for each task", rank_zero_warn)
+            self._say("one", f"{last}; {_INSIDE}, or give a list with a loader for each task", rank_zero_warn)
 
     def _say(self, kind: str, message: str, how: Any) -> None:
         if kind not in self._said:

@@ -101,7 +101,8 @@ def _making(about: dict[str, Any], part: str, weights: dict[str, Tensor]) -> lis
     """Return the lines that make the network, as far as they are known."""
     timm = about["timm"]
     if timm is None:
-        return [f"network = ...  # {f'the part {part!r} of ' if part else ''}a {about['network']}, made as for the run"]
+        what = f"the part {part!r} of a {about['network']}" if part else f"a {about['network']}"
+        return ["import torch", f"network = ...  # {what}, made as for the run"]
     lines = timm_code(timm, weights.get("conv1.weight"))
     if timm["objects"]:
         lines[0] += f"  # and {', '.join(timm['objects'])} as in the run"

@@ -140,7 +140,7 @@ def test_what_is_exported_says_why_it_is_not(tmp_path: Path, capsys: pytest.Capt
     again.load_state_dict(file["state_dict"])
     assert torch.equal(again.eval()(DIGITS[:64]), outputs(dst, module, 0)[:64])
     assert (file["network"], file["timm"], file["part"]) == ("sparse_runs.Net", None, "")
-    assert file["code"][0] == "network = ...  # a sparse_runs.Net, made as for the run"
+    assert file["code"][1] == "network = ...  # a sparse_runs.Net, made as for the run"
     assert (file["classes"], file["class_ids"]) == ([0, 1], [0, 1])
 
 

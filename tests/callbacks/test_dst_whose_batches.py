@@ -263,7 +263,7 @@ def test_a_batch_whose_task_is_guessed_is_said_once(tmp_path: Path, guessed: str
     if guessed == "several tasks":
         labels, said = (
             torch.arange(64) % 4,
-            "rows of several experiences, and DST evaluated all of them as experience 2",
+            "rows of several tasks, and all of them are shown the network of task 1; give a list",
         )
     else:
         labels, said = torch.rand(64), r"all are shown the network of task 1, the last.*with callback.activate\(task\):"
