@@ -34,7 +34,8 @@ class StreamEvaluation(FeatureCallback):
 
     Predictors are the module's own classifier and every callback that answers ``scores(features)``. After each
     experience one pass over the validation loader fills one row R[i, :] for all of them: Lightning's own validation
-    where one comes, a pass of this callback's own otherwise. With plain loaders the class of a row says whose it is.
+    where one comes, a pass of this callback's own otherwise. With plain loaders the class of a row says whose it is,
+    and ``test`` leaves what a validation has measured: its samples are others.
 
     Logged as ``<predictor>/<metric>``, as :mod:`clkit.metrics` defines them: ``accuracy_seen``,
     ``average_incremental_accuracy``, ``average_accuracy``, ``forgetting``, ``backward_transfer``, ``forward_transfer``,
