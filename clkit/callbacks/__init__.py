@@ -5,6 +5,7 @@ from clkit._registry import register_strategies
 from clkit.callbacks.aef_ocl import AEFOCL, Lift, PseudoFeatures
 from clkit.callbacks.base import FeatureCallback, Predictor, StreamCallback
 from clkit.callbacks.d_simplex import DSimplex
+from clkit.callbacks.deup import DEUP, Records
 from clkit.callbacks.dst import DST
 from clkit.callbacks.evaluation import StreamEvaluation
 from clkit.callbacks.head import HeadCallback
@@ -16,6 +17,7 @@ from clkit.surgery.fixed_classifier import attach_simplex_head, detach_simplex_h
 
 __all__ = [
     "AEFOCL",
+    "DEUP",
     "DST",
     "LDA",
     "NMC",
@@ -25,6 +27,7 @@ __all__ = [
     "Lift",
     "Predictor",
     "PseudoFeatures",
+    "Records",
     "StreamCallback",
     "StreamEvaluation",
     "StreamProgressBar",

@@ -207,12 +207,11 @@ class FeatureCallback(StreamCallback):
 
     A subclass that learns says in :meth:`learn` what it does with a training batch, and keeps what it learned by
     :meth:`~clkit.callbacks.StreamCallback.stream_state` and :meth:`~clkit.callbacks.StreamCallback.load_stream_state`.
-    Here is the rest: which pass the features come from, the check of the batch, rows without a label, batches of a
-    warm-up (which are not learned), and taking every hook off at the end. For a head in the form of
-    :mod:`clkit.methods` use :class:`~clkit.callbacks.HeadCallback`.
+    Here is the rest: which pass the features come from, the check of the batch, rows without a label, a warm-up. For a
+    head in the form of :mod:`clkit.methods` use :class:`~clkit.callbacks.HeadCallback`.
 
-    A subclass that also looks at batches of an evaluation names the stages in ``stages`` and overrides
-    :meth:`on_batch`, and :meth:`on_evaluation_start` and :meth:`on_evaluation_epoch_end` where it needs them.
+    One that also looks at batches of an evaluation names the stages in ``stages`` and overrides :meth:`on_batch`,
+    and :meth:`on_evaluation_start` and :meth:`on_evaluation_epoch_end` where it needs them.
 
     Args:
         layer: Where features are read; see :class:`~clkit.FeatureTap`.
@@ -224,9 +223,8 @@ class FeatureCallback(StreamCallback):
         stages: The stages whose batches are read.
         needs_graph: Whether training features are asked for with their graph, for a loss that is added in
             ``on_before_backward``: ``self.observer.features(graph=True)``.
-        observer: What the batch in work shows: its features, logits and targets. There is one while a run goes on, and
-            it reads the network from ``on_fit_start`` or the start of an evaluation on.
-        observers: That one, and further ones of a subclass, each with the callback whose reader it goes by.
+        observer: What the batch in work shows, features, logits and targets; from ``on_fit_start`` or an evaluation on.
+        observers: That one and further ones of a subclass, each with the callback by whose reader and pass it goes.
 
     Example:
         >>> class Count(FeatureCallback):
@@ -328,14 +326,16 @@ class FeatureCallback(StreamCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._reads = "train" in self.stages and self.learns(trainer)
         if self._reads:
-            how: dict[str, Any] = {"source": self.forward, "graph": self.needs_graph, "part": self}
-            key, loader = ("train", trainer.current_epoch, batch_idx), trainer.train_dataloader
-            self.observer.open(trainer, pl_module, batch, key, loader=loader, **how)
+            how: dict[str, Any] = {"graph": self.needs_graph, "loader": trainer.train_dataloader}
+            for observer, part in self.observers.items():
+                how |= {"part": part, "source": getattr(part, "forward", self.forward)}
+                observer.open(trainer, pl_module, batch, ("train", trainer.current_epoch, batch_idx), **how)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Read the batch once more where the step ran something else, before its network moves."""
         if self._reads:
-            self.observer.settle(self.forward)
+            for observer, part in self.observers.items():
+                observer.settle(getattr(part, "forward", self.forward))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -176,6 +176,10 @@ class TrainLoader(BatchLoader):
         self.epoch = epoch
         self._start = start
 
+    def rows(self, batch_idx: int) -> Rows:
+        """Return which rows of the source's training part make a batch."""
+        return self._keys[batch_idx][1]
+
     def _first(self) -> int:
         return self._start(self.epoch)
 

@@ -147,6 +147,8 @@ class KeyedRows:
 
     def _set_cuts(self) -> None:
         """Say up to which key a row may enter; rows in a stratum that is not full always may."""
+        if not self._seen.size:
+            return
         used = np.flatnonzero(self._used)
         at = np.searchsorted(self._seen, self._stratum[used])
         largest = np.zeros(self._seen.size, dtype=np.uint64)

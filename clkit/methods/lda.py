@@ -190,6 +190,12 @@ class LDAHead(Head):
         """What the scatter weighs in the shrunk covariance."""
         return 1.0 if isinstance(self.shrinkage, str) else 1 - self.shrinkage
 
+    def _frozen_factor(self, leverage: bool) -> Tensor | None:
+        return self._factor if self._solved().size else None
+
+    def _freeze(self, factor: Tensor) -> None:
+        self._factor = factor
+
     def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         if not scores.shape[1]:
             return scores

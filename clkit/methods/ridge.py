@@ -51,8 +51,8 @@ class AnalyticHead(Head):
               \mathrm{df}(\gamma) = \mathrm{tr} \, H (H^\top H + \gamma I)^{-1} H^\top
 
     So it is the same after merges, unlearning and in several processes. It costs an eigendecomposition at a solve,
-    about ten times what Cholesky costs, and nothing at a batch. ``chosen_gamma`` tells it, and
-    :meth:`leave_one_out` keeps to it: without a row the sums might choose another.
+    about ten times what Cholesky costs, and nothing at a batch. ``chosen_gamma`` tells it, and :meth:`leave_one_out`
+    keeps to it and to what balances the classes: without a row either might be another.
 
     Imbalance is corrected at solve time, never in what is learned; with :math:`m_c = \max_j n_j - n_c`:
 
@@ -254,19 +254,27 @@ class AnalyticHead(Head):
         return pad(mapped, (0, 1), value=1.0) if self.bias else mapped
 
     def _leverage_of(self, rows: Tensor) -> Tensor:
+        if self.recursion is None:
+            return self._leverage_under(self._real_factor(), rows)
         design = self._mapped(rows)
-        if self.recursion is not None:
-            return (design @ self.recursion.inverse * design).sum(dim=1).clamp(min=0)
-        white: Tensor = torch.linalg.solve_triangular(self._real_factor(), design.T, upper=False)
+        return (design @ self.recursion.inverse * design).sum(dim=1).clamp(min=0)
+
+    def _leverage_under(self, factor: Tensor, rows: Tensor) -> Tensor:
+        white: Tensor = torch.linalg.solve_triangular(factor, self._mapped(rows).T, upper=False)
         return white.square().sum(dim=0)
 
+    def _frozen_factor(self, leverage: bool) -> Tensor | None:
+        return self._real_factor() if leverage and self.recursion is None and self._solved().size else None
+
     def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
-        if self.balance != "none":
-            raise ConfigurationError(
-                f"balance={self.balance!r} has no exact leave-one-out form: what balances the classes changes with "
-                f'each row; use balance="none"'
-            )
-        return left_out_ridge_scores(self._score(rows, readout), self._leverage_of(rows), at)
+        scores = self._score(rows, readout)
+        if self.balance == "none" or self.recursion is not None:
+            if self.balance != "none":
+                raise ConfigurationError(f'balance={self.balance!r} has a leave-one-out form with solver="gram" only')
+            return left_out_ridge_scores(scores, self._leverage_of(rows), at)
+        lower, _, _, weights = self._balanced_system()
+        taken = self._leverage_under(self._factorised(lower, self.chosen_gamma), rows)
+        return left_out_ridge_scores(scores, taken if weights is None else taken * weights[at], at)
 
     def _check_allowed(self, verb: str) -> None:
         super()._check_allowed(verb)
@@ -288,27 +296,31 @@ class AnalyticHead(Head):
 
     def _solved_sums(self) -> Tensor:
         """Return W (D, k) of the balanced system."""
-        sums, counts = self.statistics.sums.to(torch.float64), self.statistics.counts.to(torch.float64)
-        rows = square = float(counts.sum())
-        if self.balance == "reweight":
-            weights = (1 / counts) * (counts.numel() / (1 / counts).sum())
-            lower = torch.einsum("c,cij->ij", weights, self.statistics.lower_class_grams().to(torch.float64))
-            sums, square = sums * weights[:, None], float((weights * counts).sum())
-        elif self.balance == "none" and self.gamma != "auto":
+        if self.balance == "none" and self.gamma != "auto":
+            sums = self.statistics.sums.to(torch.float64)
             return _same_for_same(torch.cholesky_solve(sums.T, self._real_factor()), sums)
-        else:
-            lower = self.statistics.lower_gram().to(torch.float64, copy=True)
-            for position, drawn, weight in self._pseudo_rows():
-                add_gram_(lower, drawn, weight)
-                if position is not None:
-                    sums[position] += weight * drawn.sum(dim=0)
-            if self.balance != "none":
-                rows = square = float(counts.max()) * counts.numel()
+        lower, sums, rows, weights = self._balanced_system()
         if self.gamma != "auto":
             return _same_for_same(torch.cholesky_solve(sums.T, self._factorised(lower, self.gamma)), sums)
         system = spectrum(lower, sums)
+        square = rows if weights is None else float((weights * self.statistics.counts).sum())
         self._chosen = system.best_gamma(rows, square)
         return _same_for_same(system.solve(self._chosen), sums)
+
+    def _balanced_system(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """Return Gram matrix (lower) and class sums with what balances them, how many rows they are, class weights."""
+        sums, counts = self.statistics.sums.to(torch.float64), self.statistics.counts.to(torch.float64)
+        if self.balance == "reweight":
+            weights = (1 / counts) * (counts.numel() / (1 / counts).sum())
+            lower = torch.einsum("c,cij->ij", weights, self.statistics.lower_class_grams().to(torch.float64))
+            return lower, sums * weights[:, None], float(counts.sum()), weights
+        lower = self.statistics.lower_gram().to(torch.float64, copy=True)
+        for position, drawn, weight in self._pseudo_rows():
+            add_gram_(lower, drawn, weight)
+            if position is not None:
+                sums[position] += weight * drawn.sum(dim=0)
+        rows = float(counts.sum()) if self.balance == "none" else float(counts.max()) * counts.numel()
+        return lower, sums, rows, None
 
     def _balanced_recursion(self) -> Tensor:
         """Return W (D, k) after the pseudo-features, on copies."""
@@ -384,5 +396,5 @@ class AnalyticHead(Head):
 
 
 def _same_for_same(solved: Tensor, sums: Tensor) -> Tensor:
-    """Return W (D, k), in which classes with equal sums (k, D) get equal weights."""
+    """Return W (D, k) with equal weights for classes with equal sums (k, D)."""
     return solved if (duplicates := first_equal(sums)) is None else solved[:, duplicates]

@@ -72,6 +72,7 @@ FEATURE_SIGNS = {
 
 _MEMORY = ("log_knn", "gmm", "kde")
 _LOGITS = ("entropy", "energy")
+_OF_SCORES = ("confidence", "margin", *_LOGITS)
 _NEIGHBOUR = 5
 _LARGEST_GAP = 50.0  # also between the best score and that of a rival that is not there
 _LARGEST_LEVERAGE = 0.999  # of a row whose class is dropped
@@ -80,13 +81,13 @@ _SAME = 1e-6  # a row is in the memory if one is so near, relative to its length
 
 
 def stationarising_features(
-    names: Sequence[str], snapshot: Snapshot, features: Tensor, scores: Tensor, *, probabilities: bool
+    names: Sequence[str], snapshot: Snapshot | None, features: Tensor, scores: Tensor, *, probabilities: bool
 ) -> Tensor:
     """Return the features of inputs that were not learned.
 
     Args:
         names: Which, in the order of the columns; see :data:`FEATURE_SIGNS`.
-        snapshot: What is known.
+        snapshot: What is known; ``None`` will do where all names are of scores alone.
         features: (B, D) of any floating dtype, as the statistics of the snapshot have learned them.
         scores: (B, C) of the predictor, of any floating dtype, ``-inf`` for classes not seen.
         probabilities: Whether the softmax of the scores are probabilities: they are logits, not distances or the
@@ -215,7 +216,7 @@ class _View:
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: Snapshot | None,
         features: Tensor,
         scores: Tensor,
         probabilities: bool,
@@ -224,8 +225,8 @@ class _View:
         leverage: Tensor | None = None,
         learned: bool = True,
     ) -> None:
-        self.snapshot, self.probabilities, self.without, self.learned = snapshot, probabilities, without, learned
-        rows = snapshot.relative(features)
+        self._snapshot, self.probabilities, self.without, self.learned = snapshot, probabilities, without, learned
+        rows = features.detach().to(torch.float64) if snapshot is None else snapshot.relative(features)
         finite = rows.isfinite().all(dim=1)
         self.rows = torch.where(finite[:, None], rows, 0.0)
         self.number = torch.arange(len(rows), device=rows.device)
@@ -234,15 +235,20 @@ class _View:
             raise BatchError(f"scores must have shape ({len(rows)}, C), one row for each of the features, got {seen}")
         self.scores = scores.detach().to(device=rows.device, dtype=torch.float64, copy=True)
         self.usable = finite & ~self.scores.isnan().any(dim=1)
-        self.at = None if targets is None else class_positions(snapshot.classes, targets, len(rows))
+        self.at = None if targets is None else class_positions(self.snapshot.classes, targets, len(rows))
         if without == "class" and self.at is not None and len(rows):
-            dropped = snapshot.classes[self.at]
+            dropped = self.snapshot.classes[self.at]
             if int(dropped.max()) >= scores.shape[1]:
                 raise BatchError(f"scores have {scores.shape[1]} columns and a target is {int(dropped.max())}")
             self.scores[self.number, dropped] = -torch.inf
         if leverage is not None and leverage.shape != (len(rows),):
             raise BatchError(f"leverage must have shape ({len(rows)},), got {tuple(leverage.shape)}")
         self._leverage = leverage
+
+    @property
+    def snapshot(self) -> Snapshot:
+        assert self._snapshot is not None  # or it was refused
+        return self._snapshot
 
     @cached_property
     def leverage(self) -> Tensor:
@@ -366,6 +372,8 @@ def _columns(names: Sequence[str], view: _View) -> Tensor:
     for name in names:
         if name not in FEATURE_SIGNS:
             raise ArgumentError(f"there is no stationarising feature {name!r}{did_you_mean(name, FEATURE_SIGNS)}")
+        if name not in _OF_SCORES and view._snapshot is None:
+            raise ConfigurationError(f"the feature {name!r} needs a snapshot of what is known, got None")
         if name in _MEMORY and view.snapshot.memory is None:
             raise ConfigurationError(f"the feature {name!r} needs a memory: give one to Snapshot.of")
         if name in _LOGITS and not view.probabilities:

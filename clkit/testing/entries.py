@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from clkit.arguments import check_arguments
-from clkit.callbacks import AEFOCL, DST, LDA, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
+from clkit.callbacks import AEFOCL, DEUP, DST, LDA, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, PruneSchedule
 from clkit.strategies import (
@@ -171,6 +171,7 @@ def clkit_entries() -> list[Entry]:
             processes="agree",
         ),
         callback("LDA", make=LDA),
+        callback("DEUP", make=partial(DEUP, abstain_rate=0.2, coverage=0.8), learns=False, processes="agree"),
         callback(
             "StreamEvaluation",
             make=partial(StreamEvaluation, table=False, figures=False),

@@ -15,6 +15,7 @@ from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, Novelty
 from clkit.methods._leave_one_out import left_out_ridge_scores
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
+from clkit.methods.heads.pseudo_features import pseudo_features
 
 SIZES = [(64, 100), (512, 700)]  # D, N < 2 D
 METRICS = ("janson", "euclidean", "icarl", "cosine")
@@ -160,12 +161,44 @@ def test_a_row_that_was_never_learned_is_refused(make: Any) -> None:
         head.leave_one_out(features[:2], targets[:1])
 
 
+@pytest.mark.parametrize("gamma", [1.0, "auto"])
 @pytest.mark.parametrize("balance", ["pfg", "expected", "reweight"])
-def test_what_has_no_exact_form_is_refused_by_name(balance: Any) -> None:
-    features, targets = sample(64, 100)
-    head = AnalyticHead(64, balance=balance)
+def test_what_balances_the_classes_stays_while_a_row_is_left_out(balance: Any, gamma: Any) -> None:
+    """Beside a solution in NumPy of all rows but one, with the pseudo-features or weights of all rows."""
+    features, targets = sample(16, 60)
+    targets[:20] = 1
+    head = AnalyticHead(16, gamma=gamma, balance=balance)
     head.update(features, targets)
-    with pytest.raises(ConfigurationError, match=f"balance='{balance}' has no exact leave-one-out form"):
+    classes, counts = np.unique(targets.numpy(), return_counts=True)
+    x, y = features.numpy(), np.eye(len(classes))[np.searchsorted(classes, targets.numpy())]
+    weight = np.ones(len(x))
+    extra, extra_y = [np.zeros((0, 16))], [np.zeros((0, len(classes)))]
+    for place, (label, count) in enumerate(zip(classes, counts, strict=True)):
+        own, missing = x[targets.numpy() == label], counts.max() - count
+        if balance == "reweight":
+            weight[targets.numpy() == label] = 1 / count * len(classes) / (1 / counts).sum()
+        elif balance == "pfg" and missing:
+            moments = (torch.from_numpy(own.mean(0)), torch.from_numpy(own.std(0, ddof=1)))
+            drawn = torch.cat(list(pseudo_features(*moments, int(missing), class_id=int(label)))).numpy()
+            extra.append(drawn)
+            extra_y.append(np.tile(np.eye(len(classes))[place], (missing, 1)))
+        elif balance == "expected":
+            extra += [np.sqrt(missing) * own.mean(0)[None], np.diag(np.sqrt(missing) * own.std(0, ddof=1))]
+            extra_y += [np.sqrt(missing) * np.eye(len(classes))[place][None], np.zeros((16, len(classes)))]
+    found = head.leave_one_out(features, targets)[:, torch.from_numpy(classes)].numpy()
+    for row in (1, 21, 40, 59):
+        scale = np.sqrt(np.where(np.arange(len(x)) == row, 0, weight))[:, None]
+        h, t = np.concatenate([scale * x, *extra]), np.concatenate([scale * y, *extra_y])
+        w = np.linalg.solve(h.T @ h + head.chosen_gamma * np.eye(16), h.T @ t)
+        seen = np.isfinite(found[row])
+        np.testing.assert_allclose(found[row][seen], (x[row] @ w)[seen], atol=1e-9)
+
+
+def test_recursion_with_pseudo_features_is_refused_by_name() -> None:
+    features, targets = sample(16, 60)
+    head = AnalyticHead(16, balance="pfg", solver="recursive")
+    head.update(features, targets)
+    with pytest.raises(ConfigurationError, match="balance='pfg' has a leave-one-out form with solver"):
         head.leave_one_out(features, targets)
 
 

@@ -13,6 +13,7 @@ from clkit.methods._leave_one_out import class_positions
 from clkit.methods._state import LOADED, exact
 from clkit.methods._sums import masked_batch_error
 from clkit.methods.heads.feature_map import FeatureMap
+from clkit.methods.heads.frozen import FrozenHead
 from clkit.methods.heads.readout import Readout
 from clkit.methods.statistics import FeatureStatistics
 from clkit.schema import Kind, Settings, read_state
@@ -191,6 +192,30 @@ class Head(nn.Module):
             last = self.counts[at] == 1
             scores[last, at[last]] = -torch.inf
             return self._in_columns(scores, readout, features)
+
+    def frozen(self, *, leverage: bool = False) -> FrozenHead:
+        """Return what the head says now, as a function of features that no later learning changes.
+
+        Args:
+            leverage: Whether the :meth:`~FrozenHead.leverage` of features is asked for too, where the head has one.
+
+        Example:
+            >>> from clkit.methods import NearestMeanHead
+            >>> head, row = NearestMeanHead(1, metric="euclidean"), torch.tensor([[3.0]])
+            >>> head.update(torch.tensor([[1.0]]), torch.tensor([0]))
+            >>> then = head.frozen()
+            >>> head.update(torch.tensor([[5.0]]), torch.tensor([0]))
+            >>> then(row), head(row)
+            (tensor([[-4.]]), tensor([[0.]]))
+        """
+        return FrozenHead(self, self._solved(), self._frozen_factor(leverage))
+
+    def _frozen_factor(self, leverage: bool) -> Tensor | None:
+        """Return what a frozen head needs beside the read-out: a Cholesky factor, or nothing."""
+        return None
+
+    def _freeze(self, factor: Tensor) -> None:
+        """Score by this factor from now on."""
 
     def scores_seen(self, features: Tensor) -> Tensor:
         """Return (B, k) float64 scores of the seen classes only, in the order of :attr:`classes`, on their device."""

@@ -1,0 +1,177 @@
+"""What was learned at each layer that a run reads: sums and rows, by the point at which features are read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from clkit.callbacks._deup_parts import Records
+from clkit.callbacks._known_rows import KnownRows
+from clkit.distributed import gather_objects
+from clkit.methods.heads.base import Head
+from clkit.methods.stationarising import Snapshot
+from clkit.schema import Instance, Many, Named, Table, Whole, read_own
+
+__all__ = ["LearnedLayers"]
+
+Leverage = Callable[[Tensor], Tensor] | None
+
+_RANK = 2**40  # ids of samples of one process, where no stream numbers them
+_MOST = 2**31  # no classifier has a column for higher ids
+
+
+class LearnedLayers:
+    """Sums and rows at each layer, and which classes and how many samples came.
+
+    Args:
+        settings: How much is kept.
+        novelty: Whether the distance from everything learned is wanted too.
+    """
+
+    def __init__(self, settings: Records, *, novelty: bool) -> None:
+        self._options: dict[str, Any] = {
+            "kind": settings.memory,
+            "size": settings.memory_size,
+            "seed": settings.seed,
+            "shrinkage": settings.shrinkage,
+            "novelty": novelty,
+        }
+        self._known: dict[str, KnownRows] = {}
+        self._kept: dict[str, KnownRows] = {}  # as they were when what heads say was brought up to date
+        self._reread: dict[str, KnownRows] = {}  # by predictor, of samples kept out of training
+        self._views: dict[Any, tuple[Any, Snapshot]] = {}
+        self.classes: set[int] = set()  # that training brought
+        self._new: list[Tensor] = []  # targets that were not looked at yet
+        self._numbered = 0  # samples that no stream numbers
+
+    # ---- learning
+
+    def ids(self, trainer: pl.Trainer, batch_idx: int, size: int) -> Tensor:
+        """Return the numbers (B,) of the samples of a training batch: the rows of a stream, else counted."""
+        loader: Any = trainer.train_dataloader
+        if hasattr(loader, "rows"):
+            return torch.as_tensor(loader.rows(batch_idx))
+        first = trainer.global_rank * _RANK + self._numbered
+        self._numbered += size
+        return torch.arange(first, first + size)
+
+    def learn(self, point: str, features: Tensor, targets: Tensor, ids: Tensor) -> None:
+        """Learn rows at a layer: (B, D) features, (B,) targets and ids; those without a label are left out."""
+        if point not in self._known:
+            self._known[point] = KnownRows(features.shape[1], **self._options)
+        self._known[point].learn(features.detach().double(), targets, ids)
+
+    def see_classes(self, targets: Tensor) -> None:
+        """Note which classes came."""
+        self._new.append(targets.detach())
+        if len(self._new) >= 64:  # so that not every step has to wait for its device
+            self._look()
+
+    def _look(self) -> None:
+        if self._new:
+            found = torch.unique(torch.cat(self._new)).tolist()
+            self.classes.update(label for label in found if 0 <= label < _MOST)
+            self._new = []
+
+    def keep(self, point: str) -> None:
+        """Keep what is known at a layer as it is now, whatever will be learned."""
+        known = self._known.get(point)
+        if known is not None and (point not in self._kept or self._kept[point].rows_seen != known.rows_seen):
+            self._kept[point] = copy.deepcopy(known)
+
+    def synchronize(self, false_alarm_rate: float | None) -> None:
+        """Put together what all processes have; a call on all of them."""
+        self._look()
+        for classes in gather_objects(self.classes, "the classes that came"):
+            self.classes |= classes
+        for point in sorted(self._known):
+            self._known[point].synchronize()
+            if false_alarm_rate is not None:
+                self._known[point].set_alarm(false_alarm_rate)
+
+    def reread(self, name: str, features: Tensor, targets: Tensor, ids: Tensor) -> tuple[KnownRows, Tensor]:
+        """Take samples kept out of training for what is known of a predictor; return which of them have a place."""
+        known = KnownRows(features.shape[1], **{**self._options, "kind": "features"})
+        known.reread = True
+        known.learn(features, targets, ids)
+        self._reread[name] = known
+        assert known.memory is not None
+        return known, torch.isin(ids, known.memory.ids)
+
+    # ---- what is known
+
+    def known(self, point: str) -> KnownRows | None:
+        """Return what is known at a layer, if anything."""
+        return self._known.get(point)
+
+    def why_stale(self, point: str, head: Head | None) -> str:
+        """Return why the rows at a layer are not in the sums of a head, each exactly once; nothing if they are."""
+        known = self._known.get(point)
+        if head is None or known is None:
+            return "nothing was learned"
+        own, seen = head, known.statistics
+        same = own.classes.numel() == seen.classes.numel() and torch.equal(own.classes.cpu(), seen.classes.cpu())
+        if not same or not torch.equal(own.counts.cpu(), seen.counts.cpu()):
+            return (
+                f"it has learned {int(own.counts.sum())} rows where {int(seen.counts.sum())} came: others, or the same "
+                "ones again"
+            )
+        return ""
+
+    def view(self, name: str, point: str, leverage: Leverage) -> Snapshot | None:
+        """Return what samples are compared with for a predictor that reads a layer."""
+        return self._view(name, self._reread.get(name) or self._known.get(point), leverage)
+
+    def kept_view(self, name: str, point: str, leverage: Leverage) -> Snapshot | None:
+        """Return the same as it was when :meth:`keep` was called."""
+        return self._view((name, "kept"), self._kept.get(point), leverage)
+
+    def _view(self, key: Any, known: KnownRows | None, leverage: Leverage) -> Snapshot | None:
+        if known is None or not known.statistics.samples:
+            return None
+        version = (id(known), known.statistics.version)
+        if key not in self._views or self._views[key][0] != version:
+            self._views[key] = version, known.snapshot()
+        found = self._views[key][1]
+        return found if leverage is None else replace(found, leverage=leverage)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything: tensors and plain types."""
+        self._look()
+        groups = {"known": self._known, "kept": self._kept, "reread": self._reread}
+        saved: dict[str, Any] = {
+            group: {name: each.state_dict() for name, each in known.items()} for group, known in groups.items()
+        }
+        return {**saved, "classes": sorted(self.classes), "numbered": self._numbered}
+
+    def load_state_dict(self, state: Any, owner: str) -> None:
+        """Take it up.
+
+        Raises:
+            StateError: If it does not fit.
+        """
+        saved = read_own(state, _TABLE, owner)
+        options = self._options
+        for group, known in (("known", self._known), ("kept", self._kept), ("reread", self._reread)):
+            kind = {"kind": "features"} if group == "reread" else {}
+            for name, own in saved[group].items():
+                known[name] = KnownRows.load(own, f"{owner}: {group} at {name}", **{**options, **kind})
+                known[name].reread = group == "reread"
+        self.classes, self._numbered = set(saved["classes"]), saved["numbered"]
+
+
+_TABLE: Table = {
+    "known": Named(Instance(dict)),
+    "kept": Named(Instance(dict)),
+    "reread": Named(Instance(dict)),
+    "classes": Many(Whole(most=_MOST)),
+    "numbered": Whole(),
+}
