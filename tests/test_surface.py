@@ -90,6 +90,7 @@ PUBLIC = {
     },
     "clkit.callbacks": {
         "AEFOCL",
+        "DEUP",
         "DST",
         "DSimplex",
         "LDA",
@@ -99,6 +100,7 @@ PUBLIC = {
         "Lift",
         "Predictor",
         "PseudoFeatures",
+        "Records",
         "StreamCallback",
         "StreamEvaluation",
         "StreamProgressBar",

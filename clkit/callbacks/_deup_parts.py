@@ -76,19 +76,17 @@ class Settings:
     sources: Sequence[str] | Literal["auto"]
     model: ErrorModelName
     aleatoric: Any
-    novelty: float
-    capacity: int
-    holdout: float
-    seed: int
+    records: Records
     abstain_rate: float | None
     risk: float | None
     delta: float
     coverage: float | None
     class_conditional: bool
     adaptive: float
+    false_alarm_rate: float | None
 
     def __post_init__(self) -> None:
-        for name in ("abstain_rate", "risk", "delta", "coverage"):
+        for name in ("abstain_rate", "risk", "delta", "coverage", "false_alarm_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < check_number(name, value) < 1:
                 raise ArgumentError(f"{name} must be between 0 and 1, got {value}")
@@ -108,7 +106,7 @@ class Settings:
     @property
     def held_out(self) -> float:
         """Share of the records that is kept out of the fit: none where no threshold is asked for."""
-        return self.holdout if self.abstain_rate is not None or self.risk is not None else 0.0
+        return self.records.holdout if self.abstain_rate is not None or self.risk is not None else 0.0
 
 
 class Rows(NamedTuple):

@@ -213,15 +213,15 @@ class Judging:
                 groups["classes not learned"] = samples.total[~known]
             how: dict[str, Any] = {"threshold": threshold, "xlabel": "total uncertainty", "title": name}
             figures[f"{file}_spread"] = drawn.plot_histograms(groups, **how)[0]
-            table, learned = self._course(name)
+            table, learned = self.course(name)
             if len(table):
                 ylabel = "mean total uncertainty"
                 figures[f"{file}_learning"] = drawn.plot_around_learning(table, learned, ylabel=ylabel, title=name)[0]
         return figures
 
-    def _course(self, name: str) -> tuple[Tensor, Tensor]:
+    def course(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the mean total (T, K) by stage and class, and when each class was learned; nothing if always after."""
-        of = {at: mean for at, mean in self._history[name].items() if at[1] in self._came}
+        of = {at: mean for at, mean in self._history.get(name, {}).items() if at[1] in self._came}
         classes = sorted({label for _, label in of})
         if not any(stage < self._came[label] for stage, label in of):
             return torch.empty(0, 0), torch.empty(0)

@@ -52,14 +52,15 @@ class LearnedLayers:
 
     # ---- learning
 
-    def ids(self, trainer: pl.Trainer, batch_idx: int, size: int) -> Tensor:
-        """Return the numbers (B,) of the samples of a training batch: the rows of a stream, else counted."""
+    def ids(self, trainer: pl.Trainer, batch_idx: int, targets: Tensor) -> Tensor:
+        """Return the numbers (B,) of the samples of a training batch: the rows of a stream, else those with a label."""
         loader: Any = trainer.train_dataloader
         if hasattr(loader, "rows"):
             return torch.as_tensor(loader.rows(batch_idx))
+        before = (targets >= 0).cumsum(0).cpu()
         first = trainer.global_rank * _RANK + self._numbered
-        self._numbered += size
-        return torch.arange(first, first + size)
+        self._numbered += int(before[-1]) if len(before) else 0
+        return (first + before - 1).clamp(min=0)
 
     def learn(self, point: str, features: Tensor, targets: Tensor, ids: Tensor) -> None:
         """Learn rows at a layer: (B, D) features, (B,) targets and ids; those without a label are left out."""

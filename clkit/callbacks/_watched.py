@@ -55,7 +55,7 @@ class Watched:
         self.names: tuple[str, ...] = ()
         self.sources: tuple[str, ...] = ()
         self.errors = ErrorPredictor()
-        self.records = ErrorRecords(settings.capacity, seed=settings.seed)
+        self.records = ErrorRecords(settings.records.capacity, seed=settings.records.seed)
         self.sets: PredictionSets | None = None
         if settings.coverage is not None:
             how = {"class_conditional": settings.class_conditional, "adaptive": settings.adaptive}
@@ -116,14 +116,14 @@ class Watched:
                 )
             of_rows = () if stale else _OF_ROWS if rows == "features" or trains else _OF_ROWS[:-1]
             names = (*of_rows, *_OF_SCORES, *(_OF_LOGITS if self.probabilities and stale else ()))
-        self.sources = tuple(each for each in sources if each != "novel" or self.settings.novelty > 0)
+        self.sources = tuple(each for each in sources if each != "novel" or self.settings.records.novelty > 0)
         if tuple(names) != self.names:
             self.names = tuple(names)
             self.errors = self._new_errors()
 
     def _new_errors(self) -> ErrorPredictor:
         signs = [FEATURE_SIGNS[name] for name in self.names] if self.settings.model in ("forest", "gbt") else None
-        return ErrorPredictor(self.settings.model, signs, seed=self.settings.seed)
+        return ErrorPredictor(self.settings.model, signs, seed=self.settings.records.seed)
 
     def phi(self, view: Snapshot | None, rows: Rows) -> Tensor:
         """Return the features (n, K) of samples that were not learned."""
@@ -143,9 +143,10 @@ class Watched:
         self.arrived.samples += len(wrong)
         self.arrived.wrong += float(wrong.sum())
         self.arrived.loss += float(sample_loss(self.settings.loss, rows.scores, rows.targets).sum())
-        if "prequential" in self.sources:
+        knows = view is not None or not set(self.names) - {*_OF_SCORES, *_OF_LOGITS}
+        if "prequential" in self.sources and knows:
             self._record("prequential", rows, view, experience, step)
-        if self.settings.held_out and self.errors.is_fitted and (view is not None or not self.needs_rows):
+        if self.settings.held_out and self.errors.is_fitted and knows:
             abstain = self.judge(rows.features, rows.scores, view).abstain
             assert abstain is not None
             self.arrived.judged += len(wrong)
@@ -257,7 +258,7 @@ class Watched:
         if known is not None:
             seen = known.statistics
             counts = dict(zip(seen.classes.tolist(), seen.counts.tolist(), strict=True))
-        novelty = asked.novelty if "novel" in self.sources else 0.0
+        novelty = asked.records.novelty if "novel" in self.sources else 0.0
         self.errors.fit(*self.records.training_set(counts, novelty=novelty, holdout=asked.held_out))
         if asked.held_out:
             held = self.records.held_out(counts, holdout=asked.held_out)

@@ -19,7 +19,6 @@ from clkit.callbacks._watched import Watched
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage, StreamCallback
 from clkit.errors import ArgumentError, ConfigurationError, TapError
 from clkit.features.observer import BatchObserver, FeaturesFrom
-from clkit.methods._checks import check_number
 from clkit.methods.deup import ErrorModelName
 from clkit.methods.sample_loss import SampleLoss
 from clkit.schema import Instance, Named, Table, Whole, read_own
@@ -123,24 +122,20 @@ class DEUP(FeatureCallback):
         self.kept = records
         self.aleatoric = aleatoric
         self.false_alarm_rate = false_alarm_rate
-        if false_alarm_rate is not None and not 0 < check_number("false_alarm_rate", false_alarm_rate) < 1:
-            raise ArgumentError(f"false_alarm_rate must be between 0 and 1, got {false_alarm_rate}")
         self._settings = Settings(
             loss=loss,
             features=features,
             sources=sources,
             model=model,
             aleatoric=aleatoric,
-            novelty=records.novelty,
-            capacity=records.capacity,
-            holdout=records.holdout,
-            seed=records.seed,
+            records=records,
             abstain_rate=abstain_rate,
             risk=risk,
             delta=delta,
             coverage=coverage,
             class_conditional=class_conditional,
             adaptive=adaptive,
+            false_alarm_rate=false_alarm_rate,
         )
         self._watched: dict[str, Watched] = {}
         self._observer_of: dict[str, BatchObserver] = {}
@@ -158,6 +153,10 @@ class DEUP(FeatureCallback):
     def reports(self) -> dict[str, dict[str, float]]:
         """Metrics of each predictor in the last evaluation, by name; as they are logged."""
         return self._judging.reports
+
+    def course(self, predictor: str) -> tuple[Tensor, Tensor]:
+        """Return the mean total (T, K) by stage and class, NaN where not evaluated, and when each class was learned."""
+        return self._judging.course(predictor)
 
     def error_predictor(self, predictor: str) -> Watched:
         """Return the error predictor of a predictor.
@@ -271,7 +270,9 @@ class DEUP(FeatureCallback):
         if stage != "train":
             self._judging.on_batch()
             return
-        ids = self._layers.ids(trainer, batch_idx, len(self.observer.known_targets))
+        for observer, part in self.observers.items():
+            self._checked(observer.features(getattr(part, "forward", self.forward)), observer.known_targets)
+        ids = self._layers.ids(trainer, batch_idx, self.observer.known_targets)
         current = self._boundaries.current
         experience, logged = 0 if current is None else current.index, is_logged(trainer)
         for name, rows in self._judging.rows(ids, arriving=True).items():
@@ -288,7 +289,7 @@ class DEUP(FeatureCallback):
                 features = observer.features(getattr(readers[0].predictor, "forward", self.forward))
                 self._layers.learn(observer.point, features, observer.known_targets, ids)
         self._layers.see_classes(self.observer.known_targets)
-        self._at += 1
+        self._at += bool((self.observer.known_targets >= 0).any())
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Count anew."""

@@ -40,6 +40,8 @@ def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None
     from matplotlib.figure import Figure
 
     shown = {name: summary for name, summary in results.items() if summary["accuracy_matrix"]}
+    if not shown:  # the run failed before its first row
+        return
     columns = min(len(shown), MOST_COLUMNS)
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(4.6 * columns, 4.4 * rows), layout="constrained")

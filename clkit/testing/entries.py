@@ -171,7 +171,15 @@ def clkit_entries() -> list[Entry]:
             processes="agree",
         ),
         callback("LDA", make=LDA),
-        callback("DEUP", make=partial(DEUP, abstain_rate=0.2, coverage=0.8), learns=False, processes="agree"),
+        callback(
+            "DEUP",
+            make=partial(DEUP, "module", abstain_rate=0.2),
+            yaml={"class_path": "clkit.callbacks.DEUP", "init_args": {"predictor": "module", "abstain_rate": 0.2}},
+            reads_batches=False,  # what the module's own step makes of them is what it judges
+            needs_gradients=True,  # alone, for want of another predictor
+            processes="agree",
+            volatile=("report",),  # the course of an earlier run's evaluations, of which a kill may lose the last
+        ),
         callback(
             "StreamEvaluation",
             make=partial(StreamEvaluation, table=False, figures=False),

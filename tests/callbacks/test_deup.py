@@ -23,7 +23,7 @@ from clkit.strategies import ERStrategy
 from clkit.testing._compare import changed
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(the samples that val_fraction keeps|the network trains, so that|backbone still trains|no prediction sets for module)"
+    "ignore:.*(samples that val_fraction keeps|network trains, so that|backbone still trains|no prediction sets for)"
 )
 BY_ARRIVAL = Records(refresh=1, novelty=0.0)
 
@@ -222,7 +222,7 @@ def test_uncertainty_falls_when_a_class_is_learned_and_finds_what_is_new(said: A
         assert report["selective_risk"] < report["mean_loss"]
         assert 0.85 < report["coverage"] <= 1
         assert report["false_alarms"] < 0.15 < 0.3 < report["new_found"]
-        table, learned = deup._judging._course(name)
+        table, learned = deup.course(name)
         for column, stage in enumerate(learned.tolist()):
             if 0 < stage < 3:
                 assert table[stage - 1, column] > 1.5 * table[stage, column]

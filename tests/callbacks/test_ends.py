@@ -69,6 +69,19 @@ ENDS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def test_a_fit_that_fails_before_its_first_row_says_why(tmp_path: Path) -> None:
+    """Also where the untrained network was measured, so that there are results without a row to draw."""
+
+    class Fails(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise StopError
+
+    stream = StreamDataModule("digits:flat", ClassIncremental(experiences=2), evaluate="all")
+    trainer = quiet_trainer(tmp_path, strategy="auto", callbacks=[StreamEvaluation(table=False)], max_epochs=-1)
+    with pytest.raises(StopError):
+        trainer.fit(Fails(), datamodule=stream)
+
+
 @pytest.mark.parametrize(
     ("end", "streamed"),
     # a stream refuses early stopping, which would end it within an experience
