@@ -93,7 +93,8 @@ class Judging:
     def _said(self) -> dict[str, _Said]:
         """Return what is said of the batch in work, by predictor; worked out once."""
         owner = self._owner
-        return owner.observer.remember(("deup", id(owner)), self._judge)  # type: ignore[no-any-return]  # it is a memo
+        key = ("deup", id(owner))
+        return owner.observer.remember(key, lambda: self._keep(self._judge()))  # type: ignore[no-any-return]  # a memo
 
     def _judge(self) -> dict[str, _Said]:
         owner, said = self._owner, {}
@@ -115,9 +116,12 @@ class Judging:
         return said
 
     def on_batch(self) -> None:
-        """Keep what is said of the labelled samples of the batch in work, and what they were."""
+        """Judge the batch in work, whoever asks first, and keep what is said of its labelled samples."""
+        self._said()
+
+    def _keep(self, everything: dict[str, _Said]) -> dict[str, _Said]:
         owner = self._owner
-        for name, said in self._said().items():
+        for name, said in everything.items():
             observer = owner._observer_of[name]
             if observer.targets is None:
                 continue
@@ -152,10 +156,12 @@ class Judging:
             )
             whole = labelled & kept.total.isfinite() & kept.loss.isfinite()
             self._samples.setdefault(name, []).append(_Samples(*(each[whole] for each in kept)))
+        return everything
 
     def columns(self) -> dict[str, Tensor]:
         """Return the columns of the batch in work."""
-        prefix, columns = self._owner.name and f"{self._owner.name}_", {}
+        prefix = self._owner.name and f"{self._owner.name}_"
+        columns: dict[str, Tensor] = {}
         for name, said in self._said().items():
             of = {**said.judgement.uncertainty._asdict(), "abstain": said.judgement.abstain}
             of["set_size"] = None if said.judgement.sets is None else said.judgement.sets.sum(dim=1)
@@ -181,6 +187,8 @@ class Judging:
         own = {name: _joined(parts) for name, parts in self._samples.items()}
         parts = gather_objects(own, "what they said of their samples")
         names = list(dict.fromkeys(name for part in parts for name in part))
+        if not names:  # it was concluded before
+            return self.reports
         self._last = {name: _joined([part[name] for part in parts if name in part]) for name in names}
         self._samples = {}
         self.reports = {name: report(samples) for name, samples in self._last.items() if len(samples.total)}
@@ -190,7 +198,7 @@ class Judging:
             self._came.setdefault(label, stage)
         for name, samples in self._last.items():
             of = self._history.setdefault(name, {})
-            for label in samples.target.unique().tolist():
+            for label in torch.unique(samples.target).tolist():
                 of[stage, int(label)] = float(samples.total[samples.target == label].mean())
         return self.reports
 

@@ -9,7 +9,7 @@ from clkit.errors import ConfigurationError
 from clkit.features.tap import FeatureTap
 from clkit.stream._lightning import callbacks_of, datamodule_of, is_fast_dev_run
 
-__all__ = ["check_last_epoch_is_known", "is_last_epoch", "leaves_behind", "on_second_epoch"]
+__all__ = ["backbone_trains", "check_last_epoch_is_known", "is_last_epoch", "leaves_behind", "on_second_epoch"]
 
 
 def is_last_epoch(trainer: pl.Trainer) -> bool:
@@ -20,7 +20,7 @@ def is_last_epoch(trainer: pl.Trainer) -> bool:
     return trainer.max_epochs == trainer.current_epoch + 1
 
 
-def _backbone_trains(tap: FeatureTap) -> bool:
+def backbone_trains(tap: FeatureTap) -> bool:
     """Whether a parameter of the tapped network still trains that is not its classifier's."""
     own = set() if tap.classifier is None else {id(parameter) for parameter in tap.classifier.parameters()}
     return any(parameter.requires_grad and id(parameter) not in own for parameter in tap.network.parameters())
@@ -29,12 +29,12 @@ def _backbone_trains(tap: FeatureTap) -> bool:
 def leaves_behind(trainer: pl.Trainer, tap: FeatureTap) -> bool:
     """Whether the network goes on from that of earlier experiences, which no callback keeps for evaluations."""
     kept = any(hasattr(callback, "network_of") for callback in callbacks_of(trainer))
-    return not kept and _backbone_trains(tap)
+    return not kept and backbone_trains(tap)
 
 
 def on_second_epoch(tap: FeatureTap, counts_epochs: bool) -> str:
     """Return what learning a second epoch over an experience does, nothing if it changes nothing."""
-    if _backbone_trains(tap):
+    if backbone_trains(tap):
         return (
             "the backbone trains for several epochs, so what was learned in earlier ones does not fit its features any "
             "more; pass epochs='last' to learn in the last epoch of each experience alone"

@@ -24,6 +24,9 @@ __all__ = ["Recorder", "layers_of", "module_predicts"]
 class Recorder:
     """Collects on the host what each predictor says in one evaluation, and the columns that callbacks offer.
 
+    A callback that gives columns and has ``on_columns_end(trainer)`` is told when the evaluation is over, also one that
+    is no validation of Lightning's.
+
     Ids are those of the user where the stream relabels classes; task ids restrict a prediction to the classes of the
     experience.
 
@@ -127,6 +130,9 @@ class Recorder:
         nothing = torch.empty(0, dtype=torch.int64)
         recorded = Recorded.join(self._batches or [Recorded(nothing, nothing, nothing)])
         parts, reasons = zip(*gather_objects((recorded, self.left_out), "what they evaluated"), strict=True)
+        for callback in self._offering:
+            if hasattr(callback, "on_columns_end"):
+                callback.on_columns_end(self._trainer)
         if len(parts) > 1:
             recorded = Recorded.join(parts)
         self.left_out = next(filter(None, reasons), "")

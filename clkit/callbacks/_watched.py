@@ -58,7 +58,7 @@ class Watched:
         self.records = ErrorRecords(settings.records.capacity, seed=settings.records.seed)
         self.sets: PredictionSets | None = None
         if settings.coverage is not None:
-            how = {"class_conditional": settings.class_conditional, "adaptive": settings.adaptive}
+            how: Any = {"class_conditional": settings.class_conditional, "adaptive": settings.adaptive}
             self.sets = PredictionSets(settings.coverage, **how)
         self.abstain_above = self.accept_to = math.inf
         self.arrived = Arrived()
@@ -289,8 +289,8 @@ class Watched:
             total[whole] = self.errors.predict(phi[whole])
         aleatoric = self._noise(features, view) if noise is None else noise.detach().double().cpu()
         abstain = None
-        if self.settings.held_out:
-            abstain = ~whole | (total > self.abstains_above)
+        if (most := self.abstains_above) is not None:
+            abstain = ~whole | (total > most)
         sets = None
         if self.sets is not None and self.sets.samples:
             sets = self.sets.predict(scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf))

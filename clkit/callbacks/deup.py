@@ -352,6 +352,10 @@ class DEUP(FeatureCallback):
         """Return what is said of each sample of the batch in work, (B,) by name."""
         return self._judging.columns()
 
+    def on_columns_end(self, trainer: pl.Trainer) -> None:
+        """Conclude an evaluation, where no validation of Lightning's does."""
+        self._judging.conclude(trainer)
+
     def run_figures(self) -> dict[str, Any]:
         """Return figures of the last evaluation, by the name of their file."""
         return self._judging.figures()
@@ -379,8 +383,8 @@ class DEUP(FeatureCallback):
         layers.load_state_dict(saved["layers"], self.state_key)
         watched = {}
         for name, own in saved["watched"].items():
-            present = self._watched.get(name)
-            watched[name] = Watched(name, present and present.predictor, self._settings, self._say)
+            present = self._watched[name].predictor if name in self._watched else None
+            watched[name] = Watched(name, present, self._settings, self._say)
             watched[name].load_state_dict(own, self.state_key)
         self._judging.load_state_dict(saved["report"], self.state_key)
         self._layers, self._watched = layers, {**self._watched, **watched}

@@ -91,7 +91,7 @@ class FrozenHead:
         device, own = self._head.statistics.device, self._readout
         if own.weight.device != device:
             tensors = {name: getattr(own, name) for name in ("classes", "weight", "bias", "offset", "duplicates")}
-            moved = {name: None if each is None else each.to(device) for name, each in tensors.items()}
+            moved: Any = {name: None if each is None else each.to(device) for name, each in tensors.items()}
             self._readout = replace(own, **moved)
             self._factor = None if self._factor is None else self._factor.to(device)
         if self._factor is not None:
