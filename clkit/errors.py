@@ -17,6 +17,7 @@ __all__ = [
     "ConfigurationError",
     "ContractError",
     "DataError",
+    "EditConflictError",
     "NotFittedError",
     "ProcessLostError",
     "SignatureError",
@@ -89,6 +90,10 @@ class DataError(ClkitError, RuntimeError):
 
 class ConfigurationError(ClkitError, RuntimeError):
     """Two settings of a run exclude each other, or one is missing."""
+
+
+class EditConflictError(ClkitError, RuntimeError):
+    """Edited weights are not what the log of edits says, so that an edit cannot be taken back to the bit."""
 
 
 class WriteError(ClkitError, OSError):

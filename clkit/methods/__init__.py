@@ -8,6 +8,16 @@ from clkit.methods.feature_bank import FeatureBank, Neighbours
 from clkit.methods.feature_memory import FeatureMemory
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.lda import LDAHead
+from clkit.methods.mend import (
+    EditorNetworks,
+    EditRecord,
+    EditReference,
+    EditResult,
+    GradientEditor,
+    Guard,
+    LocalityReport,
+    Proposal,
+)
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.novelty import Novelty
 from clkit.methods.onpro import OnlinePrototypes, OnProLosses
@@ -37,16 +47,23 @@ __all__ = [
     "AnalyticHead",
     "BatchNormSegments",
     "ClassAllocator",
+    "EditRecord",
+    "EditReference",
+    "EditResult",
+    "EditorNetworks",
     "ErrorPredictor",
     "ErrorRecords",
     "FeatureBank",
     "FeatureMap",
     "FeatureMemory",
     "FeatureStatistics",
+    "GradientEditor",
     "Growth",
+    "Guard",
     "HOCLoss",
     "Initial",
     "LDAHead",
+    "LocalityReport",
     "MemoryRows",
     "MixedBatch",
     "Mixing",
@@ -58,6 +75,7 @@ __all__ = [
     "OutOfSample",
     "PredictionSets",
     "Projector",
+    "Proposal",
     "Prune",
     "PruneSchedule",
     "RandomViews",

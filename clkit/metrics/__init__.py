@@ -13,7 +13,8 @@ saw different experiences or classes are added up exactly.
 
 Whether models of a sequence can search each other's galleries is measured from features, not from predictions: see
 :class:`CompatibilityMatrix` and the metrics of its numbers, :mod:`clkit.metrics.compatibility` and
-:mod:`clkit.metrics.retrieval`. :class:`NegativeFlipRate` compares the answers of two systems.
+:mod:`clkit.metrics.retrieval`. :class:`NegativeFlipRate` compares the answers of two systems. What an
+edit of a network did is measured from answers before and after it, :mod:`clkit.metrics.editing`.
 
 How much an uncertainty is worth (``AUROC``, ``AURC``, ``CalibrationError``, …) is measured from a number a sample,
 whatever it comes from: see :mod:`clkit.metrics.uncertainty`.
@@ -62,6 +63,15 @@ from clkit.metrics.continual import (
     PerClassAccuracy,
     StreamConfusionMatrix,
 )
+from clkit.metrics.editing import (
+    Drawdown,
+    EditSuccess,
+    Generality,
+    Locality,
+    LocalityKL,
+    Reliability,
+    Retention,
+)
 from clkit.metrics.flips import NegativeFlipRate
 from clkit.metrics.uncertainty import (
     AUGRC,
@@ -99,17 +109,24 @@ __all__ = [
     "BrierScore",
     "CalibrationError",
     "CompatibilityMatrix",
+    "Drawdown",
+    "EditSuccess",
     "ExcessAURC",
     "FinalAccuracy",
     "Forgetting",
     "ForwardCompatibility",
     "ForwardTransfer",
+    "Generality",
     "KendallCorrelation",
+    "Locality",
+    "LocalityKL",
     "MaxCalibrationError",
     "MultiModelAccuracyCurve",
     "NegativeFlipRate",
     "NegativeLogLikelihood",
     "PerClassAccuracy",
+    "Reliability",
+    "Retention",
     "RiskCoverageCurve",
     "SpearmanCorrelation",
     "StreamConfusionMatrix",

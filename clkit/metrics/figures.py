@@ -32,6 +32,7 @@ __all__ = [
     "plot_compatibility_matrix",
     "plot_confusion_matrix",
     "plot_flips",
+    "plot_values",
 ]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -213,6 +214,37 @@ def plot_accuracy_over_time(
     if legend and lines:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)} if beside else {"loc": "best"}
         axes.legend(handlelength=3.2, frameon=not beside, **place)
+    return figure, axes
+
+
+def plot_values(
+    values: Mapping[str, float], ax: Axes | None = None, title: str | None = None, unit: str = "%"
+) -> tuple[Figure, Axes]:
+    """Draw single numbers as bars with their values, one under another; with the unit "%" they are shares from 0 to 1.
+
+    Example:
+        >>> figure, axes = plot_values({"reliability": 1.0, "generality": 0.75})
+        >>> [text.get_text() for text in axes.texts]
+        ['100', '75.0']
+    """
+    share = unit == "%"
+    numbers = (100 if share else 1) * floats("values", list(values.values()), ndim=1)
+    figure, axes = own_axes(ax, width=5.2, height=1.2 + 0.4 * len(numbers))
+    places = np.arange(len(numbers))
+    axes.barh(places, np.nan_to_num(numbers), height=0.6, color=COLOURS[0], zorder=2)
+    texts = _percent(numbers[None] / 100)[0] if share else [f"{number:.3g}" for number in numbers]
+    for place, number, text in zip(places, numbers, texts, strict=True):
+        side = "right" if number < 0 else "left"
+        axes.text(float(np.nan_to_num(number)), float(place), text, va="center", ha=side)
+    axes.set_yticks(places, list(values))
+    axes.invert_yaxis()
+    if share:
+        axes.set_xlim(0, 112)  # with room for the last number
+    else:
+        axes.axvline(0, color="0.4", linewidth=0.8, zorder=1)
+        axes.margins(x=0.2)
+    axes.set(xlabel=unit, title=title or "")
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

@@ -1,0 +1,179 @@
+"""What else moves when a network is edited: reference images, a report on them, and bounds that no edit may break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clkit.arguments import check_arguments, in_short
+from clkit.errors import ArgumentError
+from clkit.methods._checks import check_probability
+from clkit.methods._edit_objective import Objective
+
+__all__ = ["EditReference", "Guard", "LocalityReport"]
+
+_CHUNK = 256  # images that go through the network at a time
+_MOST_LOST = 3  # classes that are named
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Bounds on what an edit may do to answers that it is not about, on images of an :class:`EditReference`.
+
+    The drop is the loss of accuracy where the reference has labels, else the share of answers that changed.
+
+    Args:
+        max_drop: Of one edit, against the state just before it, from 0 to 1.
+        max_total_drop: Of all edits together, against the weights without any, from 0 to 1.
+        policy: ``"scale"`` makes an edit of a given scale smaller until it is within bounds, and refuses it where the
+            answer is then not the wanted one; ``"refuse"`` refuses it at once; ``"warn"`` applies it and says so.
+
+    Raises:
+        ArgumentError: If a value is not allowed.
+    """
+
+    max_drop: float = 0.02
+    max_total_drop: float = 0.05
+    policy: Literal["scale", "refuse", "warn"] = "scale"
+
+    def __post_init__(self) -> None:
+        check_arguments(Guard, vars(self))
+        check_probability("max_drop", self.max_drop)
+        check_probability("max_total_drop", self.max_total_drop)
+
+    def broken_by(self, report: LocalityReport) -> str:
+        """Return which bound a report breaks, in words; empty where none is."""
+        for name, drop, bound in (
+            ("max_drop", report.drop, self.max_drop),
+            ("max_total_drop", report.total_drop, self.max_total_drop),
+        ):
+            if drop > bound:
+                what = "accuracy" if report.accuracy_before is not None else "share of unchanged answers"
+                return f"the {what} on {report.images} reference images drops by {drop:.4f}, above {name}={bound}"
+        return ""
+
+
+@dataclass(frozen=True)
+class LocalityReport:
+    """What an edit did to the answers on reference images.
+
+    Attributes:
+        images: Their number R; nothing smaller than 1/R is seen.
+        agreement: Share whose answer did not change.
+        near_ties: How many had two answers less than 0.05 apart before the edit: those that are easiest to disturb.
+        near_tie_agreement: Share of these whose answer did not change; ``None`` where there are none.
+        kl: Mean KL divergence of the answers before and after.
+        accuracy_before: Share that is answered rightly before the edit; ``None`` without labels.
+        accuracy_after: Likewise after it.
+        drop: What a :class:`Guard` bounds: the loss of accuracy by this edit, without labels 1 - ``agreement``.
+        total_drop: The same against the network without any edit.
+        lost: Classes that were answered before and are no more: of each the images lost, the worst three.
+    """
+
+    images: int
+    agreement: float
+    near_ties: int
+    near_tie_agreement: float | None
+    kl: float
+    accuracy_before: float | None
+    accuracy_after: float | None
+    drop: float
+    total_drop: float
+    lost: dict[int, int]
+
+
+class EditReference:
+    """Images whose answers an edit shall leave alone, with or without labels.
+
+    Args:
+        data: A tensor of images (R, …), a pair of images and labels, or an iterable of batches of either, such as a
+            loader or a data set's batches; a few hundred of them say enough, since they run with every edit.
+
+    Raises:
+        ArgumentError: If there are none, or some have labels and some have none.
+
+    Example:
+        >>> len(EditReference([(torch.zeros(3, 2), torch.tensor([0, 1, 1])), (torch.ones(1, 2), torch.tensor([0]))]))
+        4
+    """
+
+    def __init__(self, data: Any) -> None:
+        batches = [data] if isinstance(data, Tensor) or _is_pair(data) else data
+        if not isinstance(batches, Iterable):
+            raise ArgumentError(f"reference must be images, or batches of them, got {in_short(data)}")
+        images, labels = [], []
+        for batch in batches:
+            parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in parts):
+                raise ArgumentError(f"a batch of reference must be images, or images and labels, got {in_short(batch)}")
+            images.append(parts[0].detach().cpu())
+            labels += [part.detach().cpu() for part in parts[1:]]
+        if not sum(map(len, images)):
+            raise ArgumentError("reference has no images; leave it out (reference=None), or give a few hundred")
+        if labels and [len(each) for each in labels] != [len(each) for each in images]:
+            raise ArgumentError("reference must have a label for each image, or for none")
+        self.images = torch.cat(images)
+        self.labels = torch.cat(labels) if labels else None
+
+    def __len__(self) -> int:
+        """Return R."""
+        return len(self.images)
+
+    def without(self, x: Tensor) -> EditReference:
+        """Return the same without images that are among some others (B, …)."""
+        if x.shape[1:] != self.images.shape[1:]:
+            return self
+        own = x.detach().to("cpu", self.images.dtype).flatten(1)
+        kept = ~torch.stack([(self.images.flatten(1) == row).all(dim=1) for row in own]).any(dim=0)
+        if bool(kept.all()):
+            return self
+        return EditReference(self.images[kept] if self.labels is None else (self.images[kept], self.labels[kept]))
+
+    def logits(self, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the network's logits of all images, (R, C) on the CPU."""
+        return torch.cat([run(part).cpu() for part in torch.split(self.images, _CHUNK)])
+
+    def report(self, objective: Objective, original: Tensor, before: Tensor, after: Tensor) -> LocalityReport:
+        """Compare logits (R, C) of the network without edits, before this edit, and after it."""
+        was, now = objective.answers(before), objective.answers(after)
+        same = was == now if was.ndim == 1 else (was == now).all(dim=1)
+        ties = objective.near_ties(before)
+        accuracies: list[float | None] = [None, None, None]
+        gone = was[~same] if was.ndim == 1 else was[:0, 0]
+        if self.labels is not None:
+            y = objective.targets("the labels of reference", self.labels, len(self), after.device)
+            right = [objective.hits(each, y) for each in (original, before, after)]
+            accuracies = [float(each.double().mean()) for each in right]
+            gone = y[right[1] & ~right[2]] if y.ndim == 1 else gone
+        first = objective.answers(original)
+        kept = first == now if first.ndim == 1 else (first == now).all(dim=1)
+        agreement = float(same.double().mean())
+        drop, total = 1 - agreement, 1 - float(kept.double().mean())
+        if accuracies[2] is not None:
+            at_first, at_last = (each - accuracies[2] for each in accuracies[:2] if each is not None)
+            drop, total = at_last, at_first
+        counts = gone.bincount()
+        worst = counts.argsort(descending=True, stable=True)[:_MOST_LOST].tolist()
+        return LocalityReport(
+            images=len(self),
+            agreement=agreement,
+            near_ties=int(ties.sum()),
+            near_tie_agreement=float(same[ties].double().mean()) if bool(ties.any()) else None,
+            kl=float(objective.divergence(before.float(), after.float()).double().mean()),
+            accuracy_before=accuracies[1],
+            accuracy_after=accuracies[2],
+            drop=drop,
+            total_drop=total,
+            lost={each: int(counts[each]) for each in worst if counts[each]},
+        )
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether this is (images, labels) rather than a list of two batches of images."""
+    if not isinstance(data, tuple | list) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+        return False
+    return data[0].ndim != data[1].ndim or not data[1].is_floating_point()
