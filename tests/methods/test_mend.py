@@ -176,7 +176,7 @@ def small(name: str) -> tuple[nn.Module, Tensor]:
     model = timm.create_model(name, num_classes=5, **({"img_size": 64} if quick and "vit" in name else {})).eval()
     for part in model.modules():
         for parameter in part.parameters(recurse=False):
-            if parameter.ndim < 2 and not parameter.any():
+            if not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
             elif parameter.ndim < 2 and float(parameter.detach().abs().max()) < 1e-3:
                 nn.init.constant_(parameter, 0.5)

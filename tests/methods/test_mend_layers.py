@@ -31,11 +31,11 @@ EXPECTED: list[Any] = [
 ]
 SLOW: list[Any] = [
     ("deit_tiny_distilled_patch16_224", fcs("blocks.9.mlp", "blocks.10.mlp", "blocks.11.mlp")),
-    ("eva02_tiny_patch14_224", fcs("blocks.9.mlp", "blocks.10.mlp", "blocks.11.mlp", names=("fc1_g", "fc1_x", "fc2"))),
+    ("eva02_tiny_patch14_224", fcs("blocks.9.mlp", "blocks.10.mlp", "blocks.11.mlp")),
     ("swin_tiny_patch4_window7_224", fcs("layers.2.blocks.5.mlp", "layers.3.blocks.0.mlp", "layers.3.blocks.1.mlp")),
     ("convnext_atto", fcs("stages.3.blocks.0.mlp", "stages.3.blocks.1.mlp", "stages.2.blocks.5.mlp")),
     ("mixer_s32_224", fcs("blocks.6.mlp_channels", "blocks.7.mlp_tokens", "blocks.7.mlp_channels")),
-    ("resnet18", ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]),
+    ("resnet18", ["layer4.0.downsample.0", "layer4.1.conv1", "layer4.1.conv2"]),
 ]
 
 
@@ -68,6 +68,15 @@ def test_words_and_names_may_be_mixed_and_come_in_the_order_of_execution() -> No
     assert editor_of(name, "head").layers == ["head"]
     both = editor_of(name, ["head", "attention", "blocks.0.mlp.fc1"]).layers
     assert both == ["blocks.0.mlp.fc1", *projections, "head"]
+
+
+def test_a_gated_mlp_of_three_layers() -> None:
+    torch.manual_seed(0)
+    gated = timm.models.eva.Eva(
+        img_size=32, num_classes=3, embed_dim=24, depth=2, num_heads=2, swiglu_mlp=True, scale_mlp=True
+    )
+    editor = GradientEditor(gated, example=torch.zeros(1, 3, 32, 32))
+    assert editor.layers == fcs("blocks.0.mlp", "blocks.1.mlp", names=("fc1_g", "fc1_x", "fc2"))
 
 
 def test_a_convolution_as_the_classifier() -> None:
