@@ -38,7 +38,9 @@ from clkit.methods import GradientEditor
 from clkit.metrics.editing import drawdown, generality, reliability
 
 VIEWS, EDITS, KEPT, META = 16, 50, 32, 8
+FIRST = 200  # edits whose gradients the statistics are of
 MOST_STEPS = 100  # of fine-tuning
+BASE_STEPS = 600  # of the network that is edited
 Edit = Callable[[nn.Module, Tensor, Tensor], nn.Module]
 
 
@@ -107,10 +109,10 @@ def trained_network(name: str, data: Parts, seed: int) -> nn.Module:
     """Return the network that is to be edited."""
     torch.manual_seed(seed)
     model, generator = network(name), torch.Generator().manual_seed(seed)
-    (x, y), steps = data.base, 600
+    x, y = data.base
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BASE_STEPS)
+    for _ in range(BASE_STEPS):
         rows = torch.randint(len(x), (64,), generator=generator)
         loss = F.cross_entropy(model(views(x[rows], generator)), y[rows])
         optimizer.zero_grad()
@@ -139,7 +141,7 @@ def trained_editor(
     """Return an editor before and after training, and the seconds that this took."""
     generator = torch.Generator().manual_seed(1000 + seed)
     source = edits_of(data, model, generator)
-    first = [next(source) for _ in range(200)]
+    first = [next(source) for _ in range(FIRST)]
     editors = []
     for _ in range(2):
         editors.append(GradientEditor(model, LAYERS[name], example=data.test[0][:2], c_edit=c_edit, seed=seed))

@@ -680,3 +680,58 @@ def test_a_missed_goal_of_the_error_predictor_is_said(
     assert json.loads(file.read_text())["fit"] == {"ratio": 1.1}
     assert deup.main(["--only", "fit", "predict"]) == 1
     assert "MISSED: predict: largest_difference 1e-09, goal 1e-12" in capsys.readouterr().out
+
+
+# ---- edits of digits
+
+
+@pytest.fixture
+def mend() -> ModuleType:
+    return loaded(SCRIPT.with_name("mend.py"))
+
+
+def test_edits_of_digits_on_a_tiny_run(
+    mend: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = mend.digits(0)
+    monkeypatch.setattr(mend, "digits", lambda seed: whole._replace(test=(whole.test[0][:12], whole.test[1][:12])))
+    for name, value in {"EDITS": 2, "META": 1, "KEPT": 4, "BASE_STEPS": 60, "MOST_STEPS": 3, "FIRST": 8}.items():
+        monkeypatch.setattr(mend, name, value)
+    file = tmp_path / "mend.json"
+    status = mend.main(["--seeds", "1", "--steps", "2", "--json", str(file)])
+    printed = capsys.readouterr().out
+    found = json.loads(file.read_text())["seeds"]
+    assert len(found[0]["rows"]) == 10
+    assert status == (0 if "MISSED" not in printed else 1)
+    assert printed.count("\n| ") == 11
+    step = found[0]["rows"]["one gradient step, 0.01"]["relabel"]
+    assert step["reliability"] in (0.0, 0.5, 1.0)
+    assert step["seconds"] > 0
+
+
+def test_goals_are_those_of_the_medians(mend: ModuleType) -> None:
+    methods = ("MEND, unit scale", "MEND, smallest scale", "fine-tuning, RMSprop 1e-4")
+    good = {kind: {"reliability": 1.0, "generality": 1.0, "drawdown": 0.4} for kind in ("relabel", "correct")}
+    rows = {method: json.loads(json.dumps(good)) for method in methods}
+    rows[methods[2]]["relabel"]["drawdown"] = 0.8
+    seeds = [{"rows": json.loads(json.dumps(rows))} for _ in range(3)]
+    assert all(mend.goals(seeds).values())
+    seeds[0]["rows"][methods[0]]["relabel"]["drawdown"] = 9.0  # one of three
+    assert all(mend.goals(seeds).values())
+    seeds[1]["rows"][methods[0]]["relabel"]["drawdown"] = 9.0
+    assert [goal for goal, met in mend.goals(seeds).items() if not met] == ["relabel drawdown <= half of fine-tuning's"]
+
+
+def test_fine_tuning_ends_when_the_label_wins(mend: ModuleType) -> None:
+    torch.manual_seed(0)
+    model, x = mend.network("cnn").eval(), torch.rand(1, 1, 8, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    label = (mend.answers(model, x) + 1) % 10
+    edit = mend.fine_tuned(["fc"], 1e-2, None, torch.rand(5, 1, 8, 8))
+    changed = edit(model, x, label)
+    assert torch.equal(mend.answers(changed, x), label)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    moved = [name for name, value in changed.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == ["fc.weight"]
+    again = edit(changed, x, label)  # it has won already
+    assert all(torch.equal(value, changed.state_dict()[name]) for name, value in again.state_dict().items())

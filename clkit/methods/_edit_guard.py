@@ -139,37 +139,38 @@ class EditReference:
 
     def report(self, objective: Objective, original: Tensor, before: Tensor, after: Tensor) -> LocalityReport:
         """Compare logits (R, C) of the network without edits, before this edit, and after it."""
+        n = len(self)
         was, now = objective.answers(before), objective.answers(after)
-        same = was == now if was.ndim == 1 else (was == now).all(dim=1)
-        ties = objective.near_ties(before)
-        accuracies: list[float | None] = [None, None, None]
-        gone = was[~same] if was.ndim == 1 else was[:0, 0]
+        same, ties = _equal(was, now), objective.near_ties(before)
+        right: list[Tensor] | None = None
+        gone = was[~same] if was.ndim == 1 else was[:0, 0]  # several labels an image are of no one class
+        drop, total = n - int(same.sum()), n - int(_equal(objective.answers(original), now).sum())
         if self.labels is not None:
-            y = objective.targets("the labels of reference", self.labels, len(self), after.device)
+            y = objective.targets("the labels of reference", self.labels, n, after.device)
             right = [objective.hits(each, y) for each in (original, before, after)]
-            accuracies = [float(each.double().mean()) for each in right]
+            first, then, at_last = (int(each.sum()) for each in right)
+            drop, total = then - at_last, first - at_last
             gone = y[right[1] & ~right[2]] if y.ndim == 1 else gone
-        first = objective.answers(original)
-        kept = first == now if first.ndim == 1 else (first == now).all(dim=1)
-        agreement = float(same.double().mean())
-        drop, total = 1 - agreement, 1 - float(kept.double().mean())
-        if accuracies[2] is not None:
-            at_first, at_last = (each - accuracies[2] for each in accuracies[:2] if each is not None)
-            drop, total = at_last, at_first
         counts = gone.bincount()
         worst = counts.argsort(descending=True, stable=True)[:_MOST_LOST].tolist()
         return LocalityReport(
-            images=len(self),
-            agreement=agreement,
+            images=n,
+            agreement=int(same.sum()) / n,
             near_ties=int(ties.sum()),
-            near_tie_agreement=float(same[ties].double().mean()) if bool(ties.any()) else None,
+            near_tie_agreement=int(same[ties].sum()) / int(ties.sum()) if bool(ties.any()) else None,
             kl=float(objective.divergence(before.float(), after.float()).double().mean()),
-            accuracy_before=accuracies[1],
-            accuracy_after=accuracies[2],
-            drop=drop,
-            total_drop=total,
+            accuracy_before=None if right is None else int(right[1].sum()) / n,
+            accuracy_after=None if right is None else int(right[2].sum()) / n,
+            drop=drop / n,
+            total_drop=total / n,
             lost={each: int(counts[each]) for each in worst if counts[each]},
         )
+
+
+def _equal(one: Tensor, other: Tensor) -> Tensor:
+    """Return whether each row has the same answer, (R,) bool."""
+    same = one == other
+    return same if same.ndim == 1 else same.all(dim=1)
 
 
 def _is_pair(data: Any) -> bool:
