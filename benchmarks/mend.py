@@ -200,13 +200,13 @@ def one_step(layers: list[str], lr: float) -> Edit:
     return edit
 
 
-def by_editor(editor: GradientEditor, scale: Any, kept: int = 0) -> Edit:
+def by_editor(editor: GradientEditor, scale: Any, kept: int = 0, protect: Any = None) -> Edit:
     """Return an edit by an editor, taken back again; ``kept`` views of the image have to get the label too."""
 
     def edit(model: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
         generator = torch.Generator().manual_seed(1)
         near = views(x.repeat(kept, 1, 1, 1), generator) if kept else None
-        editor.edit(x, y, near, scale=scale, guard=None)
+        editor.edit(x, y, near, scale=scale, guard=None, protect=protect)
         changed = copy.deepcopy(model)
         editor.revert_all()
         return changed
@@ -258,6 +258,9 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "MEND, unit scale": by_editor(editor, "unit"),
         "MEND, smallest scale": by_editor(editor, "smallest"),
         "MEND, smallest scale, 3/4 of 8 views": by_editor(editor, "smallest", 8),
+        "MEND, unit scale, protected 0.999": by_editor(editor, "unit", protect=editor.span(data.editor)),
+        "MEND, smallest scale, protected 0.999": by_editor(editor, "smallest", protect=editor.span(data.editor)),
+        "MEND, smallest scale, protected 0.9": by_editor(editor, "smallest", protect=editor.span(data.editor, 0.9)),
         "editor before training, unit scale": by_editor(untrained, "unit"),
         "one gradient step, 0.01": one_step(layers, 0.01),
         "fine-tuning, RMSprop 1e-4": fine_tuned(layers, 1e-4, None, data.editor[0]),

@@ -701,9 +701,9 @@ def test_edits_of_digits_on_a_tiny_run(
     status = mend.main(["--seeds", "1", "--steps", "2", "--json", str(file)])
     printed = capsys.readouterr().out
     found = json.loads(file.read_text())["seeds"]
-    assert len(found[0]["rows"]) == 10
+    assert len(found[0]["rows"]) == 13
     assert status == (0 if "MISSED" not in printed else 1)
-    assert printed.count("\n| ") == 11
+    assert printed.count("\n| ") == 14
     step = found[0]["rows"]["one gradient step, 0.01"]["relabel"]
     assert step["reliability"] in (0.0, 0.5, 1.0)
     assert step["seconds"] > 0

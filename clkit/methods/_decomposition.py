@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clkit.errors import ConfigurationError
 
-__all__ = ["Capture", "Rows", "computed_in", "weight_rows"]
+__all__ = ["Capture", "Rows", "computed_in", "input_rows", "weight_rows"]
 
 
 class Rows(NamedTuple):
@@ -53,8 +53,13 @@ def weight_rows(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> Rows:
         Rows(inputs=tensor([[1., 2.]]), gradients=tensor([[1.]]))
     """
     if isinstance(layer, nn.Conv2d):
-        inputs, gradients = _patches(layer, inputs), gradients.movedim(-3, -1)
-    return Rows(inputs.flatten(0, -2), gradients.flatten(0, -2)).informative()
+        gradients = gradients.movedim(-3, -1)
+    return Rows(input_rows(layer, inputs), gradients.flatten(0, -2)).informative()
+
+
+def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what a layer reads at each position, (N, d_in); of a convolution its patches."""
+    return (_patches(layer, inputs) if isinstance(layer, nn.Conv2d) else inputs).flatten(0, -2)
 
 
 class Capture:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,7 +135,11 @@ class EditReference:
 
     def logits(self, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the network's logits of all images, (R, C) on the CPU."""
-        return torch.cat([run(part).cpu() for part in torch.split(self.images, _CHUNK)])
+        return torch.cat([run(part).cpu() for part in self.parts()])
+
+    def parts(self) -> Sequence[Tensor]:
+        """Return the images in parts that go through a network at a time."""
+        return torch.split(self.images, _CHUNK)
 
     def report(self, objective: Objective, original: Tensor, before: Tensor, after: Tensor) -> LocalityReport:
         """Compare logits (R, C) of the network without edits, before this edit, and after it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.func import functional_call
 
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
 from clkit.features.tap import FeatureTap, evaluating
-from clkit.methods._decomposition import Capture, Rows
+from clkit.methods._decomposition import Capture, Rows, input_rows
 from clkit.methods._editable import Survey, chosen_layers
 
 __all__ = ["EditedNetwork"]
@@ -110,6 +111,22 @@ class EditedNetwork:
             if not bool(torch.isfinite(total)):
                 raise BatchError(f"the loss of the edit is {float(total)}; nothing was changed")
             return capture.rows(total)
+
+    def input_grams(self, parts: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return the sum of the outer products of all rows that each edited layer reads, (d_in, d_in) float64."""
+        grams = {name: torch.zeros(width, width, dtype=torch.float64) for name, (_, width) in self.shapes.items()}
+
+        def hear(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            rows = input_rows(layer, (args[0] if args else kwargs["input"]).detach()).double()
+            grams[name] += (rows.T @ rows).cpu()
+
+        with ExitStack() as hooks:
+            for name in self.layers:
+                layer = self.model.get_submodule(name)
+                hooks.callback(layer.register_forward_hook(partial(hear, name), with_kwargs=True).remove)
+            for part in parts:
+                self.logits(self.images("reference", part))
+        return grams
 
     def logits_with(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Return the logits of images with other edited weights, differentiable in these; autocast stays as it is."""

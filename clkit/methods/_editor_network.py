@@ -94,7 +94,7 @@ class RowStatistics(PlainState):
     def update(self, layer: str, rows: Rows) -> None:
         """Add the rows of a layer."""
         with exact():
-            values = torch.cat(rows, dim=1).to(self.mean.device, torch.float64)
+            values = torch.cat(rows, dim=1).to(self.mean.device).to(torch.float64)  # MPS has no float64
             if len(values):
                 mean = values.mean(dim=0)
                 self._merge(len(values), mean, (values - mean).square().sum(dim=0))

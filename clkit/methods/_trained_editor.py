@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -214,7 +214,7 @@ class TrainedEditor:
         self.networks.to(x.device)
         return self._network.rows(x, lambda logits: self._objective.losses(logits, y))
 
-    def _factors(self, x: Tensor, y: Tensor) -> dict[str, Factors] | None:
+    def _factors(self, x: Tensor, y: Tensor, protect: Mapping[str, Tensor] | None = None) -> dict[str, Factors] | None:
         """Return what an edit would add, ``None`` where no gradient reaches any layer."""
         self._check_fitted()
         rows = self._rows(x, y)
@@ -226,7 +226,11 @@ class TrainedEditor:
                 "(meta_loss) for edits that stay local"
             )
         with exact(), torch.autocast(x.device.type, enabled=False):
-            return {name: stored_factors(each, self.store_rank) for name, each in self.networks(rows).items()}
+            factors: dict[str, Rows] = self.networks(rows)
+            for name, span in (protect or {}).items():
+                inputs, own = factors[name].inputs, span.to(factors[name].inputs)
+                factors[name] = factors[name]._replace(inputs=inputs - inputs @ own @ own.T)
+            return {name: stored_factors(each, self.store_rank) for name, each in factors.items()}
 
     def _check_fitted(self) -> None:
         if not self._fitted:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from clkit.arguments import in_short
@@ -96,7 +98,6 @@ class GradientEditor(TrainedEditor):
 
     Example:
         >>> import warnings
-        >>> import torch
         >>> from torch import nn
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -128,15 +129,41 @@ class GradientEditor(TrainedEditor):
 
     # ---- edits
 
-    def propose(self, x: Tensor, y: Tensor) -> Proposal:
+    def span(self, reference: Any, energy: float = 0.999) -> dict[str, Tensor]:
+        """Return the directions in which inputs of the edited layers lie, for edits that leave them alone (``protect``).
+
+        Args:
+            reference: Images whose answers shall not move, see :class:`EditReference`.
+            energy: Share of the sum of squares that the directions hold, from 0 to 1.
+
+        Returns:
+            By layer (d_in, k) orthonormal columns, float64, k the fewest that hold it. An edit orthogonal to them moves
+            what the layer computes for the reference by the rest of it alone.
+        """
+        check_probability("energy", energy)
+        images = reference if isinstance(reference, EditReference) else EditReference(reference)
+        spans = {}
+        for name, gram in self._network.input_grams(images.parts()).items():
+            values, directions = torch.linalg.eigh(gram)
+            shares = values.flip(0).clamp(min=0).cumsum(0)
+            count = int((shares < energy * shares[-1]).sum()) + 1
+            spans[name] = directions.flip(1)[:, :count]
+        return spans
+
+    def propose(self, x: Tensor, y: Tensor, protect: Mapping[str, Tensor] | None = None) -> Proposal:
         """Return the edit of images (B, …) to labels (B,) without applying it; several are edited together.
+
+        Args:
+            x: The images.
+            y: The labels.
+            protect: What :meth:`span` gave, to which the edit shall be orthogonal.
 
         Raises:
             BatchError: If a batch is not as above, or no gradient reaches any edited layer.
             NotFittedError: If statistics are missing.
         """
         x, y = self._pair((x, y))
-        factors = self._factors(x, y)
+        factors = self._factors(x, y, protect)
         if factors is None:
             raise BatchError("no gradient reaches the edited layers: the answers are too certain to be edited")
         return Proposal(x.cpu(), y.cpu(), factors)
@@ -163,6 +190,7 @@ class GradientEditor(TrainedEditor):
         skip_satisfied: bool = True,
         guard: Guard | None = Guard(),
         reference: Any = None,
+        protect: Mapping[str, Tensor] | None = None,
     ) -> EditResult:
         """Edit the network so that images get labels; or say why not, and leave every bit as it was.
 
@@ -180,6 +208,7 @@ class GradientEditor(TrainedEditor):
             skip_satisfied: Whether nothing is done where all answers are as wanted already.
             guard: Bounds on what the edit may do to the reference; ``None`` for none.
             reference: Images whose answers shall not move, see :class:`EditReference`; those of ``x`` are left out.
+            protect: What :meth:`span` gave, to which the edit shall be orthogonal; it costs reliability.
 
         Raises:
             BatchError: If a batch is not as above.
@@ -195,7 +224,7 @@ class GradientEditor(TrainedEditor):
             raise ArgumentError(f"guard must be a Guard or None, got {in_short(guard)}")
         self._check_fitted()
         x, y = self._pair((x, y))
-        attempt = self._attempt(x, y, equivalents, reference)
+        attempt = self._attempt(x, y, equivalents, reference, protect)
         if guard is not None and attempt.reference is None:
             self._warn(
                 "the guard has no reference, so that nothing is known of other answers; pass reference=…, a few "
@@ -299,13 +328,15 @@ class GradientEditor(TrainedEditor):
 
     # ---- how it is done
 
-    def _attempt(self, x: Tensor, y: Tensor, equivalents: Any, reference: Any) -> Attempt:
+    def _attempt(self, x: Tensor, y: Tensor, equivalents: Any, reference: Any, protect: Any = None) -> Attempt:
         views = equivalents_of(self._network, x, equivalents, (self.seed, len(self._log)))
         images = Images(x, y, views.flatten(0, 1), y.repeat_interleave(views.shape[1], dim=0))
         if reference is not None:
             reference = reference if isinstance(reference, EditReference) else EditReference(reference)
             reference = reference.without(x)
-        return Attempt(self._network, self._objective, self._log, self._factors, images, reference)
+        return Attempt(
+            self._network, self._objective, self._log, partial(self._factors, protect=protect), images, reference
+        )
 
     def _uncommitted(self) -> list[int]:
         return [record.id for record in self._log.records if not record.committed]

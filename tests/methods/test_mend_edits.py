@@ -322,6 +322,30 @@ def test_what_is_no_guard_and_no_bound_is_refused() -> None:
         Guard(policy="stop")  # type: ignore[arg-type]  # what is refused
 
 
+def test_a_protected_edit_leaves_what_layers_compute_for_the_reference() -> None:
+    editor = make(("first", "second"))
+    model, reference = editor._network.model, rows(40, 60)
+    flat = reference.clone()
+    flat[:, 4:] = 0  # their inputs of the first layer lie in four dimensions
+    x, y = unsure(editor, 1, 61)
+    spans = editor.span(flat)
+    assert {name: tuple(each.shape) for name, each in spans.items()}["first"] == (6, 4)
+    with torch.no_grad():
+        hidden = torch.tanh(model.norm(model.first(flat))).double()
+    values = torch.linalg.svdvals(hidden).square()
+    wanted = int((values.cumsum(0) / values.sum() < 0.999).sum()) + 1
+    assert spans["second"].shape == (12, wanted)
+    exact = editor.span(flat, energy=1 - 1e-9)
+    plain, kept = (editor.propose(x, y, protect) for protect in (None, exact))
+    for name, inputs in (("first", flat.double()), ("second", hidden)):
+        moved = [float((each.factors[name].delta() @ inputs.T).norm()) for each in (plain, kept)]
+        assert moved[1] < 1e-3 * moved[0], name
+    assert float(kept.factors["first"].delta().norm()) > 0.01 * float(plain.factors["first"].delta().norm())
+    result = editor.edit(x, y, scale="unit", guard=None, protect=exact)
+    torch.testing.assert_close(editor.log[-1].factors["first"].delta(), kept.factors["first"].delta(), rtol=0, atol=0)
+    assert result.status == "applied"
+
+
 # ---- what is taken back, kept and shown
 
 
