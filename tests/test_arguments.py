@@ -31,7 +31,10 @@ from clkit.testing import Entry
 
 PACKAGES = ("clkit", *(f"clkit.{name}" for name in ("callbacks", "data", "methods", "metrics", "models", "strategies")))
 # clkit makes these, not the user
-GIVEN = {"Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows", "TaskReport"}
+GIVEN = {
+    *("Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows", "TaskReport"),
+    *("EditRecord", "EditResult", "LocalityReport", "Proposal"),
+}
 
 
 class _Head(HeadCallback):
@@ -59,6 +62,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "ReservoirBuffer": {"capacity": 3},
     "FeatureBank": {"width": 3, "signature": "axis-simplex-v1/4"},
     "ClassAllocator": {"num_vertices": 4},
+    "EditReference": {"data": torch.zeros(2, 3)},
+    "EditorNetworks": {"shapes": {"a": (2, 3)}},
+    "GradientEditor": {"model": nn.Sequential(nn.Linear(4, 3)), "layers": "0", "example": torch.zeros(1, 4)},
     "CompatibilityMatrix": {"models": 2},
     "MultiModelAccuracyCurve": {"models": 2},
     "AverageCompatibility": {"models": 2},

@@ -107,8 +107,9 @@ class EditReference:
             raise ArgumentError(f"reference must be images, or batches of them, got {in_short(data)}")
         images, labels = [], []
         for batch in batches:
-            parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-            if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in parts):
+            parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            good = 1 <= len(parts) <= 2 and all(isinstance(part, Tensor) for part in parts)
+            if not good or parts[0].ndim < 2:
                 raise ArgumentError(f"a batch of reference must be images, or images and labels, got {in_short(batch)}")
             images.append(parts[0].detach().cpu())
             labels += [part.detach().cpu() for part in parts[1:]]
@@ -127,8 +128,9 @@ class EditReference:
         """Return the same without images that are among some others (B, …)."""
         if x.shape[1:] != self.images.shape[1:]:
             return self
-        own = x.detach().to("cpu", self.images.dtype).flatten(1)
-        kept = ~torch.stack([(self.images.flatten(1) == row).all(dim=1) for row in own]).any(dim=0)
+        own = x.detach().cpu().flatten(1)
+        theirs = self.images.to(own.dtype).flatten(1)  # a network in half precision was given its own
+        kept = ~torch.stack([(theirs == row).all(dim=1) for row in own]).any(dim=0)
         if bool(kept.all()):
             return self
         return EditReference(self.images[kept] if self.labels is None else (self.images[kept], self.labels[kept]))

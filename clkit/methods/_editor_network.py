@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clkit.errors import NotFittedError
-from clkit.methods._checks import generator
+from clkit.arguments import check_arguments, in_short
+from clkit.errors import ArgumentError, NotFittedError
+from clkit.methods._checks import check_count, generator
 from clkit.methods._decomposition import Rows
 from clkit.methods._state import PlainState, exact
 from clkit.schema import Numbers, Table
@@ -174,6 +175,9 @@ class EditorNetworks(nn.Module):
             one of them, or the ``"smaller"`` one of each shape.
         seed: Of the first values.
 
+    Raises:
+        ArgumentError: If an argument is not allowed.
+
     Attributes:
         names: The layers.
         alpha_start: (L,) step sizes before any training.
@@ -195,7 +199,13 @@ class EditorNetworks(nn.Module):
         transforms: Transforms = "joint",
         seed: int = 0,
     ) -> None:
+        check_arguments(EditorNetworks, locals())
         super().__init__()
+        if not shapes or not all(size > 0 for shape in shapes.values() for size in shape):
+            raise ArgumentError(f"shapes must name at least one layer, each of sizes above 0, got {in_short(shapes)}")
+        check_count("rank", rank)
+        check_count("n_hidden", n_hidden, at_least=0)
+        check_count("seed", seed, at_least=0)
         self.names, self.shapes = list(shapes), dict(shapes)
         self.norm_scope = norm_scope
         groups: dict[Any, list[str]] = {}

@@ -53,8 +53,8 @@ class TrainedEditor:
         self.seed = check_count("seed", seed, at_least=0)
         self.store_rank = None if store_rank is None else check_count("store_rank", store_rank)
         self._settings: dict[str, Any] = {
-            "rank": check_count("rank", rank),
-            "n_hidden": check_count("n_hidden", n_hidden, at_least=0),
+            "rank": rank,
+            "n_hidden": n_hidden,
             "norm_scope": norm_scope,
             "share": share,
             "transforms": transforms,

@@ -130,7 +130,7 @@ class GradientEditor(TrainedEditor):
     # ---- edits
 
     def span(self, reference: Any, energy: float = 0.999) -> dict[str, Tensor]:
-        """Return the directions in which inputs of the edited layers lie, for edits that leave them alone (``protect``).
+        """Return the directions in which inputs of the edited layers lie, for edits that leave them alone.
 
         Args:
             reference: Images whose answers shall not move, see :class:`EditReference`.
