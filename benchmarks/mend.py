@@ -50,9 +50,9 @@ class Cnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.ReLU()),
             *(nn.Conv2d(64, 128, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         )
         self.fc = nn.Linear(128, 10)
@@ -63,7 +63,7 @@ class Cnn(nn.Module):
         return logits
 
 
-LAYERS: dict[str, Any] = {"cnn": ["body.5", "body.7", "fc"], "vit": "mlp"}
+LAYERS: dict[str, Any] = {"cnn": ["body.4", "body.6", "fc"], "vit": "mlp"}
 
 
 def network(name: str) -> nn.Module:
