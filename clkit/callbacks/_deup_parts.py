@@ -100,6 +100,13 @@ class Settings:
         odd = [] if self.features == "auto" else [each for each in self.features if each not in FEATURE_SIGNS]
         if odd or not self.features:
             raise ArgumentError(f"features must be some of {', '.join(FEATURE_SIGNS)}, got {odd or self.features!r}")
+        for source, memory in (("loo", "features"), ("gaussian", "gaussian")):
+            if self.sources != "auto" and source in self.sources and self.records.memory != memory:
+                raise ArgumentError(
+                    f"sources: {source!r} needs Records(memory={memory!r}), got {self.records.memory!r}"
+                )
+        if self.records.memory != "features" and (self.aleatoric == "neighbours" or "log_knn" in self.features):
+            raise ArgumentError(f"neighbours need Records(memory='features'), got {self.records.memory!r}")
         if self.sources != "auto" and not {*self.sources} - {"novel"}:
             raise ArgumentError(f"sources must name one beside 'novel', of which all are errors; got {self.sources}")
 
@@ -157,7 +164,8 @@ class Judgement(NamedTuple):
 
 def joined_rows(parts: Sequence[Rows]) -> Rows | None:
     """Return the rows of all processes, if there are any; a call on all of them."""
-    every = [each for some in gather_objects(list(parts), "the samples kept out of training") for each in some]
+    own = [Rows(*(column.cpu() for column in each)) for each in parts]  # another process may not have this device
+    every = [each for some in gather_objects(own, "the samples kept out of training") for each in some]
     if not every:
         return None
     widest = max(each.scores.shape[1] for each in every)

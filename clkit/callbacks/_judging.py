@@ -106,7 +106,7 @@ class Judging:
             features = observer.features(getattr(watched.predictor, "forward", "auto")).detach().double()
             view = owner._layers.view(name, observer.point, watched.leverage) if watched.needs_rows else None
             noise = owner.aleatoric(observer.inputs) if callable(owner.aleatoric) else None
-            known = owner._layers.known(observer.point)
+            known = owner._layers.known_of(name, observer.point)
             novelty = is_new = None
             if known is not None and known.novelty is not None and known.statistics.samples:
                 novelty = known.novelty.distance(features).cpu()
@@ -123,7 +123,7 @@ class Judging:
         owner = self._owner
         for name, said in everything.items():
             observer = owner._observer_of[name]
-            if observer.targets is None:
+            if observer.targets is None or owner._stage == "predict":
                 continue
             targets = observer.targets
             labelled = (targets >= 0).cpu()
@@ -160,7 +160,7 @@ class Judging:
 
     def columns(self) -> dict[str, Tensor]:
         """Return the columns of the batch in work."""
-        prefix = self._owner.name and f"{self._owner.name}_"
+        prefix = self._owner.prefix
         columns: dict[str, Tensor] = {}
         for name, said in self._said().items():
             of = {**said.judgement.uncertainty._asdict(), "abstain": said.judgement.abstain}
@@ -192,8 +192,9 @@ class Judging:
         self._last = {name: _joined([part[name] for part in parts if name in part]) for name in names}
         self._samples = {}
         self.reports = {name: report(samples) for name, samples in self._last.items() if len(samples.total)}
-        current = self._owner._boundaries.current
-        stage = 0 if current is None else current.index
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return self.reports
+        stage = self._owner.fitted
         for label in sorted(self._owner._layers.classes):
             self._came.setdefault(label, stage)
         for name, samples in self._last.items():
@@ -211,7 +212,7 @@ class Judging:
             known = samples.future == 0
             if not bool(known.any()):
                 continue
-            file = f"deup_{self._owner.name and self._owner.name + '_'}{name}"
+            file = f"deup_{self._owner.prefix}{name}"
             threshold = self._owner._watched[name].abstains_above
             total, loss = samples.total[known], samples.loss[known]
             figures[f"{file}_risk_coverage"] = drawn.plot_risk_coverage(total, loss, threshold=threshold, title=name)[0]

@@ -45,8 +45,9 @@ class LearnedLayers:
         self._known: dict[str, KnownRows] = {}
         self._kept: dict[str, KnownRows] = {}  # as they were when what heads say was brought up to date
         self._reread: dict[str, KnownRows] = {}  # by predictor, of samples kept out of training
-        self._views: dict[Any, tuple[Any, Snapshot]] = {}
-        self.classes: set[int] = set()  # that training brought
+        self._views: dict[Any, tuple[KnownRows, int, Snapshot]] = {}
+        self._classes: set[int] = set()  # that training brought
+        self.mixed: set[str] = set()  # layers that heads read in different passes
         self._new: list[Tensor] = []  # targets that were not looked at yet
         self._numbered = 0  # samples that no stream numbers
 
@@ -77,8 +78,14 @@ class LearnedLayers:
     def _look(self) -> None:
         if self._new:
             found = torch.unique(torch.cat(self._new)).tolist()
-            self.classes.update(label for label in found if 0 <= label < _MOST)
+            self._classes.update(label for label in found if 0 <= label < _MOST)
             self._new = []
+
+    @property
+    def classes(self) -> set[int]:
+        """The classes that training brought."""
+        self._look()
+        return self._classes
 
     def keep(self, point: str) -> None:
         """Keep what is known at a layer as it is now, whatever will be learned."""
@@ -88,19 +95,22 @@ class LearnedLayers:
 
     def synchronize(self, false_alarm_rate: float | None) -> None:
         """Put together what all processes have; a call on all of them."""
-        self._look()
         for classes in gather_objects(self.classes, "the classes that came"):
-            self.classes |= classes
+            self._classes |= classes
         for point in sorted(self._known):
             self._known[point].synchronize()
             if false_alarm_rate is not None:
                 self._known[point].set_alarm(false_alarm_rate)
 
-    def reread(self, name: str, features: Tensor, targets: Tensor, ids: Tensor) -> tuple[KnownRows, Tensor]:
+    def reread(
+        self, name: str, features: Tensor, targets: Tensor, ids: Tensor, false_alarm_rate: float | None
+    ) -> tuple[KnownRows, Tensor]:
         """Take samples kept out of training for what is known of a predictor; return which of them have a place."""
         known = KnownRows(features.shape[1], **{**self._options, "kind": "features"})
         known.reread = True
         known.learn(features, targets, ids)
+        if false_alarm_rate is not None:
+            known.set_alarm(false_alarm_rate)
         self._reread[name] = known
         assert known.memory is not None
         return known, torch.isin(ids, known.memory.ids)
@@ -111,23 +121,29 @@ class LearnedLayers:
         """Return what is known at a layer, if anything."""
         return self._known.get(point)
 
+    def known_of(self, name: str, point: str) -> KnownRows | None:
+        """Return what a predictor's samples are compared with."""
+        return self._reread.get(name) or self._known.get(point)
+
     def why_stale(self, point: str, head: Head | None) -> str:
         """Return why the rows at a layer are not in the sums of a head, each exactly once; nothing if they are."""
         known = self._known.get(point)
         if head is None or known is None:
             return "nothing was learned"
-        own, seen = head, known.statistics
-        same = own.classes.numel() == seen.classes.numel() and torch.equal(own.classes.cpu(), seen.classes.cpu())
-        if not same or not torch.equal(own.counts.cpu(), seen.counts.cpu()):
+        if point in self.mixed:
+            return "heads read this layer in different passes"
+        seen = known.statistics
+        same = head.classes.numel() == seen.classes.numel() and torch.equal(head.classes.cpu(), seen.classes.cpu())
+        if not same or not torch.equal(head.counts.cpu(), seen.counts.cpu()):
             return (
-                f"it has learned {int(own.counts.sum())} rows where {int(seen.counts.sum())} came: others, or the same "
-                "ones again"
+                f"it has learned {int(head.counts.sum())} rows where {int(seen.counts.sum())} came: others, or the "
+                "same ones again"
             )
         return ""
 
     def view(self, name: str, point: str, leverage: Leverage) -> Snapshot | None:
         """Return what samples are compared with for a predictor that reads a layer."""
-        return self._view(name, self._reread.get(name) or self._known.get(point), leverage)
+        return self._view(name, self.known_of(name, point), leverage)
 
     def kept_view(self, name: str, point: str, leverage: Leverage) -> Snapshot | None:
         """Return the same as it was when :meth:`keep` was called."""
@@ -136,17 +152,16 @@ class LearnedLayers:
     def _view(self, key: Any, known: KnownRows | None, leverage: Leverage) -> Snapshot | None:
         if known is None or not known.statistics.samples:
             return None
-        version = (id(known), known.statistics.version)
-        if key not in self._views or self._views[key][0] != version:
-            self._views[key] = version, known.snapshot()
-        found = self._views[key][1]
+        held = self._views.get(key)
+        if held is None or held[0] is not known or held[1] != known.statistics.version:
+            held = self._views[key] = known, known.statistics.version, known.snapshot()
+        found = held[2]
         return found if leverage is None else replace(found, leverage=leverage)
 
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything: tensors and plain types."""
-        self._look()
         groups = {"known": self._known, "kept": self._kept, "reread": self._reread}
         saved: dict[str, Any] = {
             group: {name: each.state_dict() for name, each in known.items()} for group, known in groups.items()
@@ -166,7 +181,7 @@ class LearnedLayers:
             for name, own in saved[group].items():
                 known[name] = KnownRows.load(own, f"{owner}: {group} at {name}", **{**options, **kind})
                 known[name].reread = group == "reread"
-        self.classes, self._numbered = set(saved["classes"]), saved["numbered"]
+        self._classes, self._numbered = set(saved["classes"]), saved["numbered"]
 
 
 _TABLE: Table = {

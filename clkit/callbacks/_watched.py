@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from clkit.callbacks._deup_choices import OF_LOGITS, OF_SCORES, choices
 from clkit.callbacks._deup_parts import Arrived, Judgement, Rows, Settings
 from clkit.callbacks._known_rows import KnownRows
-from clkit.callbacks.base import Predictor
-from clkit.errors import ConfigurationError, NotFittedError, first_line
+from clkit.callbacks.base import MODULE, Predictor
+from clkit.errors import BatchError, ConfigurationError, NotFittedError, first_line
 from clkit.methods.decisions import abstention_threshold, risk_threshold
 from clkit.methods.deup import ErrorPredictor, Uncertainty
 from clkit.methods.heads.base import Head
@@ -33,10 +34,7 @@ from clkit.schema import Instance, Many, Nested, OneOf, Real, Table, read_own
 
 __all__ = ["Watched"]
 
-_OF_ROWS = ("log_maha", "gap", "log_leverage", "log_knn")
-_OF_SCORES = ("confidence", "margin")
-_OF_LOGITS = ("entropy", "energy")
-_SOURCES = ("prequential", "loo", "gaussian", "novel", "calibration", "validation")
+_SOURCES = ("prequential", "loo", "gaussian", "novel", "calibration")
 _INFINITE = 1e100  # stands for infinity in a state
 
 
@@ -51,7 +49,7 @@ class Watched:
     """
 
     def __init__(self, name: str, predictor: Predictor | None, settings: Settings, say: Callable[[str], None]) -> None:
-        self.name, self.predictor, self.settings, self._say = name, predictor, settings, say
+        self.name, self.predictor, self.settings, self.say = name, predictor, settings, say
         self.names: tuple[str, ...] = ()
         self.sources: tuple[str, ...] = ()
         self.errors = ErrorPredictor()
@@ -60,9 +58,11 @@ class Watched:
         if settings.coverage is not None:
             how: Any = {"class_conditional": settings.class_conditional, "adaptive": settings.adaptive}
             self.sets = PredictionSets(settings.coverage, **how)
-        self.abstain_above = self.accept_to = math.inf
+        self.abstain_above = math.inf
+        self.accept_to = math.inf if settings.risk is None else -math.inf  # before it is known nothing is accepted
         self.arrived = Arrived()
-        self._fell_back = False  # from left-out rows to arriving batches
+        self.again = False  # whether it learns samples several times, which leaves no exact left-out scores
+        self.fell_back = False  # from left-out rows to arriving batches
         self.frozen: FrozenHead | None = None
         self._frozen_state: dict[str, Any] | None = None  # of a loaded state, before the head is there
         self.classifier: nn.Linear | None = None  # of the module, from features to logits
@@ -81,45 +81,32 @@ class Watched:
     @property
     def probabilities(self) -> bool:
         """Whether the softmax of the scores are probabilities."""
-        return self.predictor is None
+        return self.name == MODULE
 
     @property
     def needs_rows(self) -> bool:
         """Whether what was learned has to be kept: sums, and a sample of rows."""
-        return bool(set(self.names) - {*_OF_SCORES, *_OF_LOGITS} or {"loo", "novel"} & set(self.sources))
+        asked = self.settings.aleatoric == "neighbours" or self.settings.false_alarm_rate is not None
+        of_rows = bool(set(self.names) - {*OF_SCORES, *OF_LOGITS})
+        return asked or of_rows or bool({"loo", "gaussian", "novel"} & set(self.sources))
 
     @property
     def looks_ahead(self) -> bool:
         """Whether arriving batches are judged before they are learned, which takes what was known then."""
         return "prequential" in self.sources or self.settings.held_out > 0
 
-    def choose(self, *, trains: bool, calibrates: bool, rows: str) -> None:
+    def choose(self, *, trains: bool, calibrates: bool) -> None:
         """Settle features and sources, where ``"auto"`` leaves them open.
 
         Args:
             trains: Whether the network that gives the features still trains.
             calibrates: Whether there are samples kept out of training, to be read again.
-            rows: What is kept of the rows that were learned: ``"features"``, ``"gaussian"`` or ``"none"``.
         """
-        sources, names, stale = self.settings.sources, self.settings.features, trains and not calibrates
-        if sources == "auto":
-            exact = callable(getattr(self.predictor, "make_head", None)) and rows == "features" and not self._fell_back
-            first = "loo" if exact and not trains else "calibration" if calibrates else "prequential"
-            first = "gaussian" if rows == "gaussian" and not trains else first
-            sources = (first,) if stale or rows == "none" else (first, "novel")
-        if names == "auto":
-            if stale:
-                self._say(
-                    f"the network trains, so that distances from what {self.name} has learned would compare features "
-                    "of different networks: its errors are predicted from its scores alone. Keep samples out of "
-                    "training (val_fraction of the data module), which are read again, to have them"
-                )
-            of_rows = () if stale else _OF_ROWS if rows == "features" or trains else _OF_ROWS[:-1]
-            names = (*of_rows, *_OF_SCORES, *(_OF_LOGITS if self.probabilities and stale else ()))
-        self.sources = tuple(each for each in sources if each != "novel" or self.settings.records.novelty > 0)
-        if tuple(names) != self.names:
-            self.names = tuple(names)
+        names, self.sources = choices(self, trains, calibrates)
+        if names != self.names:
+            self.names = names
             self.errors = self._new_errors()
+            self.records = ErrorRecords(self.settings.records.capacity, seed=self.settings.records.seed)
 
     def _new_errors(self) -> ErrorPredictor:
         signs = [FEATURE_SIGNS[name] for name in self.names] if self.settings.model in ("forest", "gbt") else None
@@ -143,7 +130,7 @@ class Watched:
         self.arrived.samples += len(wrong)
         self.arrived.wrong += float(wrong.sum())
         self.arrived.loss += float(sample_loss(self.settings.loss, rows.scores, rows.targets).sum())
-        knows = view is not None or not set(self.names) - {*_OF_SCORES, *_OF_LOGITS}
+        knows = view is not None or not set(self.names) - {*OF_SCORES, *OF_LOGITS}
         if "prequential" in self.sources and knows:
             self._record("prequential", rows, view, experience, step)
         if self.settings.held_out and self.errors.is_fitted and knows:
@@ -189,7 +176,7 @@ class Watched:
             self._replace("calibration", phi, calibration, experience)
         self._fit(known)
         if self.sets is not None and fresh is None:
-            self._say(
+            self.say(
                 f"no prediction sets for {self.name}: they need scores of samples that were not learned, of a head "
                 "with an exact leave-one-out form on a frozen network, or of samples kept out of training "
                 "(val_fraction of the data module)"
@@ -216,9 +203,9 @@ class Watched:
         scores = linear(features.to(weight), weight, None if bias is None else bias.detach())
         return Rows(ids, features, targets, scores.to(features))
 
-    def _phi_left_out(self, view: Snapshot, rows: Rows, leverage: Tensor | None = None) -> Tensor:
+    def _phi_left_out(self, view: Snapshot, rows: Rows) -> Tensor:
         how: dict[str, Any] = {"probabilities": self.probabilities}
-        return left_out_features(self.names, view, rows.features, rows.targets, rows.scores, leverage, **how)
+        return left_out_features(self.names, view, rows.features, rows.targets, rows.scores, **how)
 
     def _leave_out(self, rows: Rows, view: Snapshot, experience: int, stale: str) -> Rows | None:
         """Record the errors of the head on its own rows, each as if that had not been learned."""
@@ -228,12 +215,12 @@ class Watched:
                 raise ConfigurationError(stale or "it shows no head")
             scores = head.leave_one_out(rows.features, rows.targets)
         except ConfigurationError as error:
-            self._say(
+            self.say(
                 f"{self.name} has no exact scores of its rows as if they had not been learned ({first_line(error)}): "
                 "its errors are recorded as batches arrive, which shows no forgetting"
             )
             self.sources = tuple("prequential" if each == "loo" else each for each in self.sources)
-            self._fell_back = True
+            self.fell_back = True
             return None
         fresh = rows._replace(scores=scores)
         self._replace("loo", self._phi_left_out(view, fresh), fresh, experience)
@@ -287,7 +274,7 @@ class Watched:
             phi = self.phi(view, Rows(features, features, features, scores)).cpu()
             whole = phi.isfinite().all(dim=1)
             total[whole] = self.errors.predict(phi[whole])
-        aleatoric = self._noise(features, view) if noise is None else noise.detach().double().cpu()
+        aleatoric = self._noise(features, view) if noise is None else self._checked_noise(noise, len(features))
         abstain = None
         if (most := self.abstains_above) is not None:
             abstain = ~whole | (total > most)
@@ -306,6 +293,13 @@ class Watched:
         """What is said of everything as long as there is too little to tell samples apart."""
         width = self.errors.features or len(self.names) or 1
         return float(self.errors.predict(torch.zeros(1, width)))
+
+    @staticmethod
+    def _checked_noise(noise: Any, number: int) -> Tensor:
+        if not isinstance(noise, Tensor) or noise.shape != (number,) or not bool((noise >= 0).all()):
+            seen = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+            raise BatchError(f"aleatoric must return a tensor of {number} numbers of at least 0, got {seen}")
+        return noise.detach().double().cpu()
 
     def _noise(self, features: Tensor, view: Snapshot | None) -> Tensor:
         found = torch.zeros(len(features), dtype=torch.float64)
@@ -330,7 +324,7 @@ class Watched:
             "abstain_above": _finite(self.abstain_above),
             "accept_to": _finite(self.accept_to),
             "arrived": asdict(self.arrived),
-            "fell_back": self._fell_back,
+            "fell_back": self.fell_back,
             "frozen": self._frozen_state if self.frozen is None else self.frozen.state_dict(),
         }
 
@@ -341,7 +335,7 @@ class Watched:
             StateError: If it is damaged or of other settings; nothing is changed then.
         """
         saved = read_own(state, _TABLE, f"{owner}: {self.name}")
-        other = Watched(self.name, self.predictor, self.settings, self._say)
+        other = Watched(self.name, self.predictor, self.settings, self.say)
         other.names = tuple(saved["features"])
         other.errors = other._new_errors()
         other.errors.load_state_dict(saved["errors"])
@@ -351,8 +345,20 @@ class Watched:
         self.names, self.sources = other.names, tuple(saved["sources"])
         self.errors, self.records, self.sets = other.errors, other.records, other.sets
         self.abstain_above, self.accept_to = _endless(saved["abstain_above"]), _endless(saved["accept_to"])
-        self.arrived, self._fell_back = Arrived(**saved["arrived"]), saved["fell_back"]
+        self.arrived, self.fell_back = Arrived(**saved["arrived"]), saved["fell_back"]
         self.frozen, self._frozen_state = None, saved["frozen"]
+
+    def fit_state(self) -> dict[str, Any]:
+        """Return what a fit has made, for other processes."""
+        made = {"errors": self.errors.state_dict(), "sets": None if self.sets is None else self.sets.state_dict()}
+        return {**made, "thresholds": (self.abstain_above, self.accept_to)}
+
+    def take_fit(self, state: dict[str, Any]) -> None:
+        """Take up what another process has made."""
+        self.errors.load_state_dict(state["errors"])
+        if self.sets is not None:
+            self.sets.load_state_dict(state["sets"])
+        self.abstain_above, self.accept_to = state["thresholds"]
 
     def thaw(self, owner: str) -> None:
         """Take up the frozen head of a loaded state, once the predictor has taken up its own.

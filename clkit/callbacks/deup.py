@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from clkit.arguments import check_arguments
+from clkit.callbacks._deup_choices import check
 from clkit.callbacks._deup_parts import Arrived, Records, Settings
-from clkit.callbacks._fitting_errors import fit_errors, network_trains
+from clkit.callbacks._fitting_errors import fit_errors, network_trains, record_arriving, rows_come_once
 from clkit.callbacks._judging import Judging
 from clkit.callbacks._learned_layers import LearnedLayers
 from clkit.callbacks._recording import module_predicts
@@ -22,7 +23,7 @@ from clkit.features.observer import BatchObserver, FeaturesFrom
 from clkit.methods.deup import ErrorModelName
 from clkit.methods.sample_loss import SampleLoss
 from clkit.schema import Instance, Named, Table, Whole, read_own
-from clkit.stream._lightning import callbacks_of, datamodule_of, is_logged
+from clkit.stream._lightning import callbacks_of, datamodule_of
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience
 
@@ -118,6 +119,7 @@ class DEUP(FeatureCallback):
         check_arguments(DEUP, locals())
         super().__init__(forward=forward)
         self.name = name or ""
+        self.prefix = f"{name}_" if name else ""
         self.predictor = predictor
         self.kept = records
         self.aleatoric = aleatoric
@@ -140,6 +142,7 @@ class DEUP(FeatureCallback):
         self._watched: dict[str, Watched] = {}
         self._observer_of: dict[str, BatchObserver] = {}
         self._layers = LearnedLayers(records, novelty=false_alarm_rate is not None)
+        self.fitted = 0  # index of the experience after which error predictors were fitted last
         self._at = 0  # batches of the experience that are done
         self._first_epoch: int | None = None  # of the experience
         self._said: set[str] = set()
@@ -226,11 +229,14 @@ class DEUP(FeatureCallback):
         """Settle what is to be recorded of each predictor, now that the network is there."""
         calibrates = getattr(datamodule_of(trainer), "evaluated_on", "") == "validation"
         for name, watched in self._watched.items():
-            tap = self._observer_of[name].tap
-            watched.choose(
-                trains=network_trains(trainer, self._observer_of[name]), calibrates=calibrates, rows=self.kept.memory
-            )
-            watched.classifier = tap.classifier if isinstance(tap.classifier, nn.Linear) else None
+            observer = self._observer_of[name]
+            if trainer.state.fn == "fit" or not watched.names:  # an evaluation judges by what was learned
+                watched.again = not rows_come_once(trainer)
+                watched.choose(trains=network_trains(trainer, observer), calibrates=calibrates)
+                if trainer.state.fn == "fit":
+                    check(watched, calibrates=calibrates)
+            classifier = observer.tap.classifier
+            watched.classifier = classifier if isinstance(classifier, nn.Linear) else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tap the user's network, and take up what a resumed run left."""
@@ -249,7 +255,8 @@ class DEUP(FeatureCallback):
         if at == 0 or (at & (at - 1) == 0 if every == "doubling" else every != "experience" and at % every == 0):
             for name, watched in self._watched.items():
                 ahead = watched.looks_ahead and watched.needs_rows
-                watched.frozen = None if watched.head is None else watched.head.frozen(leverage=ahead)
+                own = ahead and watched.leverage is not None  # the leverage that it predicts with
+                watched.frozen = None if watched.head is None else watched.head.frozen(leverage=own)
                 if ahead:
                     self._layers.keep(self._observer_of[name].point)
         if not isinstance(self.kept.refit, str) and at and at % self.kept.refit == 0:
@@ -270,25 +277,7 @@ class DEUP(FeatureCallback):
         if stage != "train":
             self._judging.on_batch()
             return
-        for observer, part in self.observers.items():
-            self._checked(observer.features(getattr(part, "forward", self.forward)), observer.known_targets)
-        ids = self._layers.ids(trainer, batch_idx, self.observer.known_targets)
-        current = self._boundaries.current
-        experience, logged = 0 if current is None else current.index, is_logged(trainer)
-        for name, rows in self._judging.rows(ids, arriving=True).items():
-            watched, point = self._watched[name], self._observer_of[name].point
-            view = None
-            if watched.looks_ahead and watched.needs_rows:
-                view = self._layers.kept_view(name, point, watched.frozen and watched.frozen.leverage)
-            watched.see(rows, view, experience, trainer.global_step)
-            if logged and watched.arrived.samples:
-                module.log_dict({f"deup/{name}/{key}": value for key, value in watched.arrived.report().items()})
-        for observer in self.observers:
-            readers = [each for name, each in self._watched.items() if self._observer_of[name] is observer]
-            if any(each.needs_rows for each in readers):
-                features = observer.features(getattr(readers[0].predictor, "forward", self.forward))
-                self._layers.learn(observer.point, features, observer.known_targets, ids)
-        self._layers.see_classes(self.observer.known_targets)
+        record_arriving(self, trainer, module, batch_idx)
         self._at += bool((self.observer.known_targets >= 0).any())
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
@@ -299,6 +288,7 @@ class DEUP(FeatureCallback):
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Fit the error predictors, once all heads have learned the experience."""
+        self.fitted = experience.index
         fit_errors(self, trainer, pl_module)
 
     on_experience_cut = on_experience_end
@@ -324,7 +314,8 @@ class DEUP(FeatureCallback):
         """Log the metrics of each predictor."""
         if stage != "predict":
             for name, report in self._judging.conclude(trainer).items():
-                module.log_dict({f"deup/{name}/{key}": value for key, value in report.items()}, rank_zero_only=False)
+                logged = {f"deup/{self.prefix}{name}/{key}": value for key, value in report.items()}
+                module.log_dict(logged, rank_zero_only=False)
 
     def on_predict_batch_end(
         self,
@@ -339,7 +330,7 @@ class DEUP(FeatureCallback):
         super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         said = self._judging.predictions()
         if isinstance(outputs, dict):
-            outputs["uncertainty"] = said
+            outputs.setdefault("uncertainty", {}).update({f"{self.prefix}{each}": of for each, of in said.items()})
         else:
             self.predictions.append(said)
 
@@ -368,6 +359,7 @@ class DEUP(FeatureCallback):
             "watched": {name: watched.state_dict() for name, watched in self._watched.items()},
             "layers": self._layers.state_dict(),
             "at": self._at,
+            "fitted": self.fitted,
             "first_epoch": self._first_epoch,
             "report": self._judging.state_dict(),
         }
@@ -383,18 +375,21 @@ class DEUP(FeatureCallback):
         layers.load_state_dict(saved["layers"], self.state_key)
         watched = {}
         for name, own in saved["watched"].items():
+            if self._observer_of and name not in self._observer_of:  # this run has no such predictor
+                continue
             present = self._watched[name].predictor if name in self._watched else None
             watched[name] = Watched(name, present, self._settings, self._say)
             watched[name].load_state_dict(own, self.state_key)
         self._judging.load_state_dict(saved["report"], self.state_key)
         self._layers, self._watched = layers, {**self._watched, **watched}
-        self._at, self._first_epoch = saved["at"], saved["first_epoch"]
+        self._at, self._first_epoch, self.fitted = saved["at"], saved["first_epoch"], saved["fitted"]
 
 
 _TABLE: Table = {
     "watched": Named(Instance(dict)),
     "layers": Instance(dict),
     "at": Whole(),
+    "fitted": Whole(),
     "first_epoch": Whole(optional=True),
     "report": Instance(dict),
 }
