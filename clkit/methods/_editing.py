@@ -139,11 +139,12 @@ class Attempt:
             with self._shown([], alone=True):
                 original = self.reference.logits(self.network.logits)
         factors, scale, repeats = found
+        trial = _multiplied_out(factors)
         status: Literal["applied", "scaled"] = "applied"
         report, reason = None, ""
         shrinks = rule.scale != "smallest" and rule.guard is not None and rule.guard.policy == "scale"
         for part in _SHRINKING if shrinks and self.reference is not None else (1.0,):
-            with self._shown([self._record(factors, scale * part)]):
+            with self._shown([self._record(trial, scale * part)]):
                 after = self.network.logits(self.images.x)
                 if self.reference is not None and logits is not None and original is not None:
                     their = self.reference.logits(self.network.logits)
@@ -228,8 +229,9 @@ class Attempt:
                     None,
                     "no gradient reaches the edited layers: the answer is too certain, or a branch is switched off",
                 )
+            trial = _multiplied_out(factors)
             for scale in scales:
-                with self._shown([*so_far, self._record(factors, scale)]):
+                with self._shown([*so_far, self._record(trial, scale)]):
                     done = self._is_done(rule.flip_share)
                 if done or (rule.scale != "smallest" and repeat == rule.max_repeats):
                     return (*joined([*parts, (factors, scale)]), repeat), ""
@@ -274,6 +276,11 @@ class Attempt:
             "locality": report,
         }
         return EditResult(status=status, seconds=time.perf_counter() - self.started, **{**entries, **known})
+
+
+def _multiplied_out(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the same with the products taken, once for all scales that are tried."""
+    return {name: Factors(None, None, each.delta()) for name, each in factors.items()}
 
 
 def joined(parts: list[tuple[dict[str, Factors], float]]) -> tuple[dict[str, Factors], float]:
