@@ -58,10 +58,12 @@ def record_arriving(owner: DEUP, trainer: pl.Trainer, module: pl.LightningModule
             module.log_dict({f"deup/{owner.prefix}{name}/{key}": value for key, value in report})
     for observer in owner.observers:
         readers = [each for name, each in owner._watched.items() if owner._observer_of[name] is observer]
-        passes = {getattr(each.predictor, "forward", "auto") for each in readers if each.predictor is not None}
+        passes: set[Any] = {
+            getattr(each.predictor, "forward", "auto") for each in readers if each.predictor is not None
+        }
         if any(each.needs_rows for each in readers):
             # the numbers that heads learn; those of the module's own classifier where there is no head
-            source = sorted(passes)[0] if passes else owner.forward
+            source: Any = sorted(passes)[0] if passes else owner.forward
             owner._layers.learn(observer.point, observer.features(source), observer.known_targets, ids)
             if len({observer.source(each) for each in passes}) > 1:
                 owner._layers.mixed.add(observer.point)
