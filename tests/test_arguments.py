@@ -32,7 +32,7 @@ from clkit.testing import Entry
 PACKAGES = ("clkit", *(f"clkit.{name}" for name in ("callbacks", "data", "methods", "metrics", "models", "strategies")))
 # clkit makes these, not the user
 GIVEN = {
-    *("Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows", "TaskReport"),
+    *("Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows", "TaskReport", "Snapshot"),
     *("EditRecord", "EditResult", "LocalityReport", "Proposal"),
 }
 
@@ -54,6 +54,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "FeatureTap": {"module": nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "layer": "1"},
     "AnalyticHead": {"in_features": 3},
     "LDAHead": {"in_features": 3},
+    "Novelty": {"in_features": 3},
     "NearestMeanHead": {"in_features": 3},
     "FeatureMap": {"in_features": 3},
     "FeatureStatistics": {"width": 3},

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from clkit.arguments import check_arguments
 from clkit.callbacks import AEFOCL, DEUP, DST, LDA, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
-from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, PruneSchedule
+from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, Novelty, PruneSchedule
 from clkit.strategies import (
     DERPPStrategy,
     ERACEStrategy,
@@ -132,6 +132,7 @@ def clkit_entries() -> list[Entry]:
         head("NearestMeanHead", make=NearestMeanHead),
         head("NearestMeanHead-cosine", make=partial(NearestMeanHead, metric="cosine")),
         head("LDAHead", make=LDAHead, tolerance=1e-11),
+        head("Novelty", make=Novelty, tolerance=1e-9),
         callback("AEFOCL", make=AEFOCL),
         callback(
             "AEFOCL-lift",
