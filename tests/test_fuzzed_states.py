@@ -33,6 +33,9 @@ from clkit.testing import Entry, clkit_entries
 from clkit.testing._compare import changed
 from clkit.testing._runs import FEATURES, Setting, isolated, small_module, stream, trainer
 
+# torch says once in a process that it checks a sparse tensor of a file, which a mutation may put there
+pytestmark = pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+
 ENTRIES = {entry.name: entry for entry in clkit_entries()}
 MANY = pytest.mark.parametrize("mutations", [200, pytest.param(2000, marks=pytest.mark.slow)])
 SPARE = 2**31  # bytes that a mutation may ask for
