@@ -419,4 +419,5 @@ def test_a_mutated_table_is_refused_or_works(kind: str, mutations: int) -> None:
             made.predict(phi)
         made.load_state_dict(made.state_dict())
 
-    attack(kind, made.state_dict(), made.load_state_dict, made.state_dict, works, mutations)
+    counts = attack(kind, made.state_dict(), made.load_state_dict, made.state_dict, works, mutations)
+    assert counts["refused"] > 0

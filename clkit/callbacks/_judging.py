@@ -94,7 +94,7 @@ class Judging:
         """Return what is said of the batch in work, by predictor; worked out once."""
         owner = self._owner
         key = ("deup", id(owner))
-        return owner.observer.remember(key, lambda: self._keep(self._judge()))  # type: ignore[no-any-return]  # a memo
+        return owner.observer.remember(key, lambda: self._keep(self._judge()))  # type: ignore[no-any-return]  # a memo holds anything
 
     def _judge(self) -> dict[str, _Said]:
         owner, said = self._owner, {}

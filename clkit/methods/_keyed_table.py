@@ -138,7 +138,7 @@ class KeyedTable:
         self._rows, self._refused, self._refused_here = rows, saved["rejected"], 0
 
     def _column_kinds(self) -> dict[str, Kind]:
-        raise NotImplementedError
+        raise NotImplementedError  # each table says what its columns are
 
 
 def matrix(name: str, rows: Tensor) -> Tensor:

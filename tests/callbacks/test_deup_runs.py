@@ -251,7 +251,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
     class Lit(LitSmall):
         def __init__(self) -> None:
             super().__init__()
-            self.net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(64, 10))  # type: ignore[assignment]  # another
+            self.net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(64, 10))  # type: ignore[assignment]  # another class
 
         def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
             return {"scores": self(batch[0])}

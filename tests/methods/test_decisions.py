@@ -164,7 +164,7 @@ def test_the_most_uncertain_come_first_and_of_equal_ones_the_lower_index() -> No
     assert stretched.tolist() == query(5, u).tolist()  # only the order counts
     for options in ({"k": 6}, {"k": -1}, {"k": 2, "diversity": 0.5}, {"k": 2, "diversity": 1.5}):
         with pytest.raises(ArgumentError, match=r"k|diversity"):
-            query(u=u, **options)  # type: ignore[arg-type]
+            query(u=u, **options)  # type: ignore[arg-type]  # the wrong type is the test
     for wrong in (torch.zeros(4, 2), torch.full((5, 2), NAN), torch.zeros(5)):
         with pytest.raises(BatchError, match="features"):
             query(2, u, wrong, diversity=0.5)

@@ -424,7 +424,7 @@ def test_the_global_random_state_is_left_alone(model: Any) -> None:
     ErrorPredictor(model, trees=5).load_state_dict(predictor.state_dict())
     cross_fit(lambda X, y: lambda X, y: (X, y), *records()[:2])
     assert torch.equal(states[0], torch.get_rng_state())
-    assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+    assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002  the global one is asked about
     assert states[2] == random.getstate()
     again = fitted(model, 100, trees=5)
     assert changed(again.state_dict(), predictor.state_dict()) == []
@@ -500,7 +500,7 @@ def test_each_record_comes_from_a_model_that_did_not_learn_it(by: Any) -> None:
 
 def test_cross_fitting_refuses_what_cannot_be_dealt() -> None:
     X, y = torch.randn(6, 2), torch.tensor([0, 0, 1, 1, 2, 2])
-    nothing: Any = lambda X, y: lambda X, y: (X, y)  # noqa: E731
+    nothing: Any = lambda X, y: lambda X, y: (X, y)  # noqa: E731  as short as what it stands for
     for wrong in ({"folds": 1}, {"folds": 7}, {"folds": 4, "by": "class"}, {"by": "group"}, {"seed": -1}):
         with pytest.raises(ArgumentError, match=r"folds|by|seed"):
             cross_fit(nothing, X, y, **wrong)

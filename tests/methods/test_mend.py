@@ -58,7 +58,7 @@ def test_golden_values_of_the_identity() -> None:
 
 
 def fill(networks: EditorNetworks) -> None:
-    (network,) = (parts["joint"] for parts in networks.networks)  # type: ignore[index]  # a ModuleList says Module
+    (network,) = (parts["joint"] for parts in networks.networks)  # type: ignore[index]  # a Module to mypy
     flat = torch.arange(25, dtype=torch.float64)
     with torch.no_grad():
         for block in range(2):
@@ -148,7 +148,7 @@ def test_rows_where_a_network_writes_in_place_and_is_frozen() -> None:
         logits = model(x)
         found = capture.rows(F.cross_entropy(logits, torch.tensor([1, 2])))
     assert torch.equal(logits, model(x))
-    weights = [layer.weight.clone().requires_grad_() for layer in layers.values()]  # type: ignore[operator]
+    weights = [layer.weight.clone().requires_grad_() for layer in layers.values()]  # type: ignore[operator]  # a Module to mypy
 
     def by_hand() -> Tensor:
         h = F.relu(F.conv2d(x, weights[0], model.conv.bias, padding=1)).flatten(2).mT
@@ -271,7 +271,7 @@ def test_at_the_start_what_must_train_has_a_gradient() -> None:
     torch.optim.Adam(networks.parameters(), lr=0.01).step()
     assert not networks.is_identity
     for parts in networks.networks:
-        assert parts["joint"].U.any()  # type: ignore[index]  # a ModuleList says Module
+        assert parts["joint"].U.any()  # type: ignore[index]  # a Module to mypy
 
 
 def test_no_rows_give_no_edit_and_gradients_of_zero() -> None:
@@ -323,7 +323,7 @@ def test_first_values_are_a_function_of_the_seed_alone() -> None:
     before = torch.get_rng_state()
     one, other, third = (EditorNetworks(SHAPES, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
-    V = [networks.networks[0]["joint"].V for networks in (one, other, third)]  # type: ignore[index]
+    V = [networks.networks[0]["joint"].V for networks in (one, other, third)]  # type: ignore[index]  # a Module to mypy
     assert torch.equal(V[0], V[1])
     assert not torch.equal(V[0], V[2])
     assert float(V[0].detach().abs().max()) <= (6 / (7 + 7)) ** 0.5  # Xavier's bound of rank 7, width 7
@@ -450,7 +450,7 @@ def test_first_steps_have_a_median_of_five_percent() -> None:
     editor = small_editor()
     data = [(images(7, seed), labels(7, seed)) for seed in range(6)]
     editor.fit_statistics(data)
-    assert editor.networks.statistics[0].counts.tolist() == [42 * 9]  # type: ignore[union-attr]
+    assert editor.networks.statistics[0].counts.tolist() == [42 * 9]  # type: ignore[union-attr]  # a Module to mypy
     x, y = torch.cat([each for each, _ in data])[:20], torch.cat([each for _, each in data])[:20]
     with pytest.warns(UserWarning, match="the editor is not trained"):
         found = [deltas(editor, x[i : i + 1], y[i : i + 1]) for i in range(20)]
@@ -463,7 +463,7 @@ def test_first_steps_have_a_median_of_five_percent() -> None:
 def test_statistics_stop_at_the_number_asked_for_and_are_taken_once() -> None:
     editor = small_editor(alpha=0.1)
     editor.fit_statistics(((images(8, seed), labels(8, seed)) for seed in range(10)), edits=20)
-    assert editor.networks.statistics[0].counts.tolist() == [20 * 9]  # type: ignore[union-attr]
+    assert editor.networks.statistics[0].counts.tolist() == [20 * 9]  # type: ignore[union-attr]  # a Module to mypy
     other = small_editor(alpha=0.1)
     whole = torch.cat([images(8, seed) for seed in range(3)]), torch.cat([labels(8, seed) for seed in range(3)])
     other.fit_statistics([whole], edits=20)
@@ -588,7 +588,7 @@ def test_a_step_moves_every_network_however_the_model_is_run(how: str) -> None:
         loss = editor.meta_loss(**batch)["loss"]
     loss.backward()
     optimizer.step()
-    assert all(parts["joint"].U.abs().sum() > 0 for parts in editor.networks.networks)  # type: ignore[index]
+    assert all(parts["joint"].U.abs().sum() > 0 for parts in editor.networks.networks)  # type: ignore[index]  # a Module to mypy
 
 
 def test_one_output_and_several_labels() -> None:

@@ -208,7 +208,10 @@ def report_by_hand(before: Tensor, after: Tensor, y: Tensor | None) -> dict[str,
     }
     if y is not None:
         right = [each.argmax(1) == y for each in (before, after)]
-        found |= {f"accuracy_{when}": float(each.double().mean()) for when, each in zip(["before", "after"], right)}  # noqa: B905
+        found |= {
+            f"accuracy_{when}": float(each.double().mean())
+            for when, each in zip(("before", "after"), right, strict=True)
+        }
         found["drop"] = drawdown(before.argmax(1), after.argmax(1), y) / 100
     return found
 

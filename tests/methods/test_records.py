@@ -439,4 +439,4 @@ def test_the_global_random_state_is_left_alone() -> None:
     memory = FeatureMemory(10)
     memory.add(*stream(50, 3))
     assert torch.equal(before[0], torch.get_rng_state())
-    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002  the global one is asked about

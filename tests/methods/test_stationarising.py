@@ -446,7 +446,9 @@ def test_no_warning_of_scikit_learn_comes_through() -> None:
     snapshot = Snapshot.of(learned(rows, targets), memory=(rows, targets))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stationarising_features(["gmm", "kde"], snapshot, rows, torch.zeros(30, 3), probabilities=True)
+        found = stationarising_features(["gmm", "kde"], snapshot, rows, torch.zeros(30, 3), probabilities=True)
+    assert found.shape == (30, 2)
+    assert bool(found.isfinite().all())
 
 
 # ---- what they are for: an error predictor on a stream of classes, from records of rows that were learned
