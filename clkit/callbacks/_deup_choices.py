@@ -32,6 +32,11 @@ def choices(watched: Watched, trains: bool, calibrates: bool) -> tuple[tuple[str
         if not trains:
             first = "gaussian" if rows == "gaussian" else "loo" if left_out and not watched.again else first
         sources = (first,) if stale or rows == "none" else (first, "novel")
+    if sources[0] == "prequential" and watched.predictor is not None and not hasattr(type(watched.predictor), "head"):
+        watched.say(
+            f"{watched.name} shows no `head` of clkit.methods, so that it is not known what it said before it learned "
+            "a batch: no error of it is recorded, and its total is 1. Keep samples out of training (val_fraction)"
+        )
     if watched.fell_back:
         sources = tuple("prequential" if each == "loo" else each for each in sources)
     if names == "auto":

@@ -82,7 +82,11 @@ class Judging:
         for name, watched in owner._watched.items():
             observer = owner._observer_of[name]
             features = observer.features(getattr(watched.predictor, "forward", owner.forward)).detach().double()
-            if not arriving or watched.predictor is None:
+            if arriving and watched.predictor is None and observer.source(owner.forward) == "eval":
+                scores = watched.logits(features)  # those of the step are of the network in training mode
+                if scores is None:
+                    owner._say("forward='eval' needs a classifier of one linear layer; its errors are not recorded")
+            elif not arriving or watched.predictor is None:
                 scores = self.scores(name)
             else:
                 scores = None if watched.frozen is None else watched.frozen(features)

@@ -197,11 +197,15 @@ class Watched:
         ids, features, targets = kept
         if self.head is not None:
             return Rows(ids, features, targets, self.head(features))
+        scores = self.logits(features)
+        return None if scores is None else Rows(ids, features, targets, scores)
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        """Return what the module's classifier gives for features, where it is one linear layer; a tap hears nothing."""
         if self.classifier is None:
             return None
-        weight, bias = self.classifier.weight.detach(), self.classifier.bias  # not called: a tap listens to it
-        scores = linear(features.to(weight), weight, None if bias is None else bias.detach())
-        return Rows(ids, features, targets, scores.to(features))
+        weight, bias = self.classifier.weight.detach(), self.classifier.bias
+        return linear(features.to(weight), weight, None if bias is None else bias.detach()).to(features)
 
     def _phi_left_out(self, view: Snapshot, rows: Rows) -> Tensor:
         how: dict[str, Any] = {"probabilities": self.probabilities}

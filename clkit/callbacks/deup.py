@@ -199,6 +199,8 @@ class DEUP(FeatureCallback):
         self._watched = {name: self._watched[name] for name in wanted}
         self._observer_of = {name: BatchObserver.attach(trainer, pl_module, found.get(name) or self) for name in wanted}
         self.observers = {observer: found.get(name) or self for name, observer in self._observer_of.items()}
+        if MODULE in wanted and self.forward == "eval":
+            self.observers[self._observer_of[MODULE]] = self
         self.observer = self._observer_of[wanted[0]]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -215,6 +215,33 @@ def test_rows_are_those_that_the_head_learned_beside_a_module_in_training_mode(t
             torch.testing.assert_close(own[labels == label].mean(0), means[classes == label][0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*no exact scores")
+def test_errors_of_the_module_in_evaluation_mode_are_recorded_where_they_are_asked_for(tmp_path: Path) -> None:
+    module = Dropping()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    module.net.head.bias.requires_grad_(True)
+    found = []
+    for way in ("shared", "eval"):
+        deup = DEUP("module", sources=["prequential"], features=["confidence"], forward=way)
+        fit(tmp_path, deup, module=module, strategy="auto", data=stream(stop_after=1), gradient_clip_val=1e-12)
+        saved = deup.error_predictor("module").records.state_dict()
+        found.append(dict(zip(saved["ids"].tolist(), saved["phi"][:, 0].tolist(), strict=True)))
+    with torch.no_grad():
+        inputs = stream_inputs(list(found[0]))
+        expected = 1 - module.eval()(inputs).double().softmax(1).amax(1)
+    by_eval = torch.tensor([found[1][row] for row in found[0]], dtype=torch.float64)
+    by_step = torch.tensor([found[0][row] for row in found[0]], dtype=torch.float64)
+    torch.testing.assert_close(by_eval, expected, rtol=1e-4, atol=1e-4)
+    assert float((by_step - expected).abs().max()) > 0.01
+
+
+def stream_inputs(rows: list[int]) -> Any:
+    data = stream()
+    data.setup("fit")
+    return data.training_inputs(np.array(rows))
+
+
 def test_an_evaluation_elsewhere_judges_by_what_was_learned(tmp_path: Path) -> None:
     deup, path = DEUP(), tmp_path / "end.ckpt"
     trainer = fit(tmp_path, AEFOCL(balance="none"), NMC(), deup)
