@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,23 +48,27 @@ class PreviousModel:
         told = gather_objects(digest_of(path) if trainer.is_global_zero else None, "the model before a task")
         return str(next(filter(None, told)))
 
-    def load(self, path: Path, digest: str) -> None:
-        """Take the weights that :meth:`save` wrote.
+    def load(self, places: Sequence[Path], digest: str) -> Path:
+        """Take the weights that :meth:`save` wrote from the first of some files that has them, and return it.
 
         Raises:
-            StateError: If the file is not there, or is another.
+            StateError: If none is there, or all are others.
         """
-        if not path.is_file():
+        there = [path for path in dict.fromkeys(places) if path.is_file()]
+        found = {path: digest_of(path) for path in there}
+        for path in there:
+            if found[path] == digest:
+                self._module.load_state_dict(read_checkpoint(path)["state_dict"])
+                return path
+        if there:
             raise StateError(
-                f"the run goes on inside a task, and the model from which that task started is not at {path}; put the "
-                "file back, or go on from a checkpoint of the end of a task"
+                f"{there[0]} is not the model from which the task of this checkpoint started ({found[there[0]]} is not "
+                f"{digest}): another run has written it; give each run a folder of its own"
             )
-        if (found := digest_of(path)) != digest:
-            raise StateError(
-                f"{path} is not the model from which the task of this checkpoint started ({found} is not {digest}): "
-                "another run has written it; give each run a folder of its own"
-            )
-        self._module.load_state_dict(read_checkpoint(path)["state_dict"])
+        raise StateError(
+            f"the run goes on inside a task, and the model from which that task started is not at {places[0]}, nor "
+            f"where it was ({places[-1]}); put the file back, or go on from a checkpoint of the end of a task"
+        )
 
 
 def digest_of(path: Path) -> str:

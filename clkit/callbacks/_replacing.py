@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from clkit.errors import ArgumentError, ConfigurationError
+from clkit.arguments import in_short
+from clkit.errors import ArgumentError, ConfigurationError, SignatureError
 from clkit.features.tap import FeatureTap, path_of, put_at
 from clkit.files import read_checkpoint
 from clkit.methods.simplex import ClassAllocator
@@ -39,8 +40,7 @@ class Replacing:
 
     def __init__(self, owner: str, models: Mapping[int, Any]) -> None:
         for index, model in models.items():
-            known = isinstance(model, str | Path | nn.Module) or callable(model)
-            if not isinstance(index, int) or isinstance(index, bool) or index < 0 or not known:
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0 or not _is_model(model):
                 raise ArgumentError(
                     f"replacements must give a path, a network or a function that returns one for the index of an "
                     f"experience (from 0), got {type(model).__name__} for {index!r}"
@@ -74,13 +74,30 @@ class Replacing:
             self._hook.remove()
         self._hook = None
 
+    def look(self, first: int) -> None:
+        """Refuse files that are not there, of this experience and those after it."""
+        for index, model in sorted(self.models.items()):
+            if index >= first and index != self.last and isinstance(model, str | Path) and not Path(model).is_file():
+                raise ArgumentError(
+                    f"replacements[{index}]={str(model)!r} is not a file; give the path of a checkpoint, which must be "
+                    "there when the run begins"
+                )
+
     def put(self, trainer: pl.Trainer, model: Any, allocator: ClassAllocator, side: Literal["low", "high"]) -> None:
-        """Put a model, or that of an experience, in the place of the network; :meth:`tell` must follow."""
-        module, own = trainer.lightning_module, model
-        if isinstance(model, int):
-            self.last, own = model, self.models[model]
-        if isinstance(own, str | Path):
-            checkpoint = read_checkpoint(own)
+        """Put a model in the place of the network; :meth:`tell` must follow."""
+        module: pl.LightningModule | None = trainer.lightning_module
+        if not _is_model(model):
+            raise ArgumentError(
+                f"network must be a path, a network or a function that returns one, got {in_short(model)}"
+            )
+        if module is None:
+            raise ConfigurationError(
+                f"{self.owner}: the trainer has no module yet whose network could be replaced; give the trainer of the "
+                "last fit, or the model that comes first as replacements={0: ...}"
+            )
+        if isinstance(model, str | Path):
+            checkpoint = read_checkpoint(model)
+            self._check_weights(module, checkpoint, model)
             self._take_allocation(checkpoint, allocator, side)
             module.load_state_dict(checkpoint["state_dict"])
         else:
@@ -89,7 +106,7 @@ class Replacing:
                     f"{self.owner}: another network cannot take the place of this one while several processes train "
                     "it; replace it between two fits, or give the path of a checkpoint of the same architecture"
                 )
-            self._put_network(module, own)
+            self._put_network(module, model)
 
     def tell(self, trainer: pl.Trainer) -> None:
         """Have all parts of a run go on with the network that is there now."""
@@ -99,6 +116,26 @@ class Replacing:
         if trainer.training:
             trainer.strategy.setup_optimizers(trainer)  # what they remember is of other weights
         backbone_changed(trainer, "another model takes its place")
+
+    def _check_weights(self, module: pl.LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Refuse the weights of another module before anything is changed."""
+        state, own = checkpoint.get("callbacks", {}).get(self.owner), simplex_classifier_of(module)
+        assert own is not None
+        if state is not None and (theirs := saved_entry(state, "signature", str, self.owner)) != own.head.signature():
+            raise SignatureError(
+                f"{self.owner}: the model in {path} has the vertices {theirs!r}, and the network that it shall replace "
+                f"{own.head.signature()!r}: features of one mean nothing to the other"
+            )
+        weights = checkpoint.get("state_dict")
+        given = weights if isinstance(weights, dict) else {}
+        found, wanted = ({name: tuple(w.shape) for name, w in each.items()} for each in (given, module.state_dict()))
+        if found != wanted:
+            wrong = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+            raise ConfigurationError(
+                f"{self.owner}: {path} does not hold the weights of the {type(module).__name__} as it is now: "
+                f"{wrong[0]!r} is {found.get(wrong[0], 'missing')} there and {wanted.get(wrong[0], 'unknown')} here "
+                f"({len(wrong)} differ); for another architecture give a function that builds its network and loads it"
+            )
 
     def _take_allocation(self, checkpoint: dict[str, Any], allocator: ClassAllocator, side: str) -> None:
         """Keep vertices free that the other model's classes have, or refuse it where both use the same."""
@@ -114,6 +151,11 @@ class Replacing:
 
     def _put_network(self, module: pl.LightningModule, model: Any) -> None:
         network = model if isinstance(model, nn.Module) else model()
+        if not isinstance(network, nn.Module):
+            raise ConfigurationError(
+                f"{self.owner}: the function that shall give the network of a replacement returned "
+                f"{in_short(network)}; return the network, a torch.nn.Module"
+            )
         new, old = simplex_classifier_of(network), simplex_classifier_of(module)
         assert old is not None
         if new is None:
@@ -143,3 +185,7 @@ class Replacing:
         some = next(module.parameters())
         network.to(some.device, some.dtype).train(module.get_submodule(path).training)
         put_at(module, path, network)
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(model, str | Path | nn.Module) or callable(model)

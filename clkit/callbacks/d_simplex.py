@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from clkit.arguments import check_arguments
 from clkit.callbacks._previous_model import PreviousModel
 from clkit.callbacks._replacing import Replacing
+from clkit.callbacks._vertices import Vertices
 from clkit.callbacks.base import FeatureCallback
-from clkit.errors import CapacityError, ConfigurationError
+from clkit.errors import ConfigurationError
 from clkit.features.batch import BatchReader
 from clkit.features.observer import BatchObserver, forward
 from clkit.features.tap import FeatureTap, path_of
@@ -30,11 +31,13 @@ from clkit.surgery.fixed_classifier import SimplexClassifierHead, attach_simplex
 
 __all__ = ["DSimplex"]
 
+_FOLDER = "models"
 _OTHERS = "features of other vertices cannot be compared, so use the settings of the saved run"
 _TABLE: Table = {
     "allocation": Instance(dict),
     "replaced": Whole(optional=True),
     "previous": Instance(str | None),
+    "previous_file": Instance(str | None),
     "started": Whole(optional=True),
 }
 
@@ -123,10 +126,12 @@ class DSimplex(FeatureCallback):
         self.folder = None if folder is None else Path(folder)
         self.allocator = ClassAllocator(num_vertices)
         self.allocator.reserve(reserved)
+        self._vertices = Vertices(self.allocator, side, self.state_key)
         self._contrast = HOCLoss(mu, same_class)
         self._replacing = Replacing(self.state_key, replacements or {})
         self._previous: PreviousModel | None = None
         self._digest: str | None = None  # of the file that holds it
+        self._kept: str | None = None  # that file
         self._started: int | None = None  # the experience that it belongs to
         self._weight = 0.0  # of the distillation in this experience
         self._added = -1  # the batch whose loss has the term
@@ -168,9 +173,9 @@ class DSimplex(FeatureCallback):
         Call it between two fits with the trainer of the last, or at the start of an experience; ``replacements`` does.
 
         Raises:
-            ConfigurationError: If it has no simplex head, or several processes train.
+            ConfigurationError: If it has no simplex head, several processes train, or the trainer has no module yet.
             SignatureError: If it has one of other vertices.
-            ArgumentError: If classes of its own have vertices that are taken here.
+            ArgumentError: If it is none, or classes of its own have vertices that are taken here.
         """
         module = trainer.lightning_module
         self._replacing.put(trainer, network, self.allocator, self.side)
@@ -202,9 +207,10 @@ class DSimplex(FeatureCallback):
         """Take up the previous model of an experience that a resumed run goes on with."""
         super().on_train_start(trainer, pl_module)
         current = self._boundaries.current
+        self._replacing.look(0 if current is None else current.index)
         if self._digest is not None and current is not None and current.index == self._started:
             self._previous = PreviousModel(pl_module, self.layer)
-            self._previous.load(self._file(trainer, current.index), self._digest)
+            self._kept = str(self._previous.load(self._files(trainer, current.index), self._digest))
             self._weigh(current)
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
@@ -212,15 +218,24 @@ class DSimplex(FeatureCallback):
         if self._started == experience.index and self._previous is not None:
             return
         if experience.index in self._replacing.models:
-            self.replace(trainer, experience.index)
+            self._replacing.last = experience.index
+            self.replace(trainer, self._replacing.models[experience.index])
         known = len(self.allocator.classes)
         self._allocate(trainer, pl_module, experience)
         begins = experience.index > 0 or self._replacing.last is not None
-        self._previous, self._digest, self._started = None, None, experience.index
+        self._previous, self._digest, self._kept, self._started = None, None, None, experience.index
         if self.alignment is not None and begins:
             self._previous = PreviousModel(pl_module, self.layer)
-            self._digest = self._previous.save(self._file(trainer, experience.index), trainer)
+            path = self._files(trainer, experience.index)[0]
+            self._digest, self._kept = self._previous.save(path, trainer), str(path.absolute())
             self._weigh(experience, known)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Open the batch; plain loaders tell by it which classes they bring."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._vertices.seen(trainer, self, batch, self._boundaries.current)
 
     def learns(self, trainer: pl.Trainer) -> bool:
         """Whether the batch in work is aligned with a previous model."""
@@ -255,7 +270,8 @@ class DSimplex(FeatureCallback):
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Let go of the previous model."""
-        self._previous, self._digest = None, None
+        self._vertices.settle(experience)
+        self._previous, self._digest, self._kept = None, None, None
 
     # ---- how it is done
 
@@ -315,31 +331,19 @@ class DSimplex(FeatureCallback):
             )
 
     def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
-        """Give the ids up to the highest one of an experience their vertices, so that they do not depend on the order.
-
-        Where the data do not say which classes they bring, no id is known before the cross-entropy sees it.
-        """
-        if not experience.classes:
-            return
-        original = getattr(trainer.datamodule, "original_ids", None)  # type: ignore[attr-defined]  # Lightning sets it
-        ids = experience.classes
-        if original is not None:
-            place = {each: column for column, each in enumerate(original)}
-            ids = tuple(place[each] for each in ids)
-        highest = max(ids)
-        if highest >= self.head.num_vertices:
-            raise CapacityError(
-                f"{experience.name!r} has a class with id {highest}, and {self.state_key} has "
-                f"num_vertices={self.head.num_vertices}, which cannot grow without losing its galleries; build it with "
-                "more from the start, or set relabel=True in the data where ids are far apart"
+        """Give the ids up to the highest one of an experience their vertices."""
+        if not experience.classes and self.alignment == "fd":
+            raise ConfigurationError(
+                f"{self.state_key} with alignment='fd' weighs by the numbers of old and new classes, and these data do "
+                "not say which classes they bring; use a StreamDataModule, or alignment='hoc'"
             )
-        self.allocator.allocate(range(highest + 1), self.side)
-        self.place(module).follow(self.allocator, self.side)
-        width = self.place(module).in_features
-        if width < len(self.allocator.classes):
+        self._vertices.announced(trainer, experience)
+        place = self.place(module)
+        place.follow(self.allocator, self.side)
+        if place.in_features < (count := len(self.allocator.classes)):
             self._say_once(
-                f"{self.state_key}: the network gives {width} features and there are {highest + 1} classes, so that "
-                "features lie in a subspace and reach the vertices only nearly",
+                f"{self.state_key}: the network gives {place.in_features} features and there are {count} classes, so "
+                "that features lie in a subspace and reach the vertices only nearly",
                 rank_zero_warn,
             )
 
@@ -349,9 +353,16 @@ class DSimplex(FeatureCallback):
             old = len(self.allocator.classes) - new if known is None else known
             self._weight = distillation_weight(new, max(1, old), self.distillation)
 
-    def _file(self, trainer: pl.Trainer, experience: int) -> Path:
-        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "models"
-        return folder / f"before_experience_{experience}.pt"
+    def _files(self, trainer: pl.Trainer, experience: int) -> list[Path]:
+        """Return where the model before an experience is kept, then where a run that is resumed may have had it.
+
+        Lightning gives a resumed run a log folder of its own.
+        """
+        name = f"before_experience_{experience}.pt"
+        files = [(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / _FOLDER) / name]
+        if trainer.ckpt_path is not None:  # a run may have been moved as a whole
+            files += [folder / _FOLDER / name for folder in list(Path(trainer.ckpt_path).absolute().parents)[:2]]
+        return files if self._kept is None else [*files, Path(self._kept)]
 
     def _say_once(self, message: str, say: Callable[[str], None] = rank_zero_info) -> None:
         if message not in self._said:
@@ -362,12 +373,14 @@ class DSimplex(FeatureCallback):
 
     def stream_state(self) -> dict[str, Any]:
         """Return the allocation and where the previous model is to be found, but no weights."""
+        self._vertices.settle(self._boundaries.current)
         return {
             "signature": self.head.signature(),
             "side": self.side,
             "allocation": self.allocator.state_dict(),
             "replaced": self._replacing.last,
             "previous": self._digest,
+            "previous_file": self._kept,
             "started": self._started,
         }
 
@@ -381,4 +394,5 @@ class DSimplex(FeatureCallback):
         same = {name: OneOf((value,), _OTHERS) for name, value in own.items()}
         saved = read_own(state, {**same, **_TABLE}, self.state_key)
         self.allocator.load_state_dict(saved["allocation"])
-        self._replacing.last, self._digest, self._started = saved["replaced"], saved["previous"], saved["started"]
+        self._replacing.last, self._started = saved["replaced"], saved["started"]
+        self._digest, self._kept = saved["previous"], saved["previous_file"]

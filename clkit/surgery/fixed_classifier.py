@@ -55,12 +55,16 @@ class SimplexClassifierHead(nn.Module):
         return self.head.embed(inputs.flatten(1))
 
     def follow(self, allocator: ClassAllocator, side: Literal["low", "high"]) -> None:
-        """Give each class the column of its id; ids without a vertex get the others, from the side on."""
+        """Give each class the column of its id; others get what is left, from the side on, reserved vertices last.
+
+        So an id has its vertex already when it is allocated.
+        """
         count = self.head.num_vertices
         ids = torch.tensor(allocator.classes, dtype=torch.int64)
         columns = dict(zip(ids.tolist(), allocator.rows(ids).tolist(), strict=True))
-        taken = set(columns.values())
-        others = (row for row in (range(count) if side == "low" else reversed(range(count))) if row not in taken)
+        taken, last = set(columns.values()), set(allocator.reserved)
+        every = range(count) if side == "low" else range(count - 1, -1, -1)
+        others = iter(sorted((row for row in every if row not in taken), key=last.__contains__))  # a stable sort
         self.vertex_of.copy_(torch.tensor([columns[c] if c in columns else next(others) for c in range(count)]))
 
     @property
