@@ -126,6 +126,7 @@ def test_banks_grow_and_may_be_half_as_large(runs: Runs, tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert "│ digits:shifts/test/" in said
     assert "898 of the queries are in the gallery themselves" in said
+    assert "  digits:shifts: no source of the gallery (digits); equal ids count as the same class" in said
 
 
 def test_images_that_are_gone_cost_the_picture_alone(

@@ -61,7 +61,7 @@ def plot_neighbours(
     found: Neighbours,
     class_names: Mapping[int, str],
 ) -> Figure:
-    """Draw each query and, right of it, its nearest images: framed in green where the label is the same, else in red.
+    """Draw each query and, right of it, its nearest images: framed green where the label is the same, else orange.
 
     Args:
         queries: Q images (C, H, W), uint8 or in [0, 1]; of other than one channel the first three are drawn.
