@@ -102,6 +102,7 @@ PUBLIC = {
         "DST",
         "DSimplex",
         "LDA",
+        "MEND",
         "NMC",
         "FeatureCallback",
         "HeadCallback",

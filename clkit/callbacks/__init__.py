@@ -10,6 +10,7 @@ from clkit.callbacks.dst import DST
 from clkit.callbacks.evaluation import StreamEvaluation
 from clkit.callbacks.head import HeadCallback
 from clkit.callbacks.lda import LDA
+from clkit.callbacks.mend import MEND
 from clkit.callbacks.nmc import NMC
 from clkit.callbacks.progress import StreamProgressBar
 from clkit.surgery.classifier import ungraft
@@ -20,6 +21,7 @@ __all__ = [
     "DEUP",
     "DST",
     "LDA",
+    "MEND",
     "NMC",
     "DSimplex",
     "FeatureCallback",

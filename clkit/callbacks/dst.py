@@ -189,6 +189,26 @@ class DST(ShowsTasks):
         module.load_state_dict(weights)
         return in_form(module, self.topology.mask(task), form)
 
+    # ---- what others may change
+
+    def editable(self, task: int) -> dict[str, Tensor]:
+        """Return where weights of a finished task may change, bool by name: its connections that no other task has.
+
+        Raises:
+            ArgumentError: If the task did not finish.
+            ConfigurationError: If a task trains, or there are none yet.
+        """
+        if self.topology.running:
+            raise ConfigurationError(
+                f"task {self.topology.task} of {self.state_key} trains, and nothing else may change weights meanwhile; "
+                "wait for the end of its experience"
+            )
+        return self._networks.alone(task)
+
+    def take(self, task: int) -> None:
+        """Keep the weights as they are now for those of a finished task, where :meth:`editable` says so."""
+        self._networks.take(task)
+
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

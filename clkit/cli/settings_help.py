@@ -17,7 +17,7 @@ COMMANDS = {
 }
 
 STRATEGY_NAMES = ("gradient_free", "er", "er_ace", "der_pp", "scr", "onpro")
-CALLBACKS = ("AEFOCL", "DEUP", "DSimplex", "DST", "LDA", "NMC", "StreamEvaluation", "StreamProgressBar")
+CALLBACKS = ("AEFOCL", "DEUP", "DSimplex", "DST", "LDA", "MEND", "NMC", "StreamEvaluation", "StreamProgressBar")
 SCENARIOS = (
     "ClassIncremental",
     "TaskIncremental",

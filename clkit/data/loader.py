@@ -157,6 +157,11 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def in_process(self) -> Iterator[Any]:
+        """Yield all batches without the workers, which may be at work for another pass."""
+        workers = self._workers
+        yield from (workers.form(workers.fetcher[key]) for key in self._keys)
+
     # a generator, because Lightning calls `iter` twice an epoch and only one of the two is used
     def __iter__(self) -> Iterator[Any]:
         yield from self._workers.batches(self._keys[self._first() :])

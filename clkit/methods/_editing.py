@@ -20,7 +20,7 @@ from clkit.methods._edit_log import EditLog, EditRecord, Factors, stored_factors
 from clkit.methods._edit_objective import Objective
 from clkit.methods._edited_network import EditedNetwork
 
-__all__ = ["Attempt", "EditResult", "Equivalence", "Images", "Rule", "equivalents_of"]
+__all__ = ["Attempt", "EditResult", "Equivalence", "Images", "Rule", "equivalents_of", "retained"]
 
 Equivalence: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 """``(images (B, …), generator) -> images``: another view of each, which shall get the same label."""
@@ -55,6 +55,7 @@ class Rule(NamedTuple):
     max_repeats: int
     skip_satisfied: bool
     guard: Guard | None
+    accept: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,20 +144,23 @@ class Attempt:
         status: Literal["applied", "scaled"] = "applied"
         report, reason = None, ""
         shrinks = rule.scale != "smallest" and rule.guard is not None and rule.guard.policy == "scale"
-        for part in _SHRINKING if shrinks and self.reference is not None else (1.0,):
+        bounded = self.reference is not None or rule.accept is not None
+        for part in _SHRINKING if shrinks and bounded else (1.0,):
             with self._shown([self._record(trial, scale * part)]):
                 after = self.network.logits(self.images.x)
                 if self.reference is not None and logits is not None and original is not None:
                     their = self.reference.logits(self.network.logits)
                     report = self.reference.report(self.objective, original, logits, their)
+                against = "" if rule.accept is None else rule.accept()
             if not bool(torch.isfinite(after).all()):
                 return self._result("refused", before, reason="the edited network gives answers that are not finite")
             broken = rule.guard.broken_by(report) if rule.guard is not None and report is not None else ""
+            broken = broken or against
             reason = reason or broken
             if not broken:
                 scale, status = scale * part, "applied" if part == 1.0 else "scaled"
                 break
-        if broken and rule.guard is not None and rule.guard.policy == "warn":
+        if broken and not against and rule.guard is not None and rule.guard.policy == "warn":
             warnings.warn(f"{broken}; the edit is applied all the same (policy='warn')", stacklevel=4)
         elif broken:
             return self._result("refused", before, reason=broken, report=report)
@@ -203,18 +207,8 @@ class Attempt:
             sizes={name: float(delta.norm() / old[name].norm()) for name, delta in deltas.items()},
             realised=realised,
             report=report,
-            retention=self.retention(earlier),
+            retention=retained(self.network, self.objective, earlier),
         )
-
-    def retention(self, records: list[EditRecord]) -> float | None:
-        """Return the share of some edits whose images all have their labels now."""
-        if not records:
-            return None
-        kept = 0
-        for record in records:
-            logits = self.network.logits(self.network.images("x", record.x))
-            kept += bool(self.objective.hits(logits, record.y.to(logits.device)).all())
-        return kept / len(records)
 
     def _search(self, rule: Rule) -> tuple[tuple[dict[str, Factors], float, int] | None, str]:
         """Return factors, their scale and the number of proposals; or why there are none."""
@@ -276,6 +270,17 @@ class Attempt:
             "locality": report,
         }
         return EditResult(status=status, seconds=time.perf_counter() - self.started, **{**entries, **known})
+
+
+def retained(network: EditedNetwork, objective: Objective, records: list[EditRecord]) -> float | None:
+    """Return the share of some edits whose images all have their labels now."""
+    if not records:
+        return None
+    kept = 0
+    for record in records:
+        logits = network.logits(network.images("x", record.x))
+        kept += bool(objective.hits(logits, record.y.to(logits.device)).all())
+    return kept / len(records)
 
 
 def _multiplied_out(factors: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -24,10 +24,17 @@ from clkit.schema import (
     saved_entry,
 )
 
-__all__ = ["editor_state", "read_editor"]
+__all__ = ["editor_settings", "editor_state", "read_editor"]
 
 _FORMAT = 1
 _OWNER = "GradientEditor"
+_SETTINGS: Table = {
+    "rank": Instance(int),
+    "n_hidden": Instance(int),
+    "norm_scope": Instance(str),
+    "share": Instance(str),
+    "transforms": Instance(str),
+}
 
 
 def editor_state(networks: EditorNetworks, settings: Mapping[str, Any], fitted: bool, log: EditLog) -> dict[str, Any]:
@@ -40,6 +47,13 @@ def editor_state(networks: EditorNetworks, settings: Mapping[str, Any], fitted: 
         "networks": {name: value.clone() for name, value in networks.state_dict().items()},
         "log": log.state_dict(),
     }
+
+
+def editor_settings(state: Any) -> tuple[list[str], dict[str, Any]]:
+    """Return layers and settings of a saved editor, of which one like it can be made, or raise a StateError."""
+    entries = check_format(state, _FORMAT, _OWNER)
+    layers = saved_entry(entries, "layers", Named(Many(Instance(int))), _OWNER)
+    return list(layers), saved_entry(entries, "settings", Nested(_SETTINGS), _OWNER)
 
 
 def read_editor(

@@ -70,9 +70,29 @@ class TrainedEditor:
         self._warned: set[str] = set()
 
     @property
+    def model(self) -> nn.Module:
+        """The network that is edited, not its compiled form."""
+        return self._network.model
+
+    @property
     def layers(self) -> list[str]:
         """Names of the edited layers, in the order of execution."""
         return list(self._network.layers)
+
+    @property
+    def edits_features(self) -> bool:
+        """Whether a layer before the classifier is edited, so that features move."""
+        return not set(self._network.layers) <= set(self._network.heads)
+
+    @property
+    def outputs(self) -> int:
+        """C, the number of logits of an image."""
+        return self._network.outputs
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it has its statistics."""
+        return self._fitted
 
     @property
     def excluded(self) -> dict[str, str]:
@@ -214,7 +234,13 @@ class TrainedEditor:
         self.networks.to(x.device)
         return self._network.rows(x, lambda logits: self._objective.losses(logits, y))
 
-    def _factors(self, x: Tensor, y: Tensor, protect: Mapping[str, Tensor] | None = None) -> dict[str, Factors] | None:
+    def _factors(
+        self,
+        x: Tensor,
+        y: Tensor,
+        protect: Mapping[str, Tensor] | None = None,
+        within: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Factors] | None:
         """Return what an edit would add, ``None`` where no gradient reaches any layer."""
         self._check_fitted()
         rows = self._rows(x, y)
@@ -230,7 +256,11 @@ class TrainedEditor:
             for name, span in (protect or {}).items():
                 inputs, own = factors[name].inputs, span.to(factors[name].inputs)
                 factors[name] = factors[name]._replace(inputs=inputs - inputs @ own @ own.T)
-            return {name: stored_factors(each, self.store_rank) for name, each in factors.items()}
+            stored = {name: stored_factors(each, self.store_rank) for name, each in factors.items()}
+            for name, mask in (within or {}).items():
+                inside = torch.where(mask.cpu().flatten(1), stored[name].delta(), 0)
+                stored[name] = Factors(None, None, inside.to(factors[name].inputs.dtype))
+            return stored
 
     def _check_fitted(self) -> None:
         if not self._fitted:

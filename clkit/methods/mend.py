@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clkit.arguments import in_short
-from clkit.errors import ArgumentError, BatchError
+from clkit.errors import ArgumentError, BatchError, StateError
 from clkit.methods._checks import check_count, check_number, check_probability
 from clkit.methods._edit_guard import EditReference, Guard, LocalityReport
 from clkit.methods._edit_log import EditLog, EditRecord, Factors
-from clkit.methods._editing import Attempt, EditResult, Equivalence, Images, Rule, equivalents_of
+from clkit.methods._editing import Attempt, EditResult, Equivalence, Images, Rule, equivalents_of, retained
 from clkit.methods._editor_network import EditorNetworks
-from clkit.methods._editor_saved import editor_state, read_editor
+from clkit.methods._editor_saved import editor_settings, editor_state, read_editor
 from clkit.methods._trained_editor import TrainedEditor
 
 __all__ = [
@@ -124,8 +124,43 @@ class GradientEditor(TrainedEditor):
 
     @property
     def edit_log(self) -> EditLog:
-        """The log itself, which knows the original weights: for whoever marks or saves the changed layers."""
+        """The log itself, which knows the original weights: for whoever marks or saves the changed layers.
+
+        Another one may be set where the weights are others for a while.
+        """
         return self._log
+
+    @edit_log.setter
+    def edit_log(self, log: EditLog) -> None:
+        self._log = log
+
+    @property
+    def retention(self) -> float | None:
+        """Share of the edits in the log whose images all have their labels now; ``None`` without edits."""
+        return retained(self._network, self._objective, self._log.records)
+
+    @classmethod
+    def restored(
+        cls, model: nn.Module, state: dict[str, Any], *, example: Tensor | None = None, **options: Any
+    ) -> GradientEditor:
+        """Return the editor of a state that :meth:`state_dict` gave.
+
+        Args:
+            model: The network that was saved with it.
+            state: The state, which knows layers and sizes.
+            example: See the class.
+            **options: Arguments of the class that no state holds: ``loss``, ``store_rank``, ``seed``.
+
+        Raises:
+            StateError: If it does not fit the network, or is damaged.
+        """
+        layers, settings = editor_settings(state)
+        try:
+            editor = cls(model, layers, example=example, **{**settings, **options})
+        except ArgumentError as error:
+            raise StateError(f"no editor can be made of the saved layers and settings: {error}") from error
+        editor.load_state_dict(state)
+        return editor
 
     # ---- edits
 
@@ -150,20 +185,27 @@ class GradientEditor(TrainedEditor):
             spans[name] = directions.flip(1)[:, :count]
         return spans
 
-    def propose(self, x: Tensor, y: Tensor, protect: Mapping[str, Tensor] | None = None) -> Proposal:
+    def propose(
+        self,
+        x: Tensor,
+        y: Tensor,
+        protect: Mapping[str, Tensor] | None = None,
+        within: Mapping[str, Tensor] | None = None,
+    ) -> Proposal:
         """Return the edit of images (B, …) to labels (B,) without applying it; several are edited together.
 
         Args:
             x: The images.
             y: The labels.
             protect: What :meth:`span` gave, to which the edit shall be orthogonal.
+            within: By layer a bool mask of its weight; nothing is added elsewhere.
 
         Raises:
             BatchError: If a batch is not as above, or no gradient reaches any edited layer.
             NotFittedError: If statistics are missing.
         """
         x, y = self._pair((x, y))
-        factors = self._factors(x, y, protect)
+        factors = self._factors(x, y, protect, within)
         if factors is None:
             raise BatchError("no gradient reaches the edited layers: the answers are too certain to be edited")
         return Proposal(x.cpu(), y.cpu(), factors)
@@ -191,6 +233,8 @@ class GradientEditor(TrainedEditor):
         guard: Guard | None = Guard(),
         reference: Any = None,
         protect: Mapping[str, Tensor] | None = None,
+        within: Mapping[str, Tensor] | None = None,
+        accept: Callable[[], str] | None = None,
     ) -> EditResult:
         """Edit the network so that images get labels; or say why not, and leave every bit as it was.
 
@@ -209,6 +253,9 @@ class GradientEditor(TrainedEditor):
             guard: Bounds on what the edit may do to the reference; ``None`` for none.
             reference: Images whose answers shall not move, see :class:`EditReference`; those of ``x`` are left out.
             protect: What :meth:`span` gave, to which the edit shall be orthogonal; it costs reliability.
+            within: By layer a bool mask of its weight; nothing is added elsewhere.
+            accept: A bound of your own beside the guard's: called with the edit in the weights, it returns what speaks
+                against it, and nothing (``""``) where all is well.
 
         Raises:
             BatchError: If a batch is not as above.
@@ -224,14 +271,14 @@ class GradientEditor(TrainedEditor):
             raise ArgumentError(f"guard must be a Guard or None, got {in_short(guard)}")
         self._check_fitted()
         x, y = self._pair((x, y))
-        attempt = self._attempt(x, y, equivalents, reference, protect)
+        attempt = self._attempt(x, y, equivalents, reference, protect, within)
         if guard is not None and attempt.reference is None:
             self._warn(
                 "the guard has no reference, so that nothing is known of other answers; pass reference=…, a few "
                 "hundred images, or guard=None"
             )
         self._log.check(self._network.weights())
-        return attempt.carry_out(Rule(scale, flip_share, max_repeats, skip_satisfied, guard))
+        return attempt.carry_out(Rule(scale, flip_share, max_repeats, skip_satisfied, guard, accept))
 
     def revert(self, *ids: int, inexact: bool = False) -> None:
         """Take edits back: the weights become, to the bit, those that the other edits give.
@@ -328,15 +375,16 @@ class GradientEditor(TrainedEditor):
 
     # ---- how it is done
 
-    def _attempt(self, x: Tensor, y: Tensor, equivalents: Any, reference: Any, protect: Any = None) -> Attempt:
+    def _attempt(
+        self, x: Tensor, y: Tensor, equivalents: Any, reference: Any, protect: Any = None, within: Any = None
+    ) -> Attempt:
         views = equivalents_of(self._network, x, equivalents, (self.seed, len(self._log)))
         images = Images(x, y, views.flatten(0, 1), y.repeat_interleave(views.shape[1], dim=0))
         if reference is not None:
             reference = reference if isinstance(reference, EditReference) else EditReference(reference)
             reference = reference.without(x)
-        return Attempt(
-            self._network, self._objective, self._log, partial(self._factors, protect=protect), images, reference
-        )
+        propose = partial(self._factors, protect=protect, within=within)
+        return Attempt(self._network, self._objective, self._log, propose, images, reference)
 
     def _uncommitted(self) -> list[int]:
         return [record.id for record in self._log.records if not record.committed]

@@ -50,6 +50,12 @@ class Edits(Change):
 
     restore = apply
 
+    def release(self, module: nn.Module) -> None:
+        """Take the marks off, and leave the edits."""
+        for path in self._paths.values():
+            self.unmark(module.get_submodule(path))
+        self._paths = {}
+
     def undo(self, module: nn.Module) -> None:
         """Take all edits back that were not committed, and the marks off.
 
@@ -60,9 +66,7 @@ class Edits(Change):
             return
         weights = {name: module.get_parameter(f"{path}.weight") for name, path in self._paths.items()}
         self._log.revert(weights, [record.id for record in self._log.records if not record.committed])
-        for path in self._paths.values():
-            self.unmark(module.get_submodule(path))
-        self._paths = {}
+        self.release(module)
 
     def state(self) -> dict[str, Any]:
         """Return the state of the log."""

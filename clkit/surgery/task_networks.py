@@ -15,6 +15,7 @@ from clkit.errors import ArgumentError, ConfigurationError, StateError, TapError
 from clkit.features.tap import FeatureTap, path_of
 from clkit.methods import SparseTopology, TaskReport
 from clkit.methods._sparse_saved import saved_sub_network
+from clkit.methods._state import exact
 from clkit.schema import Instance, Many, Named, Nested, OneOf, Table, Whole, read_state, saved_entry
 from clkit.surgery.masks import Masks, SideState, maskable_weights, refuse_lazy
 
@@ -224,6 +225,22 @@ class TaskNetworks:
             return
         with self.shown(task):
             yield
+
+    def alone(self, task: int) -> dict[str, Tensor]:
+        """Return the connections of a finished task that no other has: what may change and leave the others be."""
+        topology = self.known
+        own = topology.mask(task)
+        for other in range(topology.tasks):
+            if other != task:
+                own = {name: own[name] & ~mask for name, mask in topology.mask(other).items()}
+        return own
+
+    def take(self, task: int) -> None:
+        """Keep the weights as they are now for those of a finished task, where it is :meth:`alone`."""
+        with exact():
+            for name, own in self.alone(task).items():
+                layer = self.known._layers[name]  # whose values nobody else changes once a task is over
+                layer.bank.copy_(torch.where(own, layer.weight.detach(), layer.bank))
 
     def export(self, task: int) -> dict[str, Tensor]:
         """Return the state dict of a finished task's network, dense, on the CPU, or raise an ArgumentError."""

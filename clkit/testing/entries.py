@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from clkit.arguments import check_arguments
-from clkit.callbacks import AEFOCL, DEUP, DST, LDA, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
+from clkit.callbacks import AEFOCL, DEUP, DST, LDA, MEND, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
 from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, Novelty, PruneSchedule
 from clkit.strategies import (
@@ -172,6 +172,7 @@ def clkit_entries() -> list[Entry]:
             processes="agree",
         ),
         callback("LDA", make=LDA),
+        callback("MEND", make=MEND, learns=False),
         callback(
             "DEUP",
             make=partial(DEUP, "module", abstain_rate=0.2),

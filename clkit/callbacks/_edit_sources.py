@@ -1,0 +1,203 @@
+"""Where the editor of a run, its edits and its reference come from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from clkit.arguments import in_short
+from clkit.distributed import gather_objects
+from clkit.errors import ArgumentError, BatchError, NotFittedError, StateError
+from clkit.features.batch import Readings
+from clkit.features.tap import FeatureTap
+from clkit.files import read_checkpoint
+from clkit.methods import EditReference, GradientEditor
+from clkit.methods._edit_log import EditLog
+from clkit.schema import Numbers, saved_entry
+from clkit.stream._lightning import datamodule_of, evaluated_loaders
+
+__all__ = [
+    "WantedEdit",
+    "edited_network",
+    "make_editor",
+    "read_edits",
+    "saved_editor",
+    "take_statistics",
+    "val_reference",
+]
+
+_STATE = {"layers", "settings", "networks", "log"}
+_DEEPEST = 4  # dictionaries inside which an editor may lie in a checkpoint
+_STATISTICS = 200
+
+
+class WantedEdit(NamedTuple):
+    """Images (B, …) that shall get labels (B,), and other views of them."""
+
+    x: Tensor
+    y: Tensor
+    equivalents: Any = None
+
+
+def saved_editor(path: str | Path) -> dict[str, Any]:
+    """Return the trained editor in a file, without the edits that it made.
+
+    Args:
+        path: Of an editor's own ``state_dict``, or of a checkpoint of a run that trained or had one.
+
+    Raises:
+        ArgumentError: If there is no such file.
+        StateError: If there is no editor in it.
+    """
+    found = _find(read_checkpoint(path), _DEEPEST)
+    if found is None:
+        raise StateError(
+            f"{path} holds no editor: give a file of editor.state_dict(), or a checkpoint of a run with one"
+        )
+    return {**found, "log": EditLog().state_dict()}
+
+
+def _find(value: Any, depth: int) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    if value.keys() >= _STATE:
+        return value
+    inside = (_find(each, depth - 1) for each in value.values()) if depth else ()
+    return next((each for each in inside if each is not None), None)
+
+
+def edited_network(module: pl.LightningModule) -> nn.Module:
+    """Return what is edited: the module, or the network inside it where it has no ``forward`` of its own."""
+    if type(module).forward is not pl.LightningModule.forward:
+        return module
+    with FeatureTap(module) as tap:
+        return tap.network
+
+
+def make_editor(
+    module: pl.LightningModule,
+    settings: Mapping[str, Any],
+    state: dict[str, Any] | None,
+    example: Tensor | None,
+) -> GradientEditor:
+    """Return an editor of a module: that of a saved state, or a new one with settings."""
+    with torch.inference_mode(False):
+        model = edited_network(module)
+        if example is not None and example.is_inference():
+            example = example.clone()
+        if example is not None:
+            example = example.to(next(module.parameters()).device)
+        if state is None:
+            return GradientEditor(model, example=example, **settings)
+        more = {
+            name: value for name, value in settings.items() if name in ("loss", "store_rank", "seed", "c_edit", "c_loc")
+        }
+        return GradientEditor.restored(model, state, example=example, **more)
+
+
+def take_statistics(owner: str, editor: GradientEditor, reference: EditReference | None) -> None:
+    """Give an editor without statistics those of edits of the reference to other labels, drawn for it."""
+    if editor.is_fitted:
+        return
+    if reference is None:
+        raise NotFittedError(
+            f"{owner}: the editor has no statistics of gradients, and there are no reference images to take them from; "
+            "give a trained editor (editor=path), or a reference"
+        )
+    draws = torch.Generator().manual_seed(editor.seed)
+    images = reference.images[torch.randperm(len(reference), generator=draws)[:_STATISTICS]]
+    labels = torch.randint(max(2, editor.outputs), (len(images),), generator=draws)
+    editor.fit_statistics([(images, labels)])
+
+
+def read_edits(edits: Any) -> list[WantedEdit]:
+    """Return what shall be edited.
+
+    Args:
+        edits: Pairs of images and labels, with equivalents behind them or not; or the path of a file with ``images``
+            (N, …) and ``labels`` (N,), each an edit.
+
+    Raises:
+        ArgumentError: If it is neither.
+    """
+    if isinstance(edits, str | Path):
+        saved = read_checkpoint(edits)
+        x = saved_entry(saved, "images", Numbers((...,), None), str(edits))
+        y = saved_entry(saved, "labels", Numbers(("N",), torch.int64), str(edits))
+        if x.ndim < 2 or len(x) != len(y):
+            raise StateError(f"{edits}: images {tuple(x.shape)} and labels {tuple(y.shape)} do not belong together")
+        return [WantedEdit(x[at : at + 1], y[at : at + 1]) for at in range(len(y))]
+    found = []
+    for each in edits:
+        if not isinstance(each, Sequence) or not 2 <= len(each) <= 3:
+            raise ArgumentError(
+                f"an edit must be (images, labels) or (images, labels, equivalents), got {in_short(each)}"
+            )
+        found.append(WantedEdit(*each))
+    return found
+
+
+def val_reference(trainer: pl.Trainer, part: Any, most: int) -> EditReference | None:
+    """Return images and labels of the validation loaders as the first process shall see them; a call on all.
+
+    The global random state stays as it is.
+    """
+    images: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    most = -(-most // trainer.world_size)
+    with torch.random.fork_rng(devices=[]):  # from which a loader draws when it begins
+        for x, y in _batches(trainer, part):
+            images.append(x[: most - sum(map(len, images))].cpu())
+            labels.append(None if y is None else y[: len(images[-1])].cpu())
+            if sum(map(len, images)) >= most:
+                break
+    gathered = gather_objects((images, labels), "the reference of edits", first_only=True)
+    images = [each for those, _ in gathered for each in those]
+    known = [each for _, those in gathered for each in those]
+    if not images:
+        return None
+    if any(each is None or bool((each < 0).any()) for each in known):
+        return EditReference(images)
+    return EditReference(zip(images, known, strict=True))
+
+
+def _batches(trainer: pl.Trainer, part: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+    data = datamodule_of(trainer)
+    loaders: Any = evaluated_loaders(trainer) if trainer.state.fn in ("fit", "validate") else []
+    if hasattr(data, "evaluation_loader") and not loaders:
+        loaders = [data.val_dataloader()]
+    for place, loader in enumerate(loaders):
+        for batch in _apart(loader):
+            moved = trainer.strategy.batch_to_device(batch, dataloader_idx=place)
+            try:
+                x, y = Readings.of(trainer).read(part, moved, needs_targets=False)
+            except BatchError:  # one that no edit could be measured with: the user's own step knows more
+                continue
+            if isinstance(x, Tensor):
+                yield x, y
+
+
+def _apart(loader: Any) -> Iterator[Any]:
+    """Yield the batches of a loader, whose workers and draws may be those of a pass that runs."""
+    if hasattr(loader, "in_process"):
+        yield from loader.in_process()
+        return
+    if not isinstance(loader, DataLoader):
+        yield from loader
+        return
+    own = copy.copy(loader)
+    vars(own).update(num_workers=0, persistent_workers=False, prefetch_factor=None, timeout=0, _iterator=None)
+    draws = getattr(loader.sampler, "generator", None)
+    before = None if draws is None else draws.get_state()
+    try:
+        yield from own
+    finally:
+        if draws is not None:
+            draws.set_state(before)
