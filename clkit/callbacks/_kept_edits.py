@@ -25,10 +25,8 @@ from clkit.methods._edit_log import EditLog
 from clkit.schema import Instance, Many, Named, OneOf, Table, Whole, read_own
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.boundaries import BoundaryPhase, backbone_changed
-from clkit.surgery.change import changes_of
 from clkit.surgery.edits import Edits
 from clkit.surgery.fixed_classifier import simplex_classifier_of
-from clkit.surgery.masks import Masks
 
 __all__ = ["KeepsEdits"]
 
@@ -105,7 +103,7 @@ class KeepsEdits(StreamCallback):
                     self._drop([each])
                     if head.grafted:
                         head.graft(module)
-        if any(each.route == "editor" for each in found):
+        if any(each.route == "editor" for each in found) and self._made(module, None).edits_features:
             self._tell(trainer, f"edits {sorted(each.id for each in found)} were taken back")
 
     def revert_all(self) -> None:
@@ -272,8 +270,7 @@ class KeepsEdits(StreamCallback):
                 f"{self.state_key} would edit {list(paths.values())}, and the simplex head is the same in all models; "
                 "edit layers before it (editor={'layers': …})"
             )
-        masked = [path for path in paths.values() if any(isinstance(each, Masks) for each in changes_of(module, path))]
-        if masked:  # whose owner keeps them, and the edits within them
+        if tasks_of(trainer) is not None:  # who keeps the layers, and the edits within its masks
             return
         if self._editor.edits_features or not grafted_layers(trainer):
             marks = self._marks or Edits(self.state_key, self._editor.edit_log)

@@ -1,0 +1,285 @@
+"""MEND beside what else learns of a network: heads, masks of tasks, simplex heads, predictors of errors, grafts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import LitSmall, quiet_trainer
+from test_mend_runs import LAYER, bits, digits, loader, made, mistakes, same
+from torch import Tensor
+
+from clkit.callbacks import AEFOCL, DEUP, DST, LDA, MEND, NMC, DSimplex, FeatureCallback
+from clkit.data import ClassIncremental, StreamDataModule, TaskIncremental
+from clkit.errors import ConfigurationError
+from clkit.methods import Guard, PruneSchedule
+from clkit.strategies import GradientFreeStrategy
+from clkit.surgery.fixed_classifier import simplex_classifier_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
+
+
+def frozen(folder: Path, *callbacks: Any, module: Any = None) -> Any:
+    """A run that learns heads on a network that does not train; gives trainer and module."""
+    module = module or made()
+    trainer = quiet_trainer(folder, callbacks=[*callbacks], max_epochs=1, strategy=GradientFreeStrategy())
+    trainer.fit(module, loader(0, 400), loader())
+    return trainer, module
+
+
+def features(module: LitSmall, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.relu(module.net.hidden(x)).double()
+
+
+@pytest.mark.parametrize("kind", [AEFOCL, NMC, LDA])
+def test_a_head_that_decides_is_corrected_by_its_sums(tmp_path: Path, kind: Any) -> None:
+    head, mend = kind(), MEND(guard=None, weight=200)
+    trainer, module = frozen(tmp_path, head, mend)
+    (x, y), before = digits(), bits(module)
+    learned = {name: value for name, value in head.head.state_dict().items() if isinstance(value, Tensor)}
+    learned = copy.deepcopy(learned)
+    at = int((head.head.predict(features(module, x[800:])) != y[800:]).nonzero()[0, 0]) + 800
+    result = mend.edit(x[at : at + 1], y[at : at + 1], x[at : at + 1, None] + 0.01 * torch.rand(1, 5, 64))
+    assert (result.status, result.route, result.head, result.scale) == ("applied", "exact", head.name, 200.0)
+    assert result.prediction_before != result.label == result.prediction_after
+    assert result.generality == 1.0
+    assert result.locality is not None
+    assert int(head.head.predict(features(module, x[at : at + 1]))) == int(y[at])
+    by_hand = copy.deepcopy(head.head)  # a head that learns the same rows as a batch of its own
+    by_hand.reset()
+    by_hand.update(features(module, x[:400]), y[:400])
+    by_hand.update(features(module, x[at : at + 1]).repeat(200, 1), y[at : at + 1].repeat(200))
+    rows = features(module, x[800:])
+    assert torch.allclose(by_hand(rows), head.head(rows), rtol=1e-8, atol=1e-8)
+    assert same(bits(module), before)
+    mend.revert(0)
+    for name, value in head.head.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.allclose(value.double(), learned[name].double(), rtol=1e-12, atol=1e-9), name
+    assert not mend.records
+    assert trainer
+
+
+def test_an_edit_of_a_head_survives_a_checkpoint_and_is_taken_back_there(tmp_path: Path) -> None:
+    head, mend, (x, y) = NMC(), MEND(guard=None, weight=100), digits()
+    trainer, module = frozen(tmp_path, head, mend)
+    at = int((head.head.predict(features(module, x[800:])) != y[800:]).nonzero()[0, 0]) + 800
+    unedited = head.head(features(module, x[800:900]))
+    mend.edit(x[at : at + 1], y[at : at + 1])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    other, again = NMC(), MEND()
+    later = quiet_trainer(tmp_path, callbacks=[other, again], strategy=GradientFreeStrategy())
+    later.validate(LitSmall(), loader(), verbose=False, ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
+    assert torch.equal(other.head(features(module, x[800:900])), head.head(features(module, x[800:900])))
+    again.revert(0)
+    assert torch.allclose(other.head(features(module, x[800:900])), unedited, rtol=1e-10)
+
+
+def test_the_guard_of_a_head_refuses_and_changes_nothing(tmp_path: Path) -> None:
+    head, mend, (x, y) = NMC(), MEND(guard=Guard(0.0, 0.0), weight=3000), digits()
+    _, module = frozen(tmp_path, head, mend)
+    before = copy.deepcopy(dict(head.head.state_dict()))
+    wanted = (head.head.predict(features(module, x[800:801])) + 5) % 10
+    result = mend.edit(x[800:801], wanted)
+    assert (result.status, result.route) == ("refused", "exact")
+    assert "max_drop" in result.reason
+    answers = copy.deepcopy(head.head)  # the drop, counted by hand
+    answers.update(features(module, x[800:801]).repeat(3000, 1), wanted.repeat(3000))
+    reference = features(module, x[600:800])
+    right = [float((each.predict(reference) == y[600:800]).double().mean()) for each in (head.head, answers)]
+    assert result.locality is not None
+    assert result.locality.drop == pytest.approx(right[0] - right[1])
+    assert all(torch.equal(value, before[name]) for name, value in head.head.state_dict().items() if value is not None
+               and isinstance(value, Tensor))  # fmt: skip
+    lazy = MEND(guard=None, weight=1)
+    _, module = frozen(tmp_path, NMC(), lazy)
+    result = lazy.edit(x[800:801], wanted)
+    assert (result.status, result.scale) == ("refused", 0.0)
+    assert "raise weight" in result.reason
+
+
+def test_a_recursive_head_and_several_heads_are_refused_by_name(tmp_path: Path) -> None:
+    x, y = digits()
+    mend = MEND(guard=None)
+    trainer, _ = frozen(tmp_path, AEFOCL(solver="recursive", balance="none"), mend)
+    with pytest.raises(ConfigurationError, match="recursive"):
+        mend.edit(x[:1], y[:1])
+    mend = MEND(guard=None)
+    trainer, _ = frozen(tmp_path, NMC(), LDA(), mend)
+    with pytest.raises(ConfigurationError, match="several heads decide, nmc, lda"):
+        mend.edit(x[:1], y[:1])
+    named = MEND(guard=None, head="nm")
+    trainer, _ = frozen(tmp_path, NMC(), LDA(), named)
+    with pytest.raises(ConfigurationError, match="no head 'nm'; this run has nmc, lda"):
+        named.edit(x[:1], y[:1])
+    assert trainer
+
+
+def test_a_head_beside_a_network_that_answers_itself_refuses_a_change_of_its_features(tmp_path: Path) -> None:
+    module, head, mend = made(), NMC(), MEND(LAYER, guard=None)
+    trainer = quiet_trainer(tmp_path, callbacks=[head, mend], max_epochs=1)
+    trainer.fit(module, loader(0, 100), loader())
+    before, pair = bits(module), mistakes(module)[0]
+    with pytest.raises(ConfigurationError, match=r"NMC\(nmc\) learned.*allow_stale=True"):
+        mend.edit(*pair)
+    assert same(bits(module), before)
+    classifier = MEND({"layers": "head"}, guard=None, name="classifier")
+    allowed = MEND(LAYER, guard=None, allow_stale=True)
+    trainer = quiet_trainer(tmp_path, callbacks=[head, allowed, classifier])
+    trainer.validate(module, loader(), verbose=False)
+    assert classifier.edit(*pair).stale == ()
+    classifier.revert_all()
+    with pytest.warns(UserWarning, match=r"NMC\(nmc\): the backbone changed: MEND\(mend\): edit 0 changed net.hidden"):
+        assert allowed.edit(*pair).stale == ("NMC(nmc)",)
+    assert mend.edit(*pair, route="exact").route == "exact"
+
+
+def test_a_grafted_head_decides_and_its_graft_follows(tmp_path: Path) -> None:
+    head, mend, (x, y) = AEFOCL(graft="fit_end", balance="none"), MEND(guard=None, weight=100), digits()
+    trainer = quiet_trainer(tmp_path, callbacks=[head, mend], max_epochs=1)
+    module = made()
+    module.net.requires_grad_(False)
+    module.net.head.requires_grad_(True)
+    trainer.fit(module, loader(0, 400), loader())
+    assert head.grafted
+    with torch.no_grad():
+        wrong = (module(x[800:]).argmax(1) != y[800:]).nonzero()
+    at = int(wrong[0, 0]) + 800
+    result = mend.edit(x[at : at + 1], y[at : at + 1])
+    assert (result.route, result.status) == ("exact", "applied")
+    assert int(module(x[at : at + 1]).argmax(1)) == int(y[at])
+    mend.revert(0)
+    assert int(module(x[at : at + 1]).argmax(1)) != int(y[at])
+    plain = MEND({"layers": "head"}, guard=None, route="editor", scale=20.0, name="plain")
+    trainer = quiet_trainer(tmp_path, callbacks=[head, plain])
+    trainer.validate(module, loader(), verbose=False)
+    with pytest.warns(UserWarning, match="what that learns further overwrites it"):
+        assert plain.edit(x[at : at + 1], y[at : at + 1]).status == "applied"
+
+
+class Tasks(LitSmall):
+    """The same network every time."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(width=32)
+
+
+def sparse(folder: Path, *callbacks: Any, stop_after: int = 2) -> Any:
+    """Two tasks in one network; gives trainer, module and masks."""
+    module, dst = Tasks(), DST(0.4, schedule=PruneSchedule(update_every=2), table=False, initial="uniform")
+    data = StreamDataModule("digits:flat", TaskIncremental(experiences=2), batch_size=60, epochs_per_experience=2)
+    trainer = quiet_trainer(folder, callbacks=[*callbacks, dst])
+    trainer.fit(module, datamodule=data)
+    return trainer, module, dst
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_an_edit_keeps_to_the_connections_of_its_task(tmp_path: Path, task: int) -> None:
+    mend = MEND(LAYER, guard=None, reference=digits()[0][:50])
+    trainer, module, dst = sparse(tmp_path, mend)
+    exported = [{name: value.clone() for name, value in dst.export(each).items()} for each in range(2)]
+    live = bits(module)
+    x, _ = digits()
+    with dst.activate(task), torch.no_grad():
+        wanted = module(x[800:801]).topk(2).indices[0, 1:]
+    result = mend.edit(x[800:801], wanted, task=task)
+    assert (result.status, result.task) == ("applied", task)
+    mine, others = dst.topology.mask(task)["net.hidden.weight"], dst.topology.mask(1 - task)["net.hidden.weight"]
+    edited = dst.export(task)["net.hidden.weight"]
+    moved = edited != exported[task]["net.hidden.weight"]
+    assert bool(moved.any())
+    assert not bool((moved & ~(mine & ~others)).any())
+    assert torch.equal(edited[~mine], torch.zeros_like(edited[~mine]))
+    assert same(dst.export(1 - task), exported[1 - task])
+    for _ in range(2):  # whichever task is shown in between
+        for each in (0, 1):
+            with dst.activate(each), torch.no_grad():
+                assert bool(module(x[800:801]).argmax(1) == wanted) or each != task
+                assert torch.equal(module.net.hidden.weight == 0, dst.export(each)["net.hidden.weight"] == 0)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again, masks = MEND(), DST(0.4, schedule=PruneSchedule(update_every=2), table=False, initial="uniform")
+    fresh = Tasks()
+    later = quiet_trainer(tmp_path, callbacks=[again, masks])
+    data = StreamDataModule("digits:flat", TaskIncremental(experiences=2), batch_size=60, epochs_per_experience=2)
+    later.validate(fresh, data, verbose=False, ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
+    assert torch.equal(masks.export(task)["net.hidden.weight"], edited)
+    for callback, tasks, network in ((mend, dst, module), (again, masks, fresh)):
+        callback.revert(0)
+        assert all(same(tasks.export(each), exported[each]) for each in range(2))
+        assert same(bits(network), live)
+
+
+def test_no_edit_while_a_task_trains_nor_of_what_it_keeps_apart(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    class Edits(FeatureCallback):
+        def learn(self, features: Tensor, targets: Tensor) -> None:
+            if not refused:
+                x, y = digits()
+                with pytest.raises(ConfigurationError) as error:
+                    mend.edit(x[:1], y[:1])
+                refused.append(str(error.value))
+
+    mend = MEND(LAYER, guard=None, reference=digits()[0][:50])
+    head = MEND({"layers": "head"}, guard=None, reference=digits()[0][:50], name="head")
+    _, module, dst = sparse(tmp_path, Edits(forward="shared"), mend, head)
+    assert "task 0 of DST trains" in refused[0]
+    x, y = digits()
+    with pytest.raises(ConfigurationError, match=r"keeps apart for each task"):
+        head.edit(x[:1], y[:1])
+    assert same({"w": dst.export(1)["net.hidden.weight"]}, {"w": module.net.hidden.weight.detach()})
+
+
+def test_a_simplex_head_is_never_edited_and_the_shift_of_features_is_bounded(tmp_path: Path) -> None:
+    module, x = Tasks(), digits()[0]
+    simplex, mend = DSimplex(16), MEND(LAYER, guard=None)
+    head = MEND({"layers": ["net.head.head.junction"]}, guard=None, name="head")
+    tight = MEND(LAYER, guard=None, max_feature_shift=1e-6, name="tight")
+    data = StreamDataModule("digits:flat", ClassIncremental(experiences=2), batch_size=60, epochs_per_experience=2)
+    trainer = quiet_trainer(tmp_path, callbacks=[simplex, mend, head, tight])
+    trainer.fit(module, datamodule=data)
+    place = simplex_classifier_of(module)
+    assert place is not None
+    before, old = bits(module), simplex.embed(module, x[:100])
+    reference = torch.cat([batch[0] for batch in data.val_dataloader()])[:512]
+    with torch.no_grad():
+        wanted = module(x[800:801]).topk(2).indices[0, 1:]
+        base = simplex.embed(module, reference)
+    refused = tight.edit(x[800:801], wanted)
+    assert refused.status == "refused"
+    assert "max_feature_shift=1e-06" in refused.reason
+    assert same(bits(module), before)
+    result = mend.edit(x[800:801], wanted)
+    assert result.status == "applied"
+    assert result.features is not None
+    cosine = (base * simplex.embed(module, reference)).sum(1).mean()
+    assert result.features.cosine == pytest.approx(float(cosine), abs=1e-5)
+    assert result.features.recall_before is not None
+    assert not torch.equal(simplex.embed(module, x[:100]), old)
+    assert {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])} == {
+        "net.hidden.weight"
+    }
+    with pytest.raises(ConfigurationError, match="simplex head"):
+        head.edit(x[800:801], wanted)
+
+
+@pytest.mark.parametrize("route", ["exact", "editor"])
+def test_predictors_of_errors_are_named_as_stale(tmp_path: Path, route: Any) -> None:
+    mend, x = MEND(LAYER, guard=None, allow_stale=True, weight=300), digits()[0]
+    _, module = frozen(tmp_path, NMC(), DEUP(), mend)
+    wanted = mistakes(module)[0][1] if route == "editor" else torch.tensor([3])
+    image = mistakes(module)[0][0] if route == "editor" else x[800:801]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = mend.edit(image, wanted, route=route)
+    told = "DEUP: the backbone changed" if route == "editor" else "MEND(mend): DEUP judges by errors of before"
+    assert any(told in str(each.message) for each in said)
+    assert result.status == "applied"
+    assert "DEUP" in result.stale
+    assert ("NMC(nmc)" in result.stale) == (route == "editor")
