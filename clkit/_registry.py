@@ -26,6 +26,7 @@ STRATEGIES = {
     "der_pp": "clkit.strategies.der_pp.DERPPStrategy",
     "scr": "clkit.strategies.scr.SCRStrategy",
     "onpro": "clkit.strategies.onpro.OnProStrategy",
+    "editor_training": "clkit.strategies.editor_training.EditorTrainingStrategy",
 }
 
 

@@ -33,7 +33,7 @@ PACKAGES = ("clkit", *(f"clkit.{name}" for name in ("callbacks", "data", "method
 # clkit makes these, not the user
 GIVEN = {
     *("Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows", "TaskReport", "Snapshot"),
-    *("EditRecord", "EditResult", "LocalityReport", "Proposal"),
+    *("EditRecord", "EditResult", "LocalityReport", "MetaExample", "Proposal"),
 }
 
 

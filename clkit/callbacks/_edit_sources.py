@@ -19,7 +19,6 @@ from clkit.features.batch import Readings
 from clkit.features.tap import FeatureTap
 from clkit.files import read_checkpoint
 from clkit.methods import EditReference, GradientEditor
-from clkit.methods._edit_log import EditLog
 from clkit.schema import Numbers, saved_entry
 from clkit.stream._lightning import datamodule_of, evaluated_loaders
 
@@ -28,13 +27,10 @@ __all__ = [
     "edited_network",
     "make_editor",
     "read_edits",
-    "saved_editor",
     "take_statistics",
     "val_reference",
 ]
 
-_STATE = {"layers", "settings", "networks", "log"}
-_DEEPEST = 4  # dictionaries inside which an editor may lie in a checkpoint
 _STATISTICS = 200
 
 
@@ -44,33 +40,6 @@ class WantedEdit(NamedTuple):
     x: Tensor
     y: Tensor
     equivalents: Any = None
-
-
-def saved_editor(path: str | Path) -> dict[str, Any]:
-    """Return the trained editor in a file, without the edits that it made.
-
-    Args:
-        path: Of an editor's own ``state_dict``, or of a checkpoint of a run that trained or had one.
-
-    Raises:
-        ArgumentError: If there is no such file.
-        StateError: If there is no editor in it.
-    """
-    found = _find(read_checkpoint(path), _DEEPEST)
-    if found is None:
-        raise StateError(
-            f"{path} holds no editor: give a file of editor.state_dict(), or a checkpoint of a run with one"
-        )
-    return {**found, "log": EditLog().state_dict()}
-
-
-def _find(value: Any, depth: int) -> dict[str, Any] | None:
-    if not isinstance(value, dict):
-        return None
-    if value.keys() >= _STATE:
-        return value
-    inside = (_find(each, depth - 1) for each in value.values()) if depth else ()
-    return next((each for each in inside if each is not None), None)
 
 
 def edited_network(module: pl.LightningModule) -> nn.Module:
@@ -99,7 +68,7 @@ def make_editor(
         more = {
             name: value for name, value in settings.items() if name in ("loss", "store_rank", "seed", "c_edit", "c_loc")
         }
-        return GradientEditor.restored(model, state, example=example, **more)
+        return GradientEditor.from_saved(model, state, example=example, **more)
 
 
 def take_statistics(owner: str, editor: GradientEditor, reference: EditReference | None) -> None:

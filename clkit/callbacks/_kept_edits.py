@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit.callbacks._edit_rules import grafted_layers, paths_in, tasks_of
-from clkit.callbacks._edit_sources import make_editor, saved_editor
+from clkit.callbacks._edit_sources import make_editor
 from clkit.callbacks._exact_edits import take_out
 from clkit.callbacks._run_edits import LoggedEdit, check_inner, check_log, open_edits, read_logged
 from clkit.callbacks.base import StreamCallback
@@ -22,6 +22,7 @@ from clkit.callbacks.head import HeadCallback
 from clkit.errors import ConfigurationError, EditConflictError, StateError
 from clkit.methods import GradientEditor
 from clkit.methods._edit_log import EditLog
+from clkit.methods._editor_saved import saved_editor
 from clkit.schema import Instance, Many, Named, OneOf, Table, Whole, read_own
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.boundaries import BoundaryPhase, backbone_changed
@@ -58,7 +59,9 @@ class KeepsEdits(StreamCallback):
         self.records: list[LoggedEdit] = []
         self._settings = dict(editor) if isinstance(editor, Mapping) else {}
         self._editor = editor if isinstance(editor, GradientEditor) else None
-        self._state = saved_editor(editor) if isinstance(editor, str | Path) else None  # until an editor is made of it
+        self._state: dict[str, Any] | None = None  # of a trained editor, until one is made of it
+        if isinstance(editor, str | Path):  # without the edits that it made elsewhere
+            self._state = {**saved_editor(editor), "log": EditLog().state_dict()}
         self._logs: dict[int, EditLog] = {}  # of tasks that have a network of their own
         self._saved_logs: dict[str, Any] = {}  # until they are looked at beside the weights
         self._next_id = 0

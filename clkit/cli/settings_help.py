@@ -16,7 +16,7 @@ COMMANDS = {
     "predict": "write predictions.csv for the test samples",
 }
 
-STRATEGY_NAMES = ("gradient_free", "er", "er_ace", "der_pp", "scr", "onpro")
+STRATEGY_NAMES = ("gradient_free", "er", "er_ace", "der_pp", "scr", "onpro", "editor_training")
 CALLBACKS = ("AEFOCL", "DEUP", "DSimplex", "DST", "LDA", "MEND", "NMC", "StreamEvaluation", "StreamProgressBar")
 SCENARIOS = (
     "ClassIncremental",

@@ -18,6 +18,7 @@ from clkit.methods.mend import (
     LocalityReport,
     Proposal,
 )
+from clkit.methods.meta_examples import MetaExample, MetaExamples
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.methods.novelty import Novelty
 from clkit.methods.onpro import OnlinePrototypes, OnProLosses
@@ -65,6 +66,8 @@ __all__ = [
     "LDAHead",
     "LocalityReport",
     "MemoryRows",
+    "MetaExample",
+    "MetaExamples",
     "MixedBatch",
     "Mixing",
     "NearestMeanHead",

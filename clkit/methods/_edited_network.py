@@ -197,4 +197,6 @@ def _example(model: nn.Module) -> Tensor:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+    # Lightning takes a compiled module apart, and leaves the compiled forward in it, and "_compiler_ctx"
+    marks = ("_compiled_call_impl", "_compiler_ctx")
+    return "_orig_mod" in module._modules or any(getattr(module, name, None) is not None for name in marks)

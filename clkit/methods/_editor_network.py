@@ -254,6 +254,13 @@ class EditorNetworks(nn.Module):
         for statistics in self.statistics:
             statistics.check()  # type: ignore[operator]  # a ModuleList says Module
 
+    def fixed(self) -> list[Tensor]:
+        """Return what is never trained, statistics and first step sizes, to be overwritten in place."""
+        tensors = [self.alpha_start]
+        for statistics in self.statistics:
+            tensors += [getattr(statistics, name) for name in ("mean", "M2", "counts")]
+        return tensors
+
     def forward(self, rows: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return the factors Q (``inputs``) and P (``gradients``) of each layer, differentiable in all parameters."""
         factors = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
 
 from clkit.errors import StateError
+from clkit.files import read_checkpoint
 from clkit.methods._edit_log import EditLog
 from clkit.methods._editor_network import EditorNetworks
 from clkit.schema import (
@@ -24,10 +26,12 @@ from clkit.schema import (
     saved_entry,
 )
 
-__all__ = ["editor_settings", "editor_state", "read_editor"]
+__all__ = ["editor_settings", "editor_state", "read_editor", "saved_editor"]
 
 _FORMAT = 1
 _OWNER = "GradientEditor"
+_ENTRIES = {"layers", "settings", "networks", "log"}
+_DEEPEST = 4  # dictionaries inside which an editor may lie in a checkpoint
 _SETTINGS: Table = {
     "rank": Instance(int),
     "n_hidden": Instance(int),
@@ -88,3 +92,30 @@ def read_editor(
     log.load_state_dict(saved["log"], weights)
     networks.load_state_dict(saved["networks"])
     return bool(saved["fitted"])
+
+
+def saved_editor(saved: Any) -> dict[str, Any]:
+    """Return the state of an editor: itself, or what lies somewhere in the checkpoint of a run; or the path of either.
+
+    Raises:
+        ArgumentError: If there is no such file.
+        StateError: If there is no editor in it.
+    """
+    content = read_checkpoint(saved) if isinstance(saved, str | PathLike) else saved
+    found = _find(content, _DEEPEST)
+    if found is None:
+        where = saved if isinstance(saved, str | PathLike) else "what was given"
+        raise StateError(
+            f"{where} holds no editor: give what editor.state_dict() gave, or a checkpoint of a run with one, "
+            'such as one with strategy="editor_training"'
+        )
+    return found
+
+
+def _find(value: Any, depth: int) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    if value.keys() >= _ENTRIES:
+        return value
+    inside = (_find(each, depth - 1) for each in value.values()) if depth else ()
+    return next((each for each in inside if each is not None), None)

@@ -104,6 +104,23 @@ class TrainedEditor:
         """The step size of each layer now; training may turn its sign."""
         return dict(zip(self.layers, self.networks.alpha.tolist(), strict=True))
 
+    @property
+    def classes(self) -> int:
+        """How many answers the network has."""
+        return self._objective.classes
+
+    def checked(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (B, …) and labels (B,) where and as the network takes them, or raise a BatchError."""
+        return self._pair((x, y))
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Return the network's answers to images (B, …), (B,) int64."""
+        return self._objective.answers(self._network.logits(x))
+
+    def ranked(self, x: Tensor) -> Tensor:
+        """Return the classes from the most to the least probable for images (B, …), (B, C) int64."""
+        return self._network.logits(x).argsort(dim=1, descending=True)
+
     def fit_statistics(self, data: Iterable[tuple[Tensor, Tensor]], edits: int = _STATISTICS_EDITS) -> None:
         """Take the statistics of rows, and with ``alpha="auto"`` the first step sizes, from edits: once, and first.
 

@@ -18,7 +18,7 @@ from clkit.methods._edit_guard import EditReference, Guard, LocalityReport
 from clkit.methods._edit_log import EditLog, EditRecord, Factors
 from clkit.methods._editing import Attempt, EditResult, Equivalence, Images, Rule, equivalents_of, retained
 from clkit.methods._editor_network import EditorNetworks
-from clkit.methods._editor_saved import editor_settings, editor_state, read_editor
+from clkit.methods._editor_saved import editor_settings, editor_state, read_editor, saved_editor
 from clkit.methods._trained_editor import TrainedEditor
 
 __all__ = [
@@ -138,29 +138,6 @@ class GradientEditor(TrainedEditor):
     def retention(self) -> float | None:
         """Share of the edits in the log whose images all have their labels now; ``None`` without edits."""
         return retained(self._network, self._objective, self._log.records)
-
-    @classmethod
-    def restored(
-        cls, model: nn.Module, state: dict[str, Any], *, example: Tensor | None = None, **options: Any
-    ) -> GradientEditor:
-        """Return the editor of a state that :meth:`state_dict` gave.
-
-        Args:
-            model: The network that was saved with it.
-            state: The state, which knows layers and sizes.
-            example: See the class.
-            **options: Arguments of the class that no state holds: ``loss``, ``store_rank``, ``seed``.
-
-        Raises:
-            StateError: If it does not fit the network, or is damaged.
-        """
-        layers, settings = editor_settings(state)
-        try:
-            editor = cls(model, layers, example=example, **{**settings, **options})
-        except ArgumentError as error:
-            raise StateError(f"no editor can be made of the saved layers and settings: {error}") from error
-        editor.load_state_dict(state)
-        return editor
 
     # ---- edits
 
@@ -372,6 +349,29 @@ class GradientEditor(TrainedEditor):
             StateError: If it is of other layers or settings, or damaged; nothing is changed then.
         """
         self._fitted = read_editor(state, self.networks, self._settings, self._log, self._network.weights())
+
+    @classmethod
+    def from_saved(cls, model: nn.Module, saved: Any, **options: Any) -> GradientEditor:
+        """Return a saved editor, of the layers and settings that it was trained with, for its network.
+
+        Args:
+            model: The network that it was trained for.
+            saved: What :meth:`state_dict` gave, a whole checkpoint of a run with ``strategy="editor_training"`` or with
+                the callback ``MEND``, or the path of a file with either.
+            options: Arguments of the constructor that no state holds: ``example``, ``loss``, ``store_rank``, ``seed``.
+
+        Raises:
+            ArgumentError: If there is no such file.
+            StateError: If there is no editor in it, or it does not fit the network, or is damaged.
+        """
+        state = saved_editor(saved)
+        layers, settings = editor_settings(state)
+        try:
+            editor = cls(model, layers, **{**settings, **options})
+        except ArgumentError as error:
+            raise StateError(f"no editor can be made of the saved layers and settings: {error}") from error
+        editor.load_state_dict(state)
+        return editor
 
     # ---- how it is done
 

@@ -5,10 +5,12 @@ Importing this package registers the names ``"gradient_free"``, ``"er"`` … wit
 """
 
 from clkit._registry import register_strategies
+from clkit.strategies._editor_parts import EditorSettings
 from clkit.strategies._forward import Projection
 from clkit.strategies._memory import MemorySettings
 from clkit.strategies.base import LearningStrategy
 from clkit.strategies.der_pp import DERPPStrategy
+from clkit.strategies.editor_training import EditorTrainingStrategy
 from clkit.strategies.er import ERStrategy
 from clkit.strategies.er_ace import ERACEStrategy
 from clkit.strategies.gradient_free import GradientFreeStrategy
@@ -20,6 +22,8 @@ __all__ = [
     "DERPPStrategy",
     "ERACEStrategy",
     "ERStrategy",
+    "EditorSettings",
+    "EditorTrainingStrategy",
     "GradientFreeStrategy",
     "LearningStrategy",
     "MemorySettings",

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from clkit.errors import ConfigurationError, StateError
 from clkit.schema import STRATEGY
 
-__all__ = ["FROZEN", "IN_CLKIT", "UNTRAINED", "Misfits", "refuse_misfits", "refuse_other_optimizers"]
+__all__ = ["EDITED", "FROZEN", "IN_CLKIT", "UNTRAINED", "Misfits", "refuse_misfits", "refuse_other_optimizers"]
 
 Misfits = dict[type, str]
 
@@ -58,6 +58,19 @@ UNTRAINED: Misfits = {
     ),
 }
 """Beside a strategy that trains nothing at all."""
+
+
+EDITED: Misfits = {
+    **dict.fromkeys(
+        (StochasticWeightAveraging, WeightAveraging, ModelPruning, BaseFinetuning),
+        "an editor is trained for the network as it is, which must not change; use it in a fit of its own before this",
+    ),
+    LearningRateFinder: (
+        "the optimizer is that of the editor, which starts as the identity and whose loss says little after a few "
+        "steps; set lr= of the strategy"
+    ),
+}
+"""Beside the training of an editor."""
 
 
 def refuse_misfits(owner: Any, callbacks: Iterable[Any], misfits: Misfits) -> None:

@@ -142,7 +142,7 @@ def checked_batch(x: Any, y: Tensor, width: int | None) -> tuple[Tensor, Tensor]
     """Return images, and labels on the host, of the labelled rows of a batch; refuse what cannot be learned."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         seen = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise BatchError(f"replay needs images as one floating-point tensor (B, …), got {seen}")
+        raise BatchError(f"the strategy needs images as one floating-point tensor (B, …), got {seen}")
     check_labels("targets", y, len(x))
     labels = y.cpu().long()
     if check_range(labels, width, least=_UNLABELLED) == _UNLABELLED:

@@ -227,6 +227,10 @@ class LearningStrategy(SpokenDDP):
             )
         return known
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the optimizers train, by name: the module's parameters."""
+        return dict(self._module.named_parameters())
+
     # ---- one batch
 
     def read_batch(self, batch: Any) -> tuple[Any, Tensor]:

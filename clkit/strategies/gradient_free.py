@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.arguments import check_arguments
-from clkit.distributed import broadcast
 from clkit.features.calling import call
-from clkit.features.tap import FeatureTap
 from clkit.methods._checks import check_count
 from clkit.strategies._company import FROZEN, UNTRAINED, Misfits
+from clkit.strategies._frozen import Frozen, runnable
 from clkit.strategies.base import LearningStrategy
 from clkit.stream.boundaries import Boundaries, backbone_changed
 from clkit.stream.experience import Experience
@@ -61,9 +60,7 @@ class GradientFreeStrategy(LearningStrategy):
         self.warmup_epochs = check_count("warmup_epochs", warmup_epochs, at_least=0)
         self.trains_module = warmup_epochs > 0
         self._learning = False  # past the warm-up
-        self._thawed: list[tuple[nn.Module, bool]] = []
-        self._thawed_parameters: list[nn.Parameter] = []
-        self._automatic: bool | None = None
+        self._frozen: Frozen | None = None
         self._network: nn.Module | None = None
         self._loss: tuple[Tensor, Tensor] | None = None  # of the running epoch: sum and number of labels
 
@@ -115,31 +112,15 @@ class GradientFreeStrategy(LearningStrategy):
         self._learning = True
         if isinstance(self.model, DistributedDataParallel):
             self.model = module
-        if not self.single_device:  # batch statistics differ between ranks when a warm-up ends
-            broadcast([*module.parameters(), *module.buffers()], "the network's weights")
-        self._thawed_parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for parameter in module.parameters():
-            parameter.grad = None
-            parameter.requires_grad_(False)
-        self._thawed = [(part, part.training) for part in module.modules()]
-        module.eval()
+        self._frozen = Frozen(module, shared=not self.single_device)  # batch statistics differ when a warm-up ends
         self.lr_scheduler_configs.clear()
-        self._automatic, module.automatic_optimization = module.automatic_optimization, True
-        self._network = module
-        if type(module).forward is pl.LightningModule.forward:  # none of the user's own: run what the tap reads
-            with FeatureTap(module) as tap:
-                self._network = tap.network
+        self._network = runnable(module)
 
     def teardown(self) -> None:
         """Give the module its gradients, modes and way of optimising back."""
-        module = self.lightning_module
-        for parameter in self._thawed_parameters:
-            parameter.requires_grad_(True)
-        for part, training in self._thawed:
-            part.training = training
-        if module is not None and self._automatic is not None:
-            module.automatic_optimization = self._automatic
-        self._thawed_parameters, self._thawed, self._automatic = [], [], None
+        if self._frozen is not None:
+            self._frozen.thaw()
+        self._frozen = None
         self._learning, self._network, self._loss = False, None, None
         super().teardown()
 

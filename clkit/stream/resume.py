@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 
 from clkit.distributed import gather_objects
 from clkit.errors import StateError
@@ -121,7 +122,7 @@ def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if len(states) == trainer.world_size:
             restore_random_state(states[trainer.global_rank])
         if gradients and len(gradients) == trainer.world_size:
-            _restore_gradients(module, gradients[trainer.global_rank])
+            _restore_gradients(_trained(trainer), gradients[trainer.global_rank])
         if gradients == []:  # they waited when it was saved, and are not in it
             rank_zero_warn(
                 "the checkpoint was saved in the middle of a step, while gradients of earlier batches waited for it "
@@ -253,18 +254,26 @@ def _waiting_gradients(trainer: pl.Trainer) -> list[dict[str, Tensor]] | None:
         return []
     own = {
         name: parameter.grad.detach().cpu()
-        for name, parameter in trainer.lightning_module.named_parameters()
+        for name, parameter in _trained(trainer).items()
         if parameter.grad is not None
     }
     return gather_objects(own, "their gradients")
 
 
-def _restore_gradients(module: pl.LightningModule, own: dict[str, Tensor]) -> None:
-    parameters = dict(module.named_parameters())
+def _trained(trainer: pl.Trainer) -> dict[str, Parameter]:
+    """Return what the run trains, which a strategy may say: not always something of the module."""
+    strategy: Any = trainer.strategy
+    if hasattr(strategy, "trained_parameters"):
+        own: dict[str, Parameter] = strategy.trained_parameters()
+        return own
+    return dict(trainer.lightning_module.named_parameters())
+
+
+def _restore_gradients(parameters: dict[str, Parameter], own: dict[str, Tensor]) -> None:
     for name, gradient in own.items():
         if name not in parameters or parameters[name].shape != gradient.shape:
             shape = tuple(gradient.shape)
-            raise StateError(f"the gradients of an accumulation: the module has no parameter {name!r} of shape {shape}")
+            raise StateError(f"the gradients of an accumulation: the run trains no {name!r} of shape {shape}")
     for name, gradient in own.items():
         parameter = parameters[name]
         parameter.grad = gradient.to(parameter.device, parameter.dtype, copy=True)

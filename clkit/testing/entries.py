@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args
 from clkit.arguments import check_arguments
 from clkit.callbacks import AEFOCL, DEUP, DST, LDA, MEND, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
 from clkit.errors import ArgumentError
-from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead, Novelty, PruneSchedule
+from clkit.methods import AnalyticHead, LDAHead, MetaExamples, NearestMeanHead, Novelty, PruneSchedule
 from clkit.strategies import (
     DERPPStrategy,
+    EditorSettings,
+    EditorTrainingStrategy,
     ERACEStrategy,
     ERStrategy,
     GradientFreeStrategy,
@@ -109,8 +111,8 @@ def clkit_entries() -> list[Entry]:
     """Return the table of clkit's own heads, callbacks and strategies; a new method joins by adding its line.
 
     Example:
-        >>> [entry.name for entry in clkit_entries() if entry.registered]
-        ['GradientFreeStrategy', 'ERStrategy', 'ERACEStrategy', 'DERPPStrategy', 'SCRStrategy', 'OnProStrategy']
+        >>> [entry.registered for entry in clkit_entries() if entry.registered]
+        ['gradient_free', 'er', 'er_ace', 'der_pp', 'scr', 'onpro', 'editor_training']
     """
     head = partial(Entry, kind="head")
     callback = partial(Entry, kind="callback")
@@ -203,6 +205,24 @@ def clkit_entries() -> list[Entry]:
         strategy("DERPPStrategy", make=DERPPStrategy, registered="der_pp"),
         strategy("SCRStrategy", make=SCRStrategy, registered="scr"),
         strategy("OnProStrategy", make=OnProStrategy, registered="onpro"),
+        strategy("EditorTrainingStrategy", make=EditorTrainingStrategy, registered="editor_training"),
+        strategy(
+            "EditorTrainingStrategy-soon",
+            make=partial(
+                EditorTrainingStrategy,
+                editor=EditorSettings(rank=4),
+                examples=MetaExamples(n_edits=2, n_loc=3),
+                stat_edits=4,
+            ),
+            yaml={
+                "class_path": "clkit.strategies.EditorTrainingStrategy",
+                "init_args": {
+                    "editor": {"rank": 4},
+                    "examples": {"n_edits": 2, "n_loc": 3},
+                    "stat_edits": 4,
+                },
+            },
+        ),
         strategy(
             "OnProStrategy-sharded",
             make=partial(OnProStrategy, memory=MemorySettings(scope="sharded")),
