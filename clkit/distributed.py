@@ -19,6 +19,7 @@ __all__ = [
     "gather_objects",
     "gather_rows",
     "gather_with_graph",
+    "rank",
     "report_lost_process",
     "share_buffers",
     "world_size",
@@ -28,6 +29,11 @@ __all__ = [
 def world_size(group: Any = None) -> int:
     """Return the number of processes that learn together, 1 where none are set up."""
     return int(dist.get_world_size(group)) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, 0 where no others are set up."""
+    return int(dist.get_rank()) if world_size() > 1 else 0
 
 
 def exchange_device(device: torch.device, group: Any = None) -> torch.device:

@@ -27,7 +27,18 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import clkit.stream.resume
-from clkit.callbacks import AEFOCL, DST, LDA, NMC, DSimplex, Lift, StreamCallback, StreamEvaluation
+from clkit.callbacks import (
+    AEFOCL,
+    DEUP,
+    DST,
+    LDA,
+    NMC,
+    DSimplex,
+    Lift,
+    Records,
+    StreamCallback,
+    StreamEvaluation,
+)
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.methods import OnProLosses, PruneSchedule
 from clkit.strategies import ERStrategy, GradientFreeStrategy, LearningStrategy, OnProStrategy
@@ -91,6 +102,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dst": {"heads": "dst", "epochs": 2},
     "d_simplex": {"heads": "d_simplex", "epochs": 2},
     "d_simplex_replay": {"heads": "d_simplex", "strategy": "er", "trainer": {"val_check_interval": 0.5}},
+    "deup": {"heads": "deup", "strategy": "gradient_free", "trainer": {"val_check_interval": 0.5}},
+    "deup_kept_out": {"heads": "deup_kept_out", "strategy": "er", "epochs": 2, "stream": {"val_fraction": 0.4}},
 }
 
 
@@ -354,6 +367,12 @@ def make_heads(kind: str) -> list[Any]:
         return [DST(0.3, schedule=PruneSchedule(update_every=2)), NMC()]
     if kind == "d_simplex":
         return [DSimplex(8, alignment="hoc"), NMC()]
+    if kind == "deup":
+        decides: dict[str, Any] = {"abstain_rate": 0.2, "coverage": 0.8, "false_alarm_rate": 0.2, "adaptive": 0.05}
+        arriving = DEUP(sources=["prequential", "novel"], records=Records(capacity=40, refit=2), name="arriving")
+        return [arriving, AEFOCL(balance="none"), NMC(), DEUP(records=Records(memory_size=30), **decides)]
+    if kind == "deup_kept_out":
+        return [NMC(), DEUP(loss="brier", coverage=0.8, abstain_rate=0.2)]
     if kind == "graft":
         return [AEFOCL(graft="experience_end"), NMC(), LDA()]
     if kind == "graft_replaced":

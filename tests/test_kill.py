@@ -337,6 +337,8 @@ TWO = [
     ("max_steps", "save_moves", 0.6, (0,)),
     ("everything", "save_collects", 0.5, (1,)),
     ("transform", "last_before_save", 0.6, (0, 1)),
+    ("deup", "after_save", 0.6, (1,)),
+    ("deup_kept_out", "row_pending", 0.5, (0,)),
 ]
 
 

@@ -12,13 +12,13 @@ from torch.nn.functional import pad
 
 from clkit.arguments import check_arguments
 from clkit.distributed import gather_objects
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import check_count, check_number, check_probability
 from clkit.methods.deup import ErrorModelName, Uncertainty
 from clkit.methods.sample_loss import SampleLoss
 from clkit.methods.stationarising import FEATURE_SIGNS
 
-__all__ = ["Arrived", "Judgement", "Records", "Rows", "Settings", "joined_rows"]
+__all__ = ["Arrived", "Judgement", "Records", "Rows", "Settings", "checked_noise", "joined_rows"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,18 @@ class Judgement(NamedTuple):
     uncertainty: Uncertainty
     abstain: Tensor | None
     sets: Tensor | None
+
+
+def checked_noise(noise: Any, number: int) -> Tensor:
+    """Return what a user's function said of the noise of so many samples, (n,) float64.
+
+    Raises:
+        BatchError: If it is something else.
+    """
+    if not isinstance(noise, Tensor) or noise.shape != (number,) or not bool((noise >= 0).all()):
+        seen = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise BatchError(f"aleatoric must return a tensor of {number} numbers of at least 0, got {seen}")
+    return noise.detach().double().cpu()
 
 
 def joined_rows(parts: Sequence[Rows]) -> Rows | None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from clkit.callbacks._deup_parts import Judgement, Rows
+from clkit.callbacks._watching import Watching
 from clkit.callbacks.base import Stage
 from clkit.distributed import gather_objects
 from clkit.methods._state import exact
 from clkit.methods.sample_loss import sample_loss
 from clkit.metrics import calibration, ranking
 from clkit.schema import Named, Numbers, Table, read_own
-
-if TYPE_CHECKING:
-    from clkit.callbacks.deup import DEUP
 
 __all__ = ["Judging"]
 
@@ -47,10 +44,16 @@ class _Samples(NamedTuple):
 
 
 class Judging:
-    """Judges the samples of an evaluation for a :class:`~clkit.callbacks.DEUP`, and concludes how good that was."""
+    """Judges the samples of an evaluation, and concludes how good that was.
 
-    def __init__(self, owner: DEUP) -> None:
-        self._owner = owner
+    Args:
+        watching: The predictors and what is known.
+        prefix: What comes before the names of columns and figures.
+    """
+
+    def __init__(self, watching: Watching, prefix: str) -> None:
+        self._watching, self.prefix = watching, prefix
+        self._measures = True  # whether the samples of this evaluation are kept, to be compared with their labels
         self._samples: dict[str, list[_Samples]] = {}
         self._last: dict[str, _Samples] = {}
         self._history: dict[str, dict[tuple[int, int], float]] = {}  # mean total by stage and class
@@ -59,7 +62,7 @@ class Judging:
 
     def begin(self, stage: Stage) -> None:
         """Begin an evaluation."""
-        self._samples = {}
+        self._samples, self._measures = {}, stage != "predict"
 
     def end(self) -> None:
         """Let go of what is not shown any more."""
@@ -69,7 +72,7 @@ class Judging:
 
     def scores(self, name: str) -> Tensor | None:
         """Return what a predictor says of the batch in work, (B, C) float64; ``None`` where that is nothing."""
-        observer, watched = self._owner._observer_of[name], self._owner._watched[name]
+        observer, watched = self._watching.observer_of[name], self._watching.watched[name]
         scores = observer.logits if watched.predictor is None else observer.scores(watched.predictor)
         return None if scores is None or not scores.shape[1] else scores.detach().double()
 
@@ -78,14 +81,20 @@ class Judging:
 
         Of an ``arriving`` batch it is what a head said when that was last brought up to date, before it learns it.
         """
-        owner, found = self._owner, {}
-        for name, watched in owner._watched.items():
-            observer = owner._observer_of[name]
-            features = observer.features(getattr(watched.predictor, "forward", owner.forward)).detach().double()
-            if arriving and watched.predictor is None and observer.source(owner.forward) == "eval":
+        watching, found = self._watching, {}
+        for name, watched in watching.watched.items():
+            observer, wanted = watching.observer_of[name], watching.source(name)
+            if arriving and not observer.has_rows(wanted):
+                watching.say(
+                    f"the training step shows {name} views of the arriving samples and not those themselves, so its "
+                    "errors on them are not recorded; DEUP(forward='eval') pays one more pass of a batch to have them"
+                )
+                continue
+            features = observer.features(wanted).detach().double()
+            if arriving and watched.predictor is None and observer.source(watching.forward) == "eval":
                 scores = watched.logits(features)  # those of the step are of the network in training mode
                 if scores is None:
-                    owner._say("forward='eval' needs a classifier of one linear layer; its errors are not recorded")
+                    watching.say("forward='eval' needs a classifier of one linear layer; its errors are not recorded")
             elif not arriving or watched.predictor is None:
                 scores = self.scores(name)
             else:
@@ -96,21 +105,21 @@ class Judging:
 
     def _said(self) -> dict[str, _Said]:
         """Return what is said of the batch in work, by predictor; worked out once."""
-        owner = self._owner
-        key = ("deup", id(owner))
-        return owner.observer.remember(key, lambda: self._keep(self._judge()))  # type: ignore[no-any-return]  # a memo holds anything
+        observer = next(iter(self._watching.observers))
+        return observer.remember(("deup", id(self)), lambda: self._keep(self._judge()))  # type: ignore[no-any-return]  # a memo holds anything
 
     def _judge(self) -> dict[str, _Said]:
-        owner, said = self._owner, {}
-        for name, watched in owner._watched.items():
+        watching, said = self._watching, {}
+        layers, asked = watching.layers, watching.settings.aleatoric
+        for name, watched in watching.watched.items():
             scores = self.scores(name)
             if scores is None:
                 continue
-            observer = owner._observer_of[name]
+            observer = watching.observer_of[name]
             features = observer.features(getattr(watched.predictor, "forward", "auto")).detach().double()
-            view = owner._layers.view(name, observer.point, watched.leverage) if watched.needs_rows else None
-            noise = owner.aleatoric(observer.inputs) if callable(owner.aleatoric) else None
-            known = owner._layers.known_of(name, observer.point)
+            view = layers.view(name, observer.point, watched.leverage) if watched.needs_rows else None
+            noise = asked(observer.inputs) if callable(asked) else None
+            known = layers.known_of(name, observer.point)
             novelty = is_new = None
             if known is not None and known.novelty is not None and known.statistics.samples:
                 novelty = known.novelty.distance(features).cpu()
@@ -124,16 +133,16 @@ class Judging:
         self._said()
 
     def _keep(self, everything: dict[str, _Said]) -> dict[str, _Said]:
-        owner = self._owner
+        watching = self._watching
         for name, said in everything.items():
-            observer = owner._observer_of[name]
-            if observer.targets is None or owner._stage == "predict":
+            observer = watching.observer_of[name]
+            if observer.targets is None or not self._measures:
                 continue
             targets = observer.targets
             labelled = (targets >= 0).cpu()
             scores = self.scores(name)
             assert scores is not None
-            loss = sample_loss(owner._settings.loss, scores, targets).cpu()
+            loss = sample_loss(watching.settings.loss, scores, targets).cpu()
             wrong = sample_loss("error", scores, targets).cpu()
             target = targets.long().cpu()
             nothing = torch.full_like(loss, torch.nan)
@@ -145,7 +154,7 @@ class Judging:
                 at = torch.where(inside, target, 0)
                 covered = (sets.cpu().gather(1, at[:, None])[:, 0] & inside).double()
             abstain = said.judgement.abstain
-            future = ~torch.isin(target, torch.tensor(sorted(owner._layers.classes), dtype=torch.int64))
+            future = ~torch.isin(target, torch.tensor(sorted(watching.layers.classes), dtype=torch.int64))
             kept = _Samples(
                 epistemic=said.judgement.uncertainty.epistemic,
                 total=said.judgement.uncertainty.total,
@@ -164,13 +173,12 @@ class Judging:
 
     def columns(self) -> dict[str, Tensor]:
         """Return the columns of the batch in work."""
-        prefix = self._owner.prefix
         columns: dict[str, Tensor] = {}
         for name, said in self._said().items():
             of = {**said.judgement.uncertainty._asdict(), "abstain": said.judgement.abstain}
             of["set_size"] = None if said.judgement.sets is None else said.judgement.sets.sum(dim=1)
             of |= {"novelty": said.novelty, "is_new": said.is_new}
-            columns |= {f"{prefix}{name}_{key}": value for key, value in of.items() if value is not None}
+            columns |= {f"{self.prefix}{name}_{key}": value for key, value in of.items() if value is not None}
         return columns
 
     def predictions(self) -> dict[str, dict[str, Tensor]]:
@@ -186,8 +194,11 @@ class Judging:
 
     # ---- the whole evaluation
 
-    def conclude(self, trainer: pl.Trainer) -> dict[str, dict[str, float]]:
-        """Return the metrics of each predictor; a call on all processes."""
+    def conclude(self, after: int | None) -> dict[str, dict[str, float]]:
+        """Return the metrics of each predictor; a call on all processes.
+
+        The course of the stream gets a row where this is the evaluation ``after`` an experience, by its index.
+        """
         own = {name: _joined(parts) for name, parts in self._samples.items()}
         parts = gather_objects(own, "what they said of their samples")
         names = list(dict.fromkeys(name for part in parts for name in part))
@@ -196,15 +207,14 @@ class Judging:
         self._last = {name: _joined([part[name] for part in parts if name in part]) for name in names}
         self._samples = {}
         self.reports = {name: report(samples) for name, samples in self._last.items() if len(samples.total)}
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if after is None:
             return self.reports
-        stage = self._owner.fitted
-        for label in sorted(self._owner._layers.classes):
-            self._came.setdefault(label, stage)
+        for label in sorted(self._watching.layers.classes):
+            self._came.setdefault(label, after)
         for name, samples in self._last.items():
             of = self._history.setdefault(name, {})
             for label in torch.unique(samples.target).tolist():
-                of[stage, int(label)] = float(samples.total[samples.target == label].mean())
+                of[after, int(label)] = float(samples.total[samples.target == label].mean())
         return self.reports
 
     def figures(self) -> dict[str, Any]:
@@ -216,8 +226,8 @@ class Judging:
             known = samples.future == 0
             if not bool(known.any()):
                 continue
-            file = f"deup_{self._owner.prefix}{name}"
-            threshold = self._owner._watched[name].abstains_above
+            file = f"deup_{self.prefix}{name}"
+            threshold = self._watching.watched[name].abstains_above
             total, loss = samples.total[known], samples.loss[known]
             figures[f"{file}_risk_coverage"] = drawn.plot_risk_coverage(total, loss, threshold=threshold, title=name)[0]
             figures[f"{file}_error"] = drawn.plot_loss_by_uncertainty(total, loss, title=name)[0]

@@ -49,7 +49,7 @@ class LearnedLayers:
         self._classes: set[int] = set()  # that training brought
         self.mixed: set[str] = set()  # layers that heads read in different passes
         self._new: list[Tensor] = []  # targets that were not looked at yet
-        self._numbered = 0  # samples that no stream numbers
+        self.numbered = 0  # samples of this process that no stream numbers
 
     # ---- learning
 
@@ -59,8 +59,8 @@ class LearnedLayers:
         if hasattr(loader, "rows"):
             return torch.as_tensor(loader.rows(batch_idx))
         before = (targets >= 0).cumsum(0).cpu()
-        first = trainer.global_rank * _RANK + self._numbered
-        self._numbered += int(before[-1]) if len(before) else 0
+        first = trainer.global_rank * _RANK + self.numbered
+        self.numbered += int(before[-1]) if len(before) else 0
         return (first + before - 1).clamp(min=0)
 
     def learn(self, point: str, features: Tensor, targets: Tensor, ids: Tensor) -> None:
@@ -93,14 +93,18 @@ class LearnedLayers:
         if known is not None and (point not in self._kept or self._kept[point].rows_seen != known.rows_seen):
             self._kept[point] = copy.deepcopy(known)
 
-    def synchronize(self, false_alarm_rate: float | None) -> None:
+    def synchronize(self) -> None:
         """Put together what all processes have; a call on all of them."""
-        for classes in gather_objects(self.classes, "the classes that came"):
-            self._classes |= classes
-        for point in sorted(self._known):
-            self._known[point].synchronize()
-            if false_alarm_rate is not None:
-                self._known[point].set_alarm(false_alarm_rate)
+        for group in (self._known, self._kept):
+            held = gather_objects((self.classes, list(group)), "the classes that came, and the layers that were read")
+            self._classes.update(*(classes for classes, _ in held))
+            for point in sorted(set(group).intersection(*(points for _, points in held))):
+                group[point].synchronize()
+
+    def set_alarms(self, false_alarm_rate: float) -> None:
+        """Call so many samples of known classes new."""
+        for known in self._known.values():
+            known.set_alarm(false_alarm_rate)
 
     def reread(
         self, name: str, features: Tensor, targets: Tensor, ids: Tensor, false_alarm_rate: float | None
@@ -166,7 +170,7 @@ class LearnedLayers:
         saved: dict[str, Any] = {
             group: {name: each.state_dict() for name, each in known.items()} for group, known in groups.items()
         }
-        return {**saved, "classes": sorted(self.classes), "numbered": self._numbered}
+        return {**saved, "classes": sorted(self.classes)}
 
     def load_state_dict(self, state: Any, owner: str) -> None:
         """Take it up.
@@ -181,7 +185,7 @@ class LearnedLayers:
             for name, own in saved[group].items():
                 known[name] = KnownRows.load(own, f"{owner}: {group} at {name}", **{**options, **kind})
                 known[name].reread = group == "reread"
-        self._classes, self._numbered = set(saved["classes"]), saved["numbered"]
+        self._classes = set(saved["classes"])
 
 
 _TABLE: Table = {
@@ -189,5 +193,4 @@ _TABLE: Table = {
     "kept": Named(Instance(dict)),
     "reread": Named(Instance(dict)),
     "classes": Many(Whole(most=_MOST)),
-    "numbered": Whole(),
 }

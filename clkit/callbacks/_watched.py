@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from clkit.callbacks._deup_choices import OF_LOGITS, OF_SCORES, choices
-from clkit.callbacks._deup_parts import Arrived, Judgement, Rows, Settings
+from clkit.callbacks._deup_parts import Arrived, Judgement, Rows, Settings, checked_noise
 from clkit.callbacks._known_rows import KnownRows
 from clkit.callbacks.base import MODULE, Predictor
-from clkit.errors import BatchError, ConfigurationError, NotFittedError, first_line
+from clkit.errors import ConfigurationError, NotFittedError, first_line
 from clkit.methods.decisions import abstention_threshold, risk_threshold
 from clkit.methods.deup import ErrorPredictor, Uncertainty
 from clkit.methods.heads.base import Head
@@ -96,12 +96,7 @@ class Watched:
         return "prequential" in self.sources or self.settings.held_out > 0
 
     def choose(self, *, trains: bool, calibrates: bool) -> None:
-        """Settle features and sources, where ``"auto"`` leaves them open.
-
-        Args:
-            trains: Whether the network that gives the features still trains.
-            calibrates: Whether there are samples kept out of training, to be read again.
-        """
+        """Settle features and sources, where ``"auto"`` leaves them open; see :func:`choices`."""
         names, self.sources = choices(self, trains, calibrates)
         if names != self.names:
             self.names = names
@@ -250,7 +245,10 @@ class Watched:
             seen = known.statistics
             counts = dict(zip(seen.classes.tolist(), seen.counts.tolist(), strict=True))
         novelty = asked.records.novelty if "novel" in self.sources else 0.0
-        self.errors.fit(*self.records.training_set(counts, novelty=novelty, holdout=asked.held_out))
+        phi, error, weight = self.records.training_set(counts, novelty=novelty, holdout=asked.held_out)
+        if not len(phi):  # nothing was recorded: the total stays 1
+            return
+        self.errors.fit(phi, error, weight)
         if asked.held_out:
             held = self.records.held_out(counts, holdout=asked.held_out)
             total = self.errors.predict(held.phi) if len(held.phi) else held.error
@@ -278,7 +276,7 @@ class Watched:
             phi = self.phi(view, Rows(features, features, features, scores)).cpu()
             whole = phi.isfinite().all(dim=1)
             total[whole] = self.errors.predict(phi[whole])
-        aleatoric = self._noise(features, view) if noise is None else self._checked_noise(noise, len(features))
+        aleatoric = self._noise(features, view) if noise is None else checked_noise(noise, len(features))
         abstain = None
         if (most := self.abstains_above) is not None:
             abstain = ~whole | (total > most)
@@ -298,13 +296,6 @@ class Watched:
         width = self.errors.features or len(self.names) or 1
         return float(self.errors.predict(torch.zeros(1, width)))
 
-    @staticmethod
-    def _checked_noise(noise: Any, number: int) -> Tensor:
-        if not isinstance(noise, Tensor) or noise.shape != (number,) or not bool((noise >= 0).all()):
-            seen = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-            raise BatchError(f"aleatoric must return a tensor of {number} numbers of at least 0, got {seen}")
-        return noise.detach().double().cpu()
-
     def _noise(self, features: Tensor, view: Snapshot | None) -> Tensor:
         found = torch.zeros(len(features), dtype=torch.float64)
         if self.settings.aleatoric == "neighbours":
@@ -318,27 +309,35 @@ class Watched:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything: tensors and plain types."""
+        """Return what is the same in all processes: tensors and plain types. A call on all of them."""
+        self.records.synchronize()
         return {
             "features": list(self.names),
             "sources": list(self.sources),
             "errors": self.errors.state_dict(),
             "records": self.records.state_dict(),
-            "sets": None if self.sets is None else self.sets.state_dict(),
             "abstain_above": _finite(self.abstain_above),
             "accept_to": _finite(self.accept_to),
-            "arrived": asdict(self.arrived),
             "fell_back": self.fell_back,
-            "frozen": self._frozen_state if self.frozen is None else self.frozen.state_dict(),
         }
 
-    def load_state_dict(self, state: Any, owner: str) -> None:
-        """Take it up.
+    def own_state(self) -> dict[str, Any]:
+        """Return what each process has of its own, on the host."""
+        frozen = self._frozen_state if self.frozen is None else self.frozen.state_dict()
+        return {
+            "sets": None if self.sets is None else self.sets.state_dict(),
+            "arrived": asdict(self.arrived),
+            "frozen": None if frozen is None else {name: each.cpu() for name, each in frozen.items()},
+        }
+
+    def load_state_dict(self, state: Any, own: Any, owner: str) -> None:
+        """Take both up.
 
         Raises:
-            StateError: If it is damaged or of other settings; nothing is changed then.
+            StateError: If they are damaged or of other settings; nothing is changed then.
         """
         saved = read_own(state, _TABLE, f"{owner}: {self.name}")
+        saved |= read_own(own, _OWN_TABLE, f"{owner}: {self.name}")
         other = Watched(self.name, self.predictor, self.settings, self.say)
         other.names = tuple(saved["features"])
         other.errors = other._new_errors()
@@ -380,11 +379,13 @@ _TABLE: Table = {
     "sources": Many(OneOf(_SOURCES)),
     "errors": Instance(dict),
     "records": Instance(dict),
-    "sets": Instance(dict | None),
     "abstain_above": Real(),
     "accept_to": Real(),
-    "arrived": Nested({field.name: Real(least=0) for field in fields(Arrived)}),
     "fell_back": OneOf((False, True)),
+}
+_OWN_TABLE: Table = {
+    "sets": Instance(dict | None),
+    "arrived": Nested({field.name: Real(least=0) for field in fields(Arrived)}),
     "frozen": Instance(dict | None),
 }
 

@@ -7,23 +7,20 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from clkit.arguments import check_arguments
-from clkit.callbacks._deup_choices import check
 from clkit.callbacks._deup_parts import Arrived, Records, Settings
-from clkit.callbacks._fitting_errors import fit_errors, network_trains, record_arriving, rows_come_once
+from clkit.callbacks._fitting_errors import fit_errors, freeze, record_arriving
 from clkit.callbacks._judging import Judging
-from clkit.callbacks._learned_layers import LearnedLayers
-from clkit.callbacks._recording import module_predicts
 from clkit.callbacks._watched import Watched
-from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage, StreamCallback
-from clkit.errors import ArgumentError, ConfigurationError, TapError
-from clkit.features.observer import BatchObserver, FeaturesFrom
+from clkit.callbacks._watching import Watching
+from clkit.callbacks.base import FeatureCallback, Stage, StreamCallback
+from clkit.errors import ArgumentError
+from clkit.features.observer import FeaturesFrom
 from clkit.methods.deup import ErrorModelName
 from clkit.methods.sample_loss import SampleLoss
-from clkit.schema import Instance, Named, Table, Whole, read_own
-from clkit.stream._lightning import callbacks_of, datamodule_of
+from clkit.schema import Instance, OneOf, Table, Whole, read_own
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience
 
@@ -120,11 +117,7 @@ class DEUP(FeatureCallback):
         super().__init__(forward=forward)
         self.name = name or ""
         self.prefix = f"{name}_" if name else ""
-        self.predictor = predictor
-        self.kept = records
-        self.aleatoric = aleatoric
-        self.false_alarm_rate = false_alarm_rate
-        self._settings = Settings(
+        settings = Settings(
             loss=loss,
             features=features,
             sources=sources,
@@ -139,14 +132,14 @@ class DEUP(FeatureCallback):
             adaptive=adaptive,
             false_alarm_rate=false_alarm_rate,
         )
-        self._watched: dict[str, Watched] = {}
-        self._observer_of: dict[str, BatchObserver] = {}
-        self._layers = LearnedLayers(records, novelty=false_alarm_rate is not None)
-        self.fitted = 0  # index of the experience after which error predictors were fitted last
+        self.settings = settings
+        self._said: set[str] = set()
+        self._watching = Watching(predictor, settings, forward, self._say)
+        self._judging = Judging(self._watching, self.prefix)
+        self._fitted = 0  # index of the experience after which error predictors were fitted last
+        self._at_end = False  # whether an experience is over and no batch came since
         self._at = 0  # batches of the experience that are done
         self._first_epoch: int | None = None  # of the experience
-        self._said: set[str] = set()
-        self._judging = Judging(self)
         self.predictions: list[dict[str, dict[str, Tensor]]] = []
         """What the last ``predict`` said of each batch, by predictor, where ``predict_step`` returns no dictionary."""
 
@@ -167,83 +160,39 @@ class DEUP(FeatureCallback):
         Raises:
             ArgumentError: If it is not watched; the message lists those that are.
         """
-        if predictor not in self._watched:
-            raise ArgumentError(f"{predictor!r} is not watched; there are {', '.join(self._watched) or 'none yet'}")
-        return self._watched[predictor]
+        watched = self._watching.watched
+        if predictor not in watched:
+            raise ArgumentError(f"{predictor!r} is not watched; there are {', '.join(watched) or 'none yet'}")
+        return watched[predictor]
 
     # ---- one run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the predictors, and join the readers of each."""
         StreamCallback.setup(self, trainer, pl_module, stage)
-        found: dict[str, Predictor | None] = {
-            each.name: each for each in callbacks_of(trainer) if isinstance(each, Predictor)
-        }
-        if self.predictor == "auto":
-            wanted = [*([MODULE] if module_predicts("auto", trainer, (), grafted=False) else []), *found]
-        else:
-            wanted = [self.predictor] if isinstance(self.predictor, str) else list(self.predictor)
-        if odd := [name for name in wanted if name not in found and name != MODULE]:
-            raise ConfigurationError(
-                f"{self.state_key}: there is no predictor {odd[0]!r}; this run has {', '.join([MODULE, *found])}"
-            )
-        if not wanted:
-            raise ConfigurationError(
-                f"{self.state_key} watches predictors, and {type(trainer.strategy).__name__} trains no classifier: add "
-                "one to the callbacks, AEFOCL() or NMC() say"
-            )
-        for name in wanted:
-            if name not in self._watched:
-                self._watched[name] = Watched(name, found.get(name), self._settings, self._say)
-            self._watched[name].predictor = found.get(name)
-        self._watched = {name: self._watched[name] for name in wanted}
-        self._observer_of = {name: BatchObserver.attach(trainer, pl_module, found.get(name) or self) for name in wanted}
-        self.observers = {observer: found.get(name) or self for name, observer in self._observer_of.items()}
-        if MODULE in wanted and self.forward == "eval":
-            self.observers[self._observer_of[MODULE]] = self
-        self.observer = self._observer_of[wanted[0]]
+        self._watching.join(trainer, pl_module, self)
+        self._take_readers()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take every hook off the user's network."""
-        for name, observer in self._observer_of.items():
-            observer.detach(trainer)
-            self._watched[name].predictor = self._watched[name].classifier = None
-        self._observer_of, self.observers = {}, {}
+        self._watching.leave(trainer)
+        self.observers = {}
         self._judging.end()
 
     def refresh(self, trainer: pl.Trainer, moment: Hashable = None) -> None:
         """Look for the tapped layers again; a module without a classifier is not watched."""
-        for name, observer in tuple(self._observer_of.items()):
-            try:
-                observer.refresh(moment)
-            except TapError as error:
-                if name != MODULE or self.predictor != "auto" or len(self._watched) == 1:
-                    raise
-                self._say(f"the module is not watched: it has no classifier ({error})")
-                del self._watched[name], self._observer_of[name]
-                if observer not in self._observer_of.values():
-                    del self.observers[observer]
-                    self.observer = next(iter(self.observers))
-                observer.detach(trainer)
-        self._settle(trainer)
+        self._watching.refresh(trainer, moment)
+        self._take_readers()
 
-    def _settle(self, trainer: pl.Trainer) -> None:
-        """Settle what is to be recorded of each predictor, now that the network is there."""
-        calibrates = getattr(datamodule_of(trainer), "evaluated_on", "") == "validation"
-        for name, watched in self._watched.items():
-            observer = self._observer_of[name]
-            if trainer.state.fn == "fit" or not watched.names:  # an evaluation judges by what was learned
-                watched.again = not rows_come_once(trainer)
-                watched.choose(trains=network_trains(trainer, observer), calibrates=calibrates)
-                if trainer.state.fn == "fit":
-                    check(watched, calibrates=calibrates)
-            classifier = observer.tap.classifier
-            watched.classifier = classifier if isinstance(classifier, nn.Linear) else None
+    def _take_readers(self) -> None:
+        self.observers = self._watching.observers
+        self.observer = next(iter(self.observers))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tap the user's network, and take up what a resumed run left."""
         self.refresh(trainer)
-        for watched in self._watched.values():
+        self._judging.begin("validate")
+        for watched in self._watching.watched.values():
             watched.thaw(self.state_key)
 
     def on_train_batch_start(
@@ -251,18 +200,14 @@ class DEUP(FeatureCallback):
     ) -> None:
         """Bring up to date what heads say, before any of them learns the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._at_end = False
         if not self._reads:
             return
-        every, at = self.kept.refresh, self._at
+        every, refit, at = self.settings.records.refresh, self.settings.records.refit, self._at
         if at == 0 or (at & (at - 1) == 0 if every == "doubling" else every != "experience" and at % every == 0):
-            for name, watched in self._watched.items():
-                ahead = watched.looks_ahead and watched.needs_rows
-                own = ahead and watched.leverage is not None  # the leverage that it predicts with
-                watched.frozen = None if watched.head is None else watched.head.frozen(leverage=own)
-                if ahead:
-                    self._layers.keep(self._observer_of[name].point)
-        if not isinstance(self.kept.refit, str) and at and at % self.kept.refit == 0:
-            fit_errors(self, trainer, pl_module, inside=True)
+            freeze(self._watching)
+        if not isinstance(refit, str) and at and at % refit == 0:
+            fit_errors(self._watching, self._judging, trainer, pl_module, self._experience, inside=True)
 
     def learns(self, trainer: pl.Trainer) -> bool:
         """Whether the batch in work is looked at: none of a warm-up, and none in a later epoch of an experience."""
@@ -279,25 +224,32 @@ class DEUP(FeatureCallback):
         if stage != "train":
             self._judging.on_batch()
             return
-        record_arriving(self, trainer, module, batch_idx)
+        for observer, part in self.observers.items():
+            if observer.has_rows(wanted := getattr(part, "forward", self.forward)):
+                self._checked(observer.features(wanted), observer.known_targets)
+        record_arriving(self._watching, self._judging, trainer, module, batch_idx, self._experience)
         self._at += bool((self.observer.known_targets >= 0).any())
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Count anew."""
         self._at, self._first_epoch = 0, None
-        for watched in self._watched.values():
+        for watched in self._watching.watched.values():
             watched.arrived = Arrived()
+
+    @property
+    def _experience(self) -> int:
+        return 0 if self._boundaries.current is None else self._boundaries.current.index
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Fit the error predictors, once all heads have learned the experience."""
-        self.fitted = experience.index
-        fit_errors(self, trainer, pl_module)
+        self._fitted, self._at_end = experience.index, True
+        fit_errors(self._watching, self._judging, trainer, pl_module, experience.index)
 
     on_experience_cut = on_experience_end
 
     def on_backbone_changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
         """Say that what was learned of the features from before may no longer fit."""
-        if any(watched.errors.is_fitted for watched in self._watched.values()):
+        if any(watched.errors.is_fitted for watched in self._watching.watched.values()):
             self._say(f"the backbone changed: {reason}; errors were recorded with the features of before")
 
     def _say(self, message: str) -> None:
@@ -309,13 +261,13 @@ class DEUP(FeatureCallback):
 
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Begin to judge."""
-        self._settle(trainer)
+        self._watching.settle(trainer)
         self._judging.begin(stage)
 
     def on_evaluation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         """Log the metrics of each predictor."""
         if stage != "predict":
-            for name, report in self._judging.conclude(trainer).items():
+            for name, report in self._conclude(trainer).items():
                 logged = {f"deup/{self.prefix}{name}/{key}": value for key, value in report.items()}
                 module.log_dict(logged, rank_zero_only=False)
 
@@ -347,7 +299,11 @@ class DEUP(FeatureCallback):
 
     def on_columns_end(self, trainer: pl.Trainer) -> None:
         """Conclude an evaluation, where no validation of Lightning's does."""
-        self._judging.conclude(trainer)
+        self._conclude(trainer)
+
+    def _conclude(self, trainer: pl.Trainer) -> dict[str, dict[str, float]]:
+        over = self._at_end and trainer.state.fn == "fit" and not trainer.sanity_checking
+        return self._judging.conclude(after=self._fitted if over else None)
 
     def run_figures(self) -> dict[str, Any]:
         """Return figures of the last evaluation, by the name of their file."""
@@ -356,12 +312,11 @@ class DEUP(FeatureCallback):
     # ---- state
 
     def stream_state(self) -> dict[str, Any]:
-        """Return everything: tensors and plain types."""
+        """Return everything: tensors and plain types; what was learned is put together over processes."""
         return {
-            "watched": {name: watched.state_dict() for name, watched in self._watched.items()},
-            "layers": self._layers.state_dict(),
-            "at": self._at,
-            "fitted": self.fitted,
+            **self._watching.state_dict({"at": self._at}),
+            "fitted": self._fitted,
+            "at_end": self._at_end,
             "first_epoch": self._first_epoch,
             "report": self._judging.state_dict(),
         }
@@ -373,25 +328,16 @@ class DEUP(FeatureCallback):
             StateError: If it is damaged, or of other settings; nothing is changed then.
         """
         saved = read_own(state, _TABLE, self.state_key)
-        layers = LearnedLayers(self.kept, novelty=self.false_alarm_rate is not None)
-        layers.load_state_dict(saved["layers"], self.state_key)
-        watched = {}
-        for name, own in saved["watched"].items():
-            if self._observer_of and name not in self._observer_of:  # this run has no such predictor
-                continue
-            present = self._watched[name].predictor if name in self._watched else None
-            watched[name] = Watched(name, present, self._settings, self._say)
-            watched[name].load_state_dict(own, self.state_key)
-        self._judging.load_state_dict(saved["report"], self.state_key)
-        self._layers, self._watched = layers, {**self._watched, **watched}
-        self._at, self._first_epoch, self.fitted = saved["at"], saved["first_epoch"], saved["fitted"]
+        judging = Judging(self._watching, self.prefix)
+        judging.load_state_dict(saved["report"], self.state_key)
+        self._at = self._watching.load_state_dict(state, self.state_key)["at"]
+        self._judging = judging
+        self._first_epoch, self._fitted, self._at_end = saved["first_epoch"], saved["fitted"], saved["at_end"]
 
 
 _TABLE: Table = {
-    "watched": Named(Instance(dict)),
-    "layers": Instance(dict),
-    "at": Whole(),
     "fitted": Whole(),
+    "at_end": OneOf((False, True)),
     "first_epoch": Whole(optional=True),
     "report": Instance(dict),
 }

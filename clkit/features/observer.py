@@ -211,6 +211,13 @@ class BatchObserver:
         """Which pass answers: the extra one where there was one and it is wanted, else that which happens anyway."""
         return "eval" if wanted != "shared" and self._evaluated is not None else "shared"
 
+    def has_rows(self, wanted: FeaturesFrom) -> bool:
+        """Whether the pass that answers ran the batch's own rows; a step that runs views of them alone did not."""
+        if self.source(wanted) == "eval" or self._shared is None or self._counts():
+            return True
+        changed = getattr(self._strategy, "augments_stream", False)
+        return not changed and (self.targets is None or len(self._shared.features) == len(self.targets))
+
     @property
     def known_targets(self) -> Tensor:
         """The targets (B,) of a batch that has some."""

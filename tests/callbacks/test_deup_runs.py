@@ -47,7 +47,7 @@ class Saver(pl.Callback):
 
 def only(deup: DEUP) -> Any:
     """What was learned at the only layer that is read."""
-    (known,) = deup._layers._known.values()
+    (known,) = deup._watching.layers._known.values()
     return known
 
 
