@@ -98,8 +98,7 @@ def deciding_head(owner: str, trainer: pl.Trainer, route: str, wanted: str | Non
 def stale_parts(trainer: pl.Trainer) -> tuple[list[str], list[str]]:
     """Return the heads that have learned features of the network, and the predictors of errors that were fitted."""
     heads = [each.state_key for each in callbacks_of(trainer) if isinstance(each, HeadCallback) and _has_learned(each)]
-    judges = [each for each in callbacks_of(trainer) if isinstance(each, DEUP)]
-    fitted = [each.state_key for each in judges if any(one.errors.is_fitted for one in each._watched.values())]
+    fitted = [each.state_key for each in callbacks_of(trainer) if isinstance(each, DEUP) and each.is_fitted]
     return heads, fitted
 
 

@@ -82,7 +82,7 @@ def take_statistics(owner: str, editor: GradientEditor, reference: EditReference
         )
     draws = torch.Generator().manual_seed(editor.seed)
     images = reference.images[torch.randperm(len(reference), generator=draws)[:_STATISTICS]]
-    labels = torch.randint(max(2, editor.outputs), (len(images),), generator=draws)
+    labels = torch.randint(editor.classes, (len(images),), generator=draws)
     editor.fit_statistics([(images, labels)])
 
 

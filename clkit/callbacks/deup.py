@@ -150,6 +150,11 @@ class DEUP(FeatureCallback):
         """Metrics of each predictor in the last evaluation, by name; as they are logged."""
         return self._judging.reports
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether errors of any predictor can be said by now."""
+        return any(watched.errors.is_fitted for watched in self._watching.watched.values())
+
     def course(self, predictor: str) -> tuple[Tensor, Tensor]:
         """Return the mean total (T, K) by stage and class, NaN where not evaluated, and when each class was learned."""
         return self._judging.course(predictor)
@@ -249,7 +254,7 @@ class DEUP(FeatureCallback):
 
     def on_backbone_changed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
         """Say that what was learned of the features from before may no longer fit."""
-        if any(watched.errors.is_fitted for watched in self._watching.watched.values()):
+        if self.is_fitted:
             self._say(f"the backbone changed: {reason}; errors were recorded with the features of before")
 
     def _say(self, message: str) -> None:

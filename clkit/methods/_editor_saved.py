@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -101,10 +101,10 @@ def saved_editor(saved: Any) -> dict[str, Any]:
         ArgumentError: If there is no such file.
         StateError: If there is no editor in it.
     """
-    content = read_checkpoint(saved) if isinstance(saved, str | PathLike) else saved
+    content = read_checkpoint(saved) if isinstance(saved, str | Path) else saved
     found = _find(content, _DEEPEST)
     if found is None:
-        where = saved if isinstance(saved, str | PathLike) else "what was given"
+        where = saved if isinstance(saved, str | Path) else "what was given"
         raise StateError(
             f"{where} holds no editor: give what editor.state_dict() gave, or a checkpoint of a run with one, "
             'such as one with strategy="editor_training"'

@@ -85,11 +85,6 @@ class TrainedEditor:
         return not set(self._network.layers) <= set(self._network.heads)
 
     @property
-    def outputs(self) -> int:
-        """C, the number of logits of an image."""
-        return self._network.outputs
-
-    @property
     def is_fitted(self) -> bool:
         """Whether it has its statistics."""
         return self._fitted

@@ -206,7 +206,7 @@ def test_an_editor_is_taken_out_of_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="holds no editor"):
         GradientEditor.from_saved(module, tmp_path / "weights.ckpt", example=example)
     (tmp_path / "bad.ckpt").write_bytes(b"no file of torch")
-    with pytest.raises(StateError, match="bad.ckpt"):
+    with pytest.raises(StateError, match=r"bad\.ckpt"):
         GradientEditor.from_saved(module, tmp_path / "bad.ckpt", example=example)
     (other := copy.deepcopy(checkpoint))["clkit_strategy"]["editor"]["settings"]["rnk"] = 3
     with pytest.raises(StateError, match="rnk"):
