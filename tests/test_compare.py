@@ -457,6 +457,7 @@ def test_outer_rows_need_a_network_that_can_be_trained(
     assert not Path("out/fine_tuning/seed_0").exists()  # in the way of the corrected command
 
 
+@pytest.mark.slow
 def test_outer_rows_of_a_warm_up_and_of_a_shortened_stream_whose_classes_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ def marked(check: Check) -> Any:
     """Two processes take seconds to start, and what does not depend on options is shown by one entry of a kind."""
     variant = check.name.removeprefix("together-") in VARIANTS
     same_code = check.rule in OF_A_HEAD if check.name in HEADS else check.rule not in OF_A_VARIANT
-    slow = check.rule.startswith("two_processes") or (variant and same_code)
+    slow = check.rule.startswith("two_processes") or check.name == "together-OnProStrategy" or (variant and same_code)
     return pytest.param(check, marks=pytest.mark.slow if slow else [])
 
 

@@ -198,6 +198,7 @@ def test_the_test_of_the_guide_runs(tmp_path: Path) -> None:
     shown.test_contract(mark.args[1][0], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "check", contract_together([*clkit_entries(), *STRANGERS])[-1:], ids=lambda check: check.__name__
 )

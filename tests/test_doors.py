@@ -120,7 +120,10 @@ def test_a_batch_size_finder_is_refused_beside_every_strategy(make_trainer: Make
         Tuner(make_trainer(strategy="gradient_free")).lr_find(Finding(), datamodule=stream())
 
 
-@pytest.mark.parametrize("make", [partial(ERStrategy, capacity=20), partial(OnProStrategy, capacity=20)])
+@pytest.mark.parametrize(
+    "make",
+    [partial(ERStrategy, capacity=20), pytest.param(partial(OnProStrategy, capacity=20), marks=pytest.mark.slow)],
+)
 def test_a_search_for_the_learning_rate_leaves_nothing_behind(make_trainer: Make, make: Callable[[], Any]) -> None:
     def weights(*callbacks: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)

@@ -37,7 +37,7 @@ from clkit.testing._runs import FEATURES, Setting, isolated, small_module, strea
 pytestmark = pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 
 ENTRIES = {entry.name: entry for entry in clkit_entries()}
-MANY = pytest.mark.parametrize("mutations", [200, pytest.param(2000, marks=pytest.mark.slow)])
+MANY = pytest.mark.parametrize("mutations", [100, pytest.param(2000, marks=pytest.mark.slow)])
 SPARE = 2**31  # bytes that a mutation may ask for
 
 Outcome = tuple[Callable[[], object], Callable[[], object]]  # what is held, and what must work

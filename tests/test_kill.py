@@ -92,13 +92,13 @@ class Point:
 
 
 def drawn(seed: int) -> tuple[list[Point], list[Point]]:
-    """Random points: one of each place, five of them for the ordinary suite, and several of each configuration."""
+    """Random points: one of each place, three of them for the ordinary suite, and several of each configuration."""
     draw = random.Random(seed)
     points = []
     for place in draw.sample(PLACES, len(PLACES)):
         config = draw.choice([config for config in QUICK if there(config, place)])
         points.append(Point(config, place, draw.random()))
-    quick, many = points[:5], points[5:]
+    quick, many = points[:3], points[3:]
     for config in CONFIGS:
         places = draw.sample([place for place in PLACES if there(config, place)], POINTS_OF_A_CONFIG)
         many += [Point(config, place, draw.random()) for place in places]
@@ -262,7 +262,7 @@ AGAIN = [
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] if i > 1 else []) for i, case in enumerate(AGAIN)]
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if i > 0 else []) for i, case in enumerate(AGAIN)]
 )
 def test_a_run_killed_twice(runs: Runs, case: tuple[str, str, int, str, int]) -> None:
     config, *kills = case
@@ -363,7 +363,7 @@ def test_two_processes(runs: Runs, point: Point, ranks: tuple[int, ...]) -> None
     [
         ("loops", "one_epoch", ("last_after_save", 2)),  # the experience after that is longer
         ("random", "one_epoch", ("after_save", 4)),
-        ("memory", "onpro", ("after_save", 9)),
+        pytest.param("memory", "onpro", ("after_save", 9), marks=pytest.mark.slow),
         pytest.param("position", "one_epoch", ("after_save", 4), marks=pytest.mark.slow),
         pytest.param("row", "half_validation", ("row_pending", 1), marks=pytest.mark.slow),
         pytest.param("gradients", "accumulation_inside", ("validation_end", 3), marks=pytest.mark.slow),

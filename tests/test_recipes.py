@@ -172,7 +172,7 @@ def test_a_replay_recipe_is_its_method(name: str, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("scr", "onpro") else pytest.param(name, marks=pytest.mark.slow) for name in REPLAY]
+    "name", [name if name == "scr" else pytest.param(name, marks=pytest.mark.slow) for name in REPLAY]
 )
 def test_a_replay_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -317,6 +317,7 @@ def test_core50_runs_on_its_layout(tmp_path: Path) -> None:
     assert set(results["predictors"]) == {"nmc"}
 
 
+@pytest.mark.slow
 def test_soda10m_runs_on_its_layout(tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
     periods = yaml.safe_load(read_recipe("paper/soda10m"))["data"]["init_args"]["scenario"]["init_args"]["domain_order"]
@@ -346,7 +347,8 @@ def test_soda10m_runs_on_its_layout(tmp_path: Path) -> None:
     assert results["config"]["data"]["init_args"]["batch_size"] == 10
 
 
-@pytest.mark.parametrize("recipe", ["paper/nmc_cifar100", pytest.param("paper/split_cifar100", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["paper/nmc_cifar100", "paper/split_cifar100"])
 def test_cifar100_runs_on_images_of_its_form(recipe: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
     labels = np.repeat(np.arange(100), 2)

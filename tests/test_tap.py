@@ -755,7 +755,7 @@ def dynamo() -> Iterator[Any]:
     ("how", "backend"),
     [
         ("network", "eager"),
-        ("wrapper", "aot_eager"),
+        pytest.param("wrapper", "aot_eager", marks=pytest.mark.slow),
         *(pytest.param(how, "eager", marks=pytest.mark.slow) for how in ("wrapper", "part", "in place")),
     ],
 )

@@ -134,6 +134,7 @@ def quiet(folder: Path, callbacks: Sequence[Any]) -> dict[str, Any]:
         "enable_checkpointing": False,
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "enable_model_summary": False,
+        "num_sanity_val_steps": 0,  # evaluating_changes_nothing has them
         "default_root_dir": str(folder),
     }
 

@@ -493,6 +493,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_know_each_row_once_and_the_same(tmp_path: Path) -> None:
     ends = driven(__file__, tmp_path, ("never", "often"))
     for name, stages in (("never", 0), ("often", 3)):

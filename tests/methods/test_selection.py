@@ -110,7 +110,7 @@ def test_rows_of_one_shard_keep_their_order_of_arrival() -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "trials"),
-    [(2, 3, 300), *[pytest.param(*case, 3000, marks=pytest.mark.slow) for case in ((3, 2), (1, 4), (4, 1))]],
+    [(2, 3, 150), *[pytest.param(*case, 3000, marks=pytest.mark.slow) for case in ((3, 2), (1, 4), (4, 1))]],
 )
 def test_each_row_of_the_stream_is_kept_as_often_as_any_other(old: int, new: int, trials: int) -> None:
     """120 arrivals to 12 rows in ``old`` parts, then 60 more to ``new`` parts: all 180 with one probability."""
