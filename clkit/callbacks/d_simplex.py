@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from clkit.arguments import check_arguments
 from clkit.callbacks._previous_model import PreviousModel
 from clkit.callbacks._replacing import Replacing
+from clkit.callbacks._searching import Searching
+from clkit.callbacks._simplex_rules import check_strategy
 from clkit.callbacks._vertices import Vertices
 from clkit.callbacks.base import FeatureCallback
 from clkit.errors import ConfigurationError
@@ -39,6 +41,7 @@ _TABLE: Table = {
     "previous": Instance(str | None),
     "previous_file": Instance(str | None),
     "started": Whole(optional=True),
+    "searched": Instance(dict),
 }
 
 
@@ -74,6 +77,10 @@ class DSimplex(FeatureCallback):
             the same module, a network with a simplex head of the same vertices, or a function that returns one; it may
             be of another architecture.
         folder: Where the models before each experience are kept; by default ``models`` in the run's log folder.
+        queries: What is searched for after each experience, in the galleries of that model and of all before it:
+            ``"npz:cifar10/train"``, a source and its part, prepared as the stream's own, or a loader.
+        gallery: What is searched, likewise. :attr:`compatibility` has the scores (``identification``); AC, AM, BC and
+            FC are logged. Checkpoints hold each model's gallery in half precision.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.
 
     Raises:
@@ -112,6 +119,8 @@ class DSimplex(FeatureCallback):
         polytope: Literal["simplex", "orthoplex", "cube"] = "simplex",
         replacements: dict[int, nn.Module | Callable[[], nn.Module] | str | Path] | None = None,
         folder: str | Path | None = None,
+        queries: str | Iterable[Any] | None = None,
+        gallery: str | Iterable[Any] | None = None,
         batch_reader: BatchReader | None = None,
     ) -> None:
         check_arguments(DSimplex, locals())
@@ -129,6 +138,7 @@ class DSimplex(FeatureCallback):
         self._vertices = Vertices(self.allocator, side, self.state_key)
         self._contrast = HOCLoss(mu, same_class)
         self._replacing = Replacing(self.state_key, replacements or {})
+        self._searching = Searching(self.state_key, queries, gallery)
         self._previous: PreviousModel | None = None
         self._digest: str | None = None  # of the file that holds it
         self._kept: str | None = None  # that file
@@ -138,6 +148,11 @@ class DSimplex(FeatureCallback):
         self._said: set[str] = set()
 
     # ---- what the user asks for
+
+    @property
+    def compatibility(self) -> Tensor:
+        """How queries of the model after experience i fare in the gallery of that after j: (T, T) float64 in [0, 1]."""
+        return self._searching.matrix
 
     def place(self, module: nn.Module) -> SimplexClassifierHead:
         """Return the simplex classifier in a module, put there if there is none.
@@ -188,7 +203,8 @@ class DSimplex(FeatureCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the head into the network before optimizers are made and weights are loaded."""
         if stage == "fit":
-            self._check_strategy(trainer)
+            check_strategy(trainer, self.state_key, self.alignment)
+            self._searching.check(trainer)
         pl_module.configure_model()  # a network may be built there; Lightning calls it again, and it must stand that
         fresh = simplex_classifier_of(pl_module) is None
         place = self.place(pl_module)
@@ -269,7 +285,8 @@ class DSimplex(FeatureCallback):
         """Nothing is learned beside the network."""
 
     def on_experience_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
-        """Let go of the previous model."""
+        """Let go of the previous model, and search where that is wanted."""
+        self._searching.measure(trainer, pl_module, self, experience.index)
         self._vertices.settle(experience)
         self._previous, self._digest, self._kept = None, None, None
 
@@ -311,25 +328,6 @@ class DSimplex(FeatureCallback):
         contrast: Tensor = self._contrast(features, old, labels)
         return contrast
 
-    def _check_strategy(self, trainer: pl.Trainer) -> None:
-        strategy = trainer.strategy
-        if not getattr(strategy, "trains_module", True):
-            raise ConfigurationError(
-                f"{self.state_key} trains the network for its vertices, and {type(strategy).__name__} trains nothing; "
-                "use another strategy, or heads that need no training (AEFOCL, NMC)"
-            )
-        if self.alignment is not None and not trainer.lightning_module.automatic_optimization:
-            raise ConfigurationError(
-                f"{self.state_key} with alignment={self.alignment!r} adds a term to the loss, and under manual "
-                "optimization it cannot know which; add clkit.methods.HOCLoss in your training_step, or leave "
-                "alignment out"
-            )
-        if self.alignment == "fd" and not hasattr(strategy, "forwarded"):
-            raise ConfigurationError(
-                f"{self.state_key} with alignment='fd' distils the replayed rows, and {type(strategy).__name__} "
-                "replays none; use strategy='er' or another that replays, or alignment='hoc'"
-            )
-
     def _allocate(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
         """Give the ids up to the highest one of an experience their vertices."""
         if not experience.classes and self.alignment == "fd":
@@ -340,9 +338,9 @@ class DSimplex(FeatureCallback):
         self._vertices.announced(trainer, experience)
         place = self.place(module)
         place.follow(self.allocator, self.side)
-        if place.in_features < (count := len(self.allocator.classes)):
+        if place.in_features < len(self.allocator.classes):
             self._say_once(
-                f"{self.state_key}: the network gives {place.in_features} features and there are {count} classes, so "
+                f"{self.state_key}: the network gives {place.in_features} features, fewer than there are classes, so "
                 "that features lie in a subspace and reach the vertices only nearly",
                 rank_zero_warn,
             )
@@ -382,6 +380,7 @@ class DSimplex(FeatureCallback):
             "previous": self._digest,
             "previous_file": self._kept,
             "started": self._started,
+            "searched": self._searching.state(),
         }
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
@@ -394,5 +393,6 @@ class DSimplex(FeatureCallback):
         same = {name: OneOf((value,), _OTHERS) for name, value in own.items()}
         saved = read_own(state, {**same, **_TABLE}, self.state_key)
         self.allocator.load_state_dict(saved["allocation"])
+        self._searching.load(saved["searched"])
         self._replacing.last, self._started = saved["replaced"], saved["started"]
         self._digest, self._kept = saved["previous"], saved["previous_file"]

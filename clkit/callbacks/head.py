@@ -275,13 +275,13 @@ class HeadCallback(FeatureCallback):
 
     def _ensure_head(self, features: Tensor, point: str) -> Head:
         """Return the head, made for the first features, and checked to be one for features like these."""
-        width = features.shape[1]
-        if self._head is None:
-            self._head, self._tap_point = self.make_head(width), point
-        if self._head.in_features != width or self._tap_point != point:
+        here = features.shape[1], point
+        if self._head is None or not (self._head.classes.numel() or (self._head.in_features, self._tap_point) == here):
+            self._head, self._tap_point, self._device = self.make_head(here[0]), point, None
+        if (self._head.in_features, self._tap_point) != here:
             raise StateError(
                 f"{self.state_key} has learned features of width {self._head.in_features} read at {self._tap_point!r}; "
-                f"this network gives width {width} at {point!r}. Use the network it was trained with, or a new name"
+                f"this network gives width {here[0]} at {point!r}. Use the network it was trained with, or a new name"
             )
         if features.device != self._device:
             self._head.to(features.device)

@@ -79,7 +79,7 @@ def check_features(features: Tensor, width: int, device: torch.device) -> Tensor
     if features.ndim != 2 or features.shape[1] != width:
         raise BatchError(
             f"features must have shape (B, {width}), got {tuple(features.shape)}; "
-            f"the width is fixed by the first argument of the constructor"
+            f"a head keeps the width it was made for, so give another network's features a head of their own"
         )
     if not features.dtype.is_floating_point:
         raise BatchError(f"features must be floating-point numbers, got {features.dtype}; call .float() first")

@@ -11,10 +11,21 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from small_runs import LitSmall, SmallNet, hooks_of, quiet_trainer
 from torch import Tensor, nn
 
-from clkit.callbacks import AEFOCL, DST, NMC, DSimplex, StreamEvaluation, attach_simplex_head, detach_simplex_head
+from clkit.callbacks import (
+    AEFOCL,
+    DEUP,
+    DST,
+    NMC,
+    DSimplex,
+    Records,
+    StreamEvaluation,
+    attach_simplex_head,
+    detach_simplex_head,
+)
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import CapacityError, ConfigurationError, SignatureError, StateError
 from clkit.methods import PruneSchedule, SimplexHead
@@ -161,6 +172,37 @@ def test_half_precision_leaves_the_vertices_as_they_are(tmp_path: Path, precisio
     assert junction.weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_the_term_is_as_large_under_a_scaled_loss(device: str, tmp_path: Path) -> None:
+    """``"16-mixed"``: the loss that the term is added to is 1024 times as large; nothing but rounding may differ."""
+
+    def trained(alignment: Any, *, half: bool = False) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"accelerator": "gpu" if device == "cuda" else "cpu"}
+        if half:
+            scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+            options["plugins"] = [MixedPrecision("16-mixed", device, scaler)]
+        simplex = DSimplex(K, alignment=alignment, lam=0.3)
+        module = run(tmp_path, simplex, data=stream(stop_after=2), accumulate_grad_batches=2, **options)
+        return {name: each.cpu() for name, each in weights(module).items()}
+
+    exact, scaled, without = trained("hoc"), trained("hoc", half=True), trained(None)
+    layer = "net.head.head.junction.weight"
+    moved = float((exact[layer] - without[layer]).abs().max())
+    assert float((exact[layer] - scaled[layer]).abs().max()) < 0.02 * moved
+
+
 def test_replayed_rows_are_aligned_too(tmp_path: Path) -> None:
     """The term is that of all rows of the step, those of the memory among them, through both models."""
     terms: list[tuple[float, float, int]] = []
@@ -290,6 +332,20 @@ def test_another_architecture_takes_the_place_of_the_model_in_the_middle_of_a_st
     assert same(weights(again), weights(module))
 
 
+@pytest.mark.filterwarnings("ignore:.*backbone (still trains|changed)")
+def test_a_head_of_the_features_begins_anew_with_another_architecture_or_names_it(tmp_path: Path) -> None:
+    """The features of the new network, 24 wide, are no features of the old one, 16 wide."""
+
+    def learned(**options: Any) -> NMC:
+        nmc = NMC(**options)
+        run(tmp_path, DSimplex(K, replacements={1: better}), nmc, module=Holder())
+        return nmc
+
+    assert learned(reset_each_task=True).head.in_features == 24
+    with pytest.raises(StateError, match="width 16 read at 'head:in'; this network gives width 24 at 'fc:in'"):
+        learned()
+
+
 def test_a_network_that_nothing_can_train_takes_no_place(tmp_path: Path) -> None:
     def frozen() -> nn.Module:
         return better().requires_grad_(False)
@@ -365,6 +421,25 @@ def test_a_sparse_network_for_each_task_stands_under_the_simplex(tmp_path: Path)
     rows = found[0]["module"]
     for stage, row in enumerate(rows):
         assert row[: stage + 1] == [rows[earlier][earlier] for earlier in range(stage + 1)]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*(backbone (still trains|changed)|samples that val_fraction keeps|network trains, so that|prediction sets)"
+)
+def test_errors_are_predicted_beside_the_simplex_in_any_order(tmp_path: Path) -> None:
+    """DEUP reads the simplex classifier and a head on the features before it, and changes the training of neither."""
+    alone = weights(run(tmp_path, DSimplex(K, alignment="hoc"), quiet_evaluation(), data=stream(stop_after=2)))
+    found = []
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        evaluation = quiet_evaluation()
+        deup = DEUP(records=Records(refresh=1, novelty=0.0))
+        parts = [deup, DSimplex(K, alignment="hoc", folder=tmp_path), NMC(reset_each_task=True), evaluation]
+        module = run(tmp_path, *(parts[place] for place in order), data=stream(stop_after=2))  # type: ignore[arg-type]
+        assert same(weights(module), alone)
+        found.append((evaluation.results, deup.reports))
+    assert found[0][0].keys() == found[0][1].keys() == {"module", "nmc"}
+    assert all(0 < report["mean_total"] <= 1 for report in found[0][1].values())
+    assert repr(found[0]) == repr(found[1])  # NaN is NaN
 
 
 @pytest.mark.warns("the step gives the network something else than the inputs of the batch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from sklearn.datasets import load_digits
 from small_runs import LitSmall, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clkit.callbacks import DSimplex, attach_simplex_head
 from clkit.data import ClassIncremental, StreamDataModule
-from clkit.errors import ArgumentError, CapacityError, ConfigurationError, SignatureError, StateError
+from clkit.errors import ArgumentError, CapacityError, ConfigurationError, DataError, SignatureError, StateError
 
 K = 12
 
@@ -170,3 +172,108 @@ def test_a_network_of_another_party_is_taken_between_two_fits(tmp_path: Path) ->
     assert start.keys() == module.state_dict().keys()
     assert not torch.equal(start["net.0.weight"], other[0].weight)  # trained on from there
     assert simplex.allocator.classes == [0, 1, 2, 3]
+
+
+def test_a_network_narrower_than_its_classes_is_said_once(tmp_path: Path) -> None:
+    module = lit()
+    module.net.hidden, module.net.head = nn.Linear(64, 4), nn.Linear(4, 10)
+    with pytest.warns(UserWarning, match="4 features, fewer than there are classes") as said:
+        fit(tmp_path, DSimplex(K), stream(), module=module)  # five classes, then ten
+    assert len([each for each in said if "fewer than there are classes" in str(each.message)]) == 1
+
+
+def test_smoothed_labels_spread_over_all_vertices() -> None:
+    """Those without a class too, whatever the order of the columns."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 10))
+    place = attach_simplex_head(network, K)
+    place.follow(DSimplex(K, side="high", reserved=[2]).allocator, "high")
+    x, y = torch.randn(5, 8), torch.tensor([0, 3, 1, 0, 2])
+    rows = place.head.prototypes()  # (K, d), float64
+    z = x.double() @ place.head.junction.weight.double().T
+    chances = torch.log_softmax(z @ rows.T, dim=1)
+    wanted = -0.9 * chances[torch.arange(5), torch.tensor([11, 8, 10, 11, 9])] - 0.1 * chances.mean(dim=1)
+    found = nn.functional.cross_entropy(network(x), y, label_smoothing=0.1)
+    torch.testing.assert_close(found.double(), wanted.mean(), rtol=0, atol=1e-6)
+
+
+# ---- the compatibility matrix of a run
+
+
+def scored(queries: Tensor, wanted: Tensor, gallery: Tensor, owned: Tensor) -> float:
+    """The share of queries whose nearest class mean, by the angle, is that of their class; in plain words."""
+    ids = sorted(set(owned.tolist()))
+    means = [nn.functional.normalize(gallery[owned == each].mean(0), dim=0) for each in ids]
+    right = [
+        ids[int(torch.stack(means).mv(query).argmax())] == int(label)
+        for query, label in zip(queries, wanted, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+class Keep(pl.Callback):
+    """Features of both sides by the model of each experience."""
+
+    def __init__(self, simplex: DSimplex, *sides: Tensor) -> None:
+        self.simplex, self.sides, self.found = simplex, sides, []
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Any) -> None:
+        self.found.append([self.simplex.embed(module, side).double() for side in self.sides])
+
+
+def parts() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two halves of the digits, as the source "digits:flat" has them."""
+    data = load_digits()
+    x, y = torch.from_numpy(data.data).float() / 16, torch.from_numpy(data.target)
+    return (x[::2], y[::2]), (x[1::2], y[1::2])
+
+
+@pytest.mark.parametrize("form", ["a source", "loaders"])
+def test_a_run_searches_with_each_model_in_the_galleries_of_all_before(
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queries, gallery = parts()
+    sides: dict[str, Any] = {"queries": "digits:flat/train", "gallery": "digits:flat/test"}
+    if form == "loaders":
+        sides = {
+            name: DataLoader(TensorDataset(*side), 500) for name, side in zip(sides, (queries, gallery), strict=True)
+        }
+    simplex, saving = DSimplex(K, **sides), SaveAt(6)
+    keep = Keep(simplex, queries[0], gallery[0])
+    logger = CSVLogger(tmp_path, name="some")
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, simplex, stream(), saving, keep, logger=logger, log_every_n_steps=100)
+    wanted = [
+        [
+            scored(asked, queries[1], kept, gallery[1]) if j <= i else float("nan")
+            for j, (_, kept) in enumerate(keep.found)
+        ]
+        for i, (asked, _) in enumerate(keep.found)
+    ]
+    found = simplex.compatibility
+    # of 899 queries one may fall to the other side where the gallery is kept in half precision
+    assert torch.allclose(found, torch.tensor(wanted, dtype=torch.float64), atol=1.5 / 899, equal_nan=True)
+    assert found[0, 0] > 0.15
+    written = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    logged = [row for row in csv.DictReader(written) if row["compatibility/am"]]
+    assert [float(row["compatibility/am"]) for row in logged] == pytest.approx(
+        [float(found[0, 0]), float(found[0, 0] + found[1, 0] + found[1, 1]) / 3]
+    )
+    assert float(logged[1]["compatibility/ac"]) == float(found[1, 0] > found[0, 0])
+    told = [each.message for each in caplog.records if "in the galleries of models 1 to 2" in each.message]
+    assert len(told) == 1
+    again = DSimplex(K, **sides)  # what an earlier part of the run measured goes on
+    fit(tmp_path, again, stream(), logger=CSVLogger(tmp_path, name="some"), ckpt_path=saving.path)
+    assert torch.equal(again.compatibility.nan_to_num(-1), found.nan_to_num(-1))
+
+
+def test_a_search_that_cannot_be_is_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="queries is given and gallery is not"):
+        DSimplex(K, queries="digits/train")
+    for wrong in ("digits", "digits/all", "/test", 3, iter([])):
+        with pytest.raises(ArgumentError, match="gallery must be"):
+            DSimplex(K, queries="digits/train", gallery=wrong)  # type: ignore[arg-type]  # that is the point
+    with pytest.raises(DataError, match="nothing is at"):
+        fit(tmp_path, DSimplex(K, queries="digits/train", gallery="npz:./none/test"), stream())
+    with pytest.raises(ConfigurationError, match="there is none; give queries and gallery as loaders"):
+        fit(tmp_path, DSimplex(K, queries="digits/train", gallery="digits/test"), rows(0, 1))
