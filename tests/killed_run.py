@@ -40,8 +40,15 @@ from clkit.callbacks import (
     StreamEvaluation,
 )
 from clkit.data import ClassIncremental, Custom, StreamDataModule
-from clkit.methods import OnProLosses, PruneSchedule
-from clkit.strategies import ERStrategy, GradientFreeStrategy, LearningStrategy, OnProStrategy
+from clkit.methods import MetaExamples, OnProLosses, PruneSchedule
+from clkit.strategies import (
+    EditorSettings,
+    EditorTrainingStrategy,
+    ERStrategy,
+    GradientFreeStrategy,
+    LearningStrategy,
+    OnProStrategy,
+)
 from clkit.surgery.classifier import Graft
 
 # experiences of 25, 11 and 21 samples: 7, 3 and 6 batches of 4, the next one being once shorter and once longer
@@ -101,6 +108,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "dst": {"heads": "dst", "epochs": 2},
     "d_simplex": {"heads": "d_simplex", "epochs": 2},
+    "editor_training": {"strategy": "editor_training", "epochs": 2, "trainer": {"accumulate_grad_batches": 2}},
     "d_simplex_replay": {"heads": "d_simplex", "strategy": "er", "trainer": {"val_check_interval": 0.5}},
     "deup": {"heads": "deup", "strategy": "gradient_free", "trainer": {"val_check_interval": 0.5}},
     "deup_kept_out": {"heads": "deup_kept_out", "strategy": "er", "epochs": 2, "stream": {"val_fraction": 0.4}},
@@ -411,6 +419,8 @@ def make_strategy(name: str, world: int) -> Any:
         return LearningStrategy()
     if name == "onpro":
         return OnProStrategy(capacity=12, losses=OnProLosses(rotation="rot4"), replay_batch=10)
+    if name == "editor_training":
+        return EditorTrainingStrategy(editor=EditorSettings(rank=3), examples=MetaExamples(n_edits=2), stat_edits=6)
     if name == "er":
         return ERStrategy(capacity=12, replay_batch=5)
     return "auto" if world == 1 else "ddp"

@@ -76,7 +76,7 @@ class TimmClassifier(pl.LightningModule):
     Args:
         backbone: Name of a timm model, or ``"identity"`` for inputs that are features already.
         pretrained: Whether timm fetches its published weights.
-        checkpoint_path: A file of weights to start from, as timm reads it.
+        checkpoint_path: A file of weights to start from, as timm reads it, or a checkpoint of a run of this module.
         model_kwargs: Further arguments of ``timm.create_model``.
         small_images: For images up to about 64 px and training from scratch: the stem of a ResNet becomes one 3 x 3
             convolution of stride 1, without pooling.
@@ -325,6 +325,10 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | Path | None, 
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise ArgumentError(f"checkpoint_path={checkpoint_path!r} is not a file; give the path of the weights")
     try:
+        if checkpoint_path is not None and (weights := _weights_of_a_run(checkpoint_path)):
+            network = timm.create_model(backbone, **options)
+            network.load_state_dict(weights)
+            return network
         return timm.create_model(backbone, pretrained=pretrained, checkpoint_path=str(checkpoint_path or ""), **options)
     except OSError as error:  # first, since older hubs say that nothing is cached by what is a ValueError, too
         if not pretrained:
@@ -343,6 +347,16 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | Path | None, 
             f"checkpoint_path={checkpoint_path!r} does not fit {backbone!r} with {options}: {first_line(error)}; set "
             "num_classes and model_kwargs to those the file was saved with"
         ) from error
+
+
+def _weights_of_a_run(path: str | Path) -> dict[str, Tensor]:
+    """Return the network's weights in a checkpoint that Lightning wrote, nothing for other files."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever torch raises for files of other kinds, which timm reads
+        return {}
+    weights = saved["state_dict"] if "pytorch-lightning_version" in saved else {}
+    return {name.removeprefix("network."): value for name, value in weights.items() if name.startswith("network.")}
 
 
 def _to_channels_last(network: nn.Module) -> None:

@@ -145,6 +145,16 @@ def test_a_file_of_weights_is_loaded_before_the_classifier_follows_the_data(tmp_
     assert model.network.num_classes == 7
 
 
+def test_a_checkpoint_of_a_run_is_a_file_of_weights(tmp_path: Path) -> None:
+    source = TimmClassifier("test_vit", num_classes=5)
+    saved = {"pytorch-lightning_version": "2.6", "state_dict": {**source.state_dict(), "loss.weight": torch.ones(2)}}
+    torch.save(saved, tmp_path / "run.ckpt")
+    model = TimmClassifier("test_vit", checkpoint_path=tmp_path / "run.ckpt", num_classes=5)
+    assert torch.equal(model.network.head.weight, source.network.head.weight)
+    with pytest.raises(StateError, match="does not fit"):
+        TimmClassifier("test_vit", checkpoint_path=tmp_path / "run.ckpt", num_classes=4)
+
+
 def test_a_file_of_weights_that_does_not_fit_is_said(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "w.pth")
     with pytest.raises(StateError, match=r"w.pth' does not fit 'test_vit' with \{'num_classes': 6\}"):
