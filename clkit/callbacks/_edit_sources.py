@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from clkit.features.batch import Readings
 from clkit.features.tap import FeatureTap
 from clkit.files import read_checkpoint
 from clkit.methods import EditReference, GradientEditor
+from clkit.methods._editor_saved import editor_settings
 from clkit.schema import Numbers, saved_entry
 from clkit.stream._lightning import datamodule_of, evaluated_loaders
 
@@ -42,12 +43,19 @@ class WantedEdit(NamedTuple):
     equivalents: Any = None
 
 
-def edited_network(module: pl.LightningModule) -> nn.Module:
-    """Return what is edited: the module, or the network inside it where it has no ``forward`` of its own."""
-    if type(module).forward is not pl.LightningModule.forward:
+def edited_network(module: pl.LightningModule, layers: Iterable[str] = ()) -> nn.Module:
+    """Return what is edited: the module, or the network inside it where it has no ``forward``, or not these layers.
+
+    An editor may have been trained for the network alone, which knows its layers by shorter names.
+    """
+    wanted = set(layers)
+    own = type(module).forward is not pl.LightningModule.forward
+    if own and wanted <= dict(module.named_modules()).keys():
         return module
     with FeatureTap(module) as tap:
-        return tap.network
+        network = tap.network
+    known = [each for each in (network, *module.children()) if wanted <= dict(each.named_modules()).keys()]
+    return known[0] if known else module if own else network
 
 
 def make_editor(
@@ -58,7 +66,7 @@ def make_editor(
 ) -> GradientEditor:
     """Return an editor of a module: that of a saved state, or a new one with settings."""
     with torch.inference_mode(False):
-        model = edited_network(module)
+        model = edited_network(module, () if state is None else editor_settings(state)[0])
         if example is not None and example.is_inference():
             example = example.clone()
         if example is not None:

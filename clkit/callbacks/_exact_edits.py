@@ -23,6 +23,7 @@ from clkit.methods._edit_objective import objective_for
 
 __all__ = ["count_in", "features_of", "propose_counting", "take_out"]
 
+_FACTORS = (1, 3, 10)  # of the weight, of which the first that does is taken
 _VIEWS = 8  # of a function of equivalents
 _NEVER = -1e9  # in the place of the -inf of a class that a head does not know
 
@@ -56,7 +57,7 @@ def propose_counting(
         x: (B, …) images.
         y: (B,) class ids.
         equivalents: Other views of the images, see :meth:`clkit.methods.GradientEditor.edit`.
-        weight: How often each image is counted.
+        weight: How often each image is counted, or up to ten times that where it is needed.
         guard: Bounds.
         reference: Of which the guard speaks.
         earlier: Edits of this head that are open.
@@ -68,10 +69,14 @@ def propose_counting(
         )
     head, ids = callback.head, y.detach().cpu().long()
     rows = features_of(module, callback.layer, x).cpu()
-    trial = copy.deepcopy(head)
-    trial.update(rows.repeat(weight, 1), ids.repeat(weight))
-    width = max(2, int(trial.classes.max()) + 1)
-    before, after = _logits(head, rows, width), _logits(trial, rows, width)
+    width = max(2, int(torch.cat([head.classes.cpu(), ids]).max()) + 1)
+    before = _logits(head, rows, width)
+    for count in (factor * weight for factor in _FACTORS):
+        trial = copy.deepcopy(head)
+        trial.update(rows.repeat(count, 1), ids.repeat(count))
+        after = _logits(trial, rows, width)
+        if bool((after.argmax(dim=1) == ids).all()):
+            break
     objective = objective_for(width, None)
     own: dict[str, Any] = {"prediction_before": before.argmax(dim=1).tolist(), "label": ids.tolist()}
     own["probability_before"] = objective.probabilities(before, ids).tolist()
@@ -83,7 +88,7 @@ def propose_counting(
     if bool((before.argmax(dim=1) == ids).all()):
         status, reason, trial, after = "satisfied", "the images have these answers already", head, before
     elif not bool((after.argmax(dim=1) == ids).all()):
-        reason = f"counting the images {weight} times does not give the wanted answers; raise weight"
+        reason = f"counting the images {count} times does not give the wanted answers; raise weight"
         status = "refused"
     elif reference is not None:
         report = _report(module, callback, trial, reference.without(x), earlier, width)
@@ -96,7 +101,7 @@ def propose_counting(
         id=None,
         status=status,
         reason=reason,
-        scale=float(weight) if status == "applied" else 0.0,
+        scale=float(count) if status == "applied" else 0.0,
         repeats=1,
         prediction_after=after.argmax(dim=1).tolist(),
         probability_after=objective.probabilities(after, ids).tolist(),

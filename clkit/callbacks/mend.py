@@ -43,7 +43,7 @@ class MEND(KeepsEdits):
 
     Where a head decides (:class:`~clkit.callbacks.AEFOCL`, :class:`~clkit.callbacks.NMC`,
     :class:`~clkit.callbacks.LDA`, on a network that does not train, or grafted), no editor is needed:
-    the image is counted ``weight`` times in the head's sums and taken out again exactly. ``result.route`` says which
+    the image is counted some times in the head's sums and taken out again exactly. ``result.route`` says which
     way was gone.
 
     An edit is a change of the network, and others learned it as it was. Heads beside it refuse a change of their
@@ -61,7 +61,8 @@ class MEND(KeepsEdits):
             (``"manual"``).
         route: ``"editor"``, ``"exact"``, or ``"auto"``: exact where a head decides.
         head: The name of the head to correct, where there are several.
-        weight: How often an image is counted in a head, at least 1.
+        weight: How often an image is counted in a head, at least 1; three or ten times as often where that is not
+            enough.
         scale: See :meth:`clkit.methods.GradientEditor.edit`.
         guard: Bounds on what an edit may do to the reference; ``None`` for none.
         reference: ``"val"``, up to 512 samples of the validation loaders; or see
@@ -266,8 +267,9 @@ class MEND(KeepsEdits):
         result, rows = self._agreed(trainer, lambda: propose_counting(module, head, x, y, views, **how))
         if result.status != "applied":
             return result
-        targets = torch.tensor(result.label).repeat(self.weight)
-        count_in(head, rows.repeat(self.weight, 1), targets, here=trainer.is_global_zero)
+        count = round(result.scale)
+        targets = torch.tensor(result.label).repeat(count)
+        count_in(head, rows.repeat(count, 1), targets, here=trainer.is_global_zero)
         if head.grafted:
             head.graft(module)
         _, judges = stale_parts(trainer)

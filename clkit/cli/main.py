@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from clkit._version import __version__
 from clkit.cli.completion import SHELLS, completion_script
+from clkit.cli.edit_commands import add_edit_commands, edit, edits, revert
 from clkit.cli.search_commands import add_search_commands, embed, search
 from clkit.cli.settings_help import COMMANDS, OPTIONS, settings_help
 from clkit.runs.recipes import read_recipe, recipe_lines, recipe_names
@@ -133,6 +134,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _add_compare(commands)
     _add_file_commands(commands)
     add_search_commands(commands, _positive)
+    add_edit_commands(commands, _index)
     complete = commands.add_parser(
         "complete",
         help="print what a shell needs to complete commands, recipes and settings",
@@ -319,4 +321,7 @@ _LINES_OF: Mapping[str, Callable[[argparse.Namespace], list[str]]] = {
     "export": _export,
     "embed": embed,
     "search": search,
+    "edit": edit,
+    "edits": edits,
+    "revert": revert,
 }

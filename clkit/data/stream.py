@@ -29,7 +29,7 @@ from clkit.data.position import StreamPosition
 from clkit.data.preprocessing import Preprocessing, settled_preprocessing
 from clkit.data.scenarios import ClassIncremental, Scenario
 from clkit.data.sources import resolve_source
-from clkit.data.sources.base import Source, data_root
+from clkit.data.sources.base import Source, data_root, first_image
 from clkit.errors import ArgumentError, ConfigurationError, DataError
 from clkit.methods._checks import check_count, check_probability
 from clkit.stream import resume
@@ -344,6 +344,10 @@ class StreamDataModule(LightningData):
         """Return the inputs (n, …) of some training rows as the first epoch gives them."""
         inputs: Tensor = self._workers_of("train").fetcher[0, rows][0]
         return inputs
+
+    def first_image(self) -> Tensor | None:
+        """Return the first training image (C, H, W) as it is stored, ``None`` for vectors; after ``setup``."""
+        return first_image(self._cut.train)
 
     def input_preprocessing(self) -> Callable[[Any], Tensor]:
         """Return the function from stored inputs to those of the network, with ``"auto"`` settled; after ``setup``."""

@@ -14,7 +14,7 @@ from clkit.methods import Neighbours
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["neighbours_table", "plot_neighbours"]
+__all__ = ["draw_image", "neighbours_table", "plot_neighbours"]
 
 RIGHT, WRONG, UNKNOWN = "#009E73", "#D55E00", "#999999"  # green and red that the colour blind can tell apart
 _LARGE = 64  # pixels from which a drawn image is smoothed
@@ -88,15 +88,16 @@ def plot_neighbours(
     shown = left.subplots(rows, 1, squeeze=False)[:, 0], right.subplots(rows, columns, squeeze=False)
     scores, others = found.scores.tolist(), found.labels.tolist()
     for row, label in enumerate(labels):
-        _draw(shown[0][row], queries[row], _label(label, class_names), None)
+        draw_image(shown[0][row], queries[row], _label(label, class_names), None)
         for column, other in enumerate(others[row]):
             cosine = f"{scores[row][column]:.3f}".replace("-", "\N{MINUS SIGN}")
             title = f"{_label(other, class_names)} {cosine}"
-            _draw(shown[1][row, column], nearest[row][column], title, _colour(label, other))
+            draw_image(shown[1][row, column], nearest[row][column], title, _colour(label, other))
     return figure
 
 
-def _draw(axes: Any, image: Tensor, title: str, colour: str | None) -> None:
+def draw_image(axes: Any, image: Tensor, title: str, colour: str | None) -> None:
+    """Draw an image (C, H, W), uint8 or in [0, 1], in a frame."""
     pixels = (image / 255 if not image.is_floating_point() else image).clamp(0, 1)
     grey = len(pixels) < 3
     smooth = "antialiased" if max(pixels.shape[1:]) >= _LARGE else "nearest"

@@ -181,8 +181,13 @@ def search_images(
     return Found(gallery, model.id, names, torch.cat(labels), neighbours, class_names, model.root(root))
 
 
-def stored_images(names: Sequence[str], root: str | Path | None = None) -> list[Tensor]:
+def stored_images(names: Sequence[str], root: str | Path | None = None, *, only_images: bool = True) -> list[Tensor]:
     """Return the images (C, H, W), uint8 or in [0, 1], of rows that :func:`embed_images` has named so.
+
+    Args:
+        names: Of rows.
+        root: The data folder.
+        only_images: Whether rows that are vectors (D,) are refused.
 
     Raises:
         DataError: If one is not there any more, or is no image.
@@ -199,7 +204,7 @@ def stored_images(names: Sequence[str], root: str | Path | None = None) -> list[
             parts[place] = resolve_source(spec).load(data_root(root))[part == "test"]
         if int(row) >= len(parts[place]):
             raise DataError(f"{name}: {spec} has {len(parts[place])} rows in its {part} part, fewer than once")
-        if first_image(parts[place]) is None:
+        if only_images and first_image(parts[place]) is None:
             raise DataError(f"{spec} holds vectors, which cannot be drawn; leave --picture out")
         images.append(parts[place].get_many(np.array([int(row)]))[0])
     return images

@@ -21,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from clkit.callbacks import DSimplex, HeadCallback
+from clkit.callbacks import DEUP, DST, MEND, DSimplex, HeadCallback
 from clkit.callbacks.base import FeatureCallback, Stage
 from clkit.data import StreamDataModule
 from clkit.data.loader import Rows
@@ -73,6 +73,8 @@ class SavedRun:
         self.callbacks = {
             callback.state_key: callback for callback in callbacks_of(cli.trainer) if isinstance(callback, HeadCallback)
         }
+        kinds = (HeadCallback, DSimplex, DST, DEUP, MEND)
+        self.learning: list[Any] = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, kinds)]
         self._placed = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, DSimplex)]
         self._readings = Readings(lambda: ((self.strategy, self.module), callbacks_of(cli.trainer)))
         trainer = settings.get("trainer") or {}
@@ -148,6 +150,21 @@ class SavedRun:
             except MisconfigurationException as error:
                 raise ConfigurationError(f"Lightning cannot run {type(self.module).__name__}: {error}") from error
         return self.module, trainer.strategy.root_device
+
+    def opened(self) -> tuple[pl.LightningModule, pl.Trainer]:
+        """Return the module and a trainer, with whose callbacks in ``learning`` the checkpoint was taken up.
+
+        One validation batch is run: the callbacks find their layers, and the data their place in the stream.
+        """
+        if not is_overridden("validation_step", self.module):
+            raise ConfigurationError(f"{type(self.module).__name__} has no validation_step, by which it is run here")
+        strategy: Any = GradientFreeStrategy() if isinstance(self.strategy, GradientFreeStrategy) else "auto"
+        with _quiet(), _loading():
+            options: dict[str, Any] = {**_BARE, "callbacks": list(self.learning), "limit_val_batches": 1}
+            warnings.filterwarnings("ignore", message="the checkpoint has no state for MEND")  # before its first edit
+            trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, **options)
+            trainer.validate(self.module, datamodule=self.data, ckpt_path=self.path, verbose=False, weights_only=True)
+        return self.module, trainer
 
     def prepare(self, key: str, samples: int = 4) -> Any:
         """Load the checkpoint's weights into the module; return some inputs of the kind that a callback reads."""

@@ -1,0 +1,166 @@
+"""``clkit edit``, ``clkit edits`` and ``clkit revert``: single answers of a saved run corrected, listed, taken back."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ROUTES", "add_edit_commands", "edit", "edits", "revert"]
+
+ROUTES = ("auto", "exact", "editor")
+
+EDIT = "correct an answer of a checkpoint's network, or of its head, by an edit that can be taken back"
+EDITS = "list the edits of a checkpoint"
+REVERT = "take edits of a checkpoint back"
+
+
+def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
+    """Add the parsers of the three commands; ``number`` reads one of at least 0."""
+    edit = commands.add_parser(
+        "edit",
+        help=EDIT,
+        usage="clkit edit CHECKPOINT --image FILE [FILE ...] --label LABEL [LABEL ...] [options]",
+        description=f"{EDIT[0].upper()}{EDIT[1:]}. The run's validation samples bound what it may do elsewhere.",
+    )
+    edits = commands.add_parser("edits", help=EDITS, description=f"{EDITS[0].upper()}{EDITS[1:]}.")
+    revert = commands.add_parser(
+        "revert",
+        help=REVERT,
+        description=f"{REVERT[0].upper()}{REVERT[1:]}: the weights become, to the bit, what the other edits give.",
+    )
+    for command in (edit, edits, revert):
+        command.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint file")
+    edit.add_argument(
+        "--image", required=True, nargs="+", metavar="FILE", help="image files, or rows of a source: digits/test/17"
+    )
+    edit.add_argument(
+        "--label", required=True, nargs="+", metavar="LABEL", help="one for each: the id of a class, or its name"
+    )
+    edit.add_argument("--editor", metavar="FILE", help="a trained editor (default: that of the run, or a new one)")
+    edit.add_argument("--layers", nargs="+", metavar="NAME", help="what a new editor edits (default: auto)")
+    edit.add_argument("--route", choices=ROUTES, help="correct a head exactly, or the network (default: what decides)")
+    edit.add_argument("--head", metavar="NAME", help="which head, where there are several")
+    edit.add_argument("--task", type=number, metavar="K", help="whose network, of a run with DST, from 0")
+    edit.add_argument("--no-guard", dest="guard", action="store_false", help="whatever it does elsewhere")
+    edit.add_argument("--allow-stale", action="store_true", help="also where heads have learned what will move")
+    edit.add_argument("--picture", metavar="FILE.png", help="draw the image and its answers before and after")
+    revert.add_argument("ids", nargs="+", type=number, metavar="ID", help="numbers of edits, as clkit edits lists them")
+    revert.add_argument(
+        "--inexact", action="store_true", help="also where something else has changed the weights since"
+    )
+    for command in (edit, revert):
+        command.add_argument(
+            "--config", metavar="FILE", help="the run's settings (default: config.yaml in the folder of the run)"
+        )
+        command.add_argument(
+            "-o", "--output", metavar="FILE", help="the file to write (default: the checkpoint itself)"
+        )
+    edit.add_argument("--force", action="store_true", help="replace an existing picture")
+
+
+def edit(options: argparse.Namespace) -> list[str]:
+    """Edit a checkpoint; return what to say of it."""
+    from clkit.errors import ConfigurationError
+    from clkit.runs.editing import edit_checkpoint
+
+    if options.picture is not None:
+        _check_picture(options)
+    if options.editor is not None and options.layers is not None:
+        raise ConfigurationError("--layers is for a new editor, and --editor names a trained one; leave one out")
+    done = edit_checkpoint(
+        options.checkpoint,
+        options.image,
+        options.label,
+        editor=options.editor,
+        layers=options.layers,
+        route=options.route,
+        head=options.head,
+        task=options.task,
+        guard=options.guard,
+        allow_stale=options.allow_stale,
+        drawn=options.picture is not None,
+        output=options.output,
+        config=options.config,
+    )
+    result, names = done.result, done.names
+    if options.picture is not None:
+        from clkit.files import atomic_write
+        from clkit.report.edits import plot_edit
+
+        figure = plot_edit(
+            done.image, done.before, done.after, int(result.label[0]), locality=result.locality, names=names
+        )
+        with atomic_write(options.picture) as draft:
+            figure.savefig(draft, dpi=150, format="png")
+    where = f"the head {result.head!r}" if result.route == "exact" else "the network"
+    if result.task is not None:
+        where += f" of task {result.task}"
+    lines = [
+        f"  {image}: {_name(before, names)} (p of {_name(label, names)} {p:.3f}) -> {_name(after, names)} (p {q:.3f})"
+        for image, label, before, after, p, q in zip(
+            options.image,
+            result.label,
+            result.prediction_before,
+            result.prediction_after,
+            result.probability_before,
+            result.probability_after,
+            strict=True,
+        )
+    ]
+    if result.locality is not None:
+        seen = result.locality
+        lines.append(
+            f"  elsewhere: {100 * seen.agreement:.1f} % of {seen.images} validation samples keep their answer, "
+            f"drop {100 * seen.drop:.1f} %"
+        )
+    if result.stale:
+        lines.append(f"  now of a network from before: {', '.join(result.stale)}")
+    if result.id is None:
+        return [f"{result.status}: {result.reason}; nothing was written", *lines]
+    target = options.output or options.checkpoint
+    return [f"wrote {target}: edit {result.id} of {where}, {result.status} at scale {result.scale:g}", *lines]
+
+
+def edits(options: argparse.Namespace) -> list[str]:
+    """Print the log of edits."""
+    from rich.console import Console
+
+    from clkit.report.edits import edits_table
+    from clkit.runs.editing import logged_edits
+
+    found = logged_edits(options.checkpoint)
+    if not found:
+        return [f"{options.checkpoint} has no edits"]
+    Console().print(edits_table(found, {}, f"edits of {options.checkpoint}"))
+    return []
+
+
+def revert(options: argparse.Namespace) -> list[str]:
+    """Take edits back; return what to say of it."""
+    from clkit.runs.editing import revert_in_checkpoint
+
+    left = revert_in_checkpoint(
+        options.checkpoint, options.ids, inexact=options.inexact, output=options.output, config=options.config
+    )
+    gone = " and ".join(map(str, options.ids))
+    numbers = ", ".join(str(entry.id) for entry in left) or "none"
+    return [f"wrote {options.output or options.checkpoint} without edit {gone}; left: {numbers}"]
+
+
+def _check_picture(options: argparse.Namespace) -> None:
+    """Refuse a picture that could not be written, before any work."""
+    from clkit.callbacks._showing import has_matplotlib
+    from clkit.errors import ArgumentError, ConfigurationError
+    from clkit.files import check_output
+
+    if Path(options.picture).suffix != ".png":
+        raise ArgumentError(f"--picture {options.picture} must end in .png")
+    if not has_matplotlib():
+        raise ConfigurationError('--picture needs matplotlib, which is not installed: pip install "clkit[report]"')
+    check_output(options.picture, [Path(options.checkpoint)], options.force)
+
+
+def _name(label: Any, names: dict[int, str]) -> str:
+    return names.get(label, str(label))

@@ -1,0 +1,271 @@
+"""Single answers of a saved run corrected in its checkpoint, and taken back there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clkit.callbacks import MEND, HeadCallback
+from clkit.callbacks._exact_edits import features_of
+from clkit.callbacks._run_edits import LoggedEdit, RunEdit, read_logged
+from clkit.data import StreamDataModule
+from clkit.data.sources.images import read_image
+from clkit.errors import ArgumentError, ConfigurationError, DataError, did_you_mean
+from clkit.files import check_output, read_checkpoint, write_checkpoint
+from clkit.runs.embedding import stored_images
+from clkit.runs.saved_run import SavedRun
+from clkit.schema import Whole, read_entries, saved_entry
+
+__all__ = ["EditedRun", "edit_checkpoint", "logged_edits", "revert_in_checkpoint"]
+
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in a grey image
+
+
+@dataclass(frozen=True)
+class EditedRun:
+    """What became of an edit of a checkpoint.
+
+    Attributes:
+        result: What was done.
+        image: (C, H, W), the first of the images as they are stored, or a vector.
+        names: Of classes, by label as batches have them; may be empty.
+        before: (C,) probabilities of the classes for the first image before the edit.
+        after: Likewise after it.
+    """
+
+    result: RunEdit
+    image: Tensor
+    names: dict[int, str]
+    before: Tensor
+    after: Tensor
+
+
+def edit_checkpoint(
+    path: str | Path,
+    images: Sequence[str | Path],
+    labels: Sequence[str],
+    *,
+    editor: str | Path | None = None,
+    layers: Sequence[str] | None = None,
+    route: Literal["auto", "exact", "editor"] | None = None,
+    head: str | None = None,
+    task: int | None = None,
+    guard: bool = True,
+    allow_stale: bool = False,
+    drawn: bool = False,
+    output: str | Path | None = None,
+    config: str | Path | None = None,
+) -> EditedRun:
+    """Edit the network, or a head, of a checkpoint so that images get labels, and write it.
+
+    Args:
+        path: The checkpoint file of a run of ``clkit fit``.
+        images: Image files, or rows of a source such as ``"digits/test/17"``; several are one edit.
+        labels: One for each: a class id, or the name of a class.
+        editor: A file with a trained editor; by default that of the run, or a new one.
+        layers: What a new editor edits, see :class:`~clkit.methods.GradientEditor`.
+        route: Another one than that of the run, see :class:`~clkit.callbacks.MEND`.
+        head: Likewise.
+        task: Whose network, in a run with a network for each task.
+        guard: Whether the run's validation samples bound what the edit may do elsewhere.
+        allow_stale: Whether features may move that heads of the run have learned.
+        drawn: Whether the image is to be drawn, so that vectors are refused.
+        output: The file to write; by default the checkpoint itself, whole or not at all.
+        config: The run's ``config.yaml``; looked for beside the checkpoint by default.
+
+    Raises:
+        ArgumentError: If a file is not there, a label is of no class, or ``images`` and ``labels`` do not fit.
+        ConfigurationError: If the run's data do not say how stored images become inputs, or MEND refuses the edit.
+        StateError: If the file is damaged.
+        WriteError: If it cannot be written.
+    """
+    if len(images) != len(labels):
+        raise ArgumentError(f"--label must be one for each --image: {len(images)} images, {len(labels)} labels")
+    if output is not None:
+        check_output(output, [Path(path)])
+    checkpoint = read_checkpoint(path)
+    run = _Run(path, config, checkpoint, editor, layers, head, allow_stale=allow_stale)
+    ids = torch.tensor([run.label(each) for each in labels])
+    stored = [run.stored(each, drawn=drawn) for each in images]
+    run.open()
+    x = torch.cat([run.data.input_preprocessing()(each[None]) for each in stored])
+    if not guard:
+        run.mend.guard = run.mend.reference = None
+    before = run.probabilities(x[:1])
+    result = run.mend.edit(x, ids, route=route, task=task)
+    if result.id is not None:
+        run.write(output or path)
+    after = run.probabilities(x[:1])
+    return EditedRun(result, stored[0], run.names, before[result.head], after[result.head])
+
+
+def logged_edits(path: str | Path) -> list[LoggedEdit]:
+    """Return the edits that a checkpoint's network and heads have, oldest first; the network is not built.
+
+    Raises:
+        ArgumentError: If there is no such file.
+        StateError: If it is damaged.
+    """
+    found = []
+    for key, state in _states(read_checkpoint(path)).items():
+        edits = saved_entry(state, "edits", list, key)
+        found += read_logged(edits, saved_entry(state, "next_id", Whole(), key), key)
+    return found
+
+
+def revert_in_checkpoint(
+    path: str | Path,
+    ids: Sequence[int],
+    *,
+    inexact: bool = False,
+    output: str | Path | None = None,
+    config: str | Path | None = None,
+) -> list[LoggedEdit]:
+    """Take edits of a checkpoint back, and write it; return those that are left.
+
+    Args:
+        path: The checkpoint file.
+        ids: Numbers of edits in its log.
+        inexact: See :meth:`clkit.callbacks.MEND.revert`.
+        output: The file to write; by default the checkpoint itself.
+        config: The run's ``config.yaml``.
+
+    Raises:
+        ArgumentError: If there is no such edit, or it cannot be taken back. Otherwise as :func:`edit_checkpoint`.
+        EditConflictError: If weights are not what the log says.
+    """
+    if output is not None:
+        check_output(output, [Path(path)])
+    checkpoint = read_checkpoint(path)
+    if not _states(checkpoint):
+        raise ArgumentError(f"{path} has no edits")
+    run = _Run(path, config, checkpoint, None, None, None, allow_stale=True)
+    run.open()
+    run.mend.revert(*ids, inexact=inexact)
+    run.write(output or path)
+    return run.mend.records
+
+
+class _Run:
+    """The run of a checkpoint with its edits."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: str | Path | None,
+        checkpoint: dict[str, Any],
+        editor: str | Path | None,
+        layers: Sequence[str] | None,
+        head: str | None,
+        *,
+        allow_stale: bool,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self._run = SavedRun(path, config)
+        if not isinstance(self._run.data, StreamDataModule):
+            raise ConfigurationError(
+                f"the data of {self._run.config} are a {type(self._run.data).__name__}, which does not say how stored "
+                "images become inputs; use clkit.callbacks.MEND in Python"
+            )
+        self.data: StreamDataModule = self._run.data
+        own = [each for each in self._run.learning if isinstance(each, MEND)]
+        mend = own[0] if own else None
+        if mend is None or editor is not None or layers is not None:
+            settings: Any = editor if layers is None else {"layers": list(layers)}
+            others = [each for each in self._run.learning if each is not mend]
+            mend = MEND(settings, when="manual", name="mend" if mend is None else mend.name)
+            self._run.learning = [*others, mend]
+        mend.edits = None
+        mend.head_name = head or mend.head_name
+        mend.allow_stale = mend.allow_stale or allow_stale
+        self.mend = mend
+
+    def open(self) -> None:
+        """Build the network and take the checkpoint up."""
+        self.module, self._trainer = self._run.opened()
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names of the classes by label as batches have them."""
+        names, ids = self.data.class_names, self.data.original_ids
+        return {
+            each if ids is None else ids.index(each): name for each, name in names.items() if ids is None or each in ids
+        }
+
+    def label(self, given: str) -> int:
+        """Return the label that is meant by an id or a name."""
+        self.data.setup("validate")
+        ids, names = self.data.original_ids, self.data.class_names
+        if given.isdecimal():
+            found = int(given)
+        else:
+            meant = [each for each, name in names.items() if name == given]
+            if not meant:
+                near = did_you_mean(given, names.values()) or "; give the id of a class"
+                raise ArgumentError(f"--label {given!r} is the name of no class of this run{near}")
+            found = meant[0]
+        if found not in self.data.classes:
+            raise ArgumentError(f"--label {given} is no class of this run, which has {list(self.data.classes)[:20]}")
+        return found if ids is None else ids.index(found)
+
+    def stored(self, image: str | Path, *, drawn: bool) -> Tensor:
+        """Return an image (C, H, W) of a file, or of a row of a source, with as many channels as those of the run."""
+        if not Path(image).is_file():
+            if str(image).count("/") < 2:
+                raise ArgumentError(f"--image {str(image)!r} is no file, and no row of a source such as digits/test/17")
+            try:
+                return stored_images([str(image)], self.data.root, only_images=drawn)[0]
+            except (ArgumentError, DataError) as error:
+                raise type(error)(f"--image {str(image)!r}: {error}") from error
+        found = read_image(str(image), f"--image {str(image)!r}")
+        usual = self.data.first_image()
+        if usual is not None and len(usual) == 1:
+            grey = (found.float() * torch.tensor(_LUMA).view(3, 1, 1)).sum(dim=0, keepdim=True)
+            found = grey.round().to(found.dtype) if found.dtype == torch.uint8 else grey
+        return found
+
+    def probabilities(self, x: Tensor) -> dict[str | None, Tensor]:
+        """Return the probabilities (C,) of the classes for one image (1, …) now, by head, and of the module itself."""
+        with torch.no_grad():
+            logits: Tensor = self.module.eval()(x.to(self.module.device))
+        found: dict[str | None, Tensor] = {None: logits[0].float().softmax(dim=0).cpu()}
+        for each in self._run.learning:
+            if isinstance(each, HeadCallback):
+                scores = each.scores(features_of(self.module, each.layer, x))
+                found[each.name] = scores[0].softmax(dim=0).cpu()
+        return found
+
+    def write(self, path: str | Path) -> None:
+        """Write the checkpoint with what the edit has changed."""
+        saved = self.checkpoint
+        weights = dict(self.module.state_dict())
+        for callback in self._run.learning:
+            if getattr(callback, "_graft", None) is not None:
+                callback._graft.restore_keys(weights)
+        if weights.keys() != saved["state_dict"].keys():
+            raise ConfigurationError(
+                f"the network of {self._run.config} has other tensors than the checkpoint; give the config.yaml that "
+                "belongs to it"
+            )
+        saved["state_dict"] = {name: value.detach().cpu() for name, value in weights.items()}
+        states = saved.setdefault("callbacks", {})
+        for callback in self._run.learning:
+            if callback is self.mend or callback.state_key in states:
+                states[callback.state_key] = callback.state_dict()
+        trained = (
+            saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] if "loops" in saved else 0
+        )
+        own = states[self.mend.state_key]
+        own["batches"] = max(own["batches"], trained)  # so that a run with this callback can go on from the file
+        write_checkpoint(saved, path)
+
+
+def _states(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the states of callbacks that have edits."""
+    entries = read_entries(checkpoint.get("callbacks", {}), "'callbacks' of the checkpoint")
+    return {key: state for key, state in entries.items() if str(key).split("(")[0] == MEND.__name__ and state}

@@ -1,0 +1,198 @@
+"""Edits on the command line: what is written, what the log says, what takes it back, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from matplotlib.image import imread
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from clkit import load_head
+from clkit.cli.main import main
+from clkit.methods import LocalityReport
+from clkit.models import TimmClassifier
+from clkit.report.edits import edits_table, plot_edit
+from clkit.runs.editing import logged_edits
+from clkit.runs.recipes import recipe_folder
+
+
+def fitted(folder: Path, name: str, settings: dict[str, Any], *callbacks: str) -> Path:
+    """A run of the command line on digits, all classes at once."""
+    trainer = settings["trainer"]
+    settings["data"]["init_args"].update(scenario={"class_path": "ClassIncremental", "init_args": {"experiences": 1}})
+    trainer["callbacks"] = [{"class_path": "ModelCheckpoint"}, *({"class_path": each} for each in callbacks)]
+    trainer["logger"][0]["init_args"]["name"] = name
+    with contextlib.chdir(folder):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+        assert main(["fit", "--config", f"{name}.yaml", *quiet]) == 0
+    (checkpoint,) = (folder / "runs" / name).rglob("*.ckpt")
+    shutil.copy(checkpoint, checkpoint.parent / "run.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that learned a head on pixels."""
+    recipe = yaml.safe_load((recipe_folder() / "nmc.yaml").read_text())
+    return fitted(tmp_path_factory.mktemp("head"), "head", recipe, "NMC")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that trained a small network."""
+    recipe = yaml.safe_load((recipe_folder() / "er.yaml").read_text())
+    recipe["data"]["init_args"].update(source="digits", batch_size=64)
+    recipe["trainer"]["strategy"] = "auto"
+    return fitted(tmp_path_factory.mktemp("runs"), "trained", recipe)
+
+
+def checkpoint_of(folder: Path, name: str, fresh: str) -> str:
+    """A copy of the run's checkpoint beside it."""
+    (found,) = (folder / "runs" / name).rglob("run.ckpt")
+    shutil.copy(found, found.with_name(f"{fresh}.ckpt"))
+    return str(found.with_name(f"{fresh}.ckpt"))
+
+
+def network(folder: Path, checkpoint: str) -> Any:
+    """The network of a file, built and filled without clkit's reading of runs."""
+    settings = yaml.safe_load((folder / "trained.yaml").read_text())["model"]["init_args"]
+    arguments = {name: settings[name] for name in ("small_images", "model_kwargs") if name in settings}
+    model = TimmClassifier(settings["backbone"], num_classes=10, **arguments)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    return model.eval()
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    """The test part, odd rows of scikit-learn's, as the network takes it."""
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images[1::2]).float().view(-1, 1, 8, 8) / 16
+    return ((x - 0.3) / 0.38).expand(-1, 3, -1, -1), torch.from_numpy(labels[1::2])
+
+
+def wrong_row(answers: Tensor) -> int:
+    return int((answers != rows()[1]).nonzero()[0, 0])
+
+
+@pytest.mark.slow
+def test_an_edit_is_written_listed_and_taken_back(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = checkpoint_of(runs, "trained", "edited")
+    before = torch.load(checkpoint, weights_only=True)
+    x, y = rows()
+    with torch.no_grad():
+        row = wrong_row(network(runs, checkpoint)(x).argmax(1))
+    label, picture = str(int(y[row])), runs / "edit.png"
+    stored = (torch.from_numpy(load_digits().images[1::2][row]) / 16 * 255).round().to(torch.uint8)
+    Image.fromarray(stored.numpy()).save(runs / "digit.png")
+    given = ["edit", checkpoint, "--image", str(runs / "digit.png"), "--label", label, "--picture", str(picture)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the editor is not trained, which is said
+        assert main(given) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"wrote {checkpoint}: edit 0 of the network, applied at scale ")
+    assert f"-> {label} (p " in said
+    assert "validation samples keep their answer" in said
+    assert imread(picture).ndim == 3
+    with torch.no_grad():
+        assert int(network(runs, checkpoint)(x[row : row + 1]).argmax(1)) == int(y[row])
+    edited = torch.load(checkpoint, weights_only=True)
+    moved = [name for name, value in edited["state_dict"].items() if not torch.equal(value, before["state_dict"][name])]
+    assert moved
+    assert all(name.endswith("weight") for name in moved)
+    for name, value in before.items():  # what else a resume needs is untouched
+        if name not in ("state_dict", "callbacks"):
+            assert str(edited[name]) == str(value), name
+    assert main(["edits", checkpoint]) == 0
+    (entry,) = logged_edits(checkpoint)
+    assert (entry.id, entry.label, entry.after, entry.route) == (0, [int(y[row])], [int(y[row])], "editor")
+    assert "network" in capsys.readouterr().out
+    other = str(Path(checkpoint).with_name("without.ckpt"))
+    assert main(["revert", checkpoint, "0", "-o", other]) == 0
+    assert capsys.readouterr().out == f"wrote {other} without edit 0; left: none\n"
+    left = torch.load(other, weights_only=True)
+    assert all(torch.equal(value, before["state_dict"][name]) for name, value in left["state_dict"].items())
+    assert len(logged_edits(checkpoint)) == 1
+    assert main(["edits", other]) == 0
+    assert "has no edits" in capsys.readouterr().out
+
+
+def test_where_a_head_decides_it_is_corrected_in_the_file(
+    head_run: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    checkpoint = checkpoint_of(head_run, "head", "edited")
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images[1::2]).double() / 16, torch.from_numpy(labels[1::2])
+    row = int((load_head(checkpoint, "nmc").predict(x) != y).nonzero()[0, 0])
+    given = ["--image", f"digits:flat/test/{row}", "--label", str(int(y[row])), "--no-guard"]
+    assert main(["edit", checkpoint, *given]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"wrote {checkpoint}: edit 0 of the head 'nmc', applied at scale ")
+    (entry,) = logged_edits(checkpoint)
+    assert (entry.route, entry.after) == ("exact", [int(y[row])])
+    assert entry.scale in (30.0, 90.0, 300.0)
+    assert int(load_head(checkpoint, "nmc").predict(x[row : row + 1])) == int(y[row])
+    assert int(load_head(checkpoint, "nmc").counts.sum()) == 899 + entry.scale
+    assert main(["edits", checkpoint]) == 0
+    assert "nmc" in capsys.readouterr().out
+    assert main(["revert", checkpoint, "0"]) == 0
+    assert capsys.readouterr().out == f"wrote {checkpoint} without edit 0; left: none\n"
+    assert int(load_head(checkpoint, "nmc").predict(x[row : row + 1])) != int(y[row])
+    assert main(["edits", checkpoint]) == 0
+    assert "has no edits" in capsys.readouterr().out
+    assert main(["revert", checkpoint, "3"]) == 2
+    assert "there is no edit 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--image", "no.png", "--label", "1"], "--image 'no.png' is no file"),
+        (["--image", "digits:flat/test/5000", "--label", "1"], "--image 'digits:flat/test/5000'"),
+        (["--image", "digits:flat/test/0", "--label", "cat"], "--label 'cat' is the name of no class"),
+        (["--image", "digits:flat/test/0", "--label", "12"], "--label 12 is no class of this run"),
+        (["--image", "digits:flat/test/0", "--label", "1", "2"], "--label must be one for each --image"),
+        (["--image", "digits:flat/test/0", "--label", "1", "--picture", "a.jpg"], "--picture a.jpg must end in .png"),
+        (["--image", "digits:flat/test/0", "--label", "1", "--head", "lda"], "there is no head 'lda'"),
+        (["--image", "digits:flat/test/0", "--label", "1", "--layers", "x", "--editor", "y"], "leave one out"),
+    ],
+)
+def test_what_is_wrong_is_said_by_its_argument(
+    head_run: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    checkpoint = checkpoint_of(head_run, "head", "refused")
+    assert main(["edit", checkpoint, *given]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert said in told
+
+
+def test_what_cannot_be_taken_back_is_said(head_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = checkpoint_of(head_run, "head", "plain")
+    assert main(["revert", checkpoint, "3"]) == 2
+    assert "has no edits" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["revert", checkpoint, "-1"])
+
+
+def test_the_picture_shows_both_answers_views_and_what_else_moved() -> None:
+    report = LocalityReport(50, 0.96, 4, 0.5, 0.01, 0.9, 0.88, 0.02, 0.02, {3: 1})
+    before, after = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.1, 0.3, 0.4])
+    views = [torch.rand(1, 8, 8) for _ in range(3)]
+    figure = plot_edit(views[0], before, after, 3, equivalents=views, locality=report, names={3: "cat"})
+    upper = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in upper] == ["wanted: cat", "probability", "reference: same answer"]
+    bars = {bar.get_width() for bar in upper[1].patches}
+    assert {0.4, 0.7} <= {round(each, 6) for each in bars}
+    assert "lost: cat (1)" in upper[2].get_xlabel()
+    assert len(figure.axes) == 6
+    table = edits_table([], {}, "none")
+    assert table.row_count == 0
