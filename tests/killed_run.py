@@ -32,6 +32,7 @@ from clkit.callbacks import (
     DEUP,
     DST,
     LDA,
+    MEND,
     NMC,
     DSimplex,
     Lift,
@@ -108,6 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "dst": {"heads": "dst", "epochs": 2},
     "d_simplex": {"heads": "d_simplex", "epochs": 2},
+    "mend": {"heads": "mend", "trainer": {"val_check_interval": 0.5}},
     "editor_training": {"strategy": "editor_training", "epochs": 2, "trainer": {"accumulate_grad_batches": 2}},
     "d_simplex_replay": {"heads": "d_simplex", "strategy": "er", "trainer": {"val_check_interval": 0.5}},
     "deup": {"heads": "deup", "strategy": "gradient_free", "trainer": {"val_check_interval": 0.5}},
@@ -373,6 +375,11 @@ def make_heads(kind: str) -> list[Any]:
         return []
     if kind == "dst":
         return [DST(0.3, schedule=PruneSchedule(update_every=2)), NMC()]
+    if kind == "mend":
+        image = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+        image[0, 0, 0, 0] = 1.0  # of the evaluation samples, for who counts steps
+        settings = {"layers": "net.1", "alpha": 0.5, "norm_scope": "none"}
+        return [MEND(settings, edits=[(image, torch.tensor([2]))], guard=None, allow_stale=True), NMC()]
     if kind == "d_simplex":
         return [DSimplex(8, alignment="hoc"), NMC()]
     if kind == "deup":

@@ -34,6 +34,7 @@ PACKAGES = ("clkit", *(f"clkit.{name}" for name in ("callbacks", "data", "method
 GIVEN = {
     *("Experience", "Labels", "Split", "SourcePart", "MixedBatch", "MemoryRows", "TaskReport", "Snapshot"),
     *("EditRecord", "EditResult", "LocalityReport", "MetaExample", "Proposal"),
+    *("FeatureShift", "LoggedEdit", "RunEdit"),
 }
 
 

@@ -2,6 +2,7 @@
 
 # whoever has a callback may also write Trainer(strategy="gradient_free")
 from clkit._registry import register_strategies
+from clkit.callbacks._run_edits import FeatureShift, LoggedEdit, RunEdit
 from clkit.callbacks.aef_ocl import AEFOCL, Lift, PseudoFeatures
 from clkit.callbacks.base import FeatureCallback, Predictor, StreamCallback
 from clkit.callbacks.d_simplex import DSimplex
@@ -25,11 +26,14 @@ __all__ = [
     "NMC",
     "DSimplex",
     "FeatureCallback",
+    "FeatureShift",
     "HeadCallback",
     "Lift",
+    "LoggedEdit",
     "Predictor",
     "PseudoFeatures",
     "Records",
+    "RunEdit",
     "StreamCallback",
     "StreamEvaluation",
     "StreamProgressBar",

@@ -119,7 +119,7 @@ class KeepsEdits(StreamCallback):
         found = open_edits(self.records, ids or [entry.id for entry in self.records if not entry.committed])
         for task, own in _by_task(found).items():
             editor = self._made(module, None)
-            with self._network_of(task, trainer, module, [each.inner for each in own]):
+            with self._network_of(task, trainer, module, ()):
                 editor.commit(each.inner for each in own if each.inner is not None)
         done = {each.id for each in found}
         self.records = [entry.commit() if entry.id in done else entry for entry in self.records]

@@ -163,7 +163,8 @@ class MEND(KeepsEdits):
         """
         trainer, module = self._there()
         views = self.equivalence if equivalents is None else equivalents
-        if trainer.training and self.target is None:
+        fits = trainer.state.fn == "fit" and trainer.state.status == "running"
+        if fits and self.target is None:
             check_averaging(self.state_key, trainer)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim < 2 or not len(x):
             raise BatchError(f"x and y must be tensors of images (B, …) and labels (B,), got {type(x).__name__}")

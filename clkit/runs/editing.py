@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clkit.callbacks import MEND, HeadCallback
+from clkit.callbacks import MEND, HeadCallback, LoggedEdit, RunEdit
 from clkit.callbacks._exact_edits import features_of
-from clkit.callbacks._run_edits import LoggedEdit, RunEdit, read_logged
+from clkit.callbacks._run_edits import read_logged
 from clkit.data import StreamDataModule
 from clkit.data.sources.images import read_image
 from clkit.errors import ArgumentError, ConfigurationError, DataError, did_you_mean
