@@ -182,7 +182,9 @@ def clkit_entries() -> list[Entry]:
             reads_batches=False,  # what the module's own step makes of them is what it judges
             needs_gradients=True,  # alone, for want of another predictor
             processes="agree",
-            volatile=("report",),  # the course of an earlier run's evaluations, of which a kill may lose the last
+            # what each process has of its own; and the course of an earlier run's evaluations, of which a kill may
+            # lose the last
+            volatile=("processes", "report"),
         ),
         callback(
             "StreamEvaluation",
