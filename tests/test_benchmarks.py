@@ -18,6 +18,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestCentroid
 
 from clkit.data import ClassIncremental
@@ -680,6 +681,85 @@ def test_a_missed_goal_of_the_error_predictor_is_said(
     assert json.loads(file.read_text())["fit"] == {"ratio": 1.1}
     assert deup.main(["--only", "fit", "predict"]) == 1
     assert "MISSED: predict: largest_difference 1e-09, goal 1e-12" in capsys.readouterr().out
+
+
+@pytest.fixture
+def deup_digits() -> ModuleType:
+    return loaded(SCRIPT.with_name("deup_digits.py"))
+
+
+def said_of(digits: ModuleType, seed: int) -> Any:
+    """Five stages of a stream whose totals know what is to come, and every third mistake."""
+    draws = torch.Generator().manual_seed(seed)
+    came, labels = torch.arange(10) // 2, torch.arange(10).repeat(6)
+    stages = []
+    for number in range(digits.STAGES):
+        stage: dict[str, Any] = {"y": labels}
+        known = came[labels] <= number
+        error = torch.where(known, torch.rand(60, generator=draws).round(), 1.0).double()
+        total = torch.where(known, 0.1, 0.5) + 0.01 * torch.rand(60, generator=draws)
+        for head in digits.HEADS:
+            stage |= {f"m{size}_{head}_total": total for size in digits.MEMORIES}
+            stage |= {f"r{rate}_{head}_abstain": total > 0.4 for rate in digits.RATES}
+            stage |= {f"{head}/error": error, f"{head}/margin": torch.rand(60, generator=draws)}
+        stages.append(stage | dict.fromkeys(digits.DISTANCES, total))
+    return stages, came
+
+
+def test_what_falls_when_a_digit_is_learned_is_measured_stage_by_stage(
+    deup_digits: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, came = said_of(deup_digits, 0)
+    found = deup_digits.figures(stages, came, "nmc", "m900_nmc_total")
+    assert found["future"] == [1.0] * 4
+    assert found["before"] == pytest.approx([0.505] * 4, abs=0.006)
+    assert found["after"] == pytest.approx([0.105] * 4, abs=0.006)
+    known = came[stages[2]["y"]] <= 2
+    ranks, wrong = stages[2]["m900_nmc_total"][known], stages[2]["nmc/error"][known]
+    assert found["mistakes"][1] == pytest.approx(roc_auc_score(wrong, ranks))
+    monkeypatch.setattr(deup_digits, "run", lambda seed: said_of(deup_digits, seed))
+    monkeypatch.setattr(deup_digits, "DRAWS", 4)
+    assert deup_digits.main(["--only", "stream", "abstention", "--seeds", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 0 0 0 0" in shown  # nothing of a class that was learned is refused
+    assert "100 100 100 100" in shown  # and everything of one that was not
+    for stage in stages:  # what is not lower afterwards is said
+        stage["m900_nmc_total"] = torch.ones(60)
+    monkeypatch.setattr(deup_digits, "run", lambda seed: (stages, came))
+    assert deup_digits.main(["--only", "stream", "--seeds", "1"]) == 1
+    assert "MISSED: means: before / after 1.00, goal 2" in capsys.readouterr().out
+
+
+# ---- coverage
+
+
+def test_coverage_is_measured_on_tiny_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coverage = loaded(SCRIPT.with_name("coverage.py"))
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    assert coverage.main(["--parts", "cifar100"]) == 2
+    assert "CLKIT_DATA" in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    centres, ids = rng.normal(size=(10, 8)), np.repeat(np.arange(10), 30)
+    rows = {part: centres[ids] + rng.normal(size=(300, 8)) for part in ("train", "test")}
+    arrays: dict[str, Any] = {"f_train": rows["train"], "f_test": rows["test"], "y_train": ids, "y_test": ids}
+    for name, step in (("cifar100", 1), ("gtsrb", 3)):
+        few = {key: each[:: step if "test" in key else 1] for key, each in arrays.items()}
+        np.savez(tmp_path / coverage.FEATURES.format(name), **few)
+    stages = coverage.stream(coverage.kept("cifar100"), coverage.HEADS["nearest means"](8), 4, 0)
+    last = stages[-1][1]  # of four stages, for nine tenths
+    means = np.stack([rows["train"][ids == label].mean(axis=0) for label in range(10)])
+    distance = ((rows["test"][:, None] - means) ** 2).sum(axis=2)
+    assert last.accuracy == pytest.approx((distance.argmin(axis=1) == ids).mean(), abs=0.1)
+    assert abs(last.covered - 0.9) < 3 * last.error
+    assert last.resubstituted < last.covered
+    assert coverage.main(["--parts", "signs", "drift"]) == 0
+    shown = capsys.readouterr().out
+    under = [line.split("│") for line in shown.splitlines() if "step" in line and "│" in line]
+    assert {cells[2].strip() for cells in under} == {"step 0", f"step {coverage.STEP:g}"}
+    fixed, followed = (float(cells[4]) for cells in under[:2])
+    assert abs(followed - 0.9) <= abs(fixed - 0.9) + 0.02
 
 
 # ---- edits of digits
