@@ -152,8 +152,7 @@ class EditorTrainingStrategy(LearningStrategy):
         pass  # for the same reason
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Freeze the module, and make the editor and its optimizer."""
-        self._frozen = Frozen(self._module, shared=not self.single_device)
+        """Make the editor's optimizer; the module's own are not asked for."""
         self._adam = ClippedAdam(self.clip)
         self.optimizers, self.lr_scheduler_configs = [self._adam], []
         self._network = runnable(self._module)
@@ -179,6 +178,11 @@ class EditorTrainingStrategy(LearningStrategy):
             f"clkit: {type(self).__name__} trains an editor for {', '.join(self.editor.layers)}; "
             f"{type(self._module).__name__} is frozen, and its training_step() is not called"
         )
+
+    def on_train_start(self) -> None:
+        """Freeze the module."""
+        self._frozen = Frozen(self._module, shared=not self.single_device)
+        super().on_train_start()
 
     def on_backbone_changed(self, trainer: pl.Trainer, module: pl.LightningModule, reason: str) -> None:
         """Say that the editor was trained for another network."""
