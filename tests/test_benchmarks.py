@@ -762,6 +762,30 @@ def test_coverage_is_measured_on_tiny_features(
     assert abs(followed - 0.9) <= abs(fixed - 0.9) + 0.02
 
 
+def test_an_expected_error_is_measured_on_tiny_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as for a script, which reads others beside it
+    images = loaded(SCRIPT.with_name("deup_images.py"))
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    assert images.main([]) == 2
+    rng = np.random.default_rng(0)
+    centres, ids = 2 * rng.normal(size=(100, 12)), np.repeat(np.arange(100), 4)
+    for name, offset in (("cifar100", 0.0), ("caltech101", 0.0), ("gtsrb", 1000 * np.eye(12)[0])):
+        rows = {part: centres[ids] + offset + rng.normal(size=(400, 12)) for part in ("train", "test")}
+        arrays: dict[str, Any] = {"f_train": rows["train"], "f_test": rows["test"], "y_train": ids, "y_test": ids}
+        np.savez(tmp_path / images.FEATURES.format(name), **arrays)
+    assert images.main(["--orders", "1"]) == 0
+    lines = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    for line in lines:
+        if line[2] in ("Mahalanobis", "5th neighbour, all rows"):
+            assert abs(float(line[7]) - 0.5) < 0.1  # the same classes again
+            assert float(line[8]) == 1.0
+        if line[2] == "DEUP":
+            assert min(map(float, line[4].split())) > 0.6  # mistakes
+    assert sum(line[2] == "DEUP" for line in lines) == 2
+
+
 # ---- edits of digits
 
 
