@@ -3,10 +3,11 @@
     CLKIT_DATA=FOLDER python benchmarks/deup_images.py [--orders 3] [--images]
 
 CIFAR-100 in ten stages of ten classes in random order, from kept features of a network that is not trained: a ridge
-head (γ from the sums) and nearest means, the engine of ``DEUP`` with a memory of 1,024 rows. After the second, fifth
-and ninth stage: the area under the ROC curve for test images of classes still to come and for mistakes, the area under the
-risk-coverage curve on classes learned, and the mean total beside the error. After the last stage: against images of
-Caltech-101 and traffic signs; with ``--images`` also textures and clutter, whose features are computed first.
+head (γ from the sums) and nearest means, the engine of ``DEUP`` with a memory of 1,024 rows. After the second,
+fifth and ninth stage: the area under the ROC curve for test images of classes still to come and for mistakes, the
+area under the risk-coverage curve on classes learned, and the mean total beside the error. After the last stage:
+against images of Caltech-101 and traffic signs; with ``--images`` also textures and clutter, whose features are
+computed first.
 
 Some minutes on one core. Exit status 2 if the data is not there.
 """
