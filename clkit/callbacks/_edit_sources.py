@@ -111,6 +111,8 @@ def read_edits(edits: Any) -> list[WantedEdit]:
         if x.ndim < 2 or len(x) != len(y):
             raise StateError(f"{edits}: images {tuple(x.shape)} and labels {tuple(y.shape)} do not belong together")
         return [WantedEdit(x[at : at + 1], y[at : at + 1]) for at in range(len(y))]
+    if not isinstance(edits, Iterable) or (isinstance(edits, Tensor) and not edits.ndim):
+        raise ArgumentError(f"edits must be a list of (images, labels), or the path of a file, got {in_short(edits)}")
     found = []
     for each in edits:
         if not isinstance(each, Sequence) or not 2 <= len(each) <= 3:

@@ -123,7 +123,7 @@ class MEND(KeepsEdits):
         self.scale, self.guard, self.equivalence = scale, guard, equivalence
         if isinstance(reference, str) and reference != "val":
             raise ArgumentError(f"reference must be 'val', images, batches of them or None, got {reference!r}")
-        self.reference = reference if reference is None or reference == "val" else EditReference(reference)
+        self.reference = reference if reference is None or isinstance(reference, str) else EditReference(reference)
         self.max_feature_shift, self.allow_stale, self.target = max_feature_shift, allow_stale, target
         self.batch_reader = batch_reader
         self.results: list[RunEdit] = []
@@ -237,7 +237,7 @@ class MEND(KeepsEdits):
         self.results += results
 
     def _reference(self, trainer: pl.Trainer) -> EditReference | None:
-        if self.reference == "val":
+        if isinstance(self.reference, str):  # "val"
             return val_reference(trainer, self, _REFERENCE)
         return self.reference
 
