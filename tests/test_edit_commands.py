@@ -20,8 +20,8 @@ from clkit import load_head
 from clkit.cli.main import main
 from clkit.methods import LocalityReport
 from clkit.models import TimmClassifier
-from clkit.report.edits import edits_table, plot_edit
-from clkit.runs.editing import logged_edits
+from clkit.report.corrections import edits_table, plot_edit
+from clkit.runs.correcting import logged_edits
 from clkit.runs.recipes import recipe_folder
 
 

@@ -63,7 +63,7 @@ def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
 def edit(options: argparse.Namespace) -> list[str]:
     """Edit a checkpoint; return what to say of it."""
     from clkit.errors import ConfigurationError
-    from clkit.runs.editing import edit_checkpoint
+    from clkit.runs.correcting import edit_checkpoint
 
     if options.picture is not None:
         _check_picture(options)
@@ -87,7 +87,7 @@ def edit(options: argparse.Namespace) -> list[str]:
     result, names = done.result, done.names
     if options.picture is not None:
         from clkit.files import atomic_write
-        from clkit.report.edits import plot_edit
+        from clkit.report.corrections import plot_edit
 
         figure = plot_edit(
             done.image, done.before, done.after, int(result.label[0]), locality=result.locality, names=names
@@ -127,8 +127,8 @@ def edits(options: argparse.Namespace) -> list[str]:
     """Print the log of edits."""
     from rich.console import Console
 
-    from clkit.report.edits import edits_table
-    from clkit.runs.editing import logged_edits
+    from clkit.report.corrections import edits_table
+    from clkit.runs.correcting import logged_edits
 
     found = logged_edits(options.checkpoint)
     if not found:
@@ -139,7 +139,7 @@ def edits(options: argparse.Namespace) -> list[str]:
 
 def revert(options: argparse.Namespace) -> list[str]:
     """Take edits back; return what to say of it."""
-    from clkit.runs.editing import revert_in_checkpoint
+    from clkit.runs.correcting import revert_in_checkpoint
 
     left = revert_in_checkpoint(
         options.checkpoint, options.ids, inexact=options.inexact, output=options.output, config=options.config
