@@ -577,7 +577,7 @@ class FreezesAgain(GradientFreeStrategy):
     """Gives nothing back at the end."""
 
     def teardown(self) -> None:
-        self._thawed_parameters, self._thawed = [], []
+        self._frozen = None
         super().teardown()
 
 

@@ -159,14 +159,13 @@ class EditorTrainingStrategy(LearningStrategy):
         if self._network is self._edited:
             self._take_over()
 
-    def _make_editor(self, network: nn.Module, size: Sequence[int]) -> GradientEditor:
-        """Make the editor for a network, or carry over the one that there is."""
+    def _make_editor(self, network: nn.Module, size: Sequence[int], state: dict[str, Any] | None) -> None:
+        """Make the editor for a network, in the state that one of its kind had."""
         example = torch.zeros(2, *size)
         made = GradientEditor(network, self.layers, example=example, seed=self.seed, **asdict(self.settings))
-        if self.editor is not None:
-            made.load_state_dict(self.editor.state_dict())
+        if state is not None:
+            made.load_state_dict(state)
         self.editor, self._edited, self._size = made, network, list(size)
-        return made
 
     def _take_over(self) -> None:
         """Have the optimizer train the editor."""
@@ -220,7 +219,7 @@ class EditorTrainingStrategy(LearningStrategy):
             call(self._network, inputs)  # callbacks that learn from features read them here
         x, y = checked_batch(inputs, targets, None)
         if self.editor is None or self._network is not self._edited:  # the first batch shows what images are like
-            self._make_editor(self._network, x.shape[1:])
+            self._make_editor(self._network, x.shape[1:], None if self.editor is None else self.editor.state_dict())
             self._take_over()
         editor = self.editor
         assert editor is not None
@@ -369,6 +368,6 @@ class EditorTrainingStrategy(LearningStrategy):
         skipped, in_a_row = saved["skipped"]
         if saved["editor"] is not None:
             size = saved_entry(saved, "size", Many(Whole(1, 2**20)), self.state_key)
-            self._make_editor(runnable(self._module), size).load_state_dict(saved["editor"])
+            self._make_editor(runnable(self._module), size, saved["editor"])
         self._first = [] if first is None else [first]
         self.skipped, self._skipped_in_a_row = skipped, in_a_row
