@@ -139,7 +139,8 @@ class Recorder:
         if self.left_out:
             recorded.predicted.pop(MODULE, None)
             recorded.scores.pop(MODULE, None)
-        self._say_other_targets(recorded)
+        if recorded.own_targets:
+            self._say_other_targets(recorded)
         if self._original is None:
             return recorded
         predicted = {name: self._own_ids(ids) for name, ids in recorded.predicted.items()}

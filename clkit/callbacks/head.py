@@ -276,9 +276,10 @@ class HeadCallback(FeatureCallback):
     def _ensure_head(self, features: Tensor, point: str) -> Head:
         """Return the head, made for the first features, and checked to be one for features like these."""
         here = features.shape[1], point
-        if self._head is None or not (self._head.classes.numel() or (self._head.in_features, self._tap_point) == here):
+        fits = self._head is not None and (self._head.in_features, self._tap_point) == here
+        if self._head is None or not (fits or self._head.classes.numel()):
             self._head, self._tap_point, self._device = self.make_head(here[0]), point, None
-        if (self._head.in_features, self._tap_point) != here:
+        elif not fits:
             raise StateError(
                 f"{self.state_key} has learned features of width {self._head.in_features} read at {self._tap_point!r}; "
                 f"this network gives width {here[0]} at {point!r}. Use the network it was trained with, or a new name"
@@ -375,10 +376,8 @@ class HeadCallback(FeatureCallback):
             except StateError as error:
                 raise StateError(f"{self.state_key}: {error}") from error
             except (ArgumentError, RuntimeError, MemoryError) as error:  # torch says by RuntimeError: memory is short
-                width, reason = saved["in_features"], first_line(error)
-                raise StateError(
-                    f"{self.state_key}: no head can be made for the saved in_features={width}: {reason}"
-                ) from error
+                reason = f"no head can be made for the saved in_features={saved['in_features']}: {first_line(error)}"
+                raise StateError(f"{self.state_key}: {reason}") from error
         self._graft = graft
         self._tap_point, self._head, self._device = saved["tap"], head, None
 

@@ -115,7 +115,7 @@ class NearestMeanHead(Head):
         return normalize(means, eps=_EPSILON) if self.metric in ("icarl", "cosine") else means
 
     def _readout_of_sums(self) -> Readout:
-        means, classes = self.means, self.statistics.classes
+        classes, means = self.statistics.classes, self._scaled(self.statistics.means)
         if self.metric == "cosine":
             return Readout.of(classes, means, means.new_zeros(means.shape[0]))
         return nearest_mean_readout(classes, means)
