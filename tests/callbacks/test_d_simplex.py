@@ -434,7 +434,7 @@ def test_errors_are_predicted_beside_the_simplex_in_any_order(tmp_path: Path) ->
         evaluation = quiet_evaluation()
         deup = DEUP(records=Records(refresh=1, novelty=0.0))
         parts = [deup, DSimplex(K, alignment="hoc", folder=tmp_path), NMC(reset_each_task=True), evaluation]
-        module = run(tmp_path, *(parts[place] for place in order), data=stream(stop_after=2))  # type: ignore[arg-type]
+        module = run(tmp_path, *(parts[place] for place in order), data=stream(stop_after=2))  # type: ignore[arg-type]  # parts of all kinds
         assert same(weights(module), alone)
         found.append((evaluation.results, deup.reports))
     assert found[0][0].keys() == found[0][1].keys() == {"module", "nmc"}

@@ -163,7 +163,7 @@ def test_a_network_of_another_party_is_taken_between_two_fits(tmp_path: Path) ->
     module.net.get_classifier = lambda: module.net.head  # type: ignore[assignment]  # as timm's networks have it
     trainer = fit(tmp_path, simplex, rows(0, 1), module=module)
     other = nn.Sequential(nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 10))
-    other.get_classifier = lambda: other[-1]  # type: ignore[assignment]
+    other.get_classifier = lambda: other[-1]  # type: ignore[assignment]  # as timm has it
     attach_simplex_head(other, K)
     simplex.replace(trainer, other)
     fit(tmp_path, simplex, rows(2, 3), module=module)
