@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from clkit.callbacks import attach_simplex_head
 from clkit.cli.main import main
-from clkit.methods import FeatureBank, Neighbours
+from clkit.methods import FeatureBank, Neighbours, SimplexHead
 from clkit.models import TimmClassifier
 from clkit.report.neighbours import RIGHT, UNKNOWN, WRONG, neighbours_table, plot_neighbours
 from clkit.runs.recipes import recipe_folder
@@ -108,6 +108,27 @@ def test_a_gallery_of_an_old_model_is_searched_by_a_newer_one(
         assert [float(score) for score in row[3::2]] == pytest.approx(-np.sort(-cosines[int(row[0])])[:3], abs=6e-4)
     assert said[-1] == f"wrote {picture}"
     assert imread(picture).shape[2] == 4
+    assert not any("another vertex" in line for line in said)  # though the old model knows four classes alone
+
+
+def test_a_gallery_whose_classes_have_other_vertices_is_said(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One party took vertices from below and one from above: queries of a class never find its rows."""
+    vertices = SimplexHead(32).prototypes(31 - torch.arange(10)).float()
+    bank = FeatureBank(31, SIGNATURE)
+    bank.add(vertices, torch.arange(10), model="other side", signature=SIGNATURE)
+    bank.save(tmp_path / "gallery.pt")
+    assert main(["search", str(tmp_path / "gallery.pt"), "--queries", runs.new, "--data", "digits", "-k", "1"]) == 0
+    said = capsys.readouterr().out
+    nearest = (by_hand(runs.new, "test") @ SimplexHead(32).prototypes().numpy().T).argmax(axis=1)
+    counts = [np.bincount(nearest[digits("test")[1] == label]) for label in range(10)]
+    most = [int(each.argmax()) if 2 * each.max() > each.sum() else None for each in counts]
+    own = [label for label, vertex in enumerate(most) if vertex == label and most.count(vertex) == 1]
+    assert own  # those that the model has learned, and that no unlearned class is taken for
+    (line,) = [line for line in said.splitlines() if "another vertex" in line]
+    assert line.startswith(f"  {len(own)} labels have another vertex for the model of the queries")
+    assert f"(label {own[0]}: {own[0]} and {31 - own[0]}), so that they cannot be found" in line
 
 
 def test_banks_grow_and_may_be_half_as_large(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

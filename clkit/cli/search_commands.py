@@ -156,6 +156,12 @@ def _recalls(found: Found, options: argparse.Namespace) -> list[str]:
         lines.append(f"  {left_out} left out: they have no label, or one that is not in the gallery")
     if themselves := len(set(found.names) & set(found.bank.names)):
         lines.append(f"  {themselves} of the queries are in the gallery themselves, where they may find themselves")
+    if found.apart:
+        label, (one, two) = next(iter(found.apart.items()))
+        lines.append(
+            f"  {len(found.apart)} labels have another vertex for the model of the queries than in the gallery (label "
+            f"{label}: {two} and {one}), so that they cannot be found: the models gave classes different vertices"
+        )
     own, theirs = (dict.fromkeys(each.rsplit("/", 2)[0] for each in names) for names in (found.bank.names, found.names))
     if others := [source for source in theirs if source not in own]:
         lines.append(

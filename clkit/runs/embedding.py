@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -30,6 +31,8 @@ __all__ = ["Embedded", "Found", "embed_images", "search_images", "stored_images"
 
 PartName = Literal["train", "test"]
 
+_ROWS = 4096  # compared with all vertices at a time
+
 
 class Embedded(NamedTuple):
     """What :func:`embed_images` wrote: the bank, the id of the model, and how many rows are its new ones."""
@@ -50,6 +53,7 @@ class Found(NamedTuple):
         neighbours: Scores, rows and labels (Q, k).
         class_names: Names by class id; may be empty.
         root: The data folder in which sources are looked up.
+        apart: The vertices of labels that have one of their own in the gallery, and another among the queries.
     """
 
     bank: FeatureBank
@@ -59,6 +63,7 @@ class Found(NamedTuple):
     neighbours: Neighbours
     class_names: dict[int, str]
     root: str | Path | None
+    apart: dict[int, tuple[int, int]]
 
     @property
     def counted(self) -> Tensor:
@@ -171,14 +176,34 @@ def search_images(
     names: list[str] = []
     labels: list[Tensor] = []
     found: list[Neighbours] = []
+    vertices: list[Tensor] = []
     for each in images:
         for rows, features in model.features(each):
             names += [each.name(int(row)) for row in rows]
             labels.append(torch.from_numpy(each.rows.targets[rows]))
             found.append(gallery.search(features, k, signature=model.signature))
+            vertices.append(model.head.logits(features.cpu()).argmax(dim=1))
     neighbours = Neighbours(*(torch.cat(column) for column in zip(*found, strict=True)))
     class_names = {label: name for each in reversed(images) for label, name in each.class_names.items()}
-    return Found(gallery, model.id, names, torch.cat(labels), neighbours, class_names, model.root(root))
+    theirs = _own_vertices(torch.cat(labels), torch.cat(vertices))
+    stored = (model.head.logits(rows).argmax(dim=1) for rows in torch.split(gallery.features.cpu(), _ROWS))
+    ours = _own_vertices(gallery.labels.cpu(), torch.cat(list(stored)))
+    apart = {label: (ours[label], theirs[label]) for label in ours if theirs.get(label, ours[label]) != ours[label]}
+    return Found(gallery, model.id, names, torch.cat(labels), neighbours, class_names, model.root(root), apart)
+
+
+def _own_vertices(labels: Tensor, vertices: Tensor) -> dict[int, int]:
+    """Return the vertex to which most rows of a label are nearest, for labels that share it with no other.
+
+    A class that a model has not learned lies at the vertices of others, and has none of its own.
+    """
+    most: dict[int, int] = {}
+    for label in torch.unique(labels[labels >= 0]).tolist():
+        counts = vertices[labels == label].bincount()
+        if 2 * int(counts.max()) > int(counts.sum()):
+            most[label] = int(counts.argmax())
+    taken = list(most.values())
+    return {label: vertex for label, vertex in most.items() if taken.count(vertex) == 1}
 
 
 def stored_images(names: Sequence[str], root: str | Path | None = None, *, only_images: bool = True) -> list[Tensor]:
@@ -270,7 +295,8 @@ class _Model:
                 f"the network of {self.path} has no simplex head, so that its features are comparable with those of no "
                 "other model; train it with the callback DSimplex (clkit recipes d_simplex)"
             )
-        self.signature, self.width = place.head.signature(), place.head.dim
+        self.head = copy.deepcopy(place.head).cpu()
+        self.signature, self.width = self.head.signature(), self.head.dim
         self._module = module.to(self._device)
         self._tap = FeatureTap(module, ".".join(filter(None, (path_of(module, place), place.feature_layer))))
 
