@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import clkit.runs.recipes
+from clkit.callbacks import DST
 from clkit.cli.main import main
 from clkit.data import Preprocessing, StreamDataModule, published_order
 from clkit.methods import Mixing, OnProLosses, RandomViews
@@ -31,6 +32,19 @@ SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
 def built(name: str, *overrides: str) -> StreamCLI:
     """What the command line builds from a recipe before anything runs."""
     return StreamCLI(["--config", str(recipe_folder() / f"{name}.yaml"), *overrides], run=False)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_settings_of_masks_go_on_and_off_on_the_command_line(on: bool) -> None:
+    """In the published code any text is true, and the flags that its README gives do not parse."""
+    word, own = str(on).lower(), "--trainer.callbacks.initial"
+    given = [f"--trainer.callbacks.table={word}", f"{own}=Initial", f"{own}.dense_first_layer={word}"]
+    cli = built("dst", "--trainer.callbacks=DST", *given, "--trainer.callbacks.growth=unfired")
+    callbacks = yaml.safe_load(cli.parser.dump(cli.config))["trainer"]["callbacks"]
+    (settings,) = [each["init_args"] for each in callbacks if each["class_path"].endswith("DST")]
+    assert (settings["table"], settings["initial"]["dense_first_layer"], settings["growth"]) == (on, on, "unfired")
+    (made,) = [each for each in cli.trainer.callbacks if isinstance(each, DST)]
+    assert made.table is on
 
 
 # ---- listing
