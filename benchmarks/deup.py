@@ -1,6 +1,6 @@
 """What an error predictor costs beside scikit-learn's own forest, and how its state grows with the stream.
 
-    python benchmarks/deup.py [--threads 1] [--only fit predict state stream features] [--rounds 5] [--json FILE]
+    python benchmarks/deup.py [--threads 1] [--only fit predict state stream features record] [--rounds 5] [--json FILE]
 
 * fit: 4,096 records of six features, 0/1 errors and monotone signs, beside the bare RandomForestRegressor, taking
   turns; goal: at most 1.2 times (checks and the copy into tensors).
@@ -12,6 +12,8 @@
 * features: the six features of 64 rows of 768, 100 classes and a memory of 1,000, beside the bare products that they
   rest on (two triangular solves, a product with the means and one with the memory); goal: at most 2 times. A snapshot
   beside the Cholesky factorisation in it, and the scores of 1,000 left-out rows beside plain ones, without goals.
+* record: what ``DEUP`` adds to a training batch of 64 images of 64 px while nearest means learn from a resnet18, in a
+  Trainer, beside the network's forward of that batch; goal: at most 0.01 times.
 
 Needs no data; a minute on one core. Exit status 1 if a goal is missed.
 """
@@ -23,15 +25,20 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from sklearn.ensemble import RandomForestRegressor
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
+from clkit.callbacks import DEUP, NMC
 from clkit.methods import (
     AnalyticHead,
     ErrorPredictor,
@@ -41,6 +48,7 @@ from clkit.methods import (
     Snapshot,
     stationarising_features,
 )
+from clkit.models import TimmClassifier
 
 RECORDS, FEATURES, BATCH = 4096, 6, 64
 MEMORY, WIDTH, CLASSES = 1024, 768, 100
@@ -190,11 +198,73 @@ def measure_features(rounds: int, width: int = WIDTH, classes: int = CLASSES, me
     return {**found, "ratio": found["six_s"] / found["bare_s"]}
 
 
+class TimedDEUP(DEUP):
+    """Adds up its own time over training batches, without forwards that it happens to ask for first."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.own_s = self.forward_s = 0.0
+        self.batches = 0
+        network.register_forward_pre_hook(lambda *_: self._begin())
+        network.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self._since = time.perf_counter()
+
+    def _end(self) -> None:
+        self.forward_s += time.perf_counter() - self._since
+
+    def _timed(self, run: Callable[[], None]) -> None:
+        before, since = self.forward_s, time.perf_counter()
+        run()
+        self.own_s += time.perf_counter() - since - (self.forward_s - before)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Freeze what heads say."""
+        if batch_idx == 3:  # the first ones warm up
+            self.own_s = self.forward_s = 0.0
+            self.batches = 0
+        self.batches += 1
+        self._timed(lambda: super(TimedDEUP, self).on_train_batch_start(trainer, pl_module, batch, batch_idx))
+
+    def on_batch(self, trainer: Any, module: Any, stage: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Record the errors on a batch that is about to be learned."""
+        run = super().on_batch
+        self._timed(lambda: run(trainer, module, stage, batch_idx, dataloader_idx))
+
+
+def measure_record(batches: int = 40) -> dict[str, float]:
+    """Time that the callback adds to a batch, and that of the network's forward, in one run."""
+    torch.manual_seed(0)
+    count = batches * BATCH
+    images = TensorDataset(torch.rand(count, 3, 64, 64), torch.arange(count) % 10)
+    module = TimmClassifier("resnet18", num_classes=10)
+    deup = TimedDEUP(module.network)
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about loaders without workers and runs without a logger
+        trainer = pl.Trainer(
+            default_root_dir=folder,
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            strategy="gradient_free",
+            callbacks=[NMC(), deup],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(images, batch_size=BATCH))
+    assert deup.batches == batches - 3
+    own, forward = deup.own_s / deup.batches, deup.forward_s / deup.batches
+    return {"own_s": own, "forward_s": forward, "ratio": own / forward}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for, and return the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=["fit", "predict", "state", "stream", "features"])
+    parser.add_argument("--only", nargs="+", default=["fit", "predict", "state", "stream", "features", "record"])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -220,6 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
         told("stream", measure_stream(options.rounds), growth=1.5)
     if "features" in options.only:
         told("features", measure_features(options.rounds), ratio=2.0)
+    if "record" in options.only:
+        told("record", measure_record(), ratio=0.01)
     if options.json:
         options.json.write_text(json.dumps({"torch": torch.__version__, "threads": options.threads, **found}, indent=1))
     for what in missed:
