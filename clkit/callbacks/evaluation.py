@@ -54,7 +54,7 @@ class StreamEvaluation(FeatureCallback):
             ``"auto"`` draws them where it is installed, and says so where it is not.
         keep_features: Most MiB of evaluation features that are kept while the network inside the module stays as it is,
             or that of an experience, so that T experiences cost about T passes through it and not T(T+1)/2; the bits
-            are the same. 4 rows of each experience or more are run again and compared; :doc:`announce
+            are the same. 8 rows of each experience or more are run again and compared; :doc:`announce
             </guide/boundaries>` what may change only few of the others. 0 keeps none.
         layer: Where the module's own classifier is, if it is not the one that :class:`~clkit.FeatureTap` finds. Each
             callback is evaluated on the features of its own ``layer``.

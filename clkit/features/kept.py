@@ -25,8 +25,8 @@ from clkit.features.tap import FeatureTap, Tapped
 
 __all__ = ["KeptFeatures"]
 
-_SOME = 4  # rows of a batch that are run again
-_APART = 32  # at most, in a large batch, of which more rows are run
+_SOME = 8  # rows of a batch that are run again
+_APART = 16  # at most, in a large batch, of which more rows are run
 
 
 class KeptFeatures:
