@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from clkit.cli.command_parts import add_command, add_config, add_picture, check_picture, write_picture
 
 __all__ = ["ROUTES", "add_edit_commands", "edit", "edits", "revert"]
 
@@ -18,18 +19,15 @@ REVERT = "take edits of a checkpoint back"
 
 def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
     """Add the parsers of the three commands; ``number`` reads one of at least 0."""
-    edit = commands.add_parser(
+    edit = add_command(
+        commands,
         "edit",
-        help=EDIT,
+        EDIT,
+        ". The run's validation samples bound what it may do elsewhere.",
         usage="clkit edit CHECKPOINT --image FILE [FILE ...] --label LABEL [LABEL ...] [options]",
-        description=f"{EDIT[0].upper()}{EDIT[1:]}. The run's validation samples bound what it may do elsewhere.",
     )
-    edits = commands.add_parser("edits", help=EDITS, description=f"{EDITS[0].upper()}{EDITS[1:]}.")
-    revert = commands.add_parser(
-        "revert",
-        help=REVERT,
-        description=f"{REVERT[0].upper()}{REVERT[1:]}: the weights become, to the bit, what the other edits give.",
-    )
+    edits = add_command(commands, "edits", EDITS)
+    revert = add_command(commands, "revert", REVERT, ": the weights become, to the bit, what the other edits give.")
     for command in (edit, edits, revert):
         command.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint file")
     edit.add_argument(
@@ -45,19 +43,16 @@ def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
     edit.add_argument("--task", type=number, metavar="K", help="whose network, of a run with DST, from 0")
     edit.add_argument("--no-guard", dest="guard", action="store_false", help="whatever it does elsewhere")
     edit.add_argument("--allow-stale", action="store_true", help="also where heads have learned what will move")
-    edit.add_argument("--picture", metavar="FILE.png", help="draw the image and its answers before and after")
+    add_picture(edit, "draw the image and its answers before and after")
     revert.add_argument("ids", nargs="+", type=number, metavar="ID", help="numbers of edits, as clkit edits lists them")
     revert.add_argument(
         "--inexact", action="store_true", help="also where something else has changed the weights since"
     )
+    add_config(edit, revert)
     for command in (edit, revert):
-        command.add_argument(
-            "--config", metavar="FILE", help="the run's settings (default: config.yaml in the folder of the run)"
-        )
         command.add_argument(
             "-o", "--output", metavar="FILE", help="the file to write (default: the checkpoint itself)"
         )
-    edit.add_argument("--force", action="store_true", help="replace an existing picture")
 
 
 def edit(options: argparse.Namespace) -> list[str]:
@@ -65,8 +60,7 @@ def edit(options: argparse.Namespace) -> list[str]:
     from clkit.errors import ConfigurationError
     from clkit.runs.correcting import edit_checkpoint
 
-    if options.picture is not None:
-        _check_picture(options)
+    check_picture(options, [options.checkpoint])
     if options.editor is not None and options.layers is not None:
         raise ConfigurationError("--layers is for a new editor, and --editor names a trained one; leave one out")
     done = edit_checkpoint(
@@ -86,14 +80,12 @@ def edit(options: argparse.Namespace) -> list[str]:
     )
     result, names = done.result, done.names
     if options.picture is not None:
-        from clkit.files import atomic_write
         from clkit.report.corrections import plot_edit
 
         figure = plot_edit(
             done.image, done.before, done.after, int(result.label[0]), locality=result.locality, names=names
         )
-        with atomic_write(options.picture) as draft:
-            figure.savefig(draft, dpi=150, format="png")
+        write_picture(options, figure)
     where = f"the head {result.head!r}" if result.route == "exact" else "the network"
     if result.task is not None:
         where += f" of task {result.task}"
@@ -147,19 +139,6 @@ def revert(options: argparse.Namespace) -> list[str]:
     gone = " and ".join(map(str, options.ids))
     numbers = ", ".join(str(entry.id) for entry in left) or "none"
     return [f"wrote {options.output or options.checkpoint} without edit {gone}; left: {numbers}"]
-
-
-def _check_picture(options: argparse.Namespace) -> None:
-    """Refuse a picture that could not be written, before any work."""
-    from clkit.callbacks._showing import has_matplotlib
-    from clkit.errors import ArgumentError, ConfigurationError
-    from clkit.files import check_output
-
-    if Path(options.picture).suffix != ".png":
-        raise ArgumentError(f"--picture {options.picture} must end in .png")
-    if not has_matplotlib():
-        raise ConfigurationError('--picture needs matplotlib, which is not installed: pip install "clkit[report]"')
-    check_output(options.picture, [Path(options.checkpoint)], options.force)
 
 
 def _name(label: Any, names: dict[int, str]) -> str:

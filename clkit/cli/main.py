@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clkit._version import __version__
+from clkit.cli.command_parts import add_command, add_config
 from clkit.cli.completion import SHELLS, completion_script
 from clkit.cli.edit_commands import add_edit_commands, edit, edits, revert
 from clkit.cli.search_commands import add_search_commands, embed, search
@@ -153,12 +154,12 @@ class _OneLine(argparse.ArgumentParser):
 
 def _add_compare(commands: Any) -> None:
     text = "run several recipes with several seeds on one stream, in one table"
-    compare = commands.add_parser(
+    compare = add_command(
+        commands,
         "compare",
-        help=text,
+        text,
+        ": mean and 95 % t-interval of each metric, with fine-tuning and joint training as outer rows.",
         usage="clkit compare RECIPE [RECIPE ...] [--seeds N] [--out DIR] [--no-outer] [settings of clkit fit]",
-        description=f"{text[0].upper()}{text[1:]}: mean and 95 % t-interval of each metric, with fine-tuning and "
-        "joint training as outer rows.",
         epilog="Any setting of clkit fit may follow and goes to all runs: --data.batch_size 10, --config mine.yaml. "
         "All recipes must then have the same data. An interrupted comparison goes on where it was: give the same "
         "command again.",
@@ -207,8 +208,7 @@ def _split_overrides(given: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _add_file_commands(commands: Any) -> None:
     merge, forget, export = (
-        commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {FILE_NOTES[name]}")
-        for name, text in FILE_COMMANDS.items()
+        add_command(commands, name, text, f". {FILE_NOTES[name]}") for name, text in FILE_COMMANDS.items()
     )
     merge.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="two or more checkpoint files")
     for command in (forget, export):
@@ -222,10 +222,7 @@ def _add_file_commands(commands: Any) -> None:
     what.add_argument(
         "--task", type=_index, metavar="K", help="the network of this task of a run with DST, from 0, and no head"
     )
-    for command in (forget, export):
-        command.add_argument(
-            "--config", metavar="FILE", help="the run's settings (default: config.yaml in the folder of the run)"
-        )
+    add_config(forget, export)
     for command, name in ((merge, "MERGED.ckpt"), (forget, "LESS.ckpt"), (export, "MODEL.pt|MODEL.pt2")):
         command.add_argument("-o", "--output", required=True, metavar=name, help="the file to write")
         command.add_argument("--force", action="store_true", help="replace an existing file")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from clkit.cli.command_parts import add_command, add_config, add_picture, check_picture, write_picture
 
 if TYPE_CHECKING:
     from clkit.runs.embedding import Found
@@ -22,17 +23,18 @@ SEARCH = "find the images of a bank that are nearest to others, with the same mo
 
 def add_search_commands(commands: Any, positive: Callable[[str], int]) -> None:
     """Add the parsers of the two commands; ``positive`` reads a number of at least 1."""
-    embed = commands.add_parser(
+    embed = add_command(
+        commands,
         "embed",
-        help=EMBED,
+        EMBED,
+        ". Models trained by DSimplex with the same vertices share banks.",
         usage="clkit embed CHECKPOINT --data SOURCE [SOURCE ...] -o BANK [options]",
-        description=f"{EMBED[0].upper()}{EMBED[1:]}. Models trained by DSimplex with the same vertices share banks.",
     )
-    search = commands.add_parser(
+    search = add_command(
+        commands,
         "search",
-        help=SEARCH,
+        SEARCH,
         usage="clkit search BANK --queries CHECKPOINT --data SOURCE [SOURCE ...] [options]",
-        description=f"{SEARCH[0].upper()}{SEARCH[1:]}.",
     )
     embed.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint file of the model")
     search.add_argument("bank", metavar="BANK", help="the file that clkit embed wrote")
@@ -45,19 +47,16 @@ def add_search_commands(commands: Any, positive: Callable[[str], int]) -> None:
         )
         command.add_argument("--part", choices=PARTS, default=part, help="which part of them (default: %(default)s)")
         command.add_argument("--root", metavar="DIR", help="where data lie (default: where the run had them)")
-        command.add_argument(
-            "--config", metavar="FILE", help="the run's settings (default: config.yaml in the folder of the run)"
-        )
+        add_config(command)
     search.add_argument(
         "-k", type=positive, default=5, metavar="K", help="how many images for each query (default: %(default)s)"
     )
-    search.add_argument("--picture", metavar="FILE.png", help="draw some queries and their nearest images")
+    add_picture(search, "draw some queries and their nearest images")
     embed.add_argument("--half", action="store_true", help="store float16, half as large")
     embed.add_argument("-o", "--output", required=True, metavar="BANK", help="the file to write")
     existing = embed.add_mutually_exclusive_group()
     existing.add_argument("--add", action="store_true", help="add to the bank that is there")
     existing.add_argument("--force", action="store_true", help="replace an existing file")
-    search.add_argument("--force", action="store_true", help="replace an existing picture")
 
 
 def embed(options: argparse.Namespace) -> list[str]:
@@ -86,17 +85,9 @@ def embed(options: argparse.Namespace) -> list[str]:
 
 def search(options: argparse.Namespace) -> list[str]:
     """Print a table of some queries and how well the label is found; draw them where that is asked for."""
-    from clkit.callbacks._showing import has_matplotlib
-    from clkit.errors import ArgumentError, ConfigurationError
-    from clkit.files import check_output
     from clkit.runs.embedding import search_images
 
-    if options.picture is not None:
-        if Path(options.picture).suffix != ".png":
-            raise ArgumentError(f"--picture {options.picture} must end in .png")
-        if not has_matplotlib():
-            raise ConfigurationError('--picture needs matplotlib, which is not installed: pip install "clkit[report]"')
-        check_output(options.picture, [Path(options.bank), Path(options.queries)], options.force)
+    check_picture(options, [options.bank, options.queries])
     found = search_images(
         options.bank,
         options.queries,
@@ -115,7 +106,6 @@ def _show(found: Found, options: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from clkit.files import atomic_write
     from clkit.methods import Neighbours
     from clkit.report.neighbours import neighbours_table, plot_neighbours
     from clkit.runs.embedding import stored_images
@@ -136,8 +126,7 @@ def _show(found: Found, options: argparse.Namespace) -> None:
     columns = nearest.rows.shape[1]
     others = [images[start : start + columns] for start in range(len(names), len(images), columns)]
     figure = plot_neighbours(images[: len(names)], others, labels, nearest, found.class_names)
-    with atomic_write(options.picture) as draft:
-        figure.savefig(draft, dpi=150, format="png")
+    write_picture(options, figure)
 
 
 def _recalls(found: Found, options: argparse.Namespace) -> list[str]:

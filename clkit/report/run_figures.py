@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_figures", "plot_layer_use", "plot_memory_balance", "plot_prototype_similarity", "save_figures"]
+__all__ = [
+    "draw_figures",
+    "plot_layer_use",
+    "plot_memory_balance",
+    "plot_prototype_similarity",
+    "save_figure",
+    "save_figures",
+]
 
 MOST_COLUMNS = 3
 MINUS = "\N{MINUS SIGN}"
@@ -50,9 +57,9 @@ def draw_figures(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None
         plot_accuracy_matrix(summary["accuracy_matrix"], ax=axes, title=name)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
-    _save(figure, folder / "accuracy_matrix.png")
+    save_figure(figure, folder / "accuracy_matrix.png")
     over_time, _ = plot_accuracy_over_time({name: summary["accuracy_seen"] for name, summary in shown.items()})
-    _save(over_time, folder / "accuracy_over_time.png")
+    save_figure(over_time, folder / "accuracy_over_time.png")
 
 
 def save_figures(folder: Path, parts: Iterable[Any]) -> None:
@@ -68,11 +75,12 @@ def save_figures(folder: Path, parts: Iterable[Any]) -> None:
             while path in files:
                 path, number = folder / f"{name}_{number}.png", number + 1
             folder.mkdir(parents=True, exist_ok=True)
-            _save(figure, path)
+            save_figure(figure, path)
             files.add(path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_write(path) as draft:
         figure.savefig(draft, dpi=150, format="png")
 
