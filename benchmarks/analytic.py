@@ -24,6 +24,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from bare_trainer import quiet_trainer
 from scipy.linalg.blas import ssyrk
 from sklearn.neighbors import NearestCentroid
 from torch import Tensor, nn
@@ -227,14 +228,7 @@ def epoch(callbacks: list[pl.Callback], *, strategy: str, frozen: bool) -> float
 
 def trainer(**options: Any) -> pl.Trainer:
     """A quiet trainer on one CPU."""
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    return quiet_trainer(
         **options,
     )
 

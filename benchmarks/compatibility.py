@@ -23,20 +23,15 @@ folder lacks a file.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import logging
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +39,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from bare_trainer import quiet_trainer
+from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -281,10 +278,7 @@ def client(simplex: bool, data: Data, options: argparse.Namespace) -> Keeping:
             replacing = DSimplex(
                 VERTICES, alignment="hoc", side="high", reserved=theirs, replacements=models, folder=folder
             )
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
+        trainer = quiet_trainer(
             strategy=ERStrategy(
                 PER_CLASS * classes,
                 replay_batch=64,
@@ -293,10 +287,6 @@ def client(simplex: bool, data: Data, options: argparse.Namespace) -> Keeping:
                 seed=options.seed,
             ),
             callbacks=[replacing, keeping],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
         )
         part = TensorDataset(*data.client)
@@ -438,16 +428,11 @@ def load(options: argparse.Namespace) -> Data:
     return cifar(features)
 
 
-def circumstances(arguments: Sequence[str], options: argparse.Namespace, data: Data) -> list[str]:
+def setting(arguments: Sequence[str], options: argparse.Namespace, data: Data) -> list[str]:
     """When, where, with what, and what differs from the published setting."""
-    names = ("clkit", "torch", "lightning", "timm")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    given = "" if data_root() is None else "CLKIT_DATA=FOLDER "
+    used, given = f"{options.threads} thread(s) used", data_root() is not None
     return [
-        f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"hardware: {os.cpu_count()} CPU cores ({platform.machine()}), {options.threads} thread(s) used",
-        f"versions: {versions}; Python {platform.python_version()}",
-        f"command: {given}" + shlex.join(["python", "benchmarks/compatibility.py", *arguments]),
+        *circumstances("compatibility.py", arguments, used, data=given),
         f"here: {data.name}; {len(data.server[0])} rows of {int(data.server[1].max()) + 1} classes for the server, "
         f"{len(data.client[0])} of {int(data.client[1].max()) + 1} for the client, {len(data.queries[0])} queries, "
         f"{len(data.gallery[0])} rows in the gallery; frozen features, layers on top; K = {VERTICES}, {PER_CLASS} "
@@ -475,7 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = measured(data, options)
     lines = goals(results, data)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    said = circumstances(arguments, options, data)
+    said = setting(arguments, options, data)
     for line in (*said, f"seconds of the processor: {time.process_time() - start:.0f}"):
         console.print(line, markup=False, soft_wrap=True)
     for name, result in results.items():

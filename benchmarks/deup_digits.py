@@ -30,6 +30,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from bare_trainer import quiet_trainer
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -146,15 +147,9 @@ def run(seed: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         seed=seed,
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = quiet_trainer(
             strategy="gradient_free",
             callbacks=[*heads.values(), *watching, scores],
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
         )
         trainer.fit(Digits(), datamodule=data)

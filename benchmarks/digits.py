@@ -15,9 +15,9 @@ import sys
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
+from bare_trainer import quiet_trainer
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -52,16 +52,9 @@ LARGE_BATCH = {"gram": 1e-8, "recursive": 1e-5}
 def run(source: str | Source, heads: dict[str, Any]) -> StreamEvaluation:
     """One stream for all heads."""
     evaluation = StreamEvaluation(table=False, files=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
+    trainer = quiet_trainer(
         strategy="gradient_free",
         callbacks=[*heads.values(), evaluation],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(TimmClassifier("identity"), datamodule=StreamDataModule(source, ClassIncremental(experiences=5)))
     return evaluation

@@ -18,25 +18,22 @@ Exit status 1 if anything was forgotten.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import logging
-import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from bare_trainer import quiet_trainer
+from circumstances import circumstances
 
 from clkit.callbacks import DST, StreamEvaluation
 from clkit.data import Preprocessing, StreamDataModule, TaskIncremental
@@ -97,34 +94,15 @@ def run(stream: str, density: float, initial: str, growth: str, seed: int) -> tu
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
+        trainer = quiet_trainer(
             check_val_every_n_epoch=data.epochs_per_experience,
             callbacks=[dst, evaluation],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
         )
         trainer.fit(model, datamodule=data)
     results = evaluation.results["module"]
     last = results["accuracy_matrix"][-1]
     return 100 * statistics.fmean(last), 100 * results["backward_transfer"]
-
-
-def circumstances(arguments: Sequence[str]) -> list[str]:
-    """When, where and with what."""
-    names = ("clkit", "torch", "lightning", "timm")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return [
-        f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"hardware: {os.cpu_count()} CPU cores ({platform.machine()}), 1 thread used",
-        f"versions: {versions}; Python {platform.python_version()}",
-        f"command: CLKIT_DATA=FOLDER {shlex.join(['python', 'benchmarks/dst_study.py', *arguments])}",
-    ]
 
 
 def main() -> int:
@@ -141,7 +119,7 @@ def main() -> int:
     done: Results = {}
     if options.results is not None and options.results.is_file():
         done = json.loads(options.results.read_text(encoding="utf-8"))
-    for line in circumstances(sys.argv[1:]):
+    for line in circumstances("dst_study.py", sys.argv[1:], "1 thread used", data=True):
         print(line)
     forgot = seconds = 0.0
     for stream in options.streams:

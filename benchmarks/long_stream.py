@@ -24,6 +24,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from bare_trainer import quiet_trainer
 
 from clkit.callbacks import AEFOCL, LDA, NMC, StreamEvaluation
 from clkit.data import DomainIncremental, NpzFeatures, StreamDataModule
@@ -96,16 +97,9 @@ def stream(experiences: int) -> dict[str, tuple[list[float], str]]:
             y_test=np.arange(50) % 10,
             domain_test=np.full(50, experiences),  # a domain that is never trained: one fixed test set
         )
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
+        trainer = quiet_trainer(
             strategy="gradient_free",
             callbacks=[AEFOCL(), NMC(), LDA(), evaluation, meter],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=folder,
         )

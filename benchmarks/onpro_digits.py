@@ -14,25 +14,21 @@ fine-tuning and forgets less than ER; and it ends higher with a memory of 200 th
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -165,19 +161,6 @@ def table(results: Results) -> Table:
     return shown
 
 
-def circumstances(arguments: Sequence[str], threads: int) -> list[str]:
-    """When, where and with what."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("clkit", "torch", "lightning", "timm")
-    )
-    return [
-        f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"hardware: {os.cpu_count()} CPU cores ({platform.machine()}), {threads} thread(s) used",
-        f"versions: {versions}; Python {platform.python_version()}",
-        f"command: {shlex.join(['python', 'benchmarks/onpro_digits.py', *arguments])}",
-    ]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is not in the file of results, prints the table; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -211,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.results.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     results = {name: done[name] for name in ROWS if name in options.rows}
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    for line in circumstances(arguments, options.threads):
+    for line in circumstances("onpro_digits.py", arguments, f"{options.threads} thread(s) used"):
         console.print(line, markup=False, soft_wrap=True)
     console.print(table(results))
     said = directions(results)

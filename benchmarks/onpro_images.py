@@ -15,24 +15,21 @@ status 2 if the data is not there.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from bare_trainer import quiet_trainer
+from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
 
@@ -102,17 +99,11 @@ def run(method: str, capacity: int, seed: int, root: Path, options: argparse.Nam
     )
     evaluation = StreamEvaluation(table=False, files=False)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
+        trainer = quiet_trainer(
             accelerator=options.accelerator,
-            devices=1,
             precision=options.precision,
-            max_epochs=-1,
             strategy=strategy(method, capacity, seed, 8 * options.width),
             callbacks=[evaluation],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
         )
         start = time.perf_counter()
@@ -198,16 +189,11 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def circumstances(arguments: Sequence[str], options: argparse.Namespace) -> list[str]:
+def setting(arguments: Sequence[str], options: argparse.Namespace) -> list[str]:
     """When, where, with what, and what differs from the published setting."""
-    names = ("clkit", "torch", "lightning", "timm")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     used = f"{options.threads} thread(s) used" if options.accelerator == "cpu" else torch.cuda.get_device_name()
     return [
-        f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"hardware: {os.cpu_count()} CPU cores ({platform.machine()}), {used}",
-        f"versions: {versions}; Python {platform.python_version()}",
-        "command: CLKIT_DATA=FOLDER " + shlex.join(["python", "benchmarks/onpro_images.py", *arguments]),
+        *circumstances("onpro_images.py", arguments, used, data=True),
         f"here: 1 in {options.every} of the file's training images at {options.size} px; ResNet of {options.blocks} "
         f"block(s) a stage and {options.width} to {8 * options.width} channels, Adam {options.learning_rate:g}, "
         f"{options.precision}, OnPro with {', '.join(options.rotations)}, {options.seeds} run(s)",
@@ -249,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in (f"{method}, {capacity}" for capacity in options.capacities for method in methods)
     }
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    for line in circumstances(arguments, options):
+    for line in setting(arguments, options):
         console.print(line, markup=False, soft_wrap=True)
     console.print(table(results, methods, options.capacities))
     for line in orders(results, methods, options.capacities):

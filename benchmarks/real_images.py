@@ -32,6 +32,7 @@ import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
+from bare_trainer import quiet_trainer
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
@@ -296,16 +297,9 @@ def _stream(part: Part, root: Path, lift: int) -> tuple[dict[str, dict[str, floa
     heads = learners(lift)
     evaluation = StreamEvaluation(table=False, figures=False)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
+        trainer = quiet_trainer(
             strategy="gradient_free",
             callbacks=[*heads.values(), evaluation],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
             default_root_dir=folder,
         )
         stream = StreamDataModule(

@@ -30,6 +30,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from bare_trainer import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -85,16 +86,7 @@ class Linear(pl.LightningModule):
 
 def trainer(**options: Any) -> pl.Trainer:
     """A quiet trainer on one CPU."""
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **options,
-    )
+    return quiet_trainer(limit_val_batches=0, **options)
 
 
 class Clock(pl.Callback):

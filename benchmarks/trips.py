@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from bare_trainer import quiet_trainer
 
 import clkit
 from clkit.callbacks import AEFOCL, NMC, StreamEvaluation
@@ -79,15 +80,9 @@ class Watch(pl.Callback):
 def fit(folder: Path, strategy: Any, callbacks: list[Any], **options: Any) -> pl.Trainer:
     """Run three experiences of digits."""
     pl.seed_everything(0, verbose=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         strategy=strategy,
-        max_epochs=-1,
         callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
         default_root_dir=folder,
         num_sanity_val_steps=0,
         **options,

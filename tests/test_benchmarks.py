@@ -35,7 +35,11 @@ def loaded(script: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
+    sys.path.append(str(script.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(script.parent))
     return module
 
 
@@ -182,6 +186,7 @@ def test_as_a_command_without_the_data(
 ) -> None:
     monkeypatch.setenv("CLKIT_DATA", str(tmp_path / "nowhere"))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--parts", "c"])
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as for a script, which reads others beside it
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code == 2
@@ -765,7 +770,7 @@ def test_coverage_is_measured_on_tiny_features(
 def test_an_expected_error_is_measured_on_tiny_features(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as for a script, which reads others beside it
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # before a package of the name of one
     images = loaded(SCRIPT.with_name("deup_images.py"))
     monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
     assert images.main([]) == 2
