@@ -55,6 +55,21 @@ class LitSmall(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class LitPlain(pl.LightningModule):
+    """What heirs need beside a network and its forward: a cross-entropy, and plain gradient steps."""
+
+    rate = 0.05
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+
 def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
     """A trainer on one CPU process whose files land in a folder; it saves checkpoints where a callback wants to."""
     defaults: dict[str, Any] = {

@@ -10,10 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from small_runs import quiet_trainer
+from small_runs import LitPlain, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from two_ranks import Ranks, Scenarios, drive
@@ -26,7 +25,9 @@ from clkit.strategies import GradientFreeStrategy
 scenarios = Scenarios(__file__, quick=(), slow=("editor", "exact"))
 
 
-class Net(pl.LightningModule):
+class Net(LitPlain):
+    rate = 0.0
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -34,15 +35,6 @@ class Net(pl.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.body(inputs))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 def rows() -> TensorDataset:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from small_runs import quiet_trainer
+from small_runs import LitPlain, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler, TensorDataset
 from two_ranks import Ranks, Scenarios, drive
@@ -44,7 +43,7 @@ def dataset(seed: int, classes: tuple[int, ...] = (0, 1, 2, 3, 4)) -> TensorData
     return TensorDataset(inputs[chosen].reshape(-1, 1, 2, 3), targets[chosen])  # as images, which a memory wants
 
 
-class Net(pl.LightningModule):
+class Net(LitPlain):
     def __init__(self) -> None:
         super().__init__()
         self.classify = nn.Linear(6, 5)
@@ -52,15 +51,6 @@ class Net(pl.LightningModule):
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.classify(inputs.flatten(1))
         return logits
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
 class Uneven(Sampler[int]):

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from small_runs import LitSmall, quiet_trainer
+from small_runs import LitPlain, LitSmall, quiet_trainer
 from torch import Tensor, nn
 
 from clkit.callbacks import AEFOCL, DEUP, DST, NMC, DSimplex, StreamEvaluation
@@ -27,7 +27,7 @@ def stream(spec: str = "digits:flat", **options: Any) -> StreamDataModule:
     return StreamDataModule(spec, ClassIncremental(experiences=5), **settings)
 
 
-class Images(pl.LightningModule):
+class Images(LitPlain):
     """One convolution on digits of 8 x 8, and a classifier."""
 
     def __init__(self) -> None:
@@ -38,15 +38,6 @@ class Images(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
 def fit(folder: Path, module: Any, data: Any, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
