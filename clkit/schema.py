@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import EllipsisType, UnionType
 from typing import Any, NoReturn, get_args
 
@@ -285,14 +285,19 @@ class OneOf(Kind):
 
 @dataclass(frozen=True)
 class Settings(Kind):
-    """A dictionary of plain ``values``, which must be the loading object's own, but for those that are ``free``."""
+    """A dictionary of plain ``values``, which must be the loading object's own, but for those that are ``free``.
+
+    Files of older releases may lack those that were ``added``; it says what they stand for.
+    """
 
     values: Mapping[str, Any]
     free: tuple[str, ...] = ()
     advice: str = _DAMAGED
+    added: Mapping[str, Any] = field(default_factory=dict)
 
     def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
-        entries = read_entries(value, name)
+        added = {key: own for key, own in self.added.items() if key in self.values}
+        entries = {**added, **read_entries(value, name)}
         fixed = {key: own for key, own in self.values.items() if key not in self.free}
         seen = {key: entries.get(key, own) for key, own in fixed.items()}
         if not is_same(seen, fixed):

@@ -24,6 +24,7 @@ class LDA(HeadCallback):
     Args:
         shrinkage: ``"auto"``: γ is what generalised cross-validation chooses from the sums at each solve; a number ε in
             [0, 1] makes it Λ = [(1 - ε) Σ + ε I]⁻¹, as in Deep SLDA, which takes 1e-4.
+        unit: Whether features are scaled to unit length first.
         max_classes: Ids at or above are refused before anything is allocated.
         name: Prefix of what is logged, and part of the key in checkpoints.
         options: Further arguments of :class:`HeadCallback`: ``layer``, ``forward``, ``batch_reader``, ``graft``,
@@ -47,6 +48,7 @@ class LDA(HeadCallback):
         self,
         shrinkage: float | Literal["auto"] = "auto",
         *,
+        unit: bool = False,
         max_classes: int = 65_536,
         name: str = "lda",
         **options: Any,
@@ -54,9 +56,10 @@ class LDA(HeadCallback):
         check_arguments(LDA, locals())
         super().__init__(name=name, **options)
         self.shrinkage = shrinkage
+        self.unit = unit
         self.max_classes = max_classes
         self.make_head(1)  # a wrong argument is an error now, not after the first batch
 
     def make_head(self, in_features: int) -> LDAHead:
         """Return an LDA head of these settings."""
-        return LDAHead(in_features, shrinkage=self.shrinkage, max_classes=self.max_classes)
+        return LDAHead(in_features, shrinkage=self.shrinkage, unit=self.unit, max_classes=self.max_classes)

@@ -3,7 +3,8 @@ r"""Linear discriminant analysis from the same sums: nearest mean in the metric 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,9 +44,13 @@ class LDAHead(Head):
             sums, for the ridge regression (with intercept) of the classes on the features: both damp the same noise.
             It takes an eigendecomposition at each solve, and :meth:`leave_one_out` keeps to the γ chosen. A number ε in
             [0, 1], as above: 0 takes Σ as it is, 1 is the nearest mean; it is absolute, compared with Σ.
+        unit: Whether rows are scaled to unit length first, in learning and in predicting: where the length of a
+            feature says how clear an image is rather than what is on it. A row of zeros stays zero, counts as a sample
+            and is warned about once (on a CPU).
         num_classes: Fixed number of score columns; ``None`` for the largest id seen + 1.
         max_classes: Class ids must be below this.
-        statistics: Sums to share with other heads (needs ``sums`` and ``scatter``); update them, not the head.
+        statistics: Sums to share with other heads (needs ``sums`` and ``scatter``); update them, not the head. With
+            ``unit`` give them rows of unit length.
 
     Raises:
         ArgumentError: If an argument is not allowed; at prediction, if the shrunk covariance is singular.
@@ -56,18 +61,21 @@ class LDAHead(Head):
         >>> head(torch.tensor([[1.0]]))  # Σ = 1, means 0 and 4
         tensor([[-1., -9.]])
 
-    Source: T. Hayes, C. Kanan (Deep SLDA), arXiv 1909.01520, for ε and the equal priors.
+    Source: T. Hayes, C. Kanan (Deep SLDA), arXiv 1909.01520, for ε and the equal priors; M. Mueller, M. Hein,
+    arXiv 2505.18032, for ``unit``.
     """
 
     _factor: Tensor
     _gamma = 0.0
-    _own_options: tuple[str, ...] = ("shrinkage",)
+    _own_options: tuple[str, ...] = ("shrinkage", "unit")
+    _added_options: Mapping[str, Any] = {"unit": False}
 
     def __init__(
         self,
         in_features: int,
         *,
         shrinkage: float | Literal["auto"] = "auto",
+        unit: bool = False,
         num_classes: int | None = None,
         max_classes: int = 65536,
         statistics: FeatureStatistics | None = None,
@@ -75,6 +83,7 @@ class LDAHead(Head):
         check_arguments(LDAHead, locals())
         super().__init__(in_features, num_classes=num_classes, max_classes=max_classes)
         self.shrinkage = shrinkage if isinstance(shrinkage, str) else check_probability("shrinkage", shrinkage)
+        self.unit = self.normalizes = bool(unit)
         self.feature_map = FeatureMap(in_features)
         self.statistics = self._adopt(statistics, in_features, ("sums", "scatter"))
         self._warned = False

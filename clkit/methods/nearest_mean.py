@@ -2,12 +2,9 @@ r"""The nearest-mean classifier: one mean feature per class, predict the class o
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.linalg import vector_norm
-from torch.nn.functional import normalize
 
 from clkit.arguments import check_arguments
 from clkit.methods._checks import Batch
@@ -15,12 +12,11 @@ from clkit.methods._leave_one_out import left_out_means
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.readout import Readout
+from clkit.methods.heads.unit_length import unit_rows
 
 __all__ = ["NearestMeanHead"]
 
 Metric = Literal["janson", "euclidean", "icarl", "cosine"]
-
-_EPSILON = 1e-12  # shortest length that a vector is divided by
 
 
 class NearestMeanHead(Head):
@@ -79,30 +75,15 @@ class NearestMeanHead(Head):
         self.normalizes = metric != "euclidean"
         self.feature_map = FeatureMap(in_features)
         self.statistics = self._adopt(None, in_features, ("sums",))
-        self._warned = False
 
     @property
     def means(self) -> Tensor:
         """(k, D) float64, the means that features are compared with, in the order of :attr:`classes`."""
         return self._scaled(self.statistics.means)
 
-    def _design(self, features: Tensor) -> Tensor:
-        return normalize(features, eps=_EPSILON) if self.normalizes else features
-
     def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
-        rows = batch.features
-        if self.normalizes:
-            lengths = vector_norm(rows, dim=1, keepdim=True)
-            if not self._warned and batch.on_host and not lengths.numpy().all():
-                self._warned = True
-                warnings.warn(
-                    f"{int((lengths == 0).sum())} feature vectors of a batch are zero and have no direction: they stay "
-                    f"zero and count as samples of their class (said once)",
-                    stacklevel=4,
-                )
-            if self.metric != "cosine":
-                rows = rows / lengths.clamp(min=_EPSILON)
-        return [(self.statistics, rows)]
+        rows = self._prepared(batch)
+        return [(self.statistics, batch.features if self.metric == "cosine" else rows)]
 
     def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
         design = self._design(rows)
@@ -112,7 +93,7 @@ class NearestMeanHead(Head):
         return self._score(rows, readout).scatter(1, at[:, None], score[:, None])
 
     def _scaled(self, means: Tensor) -> Tensor:
-        return normalize(means, eps=_EPSILON) if self.metric in ("icarl", "cosine") else means
+        return unit_rows(means) if self.metric in ("icarl", "cosine") else means
 
     def _readout_of_sums(self) -> Readout:
         classes, means = self.statistics.classes, self._scaled(self.statistics.means)

@@ -2,14 +2,13 @@ r"""How unlike everything learned an input is, from running sums of features of 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from clkit.arguments import check_arguments
-from clkit.methods._checks import Batch, check_probability
+from clkit.methods._checks import check_probability
 from clkit.methods._leave_one_out import left_out_distances
 from clkit.methods._state import exact
 from clkit.methods.decisions import abstention_threshold
@@ -61,7 +60,6 @@ class Novelty(LDAHead):
     relative one.
     """
 
-    normalizes = True
     _own_options = ("shrinkage", "relative")
     _everything: tuple[Tensor, Tensor]  # mean and Cholesky factor of one Gaussian of all samples
 
@@ -75,7 +73,7 @@ class Novelty(LDAHead):
         max_classes: int = 65536,
     ) -> None:
         check_arguments(Novelty, locals())
-        super().__init__(in_features, shrinkage=shrinkage, num_classes=num_classes, max_classes=max_classes)
+        super().__init__(in_features, shrinkage=shrinkage, unit=True, num_classes=num_classes, max_classes=max_classes)
         self.relative = relative
 
     def distance(self, features: Tensor) -> Tensor:
@@ -170,12 +168,6 @@ class Novelty(LDAHead):
         total = scatter + (counts[:, None] * centred).T @ centred
         ratio = float(total.trace() / scatter.trace()) if float(scatter.trace()) > 0 else 1.0
         return mean, ratio**0.5 * self._factorised(total / ratio, samples)
-
-    def _design(self, features: Tensor) -> Tensor:
-        return normalize(features, eps=1e-12)
-
-    def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
-        return [(self.statistics, self._design(batch.features))]
 
 
 def _white(factor: Tensor, rows: Tensor) -> Tensor:

@@ -252,7 +252,8 @@ def _linear_form(head: Head) -> LinearReadout:
         # all means have length 1, so the nearest to f/|f| is that of the largest product with f
         weight, bias = head.means, torch.zeros_like(bias)
     elif head.normalizes:
-        does = f"metric={head.options.get('metric')!r} divides the features by their length"
+        option = "metric" if "metric" in head.options else "unit"
+        does = f"{option}={head.options.get(option)!r} divides the features by their length"
     if does:
         raise ConfigurationError(
             f"this {type(head).__name__} with {does}, and a .pt file holds one linear layer in the place of the "

@@ -134,6 +134,7 @@ def clkit_entries() -> list[Entry]:
         head("NearestMeanHead", make=NearestMeanHead),
         head("NearestMeanHead-cosine", make=partial(NearestMeanHead, metric="cosine")),
         head("LDAHead", make=LDAHead, tolerance=1e-11),
+        head("LDAHead-unit", make=partial(LDAHead, unit=True), tolerance=1e-11),
         head("Novelty", make=Novelty, tolerance=1e-9),
         callback("AEFOCL", make=AEFOCL),
         callback(
@@ -174,6 +175,7 @@ def clkit_entries() -> list[Entry]:
             processes="agree",
         ),
         callback("LDA", make=LDA),
+        callback("LDA-unit", make=partial(LDA, unit=True, name="unit")),
         callback("MEND", make=MEND, learns=False),
         callback(
             "DEUP",

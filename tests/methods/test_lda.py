@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, StateError
 from clkit.methods import LDAHead, NearestMeanHead
 
 
@@ -20,7 +22,7 @@ def sample(per_class: list[int], width: int = 6, seed: int = 0) -> tuple[Tensor,
     return noise @ mixing + (targets[:, None] / 3).double() * torch.linspace(-1, 1, width, dtype=torch.float64), targets
 
 
-def learned(features: Tensor, targets: Tensor, **options: float) -> LDAHead:
+def learned(features: Tensor, targets: Tensor, **options: Any) -> LDAHead:
     head = LDAHead(features.shape[1], **options)
     for start in range(0, len(features), 11):
         head.update(features[start : start + 11], targets[start : start + 11])
@@ -95,3 +97,53 @@ def test_digits_beat_nearest_means(digits: tuple[Tensor, Tensor, Tensor, Tensor]
     expected = np.einsum("bci,ij,bcj->bc", differences, inverse, differences).argmin(1)
     assert head.predict(test).tolist() == expected.tolist()
     assert float((head.predict(test) == test_targets).double().mean()) > 0.93
+
+
+# ---- rows of unit length
+
+
+def unit_distances(x: np.ndarray, y: np.ndarray, test: np.ndarray, gamma: float) -> np.ndarray:
+    """Minus the squared distances of the batch formula, from all rows at once; a row of zeros stays zero."""
+    x, test = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (x, test))
+    ids = np.unique(y)
+    means = np.stack([x[y == c].mean(0) for c in ids])
+    centred = x - means[np.searchsorted(ids, y)]
+    inverse = np.linalg.inv((centred.T @ centred + gamma * np.eye(x.shape[1])) / len(x))
+    return -np.einsum("bci,ij,bcj->bc", test[:, None] - means, inverse, test[:, None] - means)
+
+
+def test_unit_rows_equal_the_joint_formula_for_any_split_order_merge_and_forget() -> None:
+    features, targets = sample([60, 31, 17, 8])
+    features[5] = 0  # a row without a direction
+    test = sample([9, 9, 9, 9], seed=1)[0]
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(4))
+    with pytest.warns(UserWarning, match="1 feature vectors of a batch are zero"):
+        parts = [learned(features[order[i::5]], targets[order[i::5]], unit=True) for i in range(5)]
+    stray, labels = 3 * features[10:22] + 1, targets[10:22]
+    parts[3].update(stray, labels)
+    parts[1].merge(parts[4])
+    parts[3].merge(parts[1])
+    parts[0].merge(parts[2])
+    parts[0].merge(parts[3])
+    parts[0].subtract(stray, labels)
+    head = parts[0]
+    expected = unit_distances(features.numpy(), targets.numpy(), test.numpy(), head.chosen_gamma)
+    np.testing.assert_allclose(head.scores_seen(test).numpy(), expected, rtol=1e-9)
+    assert int(head.counts.sum()) == len(targets)  # the row of zeros is one of them
+    assert bool(torch.isfinite(head(torch.zeros(1, 6, dtype=torch.float64))[:, head.classes]).all())
+    scaled = LDAHead(6)
+    scaled.update(features / features.norm(dim=1, keepdim=True).clamp(min=1e-12), targets)
+    assert head.chosen_gamma == pytest.approx(scaled.chosen_gamma, rel=1e-9)
+    with pytest.raises(ArgumentError, match="different unit: True here, False there"):
+        head.merge(scaled)
+
+
+def test_a_state_from_before_rows_could_have_unit_length_is_one_without() -> None:
+    features, targets = sample([20, 20])
+    head, fresh, unit = learned(features, targets), LDAHead(6), LDAHead(6, unit=True)
+    saved = head.state_dict()
+    assert saved["_extra_state"].pop("unit") is False
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh(features), head(features))
+    with pytest.raises(StateError, match="unit must be True, the saved state has False"):
+        unit.load_state_dict(saved)

@@ -2,6 +2,7 @@ r"""What the heads share: one linear read-out of sums, with a column for each cl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from clkit.methods._sums import masked_batch_error
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.frozen import FrozenHead
 from clkit.methods.heads.readout import Readout
+from clkit.methods.heads.unit_length import unit_batch, unit_rows
 from clkit.methods.statistics import FeatureStatistics
 from clkit.schema import Kind, Settings, read_state
 
@@ -32,18 +34,19 @@ class Head(nn.Module):
     """
 
     normalizes: bool = False
-    """Whether features are L2-normalised before the linear read-out."""
+    """Whether features are L2-normalised before anything else; a row of zeros stays zero and counts as a sample."""
 
     statistics: FeatureStatistics
     feature_map: FeatureMap
     _own_options: tuple[str, ...] = ()  # arguments of a subclass's constructor, which are attributes too
+    _added_options: Mapping[str, Any] = {}  # those that older files lack, and what they stand for there
 
     def __init__(self, in_features: int, *, num_classes: int | None, max_classes: int) -> None:
         super().__init__()
         self.in_features = check_count("in_features", in_features)
         self.num_classes = None if num_classes is None else check_count("num_classes", num_classes)
         self.max_classes = check_count("max_classes", max_classes)
-        self._shares = False
+        self._shares = self._said_zeros = False
         self._limit = (max_classes, "max_classes")  # no class id reaches it
         if num_classes is not None and num_classes < max_classes:
             self._limit = (num_classes, "num_classes")
@@ -271,7 +274,7 @@ class Head(nn.Module):
 
     def _design(self, features: Tensor) -> Tensor:
         """Return what the weights are multiplied with, from checked float64 features."""
-        design: Tensor = self.feature_map(features)
+        design: Tensor = self.feature_map(unit_rows(features) if self.normalizes else features)
         return design
 
     def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
@@ -284,7 +287,15 @@ class Head(nn.Module):
 
     def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
         """Return each statistics object, or other learner, with the rows that it learns of a batch."""
-        return [(self.statistics, self._design(batch.features))]
+        return [(self.statistics, self.feature_map(self._prepared(batch)))]
+
+    def _prepared(self, batch: Batch) -> Tensor:
+        """Return the rows of a batch before they are mapped: of unit length where the head normalises."""
+        if not self.normalizes:
+            return batch.features
+        rows, said = unit_batch(batch, not self._said_zeros, stacklevel=6)
+        self._said_zeros |= said
+        return rows
 
     def _all_statistics(self) -> list[FeatureStatistics]:
         return [self.statistics]
@@ -363,7 +374,8 @@ class Head(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the whole state, or refuse it before anything is changed."""
         advice = "build the head with the saved options, or reset it and learn again"
-        table: dict[str, Kind] = {"_extra_state": Settings(self.get_extra_state(), _FREE_OPTIONS, advice)}
+        own = self.get_extra_state()
+        table: dict[str, Kind] = {"_extra_state": Settings(own, _FREE_OPTIONS, advice, self._added_options)}
         parts: dict[str, Any] = dict(self.named_children())
         for part, child in parts.items():
             table |= {f"{part}.{name}": kind for name, kind in child._saved_table().items()}

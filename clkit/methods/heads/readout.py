@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear
 
 from clkit.errors import ArgumentError, BatchError
+from clkit.methods.heads.unit_length import unit_rows
 
 if TYPE_CHECKING:
     from clkit.methods.heads.base import Head
@@ -91,7 +92,7 @@ class L2Normalize(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the rows scaled to length 1."""
-        return normalize(features, dim=-1, eps=1e-12)
+        return unit_rows(features)
 
 
 def readout_tensors(head: Head | LinearReadout, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
