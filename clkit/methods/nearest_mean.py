@@ -81,6 +81,9 @@ class NearestMeanHead(Head):
         """(k, D) float64, the means that features are compared with, in the order of :attr:`classes`."""
         return self._scaled(self.statistics.means)
 
+    def _design(self, features: Tensor) -> Tensor:
+        return unit_rows(features) if self.normalizes else features  # never lifted
+
     def _rows(self, batch: Batch) -> list[tuple[Any, Tensor]]:
         rows = self._prepared(batch)
         return [(self.statistics, batch.features if self.metric == "cosine" else rows)]

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from math import inf, isnan, nan
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -320,8 +320,8 @@ def as_floats(name: str, values: Array, ndim: int, *, by_experience: bool = Fals
     table = values.detach().cpu().double()
     if table.ndim != ndim:
         raise ArgumentError(f"{name} has {table.ndim} dimensions (shape {tuple(table.shape)}): it must have {ndim}")
-    if by_experience:
-        _check_experiences(table)
+    if by_experience and 1 < table.shape[1] < len(table):
+        _refuse_stages(*table.shape)
     return table
 
 
@@ -349,8 +349,8 @@ def _as_counts(correct: Array, total: Array, *, by_experience: bool = False) -> 
             f"correct[{row}, {column}] is {int(hits[row, column])} of total {int(samples[row, column])}:"
             " 0 <= correct <= total must hold"
         )
-    if by_experience:
-        _check_experiences(hits)
+    if by_experience and 1 < hits.shape[1] < len(hits):
+        _refuse_stages(*hits.shape)
     return hits, samples
 
 
@@ -363,11 +363,9 @@ def _ratio(correct: Tensor, total: Tensor) -> Tensor:
     return correct.double() / total.double()  # 0 / 0 is NaN in IEEE arithmetic, which means "not evaluated" here
 
 
-def _check_experiences(table: Tensor) -> None:
-    """Refuse a table without a column for each experience, unless it has a single one for one fixed test set."""
-    stages, experiences = table.shape
-    if 1 < experiences < stages:
-        raise ArgumentError(
-            f"{stages} stages and {experiences} experiences: each stage learns one experience, so give a column for "
-            "each, NaN (or 0 of 0) where it was not evaluated, or a single column for one fixed test set"
-        )
+def _refuse_stages(stages: int, experiences: int) -> NoReturn:
+    """Say that a table has no column for each experience, and is not of one fixed test set either."""
+    raise ArgumentError(
+        f"{stages} stages and {experiences} experiences: each stage learns one experience, so give a column for "
+        "each, NaN (or 0 of 0) where it was not evaluated, or a single column for one fixed test set"
+    )
