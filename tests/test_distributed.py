@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from two_ranks import drive, driven
+from two_ranks import drive, driven, leave_group
 
 from clkit.distributed import broadcast, gather_objects, gather_rows, report_lost_process, world_size
 from clkit.errors import ArgumentError, ProcessLostError
@@ -31,7 +31,7 @@ def exchange(name: str, folder: Path) -> dict[str, Any]:
         "no rows": gather_rows(torch.zeros(me), [0, 1]),
         "shared": [tensor.detach() for tensor in shared],
     }
-    dist.destroy_process_group()
+    leave_group()
     return found
 
 

@@ -74,6 +74,16 @@ def drive(scenario: Callable[[str, Path], dict[str, Any]]) -> int:
     return failed
 
 
+def leave_group() -> None:
+    """Ends the process group of a rank.
+
+    In torch 2.7 that waits, with Python's lock held, for a thread that may still need the lock to let go of what was
+    exchanged last; after a barrier, which exchanges nothing of Python's, it has done so.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def serve() -> None:
     """Runs programs, one for each line of JSON; answers by their exit codes."""
     import clkit.callbacks

@@ -91,6 +91,7 @@ def work(folder: Path) -> None:
         report = learn(entry, folder, rank, PROCESSES)
     torch.save(report, folder / f"rank{rank}.pt")
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # torch 2.7 may wait for ever for a thread that lets go of what was exchanged last
         torch.distributed.destroy_process_group()
 
 

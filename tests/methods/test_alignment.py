@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from two_ranks import drive, driven
+from two_ranks import drive, driven, leave_group
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods import HOCLoss, SimplexHead, align, distillation_weight, feature_distillation, hoc_total
@@ -332,7 +332,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
     loss = contrast(new[own] @ weight, old[own], labels[own])
     loss.backward()
     dist.all_reduce(weight.grad)
-    dist.destroy_process_group()
+    leave_group()
     return {"loss": loss.detach(), "gradient": weight.grad / 2}
 
 

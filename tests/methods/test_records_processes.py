@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from two_ranks import drive, driven
+from two_ranks import drive, driven, leave_group
 
 from clkit.errors import BatchError
 from clkit.methods import ErrorRecords, FeatureMemory
@@ -58,7 +58,7 @@ def learn(name: str, folder: Path) -> dict[str, Any]:
         odd.synchronize()
     except BatchError as error:
         states["refusal"] = str(error)
-    dist.destroy_process_group()
+    leave_group()
     return states
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from two_ranks import drive, driven
+from two_ranks import drive, driven, leave_group
 
 from clkit.errors import BatchError, ConfigurationError
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
@@ -83,7 +83,7 @@ def learn(name: str, folder: Path) -> dict[str, Any]:
         fresh.synchronize()
     except BatchError as error:
         states["refusals"].append(str(error))
-    dist.destroy_process_group()
+    leave_group()
     return states
 
 

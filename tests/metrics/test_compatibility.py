@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import KFold
 from torch import Tensor
-from two_ranks import drive, driven
+from two_ranks import drive, driven, leave_group
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -522,7 +522,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
             metric.update(queries[part], wanted[part], *features_of(j)[2:], i, j)
     flips.update(torch.tensor([0, rank]), torch.tensor([1, 1]), torch.tensor([0, 0]))
     found = {"matrix": metric.compute(), "flips": flips.compute()}
-    dist.destroy_process_group()
+    leave_group()
     return found
 
 

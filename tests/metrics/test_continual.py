@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from two_ranks import drive, driven
+from two_ranks import drive, driven, leave_group
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -487,7 +487,7 @@ def work(name: str, folder: Path) -> dict[str, Any]:
             metric.sync()
             again = int(metric.counts[:, -1].sum())
             result[case, metric_class.__name__] = (value, state, again, getattr(metric, "classes", ()))
-    dist.destroy_process_group()
+    leave_group()
     return {"result": result}
 
 

@@ -19,7 +19,7 @@ from matplotlib import pyplot
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
 from torch import Tensor
-from two_ranks import drive, driven
+from two_ranks import drive, driven, leave_group
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -362,7 +362,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
         else:
             metric._update_count = 1  # no warning that nothing came: that is the subject
         found[kind.__name__] = metric.compute()
-    dist.destroy_process_group()
+    leave_group()
     return found
 
 
