@@ -320,5 +320,7 @@ def _shown(batches: Any, total: int, images: _Images) -> Any:
     from rich.console import Console
     from rich.progress import track
 
-    what, hidden = f"{images.spec}, {images.part} part", not sys.stderr.isatty()
-    return track(batches, what, total, console=Console(stderr=True), transient=True, disable=hidden)
+    if not sys.stderr.isatty():  # rich of 2023 writes an empty line even for a bar that is switched off
+        return batches
+    what = f"{images.spec}, {images.part} part"
+    return track(batches, what, total, console=Console(stderr=True), transient=True)
