@@ -91,8 +91,8 @@ def read_state(state: Any, table: Table, owner: str, prefix: str = "") -> dict[s
     own = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
     sizes: dict[str, int] = {}
     read: dict[str, Any] = {}
-    for name, kind in table.items():  # a newer format explains everything else that is odd
-        if name.endswith("format") and name in own:
+    for name, kind in table.items():  # a newer format, or other settings, explain everything else that is odd
+        if (name.endswith("format") or isinstance(kind, Settings)) and name in own:
             read[name] = kind._read(own[name], f"{owner}: {prefix}{name}", sizes)
     for odd, what in ((table.keys() - own.keys(), "has no"), (own.keys() - table.keys(), "has the unknown")):
         if odd:

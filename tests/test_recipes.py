@@ -23,7 +23,7 @@ from clkit.runs.recipes import read_recipe, recipe_folder, recipe_lines, recipe_
 from clkit.runs.settings import StreamCLI
 from clkit.strategies import DERPPStrategy, ERACEStrategy, ERStrategy, OnProStrategy, Projection, SCRStrategy
 
-PAPERS = ["paper/core50", "paper/nmc_cifar100", "paper/soda10m", "paper/split_cifar100"]
+PAPERS = ["paper/core50", "paper/nmc_cifar100", "paper/ranpac_cifar100", "paper/soda10m", "paper/split_cifar100"]
 REPLAY = ["er", "er_ace", "der_pp", "scr", "onpro"]
 ONPRO_PAPERS = ["paper/onpro_cifar10", "paper/onpro_cifar100", "paper/onpro_tiny_imagenet"]
 SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
@@ -51,7 +51,8 @@ def test_settings_of_masks_go_on_and_off_on_the_command_line(on: bool) -> None:
 
 
 def test_there_are_recipes_of_the_methods_and_of_the_papers() -> None:
-    assert {"aef_ocl", "d_simplex", "dst", "lda", "nmc", *REPLAY, *PAPERS, *ONPRO_PAPERS} <= set(recipe_names())
+    heads = {"aef_ocl", "anacp", "klda", "lda", "nmc", "ranpac"}
+    assert {*heads, "d_simplex", "dst", *REPLAY, *PAPERS, *ONPRO_PAPERS} <= set(recipe_names())
     assert recipe_names().index("nmc") < recipe_names().index("paper/core50")
 
 
@@ -362,7 +363,7 @@ def test_soda10m_runs_on_its_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["paper/nmc_cifar100", "paper/split_cifar100"])
+@pytest.mark.parametrize("recipe", ["paper/nmc_cifar100", "paper/ranpac_cifar100", "paper/split_cifar100"])
 def test_cifar100_runs_on_images_of_its_form(recipe: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
     labels = np.repeat(np.arange(100), 2)
@@ -379,8 +380,12 @@ def test_cifar100_runs_on_images_of_its_form(recipe: str, tmp_path: Path) -> Non
         matrix = predictor["accuracy_matrix"]
         assert np.shape(matrix) == (10, 10)
         assert [sum(entry is not None for entry in row) for row in matrix] == list(range(1, 11))
-    expected = {"nmc"} if recipe == "paper/nmc_cifar100" else {"nmc", "aef_ocl", "lda"}
-    assert set(results["predictors"]) == expected
+    expected = {
+        "nmc_cifar100": {"nmc"},
+        "ranpac_cifar100": {"ranpac", "ridge", "nmc", "lda"},
+        "split_cifar100": {"nmc", "aef_ocl", "lda"},
+    }
+    assert set(results["predictors"]) == expected[recipe.removeprefix("paper/")]
 
 
 def test_data_that_are_not_there_are_named_in_one_line(

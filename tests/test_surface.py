@@ -29,6 +29,7 @@ PUBLIC = {
         "merge_checkpoints",
     },
     "clkit.methods": {
+        "AnaCP",
         "AnalyticHead",
         "BatchNormSegments",
         "ClassAllocator",
@@ -48,6 +49,7 @@ PUBLIC = {
         "Guard",
         "HOCLoss",
         "Initial",
+        "KLDA",
         "LDAHead",
         "LocalityReport",
         "MemoryRows",
@@ -100,9 +102,11 @@ PUBLIC = {
     },
     "clkit.callbacks": {
         "AEFOCL",
+        "AnaCP",
         "DEUP",
         "DST",
         "DSimplex",
+        "KLDA",
         "LDA",
         "FeatureShift",
         "LoggedEdit",

@@ -4,12 +4,14 @@
 from clkit._registry import register_strategies
 from clkit.callbacks._run_edits import FeatureShift, LoggedEdit, RunEdit
 from clkit.callbacks.aef_ocl import AEFOCL, Lift, PseudoFeatures
+from clkit.callbacks.anacp import AnaCP
 from clkit.callbacks.base import FeatureCallback, Predictor, StreamCallback
 from clkit.callbacks.d_simplex import DSimplex
 from clkit.callbacks.deup import DEUP, Records
 from clkit.callbacks.dst import DST
 from clkit.callbacks.evaluation import StreamEvaluation
 from clkit.callbacks.head import HeadCallback
+from clkit.callbacks.klda import KLDA
 from clkit.callbacks.lda import LDA
 from clkit.callbacks.mend import MEND
 from clkit.callbacks.nmc import NMC
@@ -21,9 +23,11 @@ __all__ = [
     "AEFOCL",
     "DEUP",
     "DST",
+    "KLDA",
     "LDA",
     "MEND",
     "NMC",
+    "AnaCP",
     "DSimplex",
     "FeatureCallback",
     "FeatureShift",

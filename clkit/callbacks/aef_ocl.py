@@ -18,13 +18,13 @@ class Lift:
 
     Args:
         expansion_dim: Width D behind it, at least 1. Memory grows with D².
-        activation: ``"relu"``, ``"tanh"`` or ``"sigmoid"``.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``.
         projection_init: ``"uniform"`` as in the authors' code, ``"normal"`` as in RanPAC.
         projection_seed: Seed of the layer.
     """
 
     expansion_dim: int
-    activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+    activation: Literal["relu", "tanh", "sigmoid", "gelu"] = "relu"
     projection_init: Literal["uniform", "normal"] = "uniform"
     projection_seed: int = 0
 

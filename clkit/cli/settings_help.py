@@ -17,7 +17,19 @@ COMMANDS = {
 }
 
 STRATEGY_NAMES = ("gradient_free", "er", "er_ace", "der_pp", "scr", "onpro", "editor_training")
-CALLBACKS = ("AEFOCL", "DEUP", "DSimplex", "DST", "LDA", "MEND", "NMC", "StreamEvaluation", "StreamProgressBar")
+CALLBACKS = (
+    "AEFOCL",
+    "AnaCP",
+    "DEUP",
+    "DSimplex",
+    "DST",
+    "KLDA",
+    "LDA",
+    "MEND",
+    "NMC",
+    "StreamEvaluation",
+    "StreamProgressBar",
+)
 SCENARIOS = (
     "ClassIncremental",
     "TaskIncremental",

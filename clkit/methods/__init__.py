@@ -1,12 +1,14 @@
 """Methods as plain PyTorch: modules and functions on tensors, no trainer needed."""
 
 from clkit.methods.alignment import HOCLoss, align, distillation_weight, feature_distillation, hoc_total
+from clkit.methods.anacp import AnaCP
 from clkit.methods.cross_fitting import OutOfSample, cross_fit
 from clkit.methods.decisions import abstention_threshold, query, risk_threshold
 from clkit.methods.deup import ErrorPredictor, Uncertainty
 from clkit.methods.feature_bank import FeatureBank, Neighbours
 from clkit.methods.feature_memory import FeatureMemory
 from clkit.methods.heads.feature_map import FeatureMap
+from clkit.methods.klda import KLDA
 from clkit.methods.lda import LDAHead
 from clkit.methods.mend import (
     EditorNetworks,
@@ -45,6 +47,8 @@ from clkit.methods.statistics import FeatureStatistics
 
 __all__ = [
     "FEATURE_SIGNS",
+    "KLDA",
+    "AnaCP",
     "AnalyticHead",
     "BatchNormSegments",
     "ClassAllocator",

@@ -33,10 +33,11 @@ class Spectrum(NamedTuple):
         """Return the ridge weights W (D, k)."""
         return self.vectors @ (self.moments / (self.values + gamma)[:, None])
 
-    def best_gamma(self, rows: float, square: float, spent: float = 0.0) -> float:
-        r"""Return the strength with the smallest :math:`n \mathrm{RSS} / (n - \mathrm{df})^2`; the smaller of equals.
+    def best_gamma(self, rows: float, square: float, spent: float = 0.0) -> tuple[float, float]:
+        r"""Return the strength with the smallest :math:`n \mathrm{RSS} / (n - \mathrm{df})^2`, and that smallest.
 
-        Where the sums say nothing about it (no spread, or targets that are all equal) it is the mean eigenvalue.
+        Of equals it is the smaller strength. Where the sums say nothing about it (no spread, or targets that are all
+        equal) it is the mean eigenvalue, with NaN.
 
         Args:
             rows: n, rows behind the sums.
@@ -45,7 +46,7 @@ class Spectrum(NamedTuple):
         """
         scale = float(self.values.mean())
         if scale <= 0:
-            return 1.0
+            return 1.0, math.nan
         gammas = scale * _FACTORS.to(self.values.device)
         shrunk = 1 / (self.values[:, None] + gammas)  # (D, number of strengths)
         energy = self.moments.square().sum(dim=1)
@@ -54,7 +55,9 @@ class Spectrum(NamedTuple):
         score = residual.clamp(min=1e-13 * square) / left.square()  # less of a residual is rounding
         score = torch.where(left > 1e-9 * rows, score, torch.inf)
         best = int(score.argmin())
-        return float(gammas[best]) if square > 0 and bool(score[best].isfinite()) else scale
+        if square <= 0 or not bool(score[best].isfinite()):
+            return scale, math.nan
+        return float(gammas[best]), rows * float(score[best])
 
 
 def spectrum(lower: Tensor, sums: Tensor) -> Spectrum:

@@ -66,7 +66,7 @@ class LDAHead(Head):
     """
 
     _factor: Tensor
-    _gamma = 0.0
+    _gamma, _gcv_error = 0.0, math.nan
     _own_options: tuple[str, ...] = ("shrinkage", "unit")
     _added_options: Mapping[str, Any] = {"unit": False}
 
@@ -91,12 +91,21 @@ class LDAHead(Head):
     @property
     def covariance(self) -> Tensor:
         """(D, D) float64, the pooled within-class covariance Σ before shrinkage; zero if nothing was learned."""
-        return self.statistics.scatter / max(self.statistics.samples, 1)
+        return self._sums.scatter / max(self._sums.samples, 1)
 
     @property
     def chosen_gamma(self) -> float:
         """What ``"auto"`` adds to the diagonal of the scatter N Σ; 0 for a number, NaN before anything was learned."""
         return self._gamma if self._solved().size else math.nan
+
+    @property
+    def gcv_error(self) -> float:
+        """What ``"auto"`` has minimised: the squared error of left-out rows that it foresees for the ridge; else NaN.
+
+        Of two heads that learned the same rows of the same classes, such as one with ``unit`` and one without, the
+        smaller is the better guess.
+        """
+        return self._gcv_error if self._solved().size else math.nan
 
     def distance(self, features: Tensor) -> Tensor:
         r"""Return how far features are from everything learned: the squared distance to the nearest class.
@@ -137,26 +146,35 @@ class LDAHead(Head):
         """
         return self.leave_one_out(features, targets).amax(dim=1).abs()
 
-    def _best_gamma(self) -> float:
-        """Return the strength that the sums choose for the ridge regression with intercept of the same classes."""
-        means, counts = self.statistics.means, self.statistics.counts.to(torch.float64)[:, None]
+    @property
+    def _sums(self) -> FeatureStatistics:
+        """The sums that the read-out is made of."""
+        return self.statistics
+
+    def _best_gamma(self, sums: FeatureStatistics) -> tuple[float, float]:
+        """Return what sums choose for the ridge regression with intercept of the same classes: strength and error."""
+        means, counts = sums.means, sums.counts.to(torch.float64)[:, None]
         rows = float(counts.sum())
         # Relative to one of the means: at a distance from the origin the others differ from it by few digits only.
         means = means - means[:1]
         means = means - (counts * means).sum(dim=0) / rows
         between = counts * means
         square = rows - float(counts.square().sum()) / rows
-        return spectrum(self.statistics.scatter + between.T @ means, between).best_gamma(rows, square, spent=1.0)
+        return spectrum(sums.scatter + between.T @ means, between).best_gamma(rows, square, spent=1.0)
+
+    def _choose(self) -> None:
+        """Let the sums choose what is not given."""
+        if self.shrinkage == "auto":
+            self._gamma, self._gcv_error = self._best_gamma(self.statistics)
 
     def _readout_of_sums(self) -> Readout:
-        self._gamma = 0.0
+        self._gamma, self._gcv_error = 0.0, math.nan
         classes = self.statistics.classes
         if not classes.numel():
             return nearest_mean_readout(classes, self.statistics.means)
-        if self.shrinkage == "auto":
-            self._gamma = self._best_gamma()
-        self._factor = self._factorised(self.statistics.scatter, self.statistics.samples)
-        plain = nearest_mean_readout(classes, self.statistics.means)
+        self._choose()
+        self._factor = self._factorised(self._sums.scatter, self._sums.samples)
+        plain = nearest_mean_readout(classes, self._sums.means)
         weight = torch.cholesky_solve(plain.weight.T, self._factor).T  # 2 Λ (μ - o)
         weight = weight if plain.duplicates is None else weight[plain.duplicates]
         bias = -(weight * plain.weight).sum(dim=1) / 4
@@ -174,11 +192,11 @@ class LDAHead(Head):
         factor, failed = torch.linalg.cholesky_ex(shrunk)
         condition = math.inf if int(failed) else condition_number(factor)
         # Rounding lets a singular matrix through with a tiny pivot; nothing computed from it would mean anything.
-        if condition * torch.finfo(torch.float64).eps * self.in_features >= 1:
+        if condition * torch.finfo(torch.float64).eps * self._sums.width >= 1:
             raise ArgumentError(
                 f"the pooled covariance is singular with shrinkage={self.shrinkage}: its smallest variance is "
-                f"{float(shrunk.diagonal().min()):.3g} and {self.statistics.samples} samples were seen for "
-                f'{self.in_features} features; raise shrinkage, or let the sums choose it by shrinkage="auto"'
+                f"{float(shrunk.diagonal().min()):.3g} and {self._sums.samples} samples were seen for "
+                f'{self._sums.width} features; raise shrinkage, or let the sums choose it by shrinkage="auto"'
             )
         if not self._warned:
             advice = 'use shrinkage="auto" or scale the features'
@@ -186,11 +204,11 @@ class LDAHead(Head):
         return factor
 
     def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
-        samples = self.statistics.samples - 1
+        samples = self._sums.samples - 1
         if not samples:
             return rows.new_full((rows.shape[0], 1), -torch.inf)
-        factor = self._factorised(self.statistics.scatter, samples)
-        both = [readout.centred(self._design(rows)), readout.centred(self.statistics.means)]
+        factor = self._factorised(self._sums.scatter, samples)
+        both = [readout.centred(self._design(rows)), readout.centred(self._sums.means)]
         white, means = (torch.linalg.solve_triangular(factor, each.T, upper=False).T for each in both)
         return -left_out_distances(white, means, self.counts, at, self._weight / samples)[0]
 
@@ -199,11 +217,11 @@ class LDAHead(Head):
         """What the scatter weighs in the shrunk covariance."""
         return 1.0 if isinstance(self.shrinkage, str) else 1 - self.shrinkage
 
-    def _frozen_factor(self, leverage: bool) -> Tensor | None:
-        return self._factor if self._solved().size else None
+    def _frozen_parts(self, leverage: bool) -> dict[str, Tensor]:
+        return {"factor": self._factor}
 
-    def _freeze(self, factor: Tensor) -> None:
-        self._factor = factor
+    def _freeze(self, parts: dict[str, Tensor]) -> None:
+        self._factor = parts["factor"]
 
     def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         if not scores.shape[1]:

@@ -21,7 +21,7 @@ from clkit.methods._solving import condition_number, spectrum, warn_of_lost_digi
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.feature_map import Activation, FeatureMap, ProjectionInit
 from clkit.methods.heads.pseudo_features import pseudo_features
-from clkit.methods.heads.readout import Readout, first_equal
+from clkit.methods.heads.readout import Readout, same_for_same
 from clkit.methods.statistics import FeatureStatistics
 
 __all__ = ["AnalyticHead", "pseudo_features"]
@@ -69,7 +69,7 @@ class AnalyticHead(Head):
         in_features: d, width of the features.
         gamma: Ridge strength, above 0; its scale is that of the squared features; or ``"auto"``, see above.
         expansion_dim: D, width of a fixed random lift; ``None`` for none.
-        activation: ``"relu"``, ``"tanh"`` or ``"sigmoid"``, of the lift.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``, of the lift.
         projection_init: ``"uniform"`` or ``"normal"``, of the lift; see :class:`FeatureMap`.
         balance: ``"none"``, ``"pfg"``, ``"expected"`` or ``"reweight"``, see above.
         solver: ``"gram"`` or ``"recursive"``.
@@ -169,7 +169,7 @@ class AnalyticHead(Head):
         moments = ("sums", "squares") if balance in ("pfg", "expected") else ()
         sums = ("sums", "class_grams" if balance == "reweight" else "gram")
         self._factor: tuple[int, Tensor] | None = None
-        self._chosen = 1.0  # by the sums, where they choose
+        self._chosen, self._gcv_error = 1.0, math.nan  # by the sums, where they choose
         self._warned = False
         self.raw_statistics: FeatureStatistics | None = None  # of the features before the lift
         self.recursion: RecursiveLeastSquares | None = None
@@ -197,6 +197,11 @@ class AnalyticHead(Head):
         if self.gamma != "auto":
             return self.gamma
         return self._chosen if self._solved().size else math.nan
+
+    @property
+    def gcv_error(self) -> float:
+        """What ``gamma="auto"`` has minimised: the squared error of left-out rows that it foresees; else NaN."""
+        return self._gcv_error if self._solved().size else math.nan
 
     def leverage(self, features: Tensor, *, left_out: bool = False) -> Tensor:
         r"""Return how far features are from what was learned.
@@ -263,8 +268,8 @@ class AnalyticHead(Head):
         white: Tensor = torch.linalg.solve_triangular(factor, self._mapped(rows).T, upper=False)
         return white.square().sum(dim=0)
 
-    def _frozen_factor(self, leverage: bool) -> Tensor | None:
-        return self._real_factor() if leverage and self.recursion is None and self._solved().size else None
+    def _frozen_parts(self, leverage: bool) -> dict[str, Tensor]:
+        return {"factor": self._real_factor()} if leverage and self.recursion is None else {}
 
     def _left_out(self, rows: Tensor, at: Tensor, readout: Readout) -> Tensor:
         scores = self._score(rows, readout)
@@ -298,14 +303,14 @@ class AnalyticHead(Head):
         """Return W (D, k) of the balanced system."""
         if self.balance == "none" and self.gamma != "auto":
             sums = self.statistics.sums.to(torch.float64)
-            return _same_for_same(torch.cholesky_solve(sums.T, self._real_factor()), sums)
+            return same_for_same(torch.cholesky_solve(sums.T, self._real_factor()), sums)
         lower, sums, rows, weights = self._balanced_system()
         if self.gamma != "auto":
-            return _same_for_same(torch.cholesky_solve(sums.T, self._factorised(lower, self.gamma)), sums)
+            return same_for_same(torch.cholesky_solve(sums.T, self._factorised(lower, self.gamma)), sums)
         system = spectrum(lower, sums)
         square = rows if weights is None else float((weights * self.statistics.counts).sum())
-        self._chosen = system.best_gamma(rows, square)
-        return _same_for_same(system.solve(self._chosen), sums)
+        self._chosen, self._gcv_error = system.best_gamma(rows, square)
+        return same_for_same(system.solve(self._chosen), sums)
 
     def _balanced_system(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
         """Return Gram matrix (lower) and class sums with what balances them, how many rows they are, class weights."""
@@ -393,8 +398,3 @@ class AnalyticHead(Head):
                 condition_number(factor), f"the ridge system with gamma={gamma:.3g}", advice
             )
         return factor
-
-
-def _same_for_same(solved: Tensor, sums: Tensor) -> Tensor:
-    """Return W (D, k) with equal weights for classes with equal sums (k, D)."""
-    return solved if (duplicates := first_equal(sums)) is None else solved[:, duplicates]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from clkit.methods._checks import (
 )
 from clkit.methods._leave_one_out import squared_distances
 from clkit.methods._state import exact
-from clkit.methods.heads.pseudo_features import pseudo_features
+from clkit.methods.heads.pseudo_features import correlated_rows
 from clkit.methods.statistics import FeatureStatistics
 
 __all__ = ["Snapshot", "gaussian_rows"]
@@ -185,13 +184,10 @@ def gaussian_rows(
     """
     check_count("per_class", per_class)
     check_count("seed", seed, at_least=0)
-    zeros = snapshot.offset.new_zeros(snapshot.width)
-    drawn = []
+    seed = derived_seed(seed, _DRAWS)
     with exact():
-        for class_id, mean in zip(snapshot.classes.tolist(), snapshot.means + snapshot.offset, strict=True):
-            options: dict[str, Any] = {"class_id": class_id, "seed": derived_seed(seed, _DRAWS)}
-            noise = torch.cat(list(pseudo_features(zeros, zeros + 1, per_class, **options)))
-            drawn.append(mean + noise @ snapshot.factor.T)
+        classes = zip(snapshot.classes.tolist(), snapshot.means + snapshot.offset, strict=True)
+        drawn = [correlated_rows(mean, snapshot.factor, per_class, class_id=c, seed=seed) for c, mean in classes]
     rows = torch.cat(drawn)
     return rows if clamp_min is None else rows.clamp(min=clamp_min), snapshot.classes.repeat_interleave(per_class)
 

@@ -246,8 +246,8 @@ def _weights(spliced: SplicedCopy, head: Head, name: str, about: dict[str, Any],
 def _linear_form(head: Head) -> LinearReadout:
     """Return one linear layer of the features themselves that ranks as the head does."""
     does, weight, bias = "", *head.linear_readout()
-    if not head.feature_map.is_identity:
-        does = f"expansion_dim={head.feature_map.expansion_dim} lifts the features"
+    if head.options.get("expansion_dim"):
+        does = f"expansion_dim={head.options['expansion_dim']} lifts the features"
     elif isinstance(head, NearestMeanHead) and head.metric in ("icarl", "cosine"):
         # all means have length 1, so the nearest to f/|f| is that of the largest product with f
         weight, bias = head.means, torch.zeros_like(bias)

@@ -9,14 +9,14 @@ import torch
 
 from clkit.errors import ArgumentError, StateError
 from clkit.files import read_checkpoint
-from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.methods import KLDA, AnaCP, AnalyticHead, LDAHead, NearestMeanHead
 from clkit.methods.heads.base import FORMAT, Head
 from clkit.methods.heads.readout import LinearReadout
 from clkit.schema import EXPORTED, FLOATS, Instance, Numbers, Table, check_format, describe, read_entries, read_state
 
 __all__ = ["build_head", "head_entries", "load_head", "name_of"]
 
-HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnalyticHead, LDAHead, NearestMeanHead)}
+HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnaCP, AnalyticHead, KLDA, LDAHead, NearestMeanHead)}
 
 
 def load_head(path: str | Path, name: str) -> Any:
@@ -27,9 +27,8 @@ def load_head(path: str | Path, name: str) -> Any:
         name: The callback's ``name``: ``"aef_ocl"``, ``"nmc"``, ``"lda"``, or what it was given.
 
     Returns:
-        The head: an :class:`~clkit.methods.AnalyticHead`, :class:`~clkit.methods.NearestMeanHead` or
-        :class:`~clkit.methods.LDAHead`; of an exported file, which holds no sums, a linear layer with ``forward`` and
-        ``predict`` alone.
+        The head, of a class of :mod:`clkit.methods` such as :class:`~clkit.methods.LDAHead`; of an exported file,
+        which holds no sums, a linear layer with ``forward`` and ``predict`` alone.
 
     Raises:
         ArgumentError: If there is no such file, or no head of that name in it; the message lists those there are.
@@ -91,7 +90,7 @@ def build_head(state: dict[str, Any], what: str) -> Head:
         # before a head is made that has room for them, make sure that matrices as large as its options say are there
         width, lift = options.get("in_features"), options.get("expansion_dim")
         if type(width) is int and type(lift) in (int, type(None)):  # else the head says it better
-            sizes = {} if lift is None else {"feature_map.projection": (lift, width)}
+            sizes = {} if lift is None else _matrices_of_a_lift(name, width, lift, options)
             if options.get("solver") == "recursive":
                 side = (lift or width) + (options.get("bias") is True)
                 sizes["recursion.inverse"] = (side, side)
@@ -105,6 +104,18 @@ def build_head(state: dict[str, Any], what: str) -> Head:
         reason = describe(str(error))
         raise StateError(f"{what}: no {name} can be made with the saved options: {reason}") from error
     return head
+
+
+def _matrices_of_a_lift(name: str, width: int, lift: int, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of entries that must be there before a head of such a width may be made."""
+    if name == "KLDA":
+        several = options.get("bandwidth")
+        number = f"_{len(several)}" if type(several) is list and len(several) > 1 else ""
+        return {"feature_map.checksum": (width,), f"statistics{number}.scatter": (lift, lift)}
+    if name == "AnaCP":
+        number = describe(options.get("maps"))
+        return {f"map_{number}.checksum": (width,), f"lifted_{number}.gram": (lift, lift)}
+    return {"feature_map.projection": (lift, width)}
 
 
 def _exported_head(exported: dict[str, Any], path: str | Path, name: str) -> LinearReadout:

@@ -64,6 +64,8 @@ class Graft(Change):
     def check(self, module: nn.Module, layer: str, make_head: Callable[[int], Any] | None = None) -> None:
         """Refuse a classifier that a head for features read at ``layer`` cannot replace, or another change holds."""
         slot = self._slot(module, layer)
+        if make_head is not None:
+            self._refuse_learned_layers(make_head(1))
         if make_head is not None and isinstance(slot, nn.ModuleList):
             self._refuse_split(slot, make_head(sum(width_of(leaf) or 0 for leaf in slot)))
 
@@ -99,6 +101,7 @@ class Graft(Change):
     def apply(self, module: nn.Module, layer: str, head: Any) -> None:
         """Graft a head whose features are read at ``layer``, or refresh its graft; raises as :meth:`check`."""
         slot = self._slot(module, layer)
+        self._refuse_learned_layers(head)
         self.check_classes(int(head.classes.max()) if head.classes.numel() else 0)
         with torch.inference_mode(False):  # a graft that an evaluation puts back must serve the next training too
             values = None
@@ -198,6 +201,13 @@ class Graft(Change):
 
     def _refuse(self, reason: str) -> NoReturn:
         raise ConfigurationError(f"{self.owner} cannot be grafted: {reason}")
+
+    def _refuse_learned_layers(self, head: Any) -> None:
+        if getattr(head, "_learns_layers", False):  # a saved graft keeps the last layer alone
+            self._refuse(
+                f"a {type(head).__name__} learns more than one layer; predict with the callback's head, or use clkit "
+                "export to .pt2"
+            )
 
     def _refuse_split(self, slot: nn.ModuleList, head: Any) -> None:
         if not is_linear(head):

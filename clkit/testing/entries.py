@@ -8,8 +8,23 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from clkit.arguments import check_arguments
-from clkit.callbacks import AEFOCL, DEUP, DST, LDA, MEND, NMC, DSimplex, Lift, StreamEvaluation, StreamProgressBar
+from clkit.callbacks import (
+    AEFOCL,
+    DEUP,
+    DST,
+    KLDA,
+    LDA,
+    MEND,
+    NMC,
+    AnaCP,
+    DSimplex,
+    Lift,
+    StreamEvaluation,
+    StreamProgressBar,
+)
 from clkit.errors import ArgumentError
+from clkit.methods import KLDA as KLDAHead  # noqa: N811  a callback and its head share the method's name
+from clkit.methods import AnaCP as AnaCPHead
 from clkit.methods import AnalyticHead, LDAHead, MetaExamples, NearestMeanHead, Novelty, PruneSchedule
 from clkit.strategies import (
     DERPPStrategy,
@@ -135,6 +150,13 @@ def clkit_entries() -> list[Entry]:
         head("NearestMeanHead-cosine", make=partial(NearestMeanHead, metric="cosine")),
         head("LDAHead", make=LDAHead, tolerance=1e-11),
         head("LDAHead-unit", make=partial(LDAHead, unit=True), tolerance=1e-11),
+        head("KLDAHead", make=partial(KLDAHead, expansion_dim=24, bandwidth=[0.1, 0.5]), tolerance=1e-9),
+        head("AnaCPHead", make=partial(AnaCPHead, expansion_dim=20, maps=2, draws=5), tolerance=1e-8),
+        head(
+            "AnaCPHead-nearest",
+            make=partial(AnaCPHead, expansion_dim=20, maps=1, readout="nearest", targets="unwhitened", gamma=1.0),
+            tolerance=1e-9,
+        ),
         head("Novelty", make=Novelty, tolerance=1e-9),
         callback("AEFOCL", make=AEFOCL),
         callback(
@@ -176,6 +198,8 @@ def clkit_entries() -> list[Entry]:
         ),
         callback("LDA", make=LDA),
         callback("LDA-unit", make=partial(LDA, unit=True, name="unit")),
+        callback("KLDA", make=partial(KLDA, bandwidth=[0.1, 0.5], expansion_dim=24)),
+        callback("AnaCP", make=partial(AnaCP, expansion_dim=20, maps=2, draws=5)),
         callback("MEND", make=MEND, learns=False),
         callback(
             "DEUP",

@@ -38,6 +38,7 @@ class Head(nn.Module):
 
     statistics: FeatureStatistics
     feature_map: FeatureMap
+    _frozen_table: Mapping[str, Kind] = {}  # the kinds of what a frozen head needs, but for a Cholesky factor
     _own_options: tuple[str, ...] = ()  # arguments of a subclass's constructor, which are attributes too
     _added_options: Mapping[str, Any] = {}  # those that older files lack, and what they stand for there
 
@@ -211,14 +212,15 @@ class Head(nn.Module):
             >>> then(row), head(row)
             (tensor([[-4.]]), tensor([[0.]]))
         """
-        return FrozenHead(self, self._solved(), self._frozen_factor(leverage))
+        readout = self._solved()
+        return FrozenHead(self, readout, self._frozen_parts(leverage) if readout.size else {})
 
-    def _frozen_factor(self, leverage: bool) -> Tensor | None:
-        """Return what a frozen head needs beside the read-out: a Cholesky factor, or nothing."""
-        return None
+    def _frozen_parts(self, leverage: bool) -> dict[str, Tensor]:
+        """Return what a frozen head needs beside the read-out, such as a Cholesky factor."""
+        return {}
 
-    def _freeze(self, factor: Tensor) -> None:
-        """Score by this factor from now on."""
+    def _freeze(self, parts: dict[str, Tensor]) -> None:
+        """Score by these parts from now on."""
 
     def scores_seen(self, features: Tensor) -> Tensor:
         """Return (B, k) float64 scores of the seen classes only, in the order of :attr:`classes`, on their device."""
@@ -242,8 +244,8 @@ class Head(nn.Module):
     def linear_readout(self) -> tuple[Tensor, Tensor]:
         """Return weight (k, D) and bias (k,) in float64 of a plain linear layer over the seen classes.
 
-        Its input is what :attr:`feature_map` gives, or the L2-normalised features if :attr:`normalizes`. It ranks the
-        classes as :meth:`predict` does; scores may differ from :meth:`forward` by a number per row.
+        Its input are the features, of unit length if :attr:`normalizes` and behind the lift if there is one. It ranks
+        the classes as :meth:`predict` does; scores may differ from :meth:`forward` by a number per row.
         """
         readout = self._solved()
         bias = readout.bias if readout.offset is None else readout.bias - readout.weight @ readout.offset
@@ -277,6 +279,10 @@ class Head(nn.Module):
         design: Tensor = self.feature_map(unit_rows(features) if self.normalizes else features)
         return design
 
+    def _design_layers(self, dtype: torch.dtype) -> list[nn.Module]:
+        """Return plain layers that do what :meth:`_design` does after rows have unit length where they have."""
+        return self.feature_map.layers(dtype)
+
     def _final_scores(self, scores: Tensor, centred: Tensor) -> Tensor:
         """Turn linear scores into those that :meth:`forward` promises; may change a row by a constant."""
         return scores
@@ -293,9 +299,7 @@ class Head(nn.Module):
         """Return the rows of a batch before they are mapped: of unit length where the head normalises."""
         if not self.normalizes:
             return batch.features
-        rows, said = unit_batch(batch, not self._said_zeros, stacklevel=6)
-        self._said_zeros |= said
-        return rows
+        return unit_batch(batch, self, stacklevel=6)
 
     def _all_statistics(self) -> list[FeatureStatistics]:
         return [self.statistics]
@@ -374,11 +378,12 @@ class Head(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the whole state, or refuse it before anything is changed."""
         advice = "build the head with the saved options, or reset it and learn again"
-        own = self.get_extra_state()
-        table: dict[str, Kind] = {"_extra_state": Settings(own, _FREE_OPTIONS, advice, self._added_options)}
+        options = Settings(self.get_extra_state(), _FREE_OPTIONS, advice, self._added_options)
+        table: dict[str, Kind] = {"_extra_state": options}
         parts: dict[str, Any] = dict(self.named_children())
-        for part, child in parts.items():
-            table |= {f"{part}.{name}": kind for name, kind in child._saved_table().items()}
+        table |= {
+            f"{part}.{name}": kind for part, child in parts.items() for name, kind in child._saved_table().items()
+        }
         owner = type(self).__name__
         saved = read_state(state_dict, table, owner, prefix)
         taken: dict[str, dict[str, Any]] = {part: {} for part in parts}

@@ -3,22 +3,30 @@ r"""What happens to features before sums are taken: nothing, or a fixed random l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from clkit.arguments import check_arguments
 from clkit.methods._checks import check_count
 from clkit.methods._state import PlainState, exact
+from clkit.methods.heads.readout import linear_of
 from clkit.schema import Numbers, Table
 
 __all__ = ["FeatureMap"]
 
-Activation = Literal["relu", "tanh", "sigmoid"]
+Activation = Literal["relu", "tanh", "sigmoid", "gelu"]
 ProjectionInit = Literal["uniform", "normal"]
 
-_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], type[nn.Module]]] = {
+    "relu": (torch.relu, nn.ReLU),
+    "tanh": (torch.tanh, nn.Tanh),
+    "sigmoid": (torch.sigmoid, nn.Sigmoid),
+    "gelu": (gelu, nn.GELU),
+}
 _WEIGHT_LIMIT = 1e6  # far above what is ever drawn
 
 
@@ -32,7 +40,7 @@ class FeatureMap(PlainState):
     Args:
         in_features: d, width of the features.
         expansion_dim: D, width of the lift; ``None`` for the identity.
-        activation: ``"relu"``, ``"tanh"`` or ``"sigmoid"``.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``.
         init: ``"uniform"`` on [-1/√d, 1/√d], as ``torch.nn.Linear`` starts, or ``"normal"``, standard normal.
         seed: Of ``P``.
 
@@ -75,7 +83,13 @@ class FeatureMap(PlainState):
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, d) features of any floating dtype to (B, D) float64."""
         features = features.to(torch.float64)
-        return features if self.projection is None else _ACTIVATIONS[self.activation](features @ self.projection.T)
+        return features if self.projection is None else _ACTIVATIONS[self.activation][0](features @ self.projection.T)
+
+    def layers(self, dtype: torch.dtype) -> list[nn.Module]:
+        """Return plain layers that do the same; none for the identity."""
+        if self.projection is None:
+            return []
+        return [linear_of(self.projection.to(dtype)), _ACTIVATIONS[self.activation][1]()]
 
     def _drawn(self, shape: tuple[int, int]) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

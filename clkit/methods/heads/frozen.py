@@ -18,22 +18,22 @@ from clkit.schema import Kind, Numbers, read_entries, read_state
 if TYPE_CHECKING:
     from clkit.methods.heads.base import Head
 
-__all__ = ["FrozenHead"]
+__all__ = ["LARGEST", "FrozenHead"]
 
-_LARGEST = 1e280  # of weights and the like, which may be as large as a solve makes them
+LARGEST = 1e280  # of weights and the like, which may be as large as a solve makes them
 
 
 class FrozenHead:
     """The read-out of a head at one moment; :meth:`Head.frozen` makes it.
 
     It scores features (B, D) as the head did, with the columns of the classes that the head had seen. The sums stay
-    the head's own: a frozen head costs its weights, and where it has one a Cholesky factor.
+    the head's own: a frozen head costs its weights, and what else it scores by, such as a Cholesky factor.
     """
 
-    def __init__(self, head: Head, readout: Readout, factor: Tensor | None) -> None:
+    def __init__(self, head: Head, readout: Readout, parts: dict[str, Tensor]) -> None:
         self._head = copy.copy(head)  # for its options
         self._readout = readout
-        self._factor = factor
+        self._parts = parts
         self._place()
 
     @property
@@ -50,17 +50,16 @@ class FrozenHead:
     def leverage(self) -> Callable[[Tensor], Tensor] | None:
         """How far features (B, D) were from what was learned, (B,); ``None`` where that was not asked for."""
         own = getattr(self._head, "_leverage_under", None)
-        if own is None or self._factor is None:
+        if own is None or "factor" not in self._parts:
             return None
         self._place()
-        return partial(own, self._factor)
+        return partial(own, self._parts["factor"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return its tensors."""
         own = self._readout
         saved = {"classes": own.classes, "weight": own.weight, "bias": own.bias}
-        saved |= {} if own.offset is None else {"offset": own.offset}
-        return saved if self._factor is None else {**saved, "factor": self._factor}
+        return {**saved, **({} if own.offset is None else {"offset": own.offset}), **self._parts}
 
     @classmethod
     def load(cls, head: Head, state: Any, owner: str) -> FrozenHead:
@@ -72,19 +71,20 @@ class FrozenHead:
         wide = head.feature_map.out_features
         table: dict[str, Kind] = {
             "classes": Numbers(("k",), least=0, most=head.max_classes, ids=True),
-            "weight": Numbers(("k", wide), torch.float64, most=_LARGEST),
-            "bias": Numbers(("k",), torch.float64, most=_LARGEST),
+            "weight": Numbers(("k", wide), torch.float64, most=LARGEST),
+            "bias": Numbers(("k",), torch.float64, most=LARGEST),
         }
         given = read_entries(state, owner)
         if "offset" in given:
-            table["offset"] = Numbers((wide,), torch.float64, most=_LARGEST)
-        if "factor" in given:
-            side = wide + int(getattr(head, "bias", False))
-            table["factor"] = Numbers((side, side), torch.float64, most=_LARGEST)
+            table["offset"] = Numbers((wide,), torch.float64, most=LARGEST)
+        side = wide + int(getattr(head, "bias", False))
+        parts: dict[str, Kind] = {"factor": Numbers((side, side), torch.float64, most=LARGEST), **head._frozen_table}
+        parts = {name: kind for name, kind in parts.items() if name in given}
+        table |= parts
         saved = read_state(given, table, owner)
         with exact():
             readout = Readout.of(saved["classes"], saved["weight"], saved["bias"], saved.get("offset"))
-        return cls(head, readout, saved.get("factor"))
+        return cls(head, readout, {name: saved[name] for name in parts})
 
     def _place(self) -> None:
         """Follow the head to its device, and have it score by what was frozen."""
@@ -93,6 +93,6 @@ class FrozenHead:
             tensors = {name: getattr(own, name) for name in ("classes", "weight", "bias", "offset", "duplicates")}
             moved: Any = {name: None if each is None else each.to(device) for name, each in tensors.items()}
             self._readout = replace(own, **moved)
-            self._factor = None if self._factor is None else self._factor.to(device)
-        if self._factor is not None:
-            self._head._freeze(self._factor)
+            self._parts = {name: each.to(device) for name, each in self._parts.items()}
+        if self._parts:
+            self._head._freeze(self._parts)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clkit.methods._checks import generator
 
-__all__ = ["pseudo_features"]
+__all__ = ["correlated_rows", "pseudo_features"]
 
 _BLOCK_ROWS = 256  # of pseudo-features at once; fixed for good: the numbers drawn depend on it
 
@@ -47,3 +47,24 @@ def pseudo_features(
         drawn = torch.randn(_BLOCK_ROWS, mean.numel(), generator=noise_of_class, dtype=torch.float64, device="cpu")
         rows = mean + noise * deviation * drawn[: count - start].to(mean.device)
         yield rows if clamp_min is None else rows.clamp(min=clamp_min)
+
+
+def correlated_rows(mean: Tensor, factor: Tensor, count: int, *, class_id: int, seed: int) -> Tensor:
+    r"""Draw ``count`` rows of :math:`N(\mu, F F^\top)`, of the same noise as :func:`pseudo_features`.
+
+    Args:
+        mean: (d,) float64.
+        factor: F (d, d) float64, such as a Cholesky factor of a covariance.
+        count: Rows, at least 1.
+        class_id: Part of the seed of the noise.
+        seed: The other part.
+
+    Example:
+        >>> mean = torch.zeros(2, dtype=torch.float64)
+        >>> rows = correlated_rows(mean, torch.eye(2).double(), 5, class_id=3, seed=0)
+        >>> torch.equal(rows, next(pseudo_features(mean, mean + 1, 5, class_id=3)))
+        True
+    """
+    zeros = torch.zeros_like(mean)
+    noise = torch.cat(list(pseudo_features(zeros, zeros + 1, count, class_id=class_id, seed=seed)))
+    return mean + noise @ factor.T

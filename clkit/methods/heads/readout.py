@@ -27,10 +27,10 @@ __all__ = [
     "linear_of",
     "readout_module",
     "readout_tensors",
+    "same_for_same",
 ]
 
 _UNSEEN_BIAS = -1e30  # score of a class never seen; a sum of many such losses is still finite in float32
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ def first_equal(table: Tensor) -> Tensor | None:
     first: dict[bytes, int] = {}
     duplicates = [first.setdefault(row.tobytes(), position) for position, row in enumerate(values)]
     return None if len(first) == len(duplicates) else torch.tensor(duplicates, device=table.device)
+
+
+def same_for_same(solved: Tensor, sums: Tensor) -> Tensor:
+    """Return W (D, k) with equal weights for classes with equal sums (k, D)."""
+    return solved if (duplicates := first_equal(sums)) is None else solved[:, duplicates]
 
 
 class L2Normalize(nn.Module):
@@ -172,7 +177,7 @@ def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequentia
     """Return the head as a ``Sequential`` of plain layers that ends in an ``nn.Linear`` and ranks as ``predict`` does.
 
     Returns:
-        ``Sequential(Flatten, [L2Normalize | lift], Linear)``: (B, D) or (B, D, 1, 1) → (B, outputs).
+        ``Sequential(Flatten, [L2Normalize], [lift], Linear)``: (B, D) or (B, D, 1, 1) → (B, outputs).
 
     Raises:
         ArgumentError: If ``outputs`` is not above the largest id.
@@ -186,12 +191,8 @@ def readout_module(head: Head, outputs: int, dtype: torch.dtype) -> nn.Sequentia
         tensor([1])
     """
     weight, bias = readout_tensors(head, outputs, dtype)
-    layers: list[nn.Module] = [nn.Flatten(1)]
-    if head.normalizes:
-        layers.append(L2Normalize())
-    elif head.feature_map.projection is not None:
-        layers += [linear_of(head.feature_map.projection.to(dtype)), _ACTIVATIONS[head.feature_map.activation]()]
-    return nn.Sequential(*layers, linear_of(weight, bias))
+    unit = [L2Normalize()] if head.normalizes else []
+    return nn.Sequential(nn.Flatten(1), *unit, *head._design_layers(dtype), linear_of(weight, bias))
 
 
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

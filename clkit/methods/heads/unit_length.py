@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from clkit.methods._checks import Batch
+
+if TYPE_CHECKING:
+    from clkit.methods.heads.base import Head
 
 __all__ = ["unit_batch", "unit_rows"]
 
@@ -27,17 +31,17 @@ def unit_rows(rows: Tensor) -> Tensor:
     return normalize(rows, dim=-1, eps=_EPSILON)
 
 
-def unit_batch(batch: Batch, warn: bool, stacklevel: int) -> tuple[Tensor, bool]:
-    """Return the rows of a batch at unit length, and whether it was said, on a CPU, that some are zero.
+def unit_batch(batch: Batch, head: Head, stacklevel: int) -> Tensor:
+    """Return the rows of a batch at unit length, and say once for a head, on a CPU, that some are zero.
 
     A row of zeros has no direction: it stays zero and counts as a sample of its class.
     """
     lengths = vector_norm(batch.features, dim=1, keepdim=True)
-    said = bool(warn and batch.on_host and not lengths.numpy().all())
-    if said:
+    if batch.on_host and not head._said_zeros and not lengths.numpy().all():
+        head._said_zeros = True
         warnings.warn(
             f"{int((lengths == 0).sum())} feature vectors of a batch are zero and have no direction: they stay "
             f"zero and count as samples of their class (said once)",
             stacklevel=stacklevel,
         )
-    return batch.features / lengths.clamp(min=_EPSILON), said
+    return batch.features / lengths.clamp(min=_EPSILON)
