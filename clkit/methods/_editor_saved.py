@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clkit.arguments import in_short
 from clkit.errors import StateError
 from clkit.files import read_checkpoint
 from clkit.methods._edit_log import EditLog
@@ -72,9 +73,14 @@ def read_editor(
     layers = saved_entry(entries, "layers", Named(Many(Instance(int))), _OWNER)
     own = {name: list(shape) for name, shape in networks.shapes.items()}
     if list(layers.items()) != list(own.items()):
+        other = [name for name in {**layers, **own} if layers.get(name) != own.get(name)]
+        apart = "their order differs"
+        if other:
+            there, here = (each.get(other[0], "not there") for each in (layers, own))
+            apart = f"{in_short(other[0])} is {in_short(there)} in the saved one and {here} in this"
         raise StateError(
-            f"{_OWNER}: the saved editor is of the layers {layers}, and this one of {own}; use the network and the "
-            "layers of the saved one"
+            f"{_OWNER}: the saved editor is of {len(layers)} layers and this one of {len(own)}, and {apart}; use the "
+            "network and the layers of the saved one"
         )
     kinds = {
         name: Numbers(tuple(value.shape), value.dtype, least=0 if name.rpartition(".")[2] in ("M2", "counts") else None)
