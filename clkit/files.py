@@ -16,7 +16,7 @@ import torch
 
 from clkit.errors import ArgumentError, StateError, WriteError
 
-__all__ = ["atomic_write", "check_output", "plain_values", "read_checkpoint", "write_checkpoint"]
+__all__ = ["atomic_write", "check_output", "plain_values", "read_bytes", "read_checkpoint", "write_checkpoint"]
 
 
 @contextmanager
@@ -110,10 +110,33 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only
     if not Path(path).is_file():
         what = "a folder" if Path(path).is_dir() else "not a file"
         raise ArgumentError(f"path={str(path)!r} is {what}; give the path of a checkpoint")
+    return _read(path, str(path), map_location, weights_only)
+
+
+def read_bytes(data: bytes, what: str) -> dict[str, Any]:
+    """Load what :func:`torch.save` wrote into a buffer, as :func:`read_checkpoint` does a file; ``what`` names it.
+
+    Raises:
+        StateError: If it is damaged, or holds objects other than tensors and plain values.
+
+    Example:
+        >>> read_bytes(b"PK", "the message")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        clkit.errors.StateError: the message cannot be read as a checkpoint: it is damaged or of another kind (...
+    """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise StateError(f"{what} must be bytes, got a {type(data).__name__}")
+    return _read(io.BytesIO(data), what, "cpu", weights_only=True)
+
+
+def _read(source: Any, path: str, map_location: Any, weights_only: bool) -> dict[str, Any]:
+    """Load from a path or a buffer; ``path`` is what messages call it."""
     try:
-        if weights_only or zipfile.is_zipfile(path):  # trusted files may be of torch's oldest form, which has no sums
-            _compare_checksums(path)
-        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+        if weights_only or zipfile.is_zipfile(source):  # trusted files may be of torch's oldest form, which has no sums
+            _compare_checksums(source)
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+        checkpoint = torch.load(source, map_location=map_location, weights_only=weights_only)
     except Exception as error:  # damaged bytes make torch and zipfile raise nearly anything
         if refused := _REFUSED.search(str(error)):
             name = (refused.group(1) or refused.group(2)).strip()
@@ -138,8 +161,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         draft.write_bytes(buffer.getbuffer())
 
 
-def _compare_checksums(path: str | Path) -> None:
-    with zipfile.ZipFile(path) as archive:
+def _compare_checksums(source: Any) -> None:
+    with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
         for entry in entries:
             if entry.external_attr & _FOLDER:  # torch reads no bytes for it, and takes what happens to be in memory

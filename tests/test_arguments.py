@@ -24,7 +24,7 @@ from clkit.arguments import check_arguments
 from clkit.callbacks import NMC, FeatureCallback, HeadCallback, Lift, StreamEvaluation
 from clkit.data import Blurry, ClassIncremental, DomainIncremental, ImageFolder, Preprocessing, StreamDataModule
 from clkit.errors import ArgumentError, ClkitError
-from clkit.methods import RandomViews, ReservoirBuffer
+from clkit.methods import Holdings, NearestMeanHead, RandomViews, ReservoirBuffer
 from clkit.models import TimmClassifier
 from clkit.strategies import ERStrategy, MemorySettings, ReplayStrategy
 from clkit.testing import Entry
@@ -59,6 +59,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "LDAHead": {"in_features": 3},
     "Novelty": {"in_features": 3},
     "NearestMeanHead": {"in_features": 3},
+    "HeadPart": {"head": NearestMeanHead(3), "holds": Holdings()},
     "FeatureMap": {"in_features": 3},
     "FeatureStatistics": {"width": 3},
     "BatchNormSegments": {"network": nn.BatchNorm1d(2)},

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from clkit.callbacks import Predictor
 from clkit.errors import ClkitError
-from clkit.methods import ErrorPredictor, ErrorRecords, FeatureMemory, PredictionSets
+from clkit.methods import ErrorPredictor, ErrorRecords, FeatureMemory, Holdings, PredictionSets
+from clkit.methods.heads.holdings import keys_of_names
 from clkit.runs.heads import build_head
 from clkit.schema import STRATEGY, STREAM
 from clkit.stream import resume
@@ -420,4 +421,23 @@ def test_a_mutated_table_is_refused_or_works(kind: str, mutations: int) -> None:
         made.load_state_dict(made.state_dict())
 
     counts = attack(kind, made.state_dict(), made.load_state_dict, made.state_dict, works, mutations)
+    assert counts["refused"] > 0
+
+
+@MANY
+def test_mutated_holdings_are_refused_or_work(mutations: int) -> None:
+    made = Holdings.shard("features", 100, 1, 4)
+    made.add("images", 9, [(0, 3), (5, 9)], digest="a list", keys=keys_of_names("abcdefg"), left_out=["x.jpg"])
+    box = [made]
+
+    def load(state: dict[str, Any]) -> None:
+        box[0] = Holdings.of_state(state, "the rows")
+
+    def works() -> None:
+        box[0].missing()
+        box[0].merge(Holdings.shard("others", 100, 2, 4))
+        box[0].merge(Holdings.shard("features", 100, 2, 4))
+        load(box[0].state_dict())
+
+    counts = attack("holdings", made.state_dict(), load, lambda: box[0].state_dict(), works, mutations)
     assert counts["refused"] > 0

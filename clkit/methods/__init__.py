@@ -8,6 +8,7 @@ from clkit.methods.deup import ErrorPredictor, Uncertainty
 from clkit.methods.feature_bank import FeatureBank, Neighbours
 from clkit.methods.feature_memory import FeatureMemory
 from clkit.methods.heads.feature_map import FeatureMap
+from clkit.methods.heads.holdings import HeadPart, Holdings, shard_bounds
 from clkit.methods.klda import KLDA
 from clkit.methods.lda import LDAHead
 from clkit.methods.mend import (
@@ -66,6 +67,8 @@ __all__ = [
     "Growth",
     "Guard",
     "HOCLoss",
+    "HeadPart",
+    "Holdings",
     "Initial",
     "LDAHead",
     "LocalityReport",
@@ -113,6 +116,7 @@ __all__ = [
     "rotate_views",
     "sample_keys",
     "sample_loss",
+    "shard_bounds",
     "stationarising_features",
     "supervised_contrast",
     "variant_labels",

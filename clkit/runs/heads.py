@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from clkit.errors import ArgumentError, StateError
+from clkit.errors import ArgumentError
 from clkit.files import read_checkpoint
 from clkit.methods import KLDA, AnaCP, AnalyticHead, LDAHead, NearestMeanHead
-from clkit.methods.heads.base import FORMAT, Head
+from clkit.methods.heads.base import Head
+from clkit.methods.heads.portable import head_of_state
 from clkit.methods.heads.readout import LinearReadout
-from clkit.schema import EXPORTED, FLOATS, Instance, Numbers, Table, check_format, describe, read_entries, read_state
+from clkit.schema import EXPORTED, FLOATS, Instance, Numbers, Table, check_format, read_entries, read_state
 
 __all__ = ["build_head", "head_entries", "load_head", "name_of"]
 
@@ -80,42 +79,7 @@ def build_head(state: dict[str, Any], what: str) -> Head:
     Raises:
         StateError: If it is of a kind or a format that this clkit does not know, or damaged.
     """
-    entries = read_entries(state, what)
-    options = check_format(entries.get("_extra_state"), FORMAT, f"{what}: _extra_state")
-    name = options.get("head")
-    if type(name) is not str or name not in HEADS:
-        raise StateError(f"{what} is a {describe(name)}, this clkit knows {sorted(HEADS)}")
-    del options["format"], options["head"]
-    try:
-        # before a head is made that has room for them, make sure that matrices as large as its options say are there
-        width, lift = options.get("in_features"), options.get("expansion_dim")
-        if type(width) is int and type(lift) in (int, type(None)):  # else the head says it better
-            sizes = {} if lift is None else _matrices_of_a_lift(name, width, lift, options)
-            if options.get("solver") == "recursive":
-                side = (lift or width) + (options.get("bias") is True)
-                sizes["recursion.inverse"] = (side, side)
-            for matrix, shape in sizes.items():
-                Numbers(shape, torch.float64, any_value=True)._read(entries.get(matrix), matrix, {})
-        head = HEADS[name](**options)
-        head.load_state_dict(entries)
-    except StateError as error:
-        raise StateError(f"{what}: {error}") from error
-    except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
-        reason = describe(str(error))
-        raise StateError(f"{what}: no {name} can be made with the saved options: {reason}") from error
-    return head
-
-
-def _matrices_of_a_lift(name: str, width: int, lift: int, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of entries that must be there before a head of such a width may be made."""
-    if name == "KLDA":
-        several = options.get("bandwidth")
-        number = f"_{len(several)}" if type(several) is list and len(several) > 1 else ""
-        return {"feature_map.checksum": (width,), f"statistics{number}.scatter": (lift, lift)}
-    if name == "AnaCP":
-        number = describe(options.get("maps"))
-        return {f"map_{number}.checksum": (width,), f"lifted_{number}.gram": (lift, lift)}
-    return {"feature_map.projection": (lift, width)}
+    return head_of_state(state, what, HEADS)
 
 
 def _exported_head(exported: dict[str, Any], path: str | Path, name: str) -> LinearReadout:

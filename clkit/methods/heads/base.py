@@ -15,18 +15,16 @@ from clkit.methods._state import LOADED, exact
 from clkit.methods._sums import masked_batch_error
 from clkit.methods.heads.feature_map import FeatureMap
 from clkit.methods.heads.frozen import FrozenHead
+from clkit.methods.heads.portable import FORMAT, FREE_OPTIONS, PortableHead, check_alike
 from clkit.methods.heads.readout import Readout
 from clkit.methods.heads.unit_length import unit_batch, unit_rows
 from clkit.methods.statistics import FeatureStatistics
 from clkit.schema import Kind, Settings, read_state
 
-__all__ = ["FORMAT", "Head"]
-
-FORMAT = 1
-_FREE_OPTIONS = ("num_classes", "max_classes")  # may differ between heads that learn the same
+__all__ = ["Head"]
 
 
-class Head(nn.Module):
+class Head(PortableHead):
     """Base of the heads: learns sums, solves when asked, scores by one product.
 
     A subclass keeps its sums in ``self.statistics``, says in :meth:`_readout_of_sums` how they become weights, and in
@@ -99,11 +97,7 @@ class Head(nn.Module):
             ArgumentError: If the other is of another kind or differs in an option; it is not modified.
         """
         self._check_allowed("merge")
-        if type(other) is not type(self):
-            raise ArgumentError(f"a {type(self).__name__} cannot merge a {type(other).__name__}")
-        for (name, mine), theirs in zip(self.options.items(), other.options.values(), strict=True):
-            if mine != theirs and name not in _FREE_OPTIONS:
-                raise ArgumentError(f"cannot merge heads with different {name}: {mine!r} here, {theirs!r} there")
+        check_alike(self, other)
         other._check_sums()
         self._check_sums()
         for mine, theirs in zip(self._all_statistics(), other._all_statistics(), strict=True):
@@ -378,7 +372,7 @@ class Head(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the whole state, or refuse it before anything is changed."""
         advice = "build the head with the saved options, or reset it and learn again"
-        options = Settings(self.get_extra_state(), _FREE_OPTIONS, advice, self._added_options)
+        options = Settings(self.get_extra_state(), FREE_OPTIONS, advice, self._added_options)
         table: dict[str, Kind] = {"_extra_state": options}
         parts: dict[str, Any] = dict(self.named_children())
         table |= {
