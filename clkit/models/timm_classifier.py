@@ -18,7 +18,7 @@ from clkit.features.batch import BatchReader, Readings, read_batch, read_inputs
 from clkit.methods._checks import check_count
 from clkit.stream._lightning import callbacks_of, datamodule_of
 
-__all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout", "timm_code"]
+__all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout", "timm_code", "weights_of_a_run"]
 
 # Backward of a strided 1 x 1 convolution on the CPU writes past its workspace (oneDNN issue 6035) with fewer channels
 # than a vector of the processor holds, 8 with AVX2 and 16 with AVX-512.
@@ -325,7 +325,7 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | Path | None, 
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise ArgumentError(f"checkpoint_path={checkpoint_path!r} is not a file; give the path of the weights")
     try:
-        if checkpoint_path is not None and (weights := _weights_of_a_run(checkpoint_path)):
+        if checkpoint_path is not None and (weights := weights_of_a_run(checkpoint_path)):
             network = timm.create_model(backbone, **options)
             network.load_state_dict(weights)
             return network
@@ -349,7 +349,7 @@ def _build(backbone: str, pretrained: bool, checkpoint_path: str | Path | None, 
         ) from error
 
 
-def _weights_of_a_run(path: str | Path) -> dict[str, Tensor]:
+def weights_of_a_run(path: str | Path) -> dict[str, Tensor]:
     """Return the network's weights in a checkpoint that Lightning wrote, nothing for other files."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

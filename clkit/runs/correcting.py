@@ -14,16 +14,13 @@ from clkit.callbacks import MEND, HeadCallback, LoggedEdit, RunEdit
 from clkit.callbacks._exact_edits import features_of
 from clkit.callbacks._run_edits import read_logged
 from clkit.data import StreamDataModule
-from clkit.data.sources.images import read_image
-from clkit.errors import ArgumentError, ConfigurationError, DataError, did_you_mean
+from clkit.errors import ArgumentError, ConfigurationError, did_you_mean
 from clkit.files import check_output, read_checkpoint, write_checkpoint
-from clkit.runs.embedding import stored_images
+from clkit.runs.run_images import names_of_labels, stored_image
 from clkit.runs.saved_run import SavedRun
 from clkit.schema import Whole, read_entries, saved_entry
 
 __all__ = ["EditedRun", "edit_checkpoint", "logged_edits", "revert_in_checkpoint"]
-
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in a grey image
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def edit_checkpoint(
     checkpoint = read_checkpoint(path)
     run = _Run(path, config, checkpoint, editor, layers, head, allow_stale=allow_stale)
     ids = torch.tensor([run.label(each) for each in labels])
-    stored = [run.stored(each, drawn=drawn) for each in images]
+    stored = [stored_image(run.data, each, only_images=drawn) for each in images]
     run.open()
     x = torch.cat([run.data.input_preprocessing()(each[None]) for each in stored])
     if not guard:
@@ -192,10 +189,7 @@ class _Run:
     @property
     def names(self) -> dict[int, str]:
         """Names of the classes by label as batches have them."""
-        names, ids = self.data.class_names, self.data.original_ids
-        return {
-            each if ids is None else ids.index(each): name for each, name in names.items() if ids is None or each in ids
-        }
+        return names_of_labels(self.data)
 
     def label(self, given: str) -> int:
         """Return the label that is meant by an id or a name."""
@@ -212,22 +206,6 @@ class _Run:
         if found not in self.data.classes:
             raise ArgumentError(f"--label {given} is no class of this run, which has {list(self.data.classes)[:20]}")
         return found if ids is None else ids.index(found)
-
-    def stored(self, image: str | Path, *, drawn: bool) -> Tensor:
-        """Return an image (C, H, W) of a file, or of a row of a source, with as many channels as those of the run."""
-        if not Path(image).is_file():
-            if str(image).count("/") < 2:
-                raise ArgumentError(f"--image {str(image)!r} is no file, and no row of a source such as digits/test/17")
-            try:
-                return stored_images([str(image)], self.data.root, only_images=drawn)[0]
-            except (ArgumentError, DataError) as error:
-                raise type(error)(f"--image {str(image)!r}: {error}") from error
-        found = read_image(str(image), f"--image {str(image)!r}")
-        usual = self.data.first_image()
-        if usual is not None and len(usual) == 1:
-            grey = (found.float() * torch.tensor(_LUMA).view(3, 1, 1)).sum(dim=0, keepdim=True)
-            found = grey.round().to(found.dtype) if found.dtype == torch.uint8 else grey
-        return found
 
     def probabilities(self, x: Tensor) -> dict[str | None, Tensor]:
         """Return the probabilities (C,) of the classes for one image (1, …) now, by head, and of the module itself."""

@@ -12,7 +12,7 @@ from clkit.data.sources.base import Int64, RowRange, SlicedSource, SourcePart, l
 from clkit.data.sources.images import read_image
 from clkit.errors import DataError
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFiles", "ImageFolder", "labelled_images"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -61,13 +61,13 @@ class ImageFolder(SlicedSource):
         folder = locate(self.path, root, "folder")
         if not folder.is_dir():
             raise DataError(f"folder:{self.path}: there is no folder {folder}")
-        listings = [self._list(folder / part) for part in ("train", "test")]
+        listings = [labelled_images(folder / part, self.domains) for part in ("train", "test")]
         class_ids = self._number({row[1] for rows in listings for row in rows}, folder)
         domain_ids = {name: i for i, name in enumerate(sorted({row[0] for rows in listings for row in rows}))}
         self.class_names = {i: name for name, i in class_ids.items()}
         self.domain_names = {i: name for name, i in domain_ids.items()} if self.domains else {}
         train, test = (
-            _FilePart(
+            ImageFiles(
                 [row[2] for row in rows],
                 np.array([class_ids[row[1]] for row in rows], dtype=np.int64),
                 np.array([domain_ids[row[0]] for row in rows], dtype=np.int64) if self.domains else None,
@@ -75,22 +75,6 @@ class ImageFolder(SlicedSource):
             for rows in listings
         )
         return self._sliced(train, test)
-
-    def _list(self, folder: Path) -> list[tuple[str, str, str]]:
-        """(domain, class, file) of each image of a part; the domain is "" where there are none."""
-        groups = [(domain.name, domain) for domain in _folders(folder)] if self.domains else [("", folder)]
-        rows = []
-        for domain, parent in groups:
-            for class_folder in _folders(parent):
-                files = [file for file in listing(class_folder) if file.suffix.lower() in IMAGE_SUFFIXES]
-                if not files:
-                    levels = "<domain>/<class>" if self.domains else "<class>"
-                    raise DataError(
-                        f"{class_folder} has no image files; the images must lie in {folder.name}/{levels}/ "
-                        f"(domains={self.domains}) and end in one of {sorted(IMAGE_SUFFIXES)}"
-                    )
-                rows += [(domain, class_folder.name, str(file)) for file in files]
-        return rows
 
     def _number(self, names: set[str], folder: Path) -> dict[str, int]:
         if not self.numeric_ids:
@@ -104,15 +88,41 @@ class ImageFolder(SlicedSource):
         return ids
 
 
+def labelled_images(folder: Path, domains: bool = False) -> list[tuple[str, str, str]]:
+    """Return (domain, class, file) of each image in ``folder/<class>/``, sorted; the domain is "" where there are none.
+
+    Args:
+        folder: The folder.
+        domains: Whether there is a level of domains above the classes.
+
+    Raises:
+        DataError: If the folder is not there, has no folders, or one of them has no images.
+    """
+    groups = [(domain.name, domain) for domain in _folders(folder)] if domains else [("", folder)]
+    rows = []
+    for domain, parent in groups:
+        for class_folder in _folders(parent):
+            files = [file for file in listing(class_folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+            if not files:
+                levels = "<domain>/<class>" if domains else "<class>"
+                raise DataError(
+                    f"{class_folder} has no image files; the images must lie in {folder.name}/{levels}/ "
+                    f"(domains={domains}) and end in one of {sorted(IMAGE_SUFFIXES)}"
+                )
+            rows += [(domain, class_folder.name, str(file)) for file in files]
+    return rows
+
+
 @dataclass(eq=False)
-class _FilePart(SourcePart):
-    """Image files."""
+class ImageFiles(SourcePart):
+    """Image files, one a row."""
 
     files: list[str]
     targets: Int64
-    domains: Int64 | None
+    domains: Int64 | None = None
 
     def get_many(self, indices: Int64) -> torch.Tensor | list[torch.Tensor]:
+        """Read images (B, 3, H, W), or a list where sizes differ; an error names the file."""
         return stack_inputs([read_image(self.files[i], self.files[i]) for i in indices])
 
 
