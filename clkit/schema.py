@@ -20,6 +20,7 @@ from clkit.errors import StateError
 __all__ = [
     "EXPORTED",
     "FLOATS",
+    "LEARNED",
     "MERGED",
     "STRATEGY",
     "STREAM",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 EXPORTED = "clkit_export"  # marks an exported file; the value is its format
+LEARNED = "clkit_learned"  # marks a file that says what its head holds, of images that were learned without a run
 MERGED = "clkit_merged"  # marks a checkpoint made of several, which no fit can go on from; the value lists their names
 STREAM = "clkit_stream"  # the key of a checkpoint under which a run keeps its place in the stream
 STRATEGY = "clkit_strategy"  # the entry of a whole checkpoint that holds what the strategy has learned

@@ -87,6 +87,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "recipes",
         "demo",
         "compare",
+        "learn",
         "merge",
         "forget",
         "export",
@@ -193,6 +194,8 @@ def issubclass_of(package: Any, name: str, base: type) -> bool:
         (["clkit", "forget", "run.ckpt", "--sam"], {"--samples"}),
         (["clkit", "search", "bank.pt", "--que"], {"--queries"}),
         (["clkit", "embed", "run.ckpt", "--part", "te"], {"test"}),
+        (["clkit", "learn", "--sh"], {"--shard"}),
+        (["clkit", "learn", "--unreadable", "s"], {"stop", "skip"}),
         (["clkit", "search", "bank.pt", "-k", ""], set()),  # a number
         (["clkit", "fit", "--config", "on"], set()),  # a file
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from clkit.cli.learn_commands import UNREADABLE
 from clkit.cli.search_commands import PARTS
 from clkit.cli.settings_help import CLASSES
 
@@ -33,7 +34,7 @@ complete -o default -F _clkit clkit
 
 def completion_script(shell: str, words: Mapping[str, Sequence[str]]) -> str:
     """Return the script of a shell; ``words`` are what may follow each command. Files are completed everywhere."""
-    values = {**CLASSES, "--part": PARTS}
+    values = {**CLASSES, "--part": PARTS, "--unreadable": UNREADABLE}
     script = _SCRIPT.format(
         commands=" ".join(words),
         cases="\n".join(f'            {name}) words="{" ".join(each)}" ;;' for name, each in words.items()),

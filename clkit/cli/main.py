@@ -14,6 +14,15 @@ from clkit._version import __version__
 from clkit.cli.command_parts import add_command, add_config
 from clkit.cli.completion import SHELLS, completion_script
 from clkit.cli.edit_commands import add_edit_commands, edit, edits, revert
+from clkit.cli.learn_commands import (
+    add_forgetting,
+    add_learn_command,
+    answer,
+    answers_images,
+    forgot,
+    image_parser,
+    learn,
+)
 from clkit.cli.search_commands import add_search_commands, embed, search
 from clkit.cli.settings_help import COMMANDS, OPTIONS, settings_help
 from clkit.runs.recipes import read_recipe, recipe_lines, recipe_names
@@ -50,11 +59,15 @@ FILE_NOTES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what follows ``clkit`` on a command line, by default that of the process; return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in COMMANDS:
+    if given and given[0] in COMMANDS and not answers_images(given):
         return _trainer_command(given, of_process=arguments is None)
     parser, commands = _parser()
     given, overrides = _split_overrides(given) if given[:1] == ["compare"] else (given, [])
-    options = parser.parse_args(given)
+    if answers_images(given):
+        options = argparse.Namespace(command="predict")
+        image_parser(_OneLine, _positive).parse_args(given[1:], options)
+    else:
+        options = parser.parse_args(given)
     if options.command == "recipes":
         try:
             sys.stdout.write("\n".join([*recipe_lines(), ""]) if options.name is None else read_recipe(options.name))
@@ -133,6 +146,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     demo = commands.add_parser("demo", help="see what this is good for: three small runs on handwritten digits")
     demo.add_argument("--folder", default="runs/demo", help="where the results go (default: %(default)s)")
     _add_compare(commands)
+    add_learn_command(commands, _positive)
     _add_file_commands(commands)
     add_search_commands(commands, _positive)
     add_edit_commands(commands, _index)
@@ -213,9 +227,8 @@ def _add_file_commands(commands: Any) -> None:
     merge.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="two or more checkpoint files")
     for command in (forget, export):
         command.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint file")
-    forget.add_argument(
-        "--samples", required=True, metavar="FILE.npz", help="features (N, D) and targets (N,), or ids (N,)"
-    )
+    merge.add_argument("--partial", action="store_true", help="also where shards of a list are missing")
+    add_forgetting(forget, _positive)
     forget.add_argument("--heads", metavar="A,B", help="names of the heads that shall forget (default: all)")
     what = export.add_mutually_exclusive_group()
     what.add_argument("--head", metavar="NAME", help="which head, where there are several")
@@ -246,7 +259,7 @@ def _compare(options: argparse.Namespace) -> list[str]:
 def _merge(options: argparse.Namespace) -> list[str]:
     from clkit.runs.merging import merge_checkpoints
 
-    learned = merge_checkpoints(options.checkpoints, options.output, overwrite=options.force)
+    learned = merge_checkpoints(options.checkpoints, options.output, partial=options.partial, overwrite=options.force)
     return [
         f"wrote {options.output}, merged from {len(options.checkpoints)} checkpoints, for evaluation and export (no "
         "fit can go on from it); what is learned:",
@@ -255,8 +268,13 @@ def _merge(options: argparse.Namespace) -> list[str]:
 
 
 def _forget(options: argparse.Namespace) -> list[str]:
+    if options.data is not None:
+        return forgot(options)
+    from clkit.errors import ArgumentError
     from clkit.runs.forgetting import forget_samples, read_samples
 
+    if options.classes is not None:
+        raise ArgumentError("--classes are those of --data; of --samples all are forgotten")
     samples = read_samples(options.samples)
     learned = forget_samples(
         options.checkpoint,
@@ -313,6 +331,8 @@ def _count(number: int, one: str) -> str:
 
 _LINES_OF: Mapping[str, Callable[[argparse.Namespace], list[str]]] = {
     "compare": _compare,
+    "learn": learn,
+    "predict": answer,
     "merge": _merge,
     "forget": _forget,
     "export": _export,

@@ -13,7 +13,7 @@ COMMANDS = {
     "fit": "learn from a stream",
     "validate": "evaluate a checkpoint on the validation samples",
     "test": "evaluate a checkpoint on the test samples",
-    "predict": "write predictions.csv for the test samples",
+    "predict": "write predictions.csv for the test samples, or answer image files",
 }
 
 STRATEGY_NAMES = ("gradient_free", "er", "er_ace", "der_pp", "scr", "onpro", "editor_training")
@@ -112,11 +112,11 @@ def settings_help(command: str, width: int) -> str:
     """Return the help of a command, for a terminal of this width."""
     text = [
         f"usage: clkit {command} [--config FILE] [--SETTING VALUE ...] [--ckpt_path FILE]",
-        "",
+        "       clkit predict CHECKPOINT IMAGE [IMAGE ...] [--head NAME] [--top N]" if command == "predict" else "",
         f"{COMMANDS[command].capitalize()}. Start from a recipe: clkit recipes nmc > mine.yaml, then clkit {command} "
         "--config mine.yaml.",
     ]
-    text[2:] = textwrap.wrap(text[2], width)
+    text[2:] = ["", *textwrap.wrap(text[2], width)] if text[1] else textwrap.wrap(text[2], width)
     column = 36
     for title, rows in _GROUPS.items():
         text += ["", f"{title}:"]

@@ -23,7 +23,7 @@ from clkit.methods.heads.readout import LinearReadout, linear_of, readout_module
 from clkit.methods.nearest_mean import NearestMeanHead
 from clkit.runs.heads import head_entries, name_of
 from clkit.runs.task_export import saved_tasks
-from clkit.schema import EXPORTED
+from clkit.schema import EXPORTED, LEARNED
 from clkit.stream._lightning import datamodule_of
 from clkit.surgery.copies import trainer_of
 from clkit.surgery.splice import SplicedCopy
@@ -181,6 +181,12 @@ def export_checkpoint(
         asked = "one must be named (--head)" if head is None else f"there is none named {head!r}"
         raise ArgumentError(f"{path} has the heads {sorted(named) or 'none'}; {asked}")
     key = named[head]
+    if LEARNED in checkpoint:
+        from clkit.runs.learned import LearnedModel
+
+        learned = LearnedModel.of_checkpoint(checkpoint, path, "cpu")
+        about: dict[str, Any] = {"class_names": learned.names, "preprocessing": learned.preprocessing}
+        return export(learned.module, learned.head, output, layer=learned.layer, overwrite=overwrite, **about)
     from clkit.runs.saved_run import SavedRun  # builds a whole run
 
     run = SavedRun(path, config)

@@ -16,9 +16,10 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
 from clkit.files import check_output, read_checkpoint
 from clkit.methods.heads.base import Head
+from clkit.runs.contents import read_contents
 from clkit.runs.heads import build_head, head_entries, name_of
 from clkit.runs.merging import HeadSummary, hand_over, save_checkpoint
-from clkit.schema import MERGED, STRATEGY
+from clkit.schema import LEARNED, MERGED, STRATEGY
 
 __all__ = ["forget_samples", "read_samples"]
 
@@ -90,6 +91,11 @@ def forget_samples(
         raise ConfigurationError(
             f"{path} holds a replay memory of images ({strategy.get('strategy')}): the network was trained on the "
             "samples, and only sums on a frozen network can forget them; train again without them"
+        )
+    if LEARNED in checkpoint and read_contents(checkpoint, path).holds.keys.size:
+        raise ConfigurationError(
+            f"{path} says which images its head holds, and would go on to say so of these; give the images themselves: "
+            "clkit forget --data folder:PATH"
         )
     chosen = _chosen(checkpoint, Path(path), heads)
     samples: dict[str, Any] = dict.fromkeys(chosen, (features, targets))

@@ -12,9 +12,12 @@ from torch import Tensor
 from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.files import check_output, read_checkpoint, write_checkpoint
 from clkit.methods.heads.base import Head
+from clkit.methods.heads.holdings import check_complete
+from clkit.methods.heads.portable import MergeTree
 from clkit.methods.heads.readout import layer_values
+from clkit.runs.contents import join_contents, read_contents
 from clkit.runs.heads import build_head, head_entries
-from clkit.schema import MERGED, STRATEGY, STREAM, Named, Numbers, saved_entry
+from clkit.schema import LEARNED, MERGED, STRATEGY, STREAM, Named, Numbers, saved_entry
 
 __all__ = ["HeadSummary", "hand_over", "merge_checkpoints", "save_checkpoint"]
 
@@ -29,12 +32,17 @@ class HeadSummary(NamedTuple):
     classes: int
 
 
-def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> list[HeadSummary]:
+def merge_checkpoints(
+    paths: Sequence[str | Path], output: str | Path, *, partial: bool = False, overwrite: bool = False
+) -> list[HeadSummary]:
     """Write a checkpoint whose heads have learned what those of all given ones have together.
 
     For heads that learned on several machines with one frozen network (federated learning, shards of a data set): each
     head equals the one of a single run over the union of the samples, up to the rounding of float64. A sample that two
-    of the runs have learned counts twice.
+    of the runs have learned counts twice. Heads are added in pairs, pairs of pairs and so on, and files are read one
+    after the other, so that many parts take little memory and their order changes no more than the last digits.
+
+    Files of ``clkit learn`` say which samples their heads hold: none is added twice there and none may be missing.
 
     The file is for ``validate``, ``test``, ``predict``, :func:`clkit.load_head`, further merging and export. No fit can
     go on from it: its runs were at different places of their streams. Weights, and whatever else is in the file, are
@@ -43,13 +51,15 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
     Args:
         paths: Two checkpoint files or more.
         output: The file to write; its folder must exist.
+        partial: Whether shards of a list may be missing, in files of ``clkit learn``.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
         What each head of the new file has learned.
 
     Raises:
-        ArgumentError: If there are fewer than two files, one is given twice, or ``output`` exists.
+        ArgumentError: If there are fewer than two files, one is given twice, or ``output`` exists; if two hold a sample
+            or a shard is missing, as far as files say so.
         StateError: If a file is damaged, holds no heads, or its heads cannot be added: other names, options, width or
             place of the features, or a network with other weights.
         ConfigurationError: If a head keeps a solution and no sums (``solver="recursive"``).
@@ -77,11 +87,27 @@ def merge_checkpoints(paths: Sequence[str | Path], output: str | Path, *, overwr
             raise ArgumentError(f"{file} is given twice: its samples would count twice")
     heads = _heads_of(merged, files[0])
     entries = head_entries(merged)
+    trees = {key: MergeTree() for key in heads}
+    for key, head in heads.items():
+        trees[key].add(head, owned=True)
+    contents = read_contents(merged, files[0]) if LEARNED in merged else None
     for file in files[1:]:
         other = read_checkpoint(file)
-        _add(heads, entries, other, files[0], file)
+        if (LEARNED in other) != (contents is not None):
+            says, silent = (files[0], file) if contents is not None else (file, files[0])
+            raise StateError(f"{says} says which samples its head holds and {silent} does not; merge files of one kind")
+        if contents is not None:
+            try:
+                join_contents(contents, read_contents(other, file), files[0], file)
+            except ArgumentError as error:
+                raise ArgumentError(f"{file}: {error} (the files before it hold it)") from error
+        _add(trees, entries, other, files[0], file)
         _refuse_other_network(merged, other, entries, files[0], file)
         _widen_position(merged, entries, other)
+    if contents is not None:
+        check_complete(contents.holds, partial, "--partial (partial=True)")
+        merged[LEARNED] = contents.state()
+    heads = {key: tree.total() for key, tree in trees.items()}
     nothing = {"rows": {}, "columns": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
     evaluations = {
         key: {**entry, **nothing}
@@ -120,17 +146,17 @@ def _heads_of(checkpoint: dict[str, Any], file: Path) -> dict[str, Head]:
 
 
 def _add(
-    heads: dict[str, Head], entries: dict[str, dict[str, Any]], other: dict[str, Any], first: Path, file: Path
+    trees: dict[str, MergeTree], entries: dict[str, dict[str, Any]], other: dict[str, Any], first: Path, file: Path
 ) -> None:
     """Add what the heads of another checkpoint have learned."""
     theirs, their_entries = _heads_of(other, file), head_entries(other)
-    for key in sorted(heads.keys() ^ theirs.keys()):
-        has, lacks, there = (first, file, theirs) if key in heads else (file, first, heads)
+    for key in sorted(trees.keys() ^ theirs.keys()):
+        has, lacks, there = (first, file, theirs) if key in trees else (file, first, trees)
         raise StateError(
             f"{key} is in {has} but not in {lacks}, which has {sorted(there)}; merge runs with the same heads under "
             "the same names"
         )
-    for key, head in heads.items():
+    for key, tree in trees.items():
         for name, what in (("in_features", "features of width"), ("tap", "features read at")):
             mine, their = entries[key].get(name), their_entries[key].get(name)
             if mine != their:
@@ -139,7 +165,7 @@ def _add(
                     "same place of the same network can be merged"
                 )
         try:
-            head.merge(theirs[key])
+            tree.add(theirs[key], owned=True)
         except ArgumentError as error:
             raise StateError(f"{key} of {file} cannot be merged into that of {first}: {error}") from error
 

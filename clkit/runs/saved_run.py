@@ -20,6 +20,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from clkit.callbacks import DEUP, DST, MEND, DSimplex, HeadCallback
 from clkit.callbacks.base import FeatureCallback, Stage
@@ -165,6 +166,15 @@ class SavedRun:
             trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, **options)
             trainer.validate(self.module, datamodule=self.data, ckpt_path=self.path, verbose=False, weights_only=True)
         return self.module, trainer
+
+    def answered(self, inputs: Tensor) -> tuple[pl.LightningModule, list[dict[str, dict[str, Tensor]]]]:
+        """Return the module, with its callbacks in ``learning`` taken up, and what each DEUP says of some inputs."""
+        batches = DataLoader([(inputs, torch.full((len(inputs),), -1))], batch_size=None)  # type: ignore[arg-type]  # any list
+        with _quiet(), _loading():
+            trainer = pl.Trainer(accelerator="cpu", devices=1, callbacks=list(self.learning), **_BARE)
+            trainer.predict(self.module, batches, return_predictions=False, ckpt_path=self.path, weights_only=True)
+        said = [each.predictions[0] for each in self.learning if isinstance(each, DEUP) and each.predictions]
+        return self.module, said
 
     def prepare(self, key: str, samples: int = 4) -> Any:
         """Load the checkpoint's weights into the module; return some inputs of the kind that a callback reads."""

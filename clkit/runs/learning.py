@@ -1,0 +1,324 @@
+"""Learning a folder of images into a file, more into it, some out of it again, and asking it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clkit.data.loader import Rows, Workers, cut_batches
+from clkit.errors import ArgumentError, BatchError, DataError
+from clkit.files import check_output
+from clkit.methods import shard_bounds
+from clkit.runs.learned import LearnedModel, NewModel
+from clkit.runs.listing import Listing, Reader, has_parts, list_samples, numbered
+
+__all__ = ["Learned", "Loading", "forget_images", "learn_images"]
+
+_SHOWN = 5  # images that a message names
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are read.
+
+    Attributes:
+        batch_size: Images that the network sees at a time.
+        num_workers: Processes that read; 0 reads in this one.
+        root: The data folder; that of ``CLKIT_DATA`` by default.
+        device: Where the network runs: ``"auto"`` is a GPU where there is one.
+        unreadable: Whether to ``"stop"`` at an image that cannot be read, or to ``"skip"`` it and say so.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 0
+    root: str | Path | None = None
+    device: str = "auto"
+    unreadable: Literal["stop", "skip"] = "stop"
+
+
+@dataclass
+class Learned:
+    """What became of :func:`learn_images` or :func:`forget_images`.
+
+    Attributes:
+        model: As it is now.
+        rows: How many images were learned, or forgotten.
+        known: How many were left out since the head holds them already.
+        unreadable: What is wrong with each image that was left out for that.
+        classes: How many classes the head had before, and has now.
+        samples: Likewise of images.
+        accuracy: By group of classes, how many test images there are, and how many are right before and after;
+            ``None`` where the head could not know them.
+    """
+
+    model: LearnedModel
+    rows: int = 0
+    known: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    classes: tuple[int, int] = (0, 0)
+    samples: tuple[int, int] = (0, 0)
+    accuracy: dict[str, tuple[int, int | None, int | None]] = field(default_factory=dict)
+
+
+def learn_images(
+    start: NewModel | str | Path,
+    data: str,
+    output: str | Path,
+    *,
+    empty: bool = False,
+    shard: tuple[int, int] | None = None,
+    test: str | None = None,
+    loading: Loading = Loading(),
+    overwrite: bool = False,
+) -> Learned:
+    """Learn images into a head on a frozen network and write a file that holds network, head and what it has learned.
+
+    Each image is learned once, in one pass, and the head is then the one of all images at once, up to the rounding of
+    float64. Classes are told apart by their names: those that the file knows keep their ids, new ones get the next.
+    Images that the head holds already, by class, file name and size (rows of other sources by their numbers), are left
+    out, so the same folder may be given again when it has grown.
+
+    Args:
+        start: A :class:`NewModel`, or the file to go on from.
+        data: A source by its short form; of a folder its ``<class>/*.jpg``, or ``train/<class>/*.jpg``.
+        output: The file to write, whole or not at all; its folder must exist.
+        empty: Whether only network, settings and ids of ``start`` are taken, and nothing that it has learned.
+        shard: ``(i, n)``: only the i-th of n parts of the list, from 0. :func:`clkit.merge_checkpoints` adds them up.
+        test: A source of test images, which are answered before and after; by default the ``test`` part of a folder
+            that has one.
+        loading: How images are read.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        ArgumentError: If a file is not there or ``output`` exists, there is no such shard, or an option is not known.
+        DataError: If nothing is there to learn; or an image cannot be read and ``loading`` says to stop: what was
+            learned before it is in ``output`` then, and the same command, from that file, goes on.
+        StateError: If a file is damaged, or of weights that do not fit.
+        WriteError: If the file cannot be written.
+    """
+    inputs = [] if isinstance(start, NewModel) else [Path(start)]
+    check_output(output, inputs, overwrite)
+    listing = list_samples(data, loading.root)
+    bounds = (0, len(listing)) if shard is None else shard_bounds(len(listing), *shard)
+    model = _opened(start, loading.device)
+    if empty:
+        model.emptied()
+    ids = _numbered(listing, model)
+    rows, known = _new_rows(listing, model, np.arange(*bounds))
+    if not len(rows):
+        raise DataError(f"{data} has no image that {start} does not hold already; nothing was written")
+    done = Learned(model, known=known, classes=(len(model.learned_classes), 0), samples=(model.samples, 0))
+    seen = _test_features(model, data, test, loading)
+    before = _answers(model, seen)
+    old = set(model.learned_classes)
+    stopped: str | None = None
+    upto = bounds[1]
+    learned: list[Rows] = []
+    for batch, (images, good, unreadable) in _read(model, listing, rows, loading):
+        if unreadable and loading.unreadable == "stop":
+            stopped, upto = unreadable[0], int(batch[0])
+            break
+        done.unreadable += unreadable
+        if len(good):
+            learned.append(good.numpy())
+            model.learn(model.features(images), ids[good])
+    taken = np.concatenate([rows[:0], *learned])
+    done.rows = int((ids.numpy()[taken] >= 0).sum())
+    if not done.rows and stopped is None:
+        raise DataError(f"none of the {len(rows)} images of {data} can be learned; nothing was written")
+    if done.rows:
+        left_out = [listing.name(row) for row in np.setdiff1d(rows[rows < upto], taken).tolist()]
+        _hold(model, listing, (bounds[0], upto), shard, taken, left_out)
+        model.write(output)
+    if stopped is not None:
+        raise DataError(_stop_message(stopped, data, output, done.rows, shard))
+    done.classes = (done.classes[0], len(model.learned_classes))
+    done.samples = (done.samples[0], model.samples)
+    done.accuracy = _accuracies(seen, before, _answers(model, seen), old, model)
+    return done
+
+
+def forget_images(
+    path: str | Path,
+    data: str,
+    output: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    loading: Loading = Loading(),
+    overwrite: bool = False,
+) -> Learned:
+    """Take images out of a file that :func:`learn_images` wrote: the head becomes the one that never saw them.
+
+    The network computes the features of the images again, so they must be there, under the names and in the classes
+    that they were learned with. A class is deleted by giving all its images.
+
+    Args:
+        path: The file.
+        data: A source by its short form, of the images to take out.
+        output: The file to write.
+        classes: Names of classes of ``data``; all by default.
+        loading: How images are read; all must be readable.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        ArgumentError: If a file is not there, ``output`` exists, or there is no such class.
+        DataError: If an image was never learned (by class, file name and size), or cannot be read. Nothing is written.
+    """
+    check_output(output, [Path(path)], overwrite)
+    listing = list_samples(data, loading.root)
+    model = LearnedModel.read(path, loading.device)
+    ids = _numbered(listing, model)
+    rows = np.arange(len(listing))
+    if classes is not None:
+        there = {name: number for number, name in listing.classes.items()}
+        if unknown := [name for name in classes if name not in there]:
+            raise ArgumentError(f"{data} has no class {unknown[0]!r}, but {sorted(there)[:20]}")
+        rows = rows[np.isin(listing.targets, [there[name] for name in classes])]
+    keys = listing.keys(rows)
+    if keys is None:
+        raise ArgumentError(f"{data} holds no image files, whose names say which samples they are; give a folder")
+    if len(strange := rows[~np.isin(keys, model.holds.keys)]):
+        named = ", ".join(listing.name(row) for row in strange[:_SHOWN].tolist())
+        more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
+        raise DataError(f"{named}{more}: not learned by {path} in this class, name and size; nothing was written")
+    done = Learned(model, classes=(len(model.learned_classes), 0), samples=(model.samples, 0))
+    for _, (images, good, unreadable) in _read(model, listing, rows, loading):
+        if unreadable:
+            raise DataError(f"{unreadable[0]}; nothing was written")
+        try:
+            model.head.subtract(model.features(images), ids[good].to(model.device))
+        except BatchError as error:
+            raise DataError(f"{path}: {error}") from error
+    model.holds.forget(keys)
+    model.write(output)
+    done.rows = len(rows)
+    done.classes = (done.classes[0], len(model.learned_classes))
+    done.samples = (done.samples[0], model.samples)
+    return done
+
+
+def _opened(start: NewModel | str | Path, device: str) -> LearnedModel:
+    return LearnedModel.new(start, device) if isinstance(start, NewModel) else LearnedModel.read(start, device)
+
+
+def _numbered(listing: Listing, model: LearnedModel) -> Tensor:
+    """Return the ids (N,) of the rows as the head has them; names of new classes join those of the model."""
+    wanted = {name: number for number, name in listing.classes.items()}
+    ids = numbered(list(listing.classes.values()), model.names, wanted)
+    model.names |= {number: name for name, number in ids.items()}
+    table = np.full(max([*listing.classes, 0]) + 2, -1, dtype=np.int64)  # the last place is that of -1
+    for number, name in listing.classes.items():
+        table[number] = ids[name]
+    return torch.from_numpy(table[listing.targets])
+
+
+def _new_rows(listing: Listing, model: LearnedModel, rows: Rows) -> tuple[Rows, int]:
+    """Return the rows that the head does not hold yet, and how many it holds."""
+    keys = listing.keys(rows)
+    if keys is not None:
+        new = rows[~np.isin(keys, model.holds.keys)]
+    else:
+        new = rows
+        for start, stop in model.holds.held(listing.digest):
+            new = new[(new < start) | (new >= stop)]
+    return new, len(rows) - len(new)
+
+
+def _hold(
+    model: LearnedModel,
+    listing: Listing,
+    bounds: tuple[int, int],
+    shard: tuple[int, int] | None,
+    learned: Rows,
+    left_out: list[str],
+) -> None:
+    """Note the rows that were seen to; some of them may have been held before."""
+    new = [bounds]
+    for start, stop in model.holds.held(listing.digest):
+        new = [
+            part
+            for first, last in new
+            for part in ((first, min(last, start)), (max(first, stop), last))
+            if part[0] < part[1]
+        ]
+    cut = 1 if shard is None else shard[1]
+    keys = listing.keys(learned)
+    model.holds.add(listing.spec, len(listing), new, cut=cut, digest=listing.digest, keys=keys, left_out=left_out)
+
+
+def _read(model: LearnedModel, listing: Listing, rows: Rows, loading: Loading) -> Iterator[tuple[Rows, Any]]:
+    """Yield the rows of each batch and what the reader gave, and show on a terminal how far it is."""
+    from rich.console import Console
+    from rich.progress import track
+
+    reader = Reader(listing.part, listing.targets, model.preprocessing)
+    workers = Workers(reader, loading.num_workers)
+    batches = cut_batches(rows, loading.batch_size)
+    try:
+        loaded = zip(batches, workers.batches([(0, batch) for batch in batches]), strict=True)
+        console = Console(stderr=True)
+        hidden = not sys.stderr.isatty()
+        yield from track(loaded, listing.spec, len(batches), console=console, transient=True, disable=hidden)
+    finally:
+        workers.close()
+
+
+def _stop_message(reason: str, data: str, output: str | Path, rows: int, shard: tuple[int, int] | None) -> str:
+    reason += "; repair or remove it, or leave such images out: --unreadable skip"
+    if not rows:
+        return f"{reason}. Nothing was learned before it, and nothing was written"
+    part = "" if shard is None else f" --shard {shard[0]}/{shard[1]}"
+    return (
+        f"{reason}. {output} holds the {rows} images before it; go on with: clkit learn {output} --data {data}{part} "
+        f"-o {output} --force"
+    )
+
+
+# ---- before and after
+
+
+def _test_features(model: LearnedModel, data: str, test: str | None, loading: Loading) -> tuple[Tensor, Tensor] | None:
+    """Return features (T, D) and class ids (T,) of the test images; -1 for classes that are not known."""
+    if test is None and not has_parts(data, loading.root):
+        return None
+    listing = list_samples(test or data, loading.root, "test")
+    known = {name: number for number, name in model.names.items()}
+    ids = torch.tensor([known.get(listing.classes.get(each, ""), -1) for each in listing.targets.tolist()])
+    features, rows = [], []
+    for _, (images, good, _) in _read(model, listing, np.arange(len(listing)), loading):
+        if len(good):
+            features.append(model.features(images).cpu())
+            rows.append(good)
+    if not rows:
+        raise DataError(f"none of the test images of {listing.spec} can be read")
+    return torch.cat(features), ids[torch.cat(rows)]
+
+
+def _answers(model: LearnedModel, seen: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    if seen is None or not model.samples:
+        return None
+    return torch.cat([model.head.predict(rows.to(model.device)).cpu() for rows in seen[0].split(4096)])
+
+
+def _accuracies(
+    seen: tuple[Tensor, Tensor] | None, before: Tensor | None, after: Tensor | None, old: set[int], model: LearnedModel
+) -> dict[str, tuple[int, int | None, int | None]]:
+    if seen is None:
+        return {}
+    ids = seen[1]
+    new = set(model.learned_classes) - old
+    found: dict[str, tuple[int, int | None, int | None]] = {}
+    for group, classes in (("classes known before", old), ("new classes", new), ("all", old | new)):
+        chosen = torch.isin(ids, torch.tensor(sorted(classes), dtype=torch.int64))
+        number = int(chosen.sum())
+        if number and (group != "all" or len(found) == 2):
+            counts = [None if each is None else int((each == ids)[chosen].sum()) for each in (before, after)]
+            found[group] = (number, None if group == "new classes" else counts[0], counts[1])
+    return found
