@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import runpy
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -868,3 +869,35 @@ def test_edits_of_digits_hold_and_cost_less_than_fine_tuning(mend: ModuleType) -
     assert corrected.drawdown <= 4  # of one seed; the benchmark asks for 3 of the median of three
     assert carefully.reliability == 1.0
     assert carefully.drawdown <= 1  # likewise; there 0.5
+
+
+# ---- shards, and extraction
+
+
+def test_a_small_cluster_with_killed_processes_equals_one_process(tmp_path: Path) -> None:
+    """In a process of its own, which forks its workers."""
+    file = tmp_path / "shards.json"
+    sizes = "--rows 7300 --width 16 --classes 5 --shards 7 --killed 2 "
+    sizes += "--large-width 512 --large-classes 10 --large-parts 2 4"
+    command = [sys.executable, str(SCRIPT.with_name("shards.py")), *sizes.split(), "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())
+    cluster = found["cluster"]
+    assert (cluster["killed"], cluster["started"], cluster["samples"]) == (2, 9, 7300)
+    assert cluster["difference"] <= 1e-12
+    assert f"shard {cluster['doubled']}/7 of 'made rows' is held already" in cluster["twice"]
+    assert f"shard {cluster['lost']}/7 of 'made rows' is missing" in cluster["missing"]
+    assert [row["parts"] for row in found["merge"]] == [2, 4]
+    assert all(found["goals"].values())
+
+
+def test_learning_is_measured_beside_a_bare_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extraction = loaded(SCRIPT.with_name("extraction.py"))
+    file = tmp_path / "extraction.json"
+    sizes = "--backbone test_resnet --images 20 --side 32 --batch-size 8 --rounds 1"
+    status = extraction.main([*sizes.split(), "--json", str(file)])
+    figures = json.loads(file.read_text())
+    assert figures["ratio"] == pytest.approx(figures["learn_images_s"] / figures["bare_images_s"])
+    assert status == int(figures["ratio"] < extraction.GOAL)
+    assert ("MISSED" in capsys.readouterr().out) == bool(status)
