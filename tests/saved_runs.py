@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from clkit import export, load_head, merge_checkpoints
 from clkit.callbacks import AEFOCL, DST, LDA, NMC, StreamEvaluation
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.methods import Growth, OnProLosses, PruneSchedule
+from clkit.runs.learned import NewModel
+from clkit.runs.learning import learn_images
 from clkit.strategies import (
     DERPPStrategy,
     ERACEStrategy,
@@ -167,6 +170,18 @@ def scores(path: Path, name: str) -> list[list[float]]:
     return values.tolist()
 
 
+def write_learned(path: Path) -> None:
+    """Write a file of ``clkit learn``: half of some features of the network, as the first of two shards."""
+    parts = {}
+    for part, first, number in (("train", 0, TRAINED), ("test", 40, MEASURED)):
+        images, labels = rows(first, number).tensors
+        with torch.no_grad():
+            parts |= {f"f_{part}": Module().eval().net[:-1](images).numpy(), f"y_{part}": labels.numpy()}
+    with tempfile.TemporaryDirectory() as other, contextlib.chdir(other):  # the file names its data
+        np.savez("features.npz", **parts)
+        learn_images(NewModel("identity"), "features:./features.npz", path, shard=(0, 2))
+
+
 def main() -> None:
     """Write the files of this version and what they must give."""
     folder = FOLDER / VERSION
@@ -182,7 +197,9 @@ def main() -> None:
         with contextlib.chdir(other):  # the file names those that it is made of
             merge_checkpoints(["first.ckpt", "gradient_free.ckpt"], folder / "merged.ckpt")
         export(run.module, run.heads[0], folder / "exported.pt", example=rows(40, 1).tensors[0])
-    for name, heads in {"gradient_free": NAMES, "merged": NAMES, "exported": NAMES[:1]}.items():
+    write_learned(folder / "learned.ckpt")
+    heads_of = {"gradient_free": NAMES, "merged": NAMES, "exported": NAMES[:1], "learned": NAMES[2:]}
+    for name, heads in heads_of.items():
         suffix = "pt" if name == "exported" else "ckpt"
         expected.setdefault(name, {})["scores"] = {head: scores(folder / f"{name}.{suffix}", head) for head in heads}
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from clkit.runs.learned import LearnedModel
 from tests.saved_runs import FOLDER, STRATEGIES, Run, scores
 
 EXPECTED: dict[Path, Any] = {
@@ -45,3 +46,11 @@ def test_heads_of_the_file_predict_as_they_did(folder: Path, name: str) -> None:
     path = next(folder.glob(f"{name}.*"))
     for head, expected in EXPECTED[folder][name]["scores"].items():
         assert_close(scores(path, head), expected)
+
+
+@pytest.mark.parametrize("folder", [folder for folder, expected in EXPECTED.items() if "learned" in expected])
+def test_a_part_still_says_what_it_holds(folder: Path) -> None:
+    model = LearnedModel.read(folder / "learned.ckpt")
+    assert model.holds.rows == model.samples == 30
+    assert model.holds.missing() == ["shard 1/2 of 'features:./features.npz'"]
+    assert model.names == {label: str(label) for label in model.names}
