@@ -157,9 +157,21 @@ class EditLog:
                 )
 
     def append(
-        self, weights: Mapping[str, Tensor], factors: Mapping[str, Factors], scale: float, **entry: Any
+        self,
+        weights: Mapping[str, Tensor],
+        factors: Mapping[str, Factors],
+        scale: float,
+        deltas: Mapping[str, Tensor] | None = None,
+        **entry: Any,
     ) -> EditRecord:
         """Apply an edit, and return its record; ``entry`` are the images and labels.
+
+        Args:
+            weights: The weights.
+            factors: What the edit adds, before it is scaled.
+            scale: What that is multiplied by.
+            deltas: The two multiplied out as by :meth:`deltas`, where that is known.
+            entry: Images ``x`` and labels ``y``.
 
         Raises:
             EditConflictError: If a weight is not what the log says; nothing is changed then.
@@ -168,7 +180,8 @@ class EditLog:
         record = EditRecord(self._next_id, scale=scale, factors=dict(factors), **entry)
         with exact():
             new = {name: weights[name].detach().cpu().clone() for name in factors if name not in self._bank}
-            sums = self._added({**self._sums, **{name: value.double() for name, value in new.items()}}, [record])
+            sums = {**self._sums, **{name: value.double() for name, value in new.items()}}
+            sums = self._moved(sums, self.deltas(record) if deltas is None else deltas)
         self._bank.update(new)
         self._write(weights, sums)
         self._next_id += 1
@@ -214,14 +227,19 @@ class EditLog:
         """
         if not self._blocks:
             self.check(weights)
+        several = list(edits)
+        named = {name for record in several for name in record.factors} | (set(self._bank) if alone else set())
+        sums, base = self._sums, dict[str, Tensor]()
         with exact():
-            before = {name: weight.detach().clone() for name, weight in weights.items()}
-            live = {name: weight.cpu().double() for name, weight in before.items()}
-        sums = dict(self._sums)
-        base = {**live, **(self._originals() if alone else sums)}
+            before = {name: weights[name].detach().clone() for name in named}
+            for name, live in before.items():
+                if alone and name in self._bank:
+                    base[name] = self._bank[name].double()
+                else:
+                    base[name] = sums[name] if name in sums else live.cpu().double()
         self._blocks += 1
         try:
-            self._write(weights, self._added(base, edits))
+            self._write(weights, {**sums, **self._added(base, several)})
             yield
         finally:
             self._blocks -= 1
@@ -300,9 +318,11 @@ class EditLog:
         with exact():
             sums = dict(base)
             for record in records:
-                for name, delta in self.deltas(record).items():
-                    sums[name] = sums[name] + delta.view_as(sums[name])
+                sums = self._moved(sums, self.deltas(record))
             return sums
+
+    def _moved(self, sums: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**sums, **{name: sums[name] + delta.view_as(sums[name]) for name, delta in deltas.items()}}
 
     def _write(self, weights: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
         with exact():

@@ -127,90 +127,98 @@ class Attempt:
 
     def carry_out(self, rule: Rule) -> EditResult:
         """Edit by a rule."""
-        before = self.network.logits(self.images.x)
-        share = rule.flip_share
-        if rule.skip_satisfied and self._is_done(share):
-            return self._result("satisfied", before, reason="the images have these answers already")
+        before = self._seen()
+        if rule.skip_satisfied and self._is_done(before, rule.flip_share):
+            return self._result("satisfied", before, before, reason="the images have these answers already")
         found, reason = self._search(rule)
         if found is None:
-            return self._result("refused", before, reason=reason)
-        original = logits = None
+            return self._result("refused", before, before, reason=reason)
+        trial, status, against = found.multiplied_out(), "applied", ""
+        report, reason, logits, original = None, "", None, None
         if self.reference is not None:
             logits = self.reference.logits(self.network.logits)
             with self._shown([], alone=True):
                 original = self.reference.logits(self.network.logits)
-        factors, scale, repeats = found
-        trial = _multiplied_out(factors)
-        status: Literal["applied", "scaled"] = "applied"
-        report, reason = None, ""
-        shrinks = rule.scale != "smallest" and rule.guard is not None and rule.guard.policy == "scale"
         bounded = self.reference is not None or rule.accept is not None
-        for part in _SHRINKING if shrinks and bounded else (1.0,):
-            with self._shown([self._record(trial, scale * part)]):
-                after = self.network.logits(self.images.x)
-                if self.reference is not None and logits is not None and original is not None:
-                    their = self.reference.logits(self.network.logits)
-                    report = self.reference.report(self.objective, original, logits, their)
-                against = "" if rule.accept is None else rule.accept()
-            if not bool(torch.isfinite(after).all()):
-                return self._result("refused", before, reason="the edited network gives answers that are not finite")
+        shrinks = bounded and rule.scale != "smallest" and rule.guard is not None and rule.guard.policy == "scale"
+        for part in _SHRINKING if shrinks else (1.0,):
+            scale = found.scale * part
+            after = found.seen if part == 1.0 else None
+            if after is None or bounded:
+                with self._shown([self._record(trial, scale)]):
+                    after = after or self._seen()
+                    if self.reference is not None and logits is not None and original is not None:
+                        their = self.reference.logits(self.network.logits)
+                        report = self.reference.report(self.objective, original, logits, their)
+                    against = "" if rule.accept is None else rule.accept()
+            if not bool(torch.isfinite(after.own).all()):
+                reason = "the edited network gives answers that are not finite"
+                return self._result("refused", before, before, reason=reason)
             broken = rule.guard.broken_by(report) if rule.guard is not None and report is not None else ""
             broken = broken or against
             reason = reason or broken
             if not broken:
-                scale, status = scale * part, "applied" if part == 1.0 else "scaled"
+                status = "applied" if part == 1.0 else "scaled"
                 break
         if broken and not against and rule.guard is not None and rule.guard.policy == "warn":
             warnings.warn(f"{broken}; the edit is applied all the same (policy='warn')", stacklevel=4)
         elif broken:
-            return self._result("refused", before, reason=broken, report=report)
-        elif status == "scaled" and not bool(self.objective.hits(after, self.images.y).all()):
+            return self._result("refused", before, before, reason=broken, report=report)
+        elif status == "scaled" and not bool(self.objective.hits(after.own, self.images.y).all()):
             reason = f"{reason}; at a scale of {scale:.3g} it does not, but the answer is not the wanted one"
-            return self._result("refused", before, reason=reason, report=report)
-        return self.apply(factors, scale, before, status=status, reason=reason, report=report, repeats=repeats)
+            return self._result("refused", before, before, reason=reason, report=report)
+        deltas = self.log.deltas(self._record(trial, scale))
+        known: dict[str, Any] = {"status": status, "reason": reason, "report": report, "repeats": found.repeats}
+        return self.apply(found.factors, scale, before, after, deltas, **known)
 
     def apply(
         self,
         factors: Mapping[str, Factors],
         scale: float,
-        before: Tensor,
+        before: Seen | None = None,
+        after: Seen | None = None,
+        deltas: Mapping[str, Tensor] | None = None,
         *,
         status: Literal["applied", "scaled"] = "applied",
-        reason: str = "",
-        report: LocalityReport | None = None,
-        repeats: int = 1,
+        **known: Any,
     ) -> EditResult:
-        """Write an edit into the weights and the log."""
+        """Write an edit into the weights and the log.
+
+        Args:
+            factors: What is added.
+            scale: What that is multiplied by.
+            before: What was seen before it, where that is known.
+            after: What is seen with it.
+            deltas: The factors and the scale multiplied out.
+            status: Of the result.
+            known: What else the result has.
+        """
+        before = before or self._seen()
         weights = self.network.weights()
-        old = {name: weight.detach().cpu().double() for name, weight in weights.items()}
-        earlier = list(self.log.records)
-        record = self.log.append(weights, factors, scale, x=self.images.x.cpu(), y=self.images.y.cpu())
-        deltas = self.log.deltas(record)
-        wanted = sum(float(delta.square().sum()) for delta in deltas.values())
-        moved = {name: (weights[name].detach().cpu().double() - old[name]).view_as(deltas[name]) for name in deltas}
-        realised = (
-            sum(float((moved[name] * delta).sum()) for name, delta in deltas.items()) / wanted if wanted else None
-        )
+        earlier, entry = list(self.log.records), {"x": self.images.x.cpu(), "y": self.images.y.cpu()}
+        if deltas is None:
+            deltas = self.log.deltas(EditRecord(-1, **entry, scale=scale, factors=dict(factors)))
+        old = {name: weights[name].detach().cpu().clone() for name in deltas}
+        record = self.log.append(weights, factors, scale, deltas, **entry)
+        wanted = moved = 0.0
+        sizes: dict[str, float] = {}
+        for name, delta in deltas.items():
+            added = (weights[name].detach().cpu().double() - old[name].double()).reshape(delta.shape)
+            moved += float((added * delta).sum())
+            wanted += float(delta.square().sum())
+            sizes[name] = float(delta.norm() / old[name].double().norm())
+        realised = moved / wanted if wanted else None
         if realised is not None and realised < _REALISED:
             warnings.warn(
                 f"weights of {next(iter(weights.values())).dtype} are too coarse for edit {record.id}: {realised:.0%} "
                 "of it is there; edit the network in float32",
                 stacklevel=5,
             )
-        return self._result(
-            status,
-            before,
-            id=record.id,
-            reason=reason,
-            scale=scale,
-            repeats=repeats,
-            sizes={name: float(delta.norm() / old[name].norm()) for name, delta in deltas.items()},
-            realised=realised,
-            report=report,
-            retention=retained(self.network, self.objective, earlier),
-        )
+        known |= {"id": record.id, "scale": scale, "sizes": sizes, "realised": realised}
+        held = retained(self.network, self.objective, earlier)
+        return self._result(status, before, after or self._seen(), **{"repeats": 1, **known}, retention=held)
 
-    def _search(self, rule: Rule) -> tuple[tuple[dict[str, Factors], float, int] | None, str]:
+    def _search(self, rule: Rule) -> tuple[_Found | None, str]:
         """Return factors, their scale and the number of proposals; or why there are none."""
         scales = SCALES if rule.scale == "smallest" else (1.0 if rule.scale == "unit" else float(rule.scale),)
         parts: list[tuple[dict[str, Factors], float]] = []
@@ -224,20 +232,33 @@ class Attempt:
                     "no gradient reaches the edited layers: the answer is too certain, or a branch is switched off",
                 )
             trial = _multiplied_out(factors)
+            last = rule.scale != "smallest" and repeat == rule.max_repeats
             for scale in scales:
+                if last:
+                    return _Found(*joined([*parts, (factors, scale)]), repeat, None if parts else trial, None), ""
                 with self._shown([*so_far, self._record(trial, scale)]):
-                    done = self._is_done(rule.flip_share)
-                if done or (rule.scale != "smallest" and repeat == rule.max_repeats):
-                    return (*joined([*parts, (factors, scale)]), repeat), ""
+                    seen = self._seen(rule.flip_share)
+                if self._is_done(seen, rule.flip_share):
+                    whole = None if parts else trial
+                    return _Found(*joined([*parts, (factors, scale)]), repeat, whole, None if parts else seen), ""
             parts.append((factors, scales[-1] if rule.scale != "smallest" else 1.0))
         return None, f"no scale up to {scales[-1]} gives the wanted answers"
 
-    def _is_done(self, share: float) -> bool:
-        """Whether all edited images and a share of their equivalents have the wanted answers now."""
-        logits = self.network.logits(torch.cat([self.images.x, self.images.others]))
-        hits = self.objective.hits(logits, torch.cat([self.images.y, self.images.their_y]))
-        own, others = hits[: len(self.images.x)], hits[len(self.images.x) :]
-        return bool(own.all()) and (not len(others) or float(others.double().mean()) >= share)
+    def _seen(self, share: float | None = None) -> Seen:
+        """Return what the network answers now; with a share, of equivalents only where the images have their labels."""
+        own, others = self.network.logits(self.images.x), None
+        if not len(self.images.others):
+            others = own[:0]
+        elif share is None or bool(self.objective.hits(own, self.images.y).all()):
+            others = self.network.logits(self.images.others)
+        return Seen(own, others)
+
+    def _is_done(self, seen: Seen, share: float) -> bool:
+        """Whether all edited images and a share of their equivalents have the wanted answers."""
+        if seen.others is None or not bool(self.objective.hits(seen.own, self.images.y).all()):
+            return False
+        hits = self.objective.hits(seen.others, self.images.their_y)
+        return not len(hits) or float(hits.double().mean()) >= share
 
     def _shown(self, records: list[EditRecord], *, alone: bool = False) -> Any:
         return self.log.shown(self.network.weights(), records, alone=alone)
@@ -245,13 +266,14 @@ class Attempt:
     def _record(self, factors: dict[str, Factors], scale: float) -> EditRecord:
         return EditRecord(-1, self.images.x, self.images.y, scale, factors=factors)
 
-    def _result(self, status: Any, before: Tensor, report: LocalityReport | None = None, **known: Any) -> EditResult:
+    def _result(
+        self, status: Any, before: Seen, after: Seen, report: LocalityReport | None = None, **known: Any
+    ) -> EditResult:
         images, objective = self.images, self.objective
-        after = self.network.logits(images.x)
         generality = None
         if len(images.others):
-            hits = objective.hits(self.network.logits(images.others), images.their_y)
-            generality = float(hits.double().mean())
+            assert after.others is not None
+            generality = float(objective.hits(after.others, images.their_y).double().mean())
         entries: dict[str, Any] = {
             "id": None,
             "reason": "",
@@ -261,15 +283,40 @@ class Attempt:
             "realised": None,
             "retention": None,
             "label": images.y.tolist(),
-            "prediction_before": objective.answers(before).tolist(),
-            "prediction_after": objective.answers(after).tolist(),
-            "probability_before": objective.probabilities(before, images.y).tolist(),
-            "probability_after": objective.probabilities(after, images.y).tolist(),
-            "reliability": float(objective.hits(after, images.y).double().mean()),
+            "prediction_before": objective.answers(before.own).tolist(),
+            "prediction_after": objective.answers(after.own).tolist(),
+            "probability_before": objective.probabilities(before.own, images.y).tolist(),
+            "probability_after": objective.probabilities(after.own, images.y).tolist(),
+            "reliability": float(objective.hits(after.own, images.y).double().mean()),
             "generality": generality,
             "locality": report,
         }
         return EditResult(status=status, seconds=time.perf_counter() - self.started, **{**entries, **known})
+
+
+class Seen(NamedTuple):
+    """What the network answers.
+
+    Attributes:
+        own: (B, C) logits of the edited images.
+        others: (M, C) of their equivalents; ``None`` where they do not matter, since an image is answered wrongly.
+    """
+
+    own: Tensor
+    others: Tensor | None
+
+
+class _Found(NamedTuple):
+    """An edit that was found, and what is known of it already."""
+
+    factors: dict[str, Factors]
+    scale: float
+    repeats: int
+    trial: dict[str, Factors] | None
+    seen: Seen | None
+
+    def multiplied_out(self) -> dict[str, Factors]:
+        return _multiplied_out(self.factors) if self.trial is None else self.trial
 
 
 def retained(network: EditedNetwork, objective: Objective, records: list[EditRecord]) -> float | None:

@@ -195,7 +195,7 @@ class GradientEditor(TrainedEditor):
         """
         check_number("scale", scale)
         attempt = self._attempt(*self._pair((proposal.x, proposal.y)), None, None)
-        return attempt.apply(proposal.factors, scale, self._network.logits(attempt.images.x))
+        return attempt.apply(proposal.factors, scale)
 
     def edit(
         self,

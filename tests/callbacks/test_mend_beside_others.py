@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clkit.callbacks import AEFOCL, DEUP, DST, LDA, MEND, NMC, DSimplex, FeatureCallback
 from clkit.data import ClassIncremental, StreamDataModule, TaskIncremental
-from clkit.errors import ConfigurationError
+from clkit.errors import ArgumentError, ConfigurationError
 from clkit.methods import Guard, PruneSchedule
 from clkit.strategies import GradientFreeStrategy
 from clkit.surgery.fixed_classifier import simplex_classifier_of
@@ -78,6 +78,28 @@ def test_an_edit_of_a_head_survives_a_checkpoint_and_is_taken_back_there(tmp_pat
     assert torch.equal(other.head(features(module, x[800:900])), head.head(features(module, x[800:900])))
     again.revert(0)
     assert torch.allclose(other.head(features(module, x[800:900])), unedited, rtol=1e-10)
+
+
+def test_an_edit_of_a_head_that_is_committed_stays(tmp_path: Path) -> None:
+    head, mend = NMC(), MEND(guard=None, weight=200)
+    trainer, module = frozen(tmp_path, head, mend)
+    x, _ = digits()
+    plain = head.head.counts.clone()
+    for at in (800, 801):
+        wanted = (head.head.predict(features(module, x[at : at + 1])) + 1) % 10
+        assert mend.edit(x[at : at + 1], wanted).route == "exact"
+    mend.revert(1)
+    counts = head.head.counts.clone()
+    mend.commit()
+    assert torch.equal(head.head.counts, counts)
+    assert not torch.equal(counts, plain)
+    with pytest.raises(ArgumentError, match="edit 0 was committed"):
+        mend.revert(0)
+    assert [(entry.committed, entry.features) for entry in mend.records] == [(True, None)]
+    again = MEND()
+    again.load_state_dict(mend.state_dict())
+    assert [(entry.id, entry.committed) for entry in again.records] == [(0, True)]
+    assert trainer
 
 
 def test_the_guard_of_a_head_refuses_and_changes_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from sklearn.datasets import load_digits
 from small_runs import LitSmall, quiet_trainer
 from torch import Tensor, nn
@@ -127,6 +128,35 @@ def test_the_editor_is_saved_with_its_edits_and_found_again(tmp_path: Path) -> N
     again.revert(1)
     assert same(bits(fresh), trained())
     assert again.edit(*pairs[2]).id == 2
+
+
+def test_what_is_committed_is_part_of_the_network_for_good(tmp_path: Path) -> None:
+    module, mend = made(), MEND(LAYER, guard=None)
+    trainer = validated(tmp_path, mend, module)
+    pairs = mistakes(module)
+    for pair in pairs:
+        mend.edit(*pair)
+    edited = bits(module)
+    with torch.inference_mode():  # as in a hook of an evaluation
+        mend.commit(1)
+    assert same(bits(module), edited)
+    with pytest.raises(ArgumentError, match="edit 1 was committed"):
+        mend.revert(1)
+    mend.revert(0)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    fresh, again = LitSmall(), MEND()
+    later = validated(tmp_path, again, fresh, ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
+    for callback in (mend, again):
+        callback.revert_all()
+        assert [(entry.id, entry.committed) for entry in callback.records] == [(1, True)]
+    assert same(bits(fresh), bits(module))
+    assert bool(module(pairs[1][0]).argmax(1) == pairs[1][1])
+    assert not same(bits(module), trained())
+    again.edit(*pairs[0])
+    again.commit()
+    assert [(entry.id, entry.committed) for entry in again.records] == [(1, True), (3, True)]
+    assert later
 
 
 def test_weights_that_something_else_changed_are_a_conflict_at_the_start(tmp_path: Path) -> None:
@@ -312,6 +342,36 @@ def test_weights_of_which_an_average_is_kept_are_edited_on_request_alone(tmp_pat
     trainer = quiet_trainer(tmp_path, callbacks=[MEND(LAYER, edits=pairs), average], max_epochs=2)
     with pytest.raises(ConfigurationError, match="StochasticWeightAveraging averages the weights"):
         trainer.fit(made(), loader(0, 100))
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_strategies_that_split_the_network_are_refused(kind: type[Any]) -> None:
+    class Trainer:
+        strategy = kind.__new__(kind)  # not all can be made without what they need
+
+    with pytest.raises(
+        ConfigurationError, match=rf"MEND\(mend\) cannot edit weights under {kind.__name__}.*strategy=\"ddp\""
+    ):
+        MEND().setup(Trainer(), made(), "fit")  # type: ignore[arg-type]  # what of a trainer is looked at
+
+
+def test_two_callbacks_do_not_edit_one_layer(tmp_path: Path) -> None:
+    """Each would take the other's edits for weights that something else changed."""
+    module, pairs = made(), mistakes(made())
+    two = [MEND(LAYER, edits=pairs[at : at + 1], guard=None, name=name) for at, name in enumerate(("first", "second"))]
+    trainer = quiet_trainer(tmp_path, callbacks=two, max_epochs=1)
+    with pytest.raises(ConfigurationError, match=r"MEND\(second\) would change 'net\.hidden', .*edit of MEND\(first\)"):
+        trainer.fit(module, loader(0, 100), loader())
+    module, two = made(), [MEND(LAYER, guard=None, name=name) for name in ("first", "second")]
+    trainer = validated(tmp_path, two[0], module, two[1])
+    for mend, pair in zip(two, pairs[:2], strict=True):  # when the run is over
+        assert mend.edit(*pair).status == "applied"
+    with pytest.raises(EditConflictError, match=r"net\.hidden"):
+        two[0].revert(0)
+    for mend in reversed(two):
+        mend.revert(0)
+    assert same(bits(module), trained())
+    assert trainer
 
 
 def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path: Path) -> None:

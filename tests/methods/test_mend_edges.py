@@ -1,0 +1,149 @@
+"""What an editor meets seldom: other precisions and layouts, two heads, edits that are committed, another device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from test_mend_edits import answers, bits, make, rows, same, second_best, unsure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clkit.errors import ArgumentError
+from clkit.methods import GradientEditor
+
+pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
+
+
+def images(n: int, seed: int = 0, size: int = 32) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scale", ["smallest", "unit"])
+def test_of_a_network_in_double_precision_all_of_an_edit_is_there(scale: Any) -> None:
+    editor = make(dtype=torch.float64)
+    before = bits(editor)
+    x, y = unsure(editor, 1, 60)
+    result = editor.edit(x, y, scale=scale, guard=None)
+    for name in editor.layers:
+        moved = bits(editor)[f"{name}.weight"] - before[f"{name}.weight"]
+        assert result.sizes[name] == pytest.approx(float(moved.norm() / before[f"{name}.weight"].norm()), rel=1e-9)
+    assert result.realised == pytest.approx(1.0, abs=1e-9)
+
+
+def test_gradients_below_half_precision_are_refused_by_name() -> None:
+    """Each layer behind the edited one makes a gradient smaller, until float16 has 0 for it."""
+    editor = make("first", dtype=torch.float16, alpha=0.1)
+    model = editor._network.model
+    with torch.no_grad():
+        model.fc.weight.mul_(1e-3)
+        model.second.weight.mul_(1e-6)
+    x, before = rows(1), bits(editor)
+    with torch.no_grad():
+        logits = model(x.half())
+    wide = [each.detach().float() for each in (logits[0], model.fc.weight, model.second.weight)]
+    gradient = (wide[0].softmax(0) - F.one_hot(torch.tensor(1), 5)) @ wide[1] @ wide[2]
+    assert 0 < float(gradient.abs().max()) < 2**-25  # half of the smallest number of float16, so it is 0 there
+    result = editor.edit(x, torch.tensor([1]), guard=None)
+    assert result.status == "refused"
+    assert "no gradient reaches the edited layers" in result.reason
+    assert same(bits(editor), before)
+
+
+def test_a_network_in_channels_last_is_edited_as_any_and_stays_so() -> None:
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=5, zero_init_last=False).eval().double()
+        model.to(memory_format=layout)
+        editor = GradientEditor(model, example=images(2))
+        editor.fit_statistics([(images(20, 1), torch.arange(20) % 5)])
+        x = images(1, 2).double().to(memory_format=layout)
+        result = editor.edit(x, model(x).topk(2).indices[0, 1:], guard=None)
+        assert result.status == "applied"
+        convolutions = [model.get_submodule(name).weight for name in editor.layers]
+        assert all(weight.is_contiguous(memory_format=layout) for weight in convolutions)
+        found.append(editor.export_state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_two_heads_are_edited_by_the_loss_of_what_the_network_returns() -> None:
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 16, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, **size).eval().double()
+    editor = GradientEditor(model, "head", example=images(2), norm_scope="none", alpha=0.5)
+    assert editor.layers == ["head", "head_dist"]
+    x, y = images(1, 3), torch.tensor([2])
+    proposal = editor.propose(x, y)
+    weights = [model.get_parameter(f"{name}.weight") for name in editor.layers]
+    exact = torch.autograd.grad(F.cross_entropy(model(x.double()), y), weights)
+    for name, gradient in zip(editor.layers, exact, strict=True):
+        torch.testing.assert_close(proposal.factors[name].delta(), -0.5 * gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_committed_edits_are_part_of_the_weights(tmp_path: Any) -> None:
+    editor, start = make(), bits(make())
+    x, y = rows(3, 61), second_best(editor, rows(3, 61))
+    for i in range(3):
+        editor.edit(x[i : i + 1], y[i : i + 1], scale="unit", guard=None)
+    edited, records = bits(editor), editor.log
+    kept = make()  # what the network is with the second and third alone
+    for i in (1, 2):
+        kept.edit_log.append(kept._network.weights(), records[i].factors, 1.0, x=x[i : i + 1], y=y[i : i + 1])
+    editor.commit([1])
+    assert same(bits(editor), edited)
+    with pytest.raises(ArgumentError, match="edit 1 was committed"):
+        editor.revert(1)
+    assert editor.retention == pytest.approx(float((answers(editor, x).argmax(1) == y).double().mean()))
+    editor.revert(0)
+    assert same(bits(editor), bits(kept))
+    torch.save([editor.state_dict(), editor.model.state_dict()], tmp_path / "edits.pt")
+    state, weights = torch.load(tmp_path / "edits.pt", weights_only=True)
+    fresh = make()
+    fresh.model.load_state_dict(weights)
+    fresh.load_state_dict(state)
+    for each in (editor, fresh):
+        each.revert_all()
+        assert [(record.id, record.committed) for record in each.log] == [(1, True)]
+    kept.revert(1)
+    assert same(bits(editor), bits(kept))
+    assert same(bits(fresh), bits(kept))
+    assert not same(bits(editor), start)
+    editor.commit()  # of nothing
+    assert same(bits(editor), bits(kept))
+
+
+def test_step_sizes_move_by_their_own_rate() -> None:
+    """As multiples of their start: gradients that something else clears before the step would leave them there."""
+    editor = make(alpha=0.01)
+    optimizer = torch.optim.Adam(editor.parameter_groups(alpha_lr=0.1))
+    x = rows(8, 62)
+    editor.meta_loss(x[:1], second_best(editor, x[:1]), x_loc=x[1:])["loss"].backward()
+    optimizer.step()  # the first of Adam is as long as its rate
+    moved = [value / 0.01 - 1 for value in editor.alpha.values()]
+    assert [abs(each) for each in moved] == pytest.approx([0.1, 0.1], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_between_edits_a_network_may_move_to_another_device() -> None:
+    editor, start = make(), bits(make())
+    x, y = rows(2, 63), second_best(editor, rows(2, 63))
+    editor.edit(x[:1], y[:1], guard=None)
+    editor.model.cuda()
+    editor.edit(x[1:], y[1:], guard=None)
+    editor.revert(0)
+    editor.model.cpu()
+    editor.revert_all()
+    assert same(bits(editor), start)
+
+
+def test_a_network_that_is_one_layer_alone_is_its_head() -> None:
+    net = nn.Sequential(nn.Linear(4, 3))
+    editor = GradientEditor(net, "head", example=torch.zeros(2, 4), norm_scope="none", alpha=1.0)
+    x = torch.ones(1, 4)
+    result = editor.edit(x, net(x).argmin(1), guard=None)
+    assert (result.status, result.reliability) == ("applied", 1.0)
