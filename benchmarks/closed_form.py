@@ -371,7 +371,8 @@ def wanted(heads: dict[str, Callable[[int], Any]], options: argparse.Namespace) 
 def compare(name: str, data: Samples, options: argparse.Namespace) -> dict[str, Any]:
     """All heads on the stream of a set, and their formulas."""
     print(f"\n{name}: {len(data.train)} rows to learn, {len(data.test)} to test, in per cent\n")
-    print("| | average | final | NumPy, all rows | learning, CPU s | ten solves, CPU s | state, MB |\n" + "|---" * 7 + "|")
+    columns = ("", "average", "final", "NumPy, all rows", "learning, CPU s", "ten solves, CPU s", "state, MB")
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     found: dict[str, Any] = {}
     for title, make in wanted(learners(options.lift, options.width), options).items():
         run = course(make, data)

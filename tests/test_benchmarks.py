@@ -901,3 +901,35 @@ def test_learning_is_measured_beside_a_bare_loop(tmp_path: Path, capsys: pytest.
     assert figures["ratio"] == pytest.approx(figures["learn_images_s"] / figures["bare_images_s"])
     assert status == int(figures["ratio"] < extraction.GOAL)
     assert ("MISSED" in capsys.readouterr().out) == bool(status)
+
+
+# ---- closed-form heads
+
+
+def test_closed_form_heads_are_measured_on_tiny_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = loaded(SCRIPT.with_name("closed_form.py"))
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    assert heads.main([]) == 2
+    assert "CLKIT_DATA" in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    centres, ids = rng.normal(size=(20, 12)), np.repeat(np.arange(20), 12)
+    rows = {part: centres[ids] + 0.5 * rng.normal(size=(240, 12)) for part in ("train", "test")}
+    arrays: dict[str, Any] = {"f_train": rows["train"], "f_test": rows["test"], "y_train": ids, "y_test": ids}
+    np.savez(tmp_path / heads.SETS["traffic signs"], **arrays)
+    small = ["--sets", "traffic signs", "--width", "30", "--lift", "30", "--json", str(tmp_path / "found.json")]
+    assert heads.main(small) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["traffic signs"]
+    for name, course in found.items():
+        assert course["final"] > 70
+        if name in ("LDA, unit", "KLDA", "AnaCP", "AnaCP, nearest"):
+            assert course["final"] == pytest.approx(course["joint"], abs=1e-9)
+        if "stages" in course:
+            assert len(course["stages"]) == 10
+            assert course["average"] == pytest.approx(np.mean(course["stages"]))
+    assert heads.main([*small, "--scan"]) == 0
+    assert heads.main([*small, "--ranpac"]) == 0
+    ways = json.loads((tmp_path / "found.json").read_text())["traffic signs"]
+    assert len(ways) == 3
+    assert all(len(way["stages"]) == 10 and way["final"] > 70 for way in ways.values())

@@ -19,7 +19,7 @@ from clkit import FeatureTap, export, load_head
 from clkit.callbacks import NMC
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError
-from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.methods import KLDA, AnaCP, AnalyticHead, LDAHead, NearestMeanHead
 from clkit.methods.heads.readout import readout_module
 from clkit.models import TimmClassifier
 from clkit.surgery.classifier import Graft
@@ -64,9 +64,15 @@ HEADS: dict[str, Callable[[int], Any]] = {
     "icarl": lambda width: NearestMeanHead(width, metric="icarl"),
     "cosine": lambda width: NearestMeanHead(width, metric="cosine"),
     "lda": lambda width: LDAHead(width, shrinkage=0.1),
+    "unit lda": lambda width: LDAHead(width, shrinkage=0.1, unit=True),
+    "klda": lambda width: KLDA(width, expansion_dim=48, bandwidth=0.5),
+    "anacp": lambda width: AnaCP(width, expansion_dim=48, draws=20),
+    "anacp, nearest": lambda width: AnaCP(width, expansion_dim=48, readout="nearest"),
 }
 SCALED = ("icarl", "cosine")  # in a .pt, scores are times the length of the features
 NOT_LINEAR = {"lifted": "expansion_dim=48 lifts the features", "janson": "metric='janson' divides the features"}
+NOT_LINEAR |= {"unit lda": "unit=True divides the features", **dict.fromkeys(("klda", "anacp"), NOT_LINEAR["lifted"])}
+NOT_LINEAR |= {"anacp, nearest": NOT_LINEAR["lifted"]}
 
 
 def pairs(*usual: tuple[str, str]) -> list[Any]:

@@ -23,7 +23,7 @@ class KLDA(HeadCallback):
 
     Args:
         bandwidth: g of the kernel :math:`\exp(-g \lVert x - x' \rVert^2)` of rows of unit length, above 0; of several,
-            each with sums of its own, each solve takes the one of least cross-validated error.
+            each with sums of its own, each solve takes the one of least cross-validated error, and cannot be grafted.
         expansion_dim: L, width of the map; ``None``: twice the features, at least 1000 and at most 5000.
         shrinkage: As for :class:`~clkit.callbacks.LDA`.
         unit: Whether features are scaled to unit length first.

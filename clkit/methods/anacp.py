@@ -85,7 +85,7 @@ class AnaCP(Head):
     normalizes = True
     _learns_layers = True  # the layers before the last one too
     _own_options = ("gamma", "expansion_dim", "maps", "targets", "readout", "draws", "seed")
-    _projections: Tensor  # (R, L, D), θ of each map
+    _projections: Tensor  # (R, L, D), θ of each map; zeros before anything is learned
 
     def __init__(
         self,
@@ -115,6 +115,7 @@ class AnaCP(Head):
         for number in range(1, maps + 1):
             setattr(self, f"map_{number}", SeededMap(in_features, width, seed=seed, part=number + 1))
             setattr(self, f"lifted_{number}", self._adopt(None, width, ("sums", "gram")))
+        self._projections = self._nothing()
         self._frozen_table: Mapping[str, Kind] = {
             "projections": Numbers((maps, width, in_features), torch.float64, most=LARGEST)
         }
@@ -123,6 +124,10 @@ class AnaCP(Head):
     def covariance(self) -> Tensor:
         """(D, D) float64, Σ before anything is added to it: that of all rows around the means of their classes."""
         return self.statistics.scatter / max(self.statistics.samples, 1)
+
+    def _nothing(self) -> Tensor:
+        """Return projections to zero, which take no memory."""
+        return torch.zeros(1, 1, 1, dtype=torch.float64).expand(self.maps, self.expansion_dim, self.in_features)
 
     def _parts(self) -> list[tuple[SeededMap, FeatureStatistics]]:
         return [(getattr(self, f"map_{n}"), getattr(self, f"lifted_{n}")) for n in range(1, self.maps + 1)]
@@ -137,6 +142,7 @@ class AnaCP(Head):
     def _readout_of_sums(self) -> Readout:
         classes, means = self.statistics.classes, self.statistics.means
         if not classes.numel():
+            self._projections = self._nothing()
             empty = means.new_zeros(0, self.feature_map.out_features)
             return Readout.of(classes, empty, empty.new_zeros(0))
         covariance = self.covariance
@@ -182,7 +188,7 @@ class AnaCP(Head):
 
     def _directions(self, rows: Tensor) -> Tensor:
         """Return f (B, D) of rows that have unit length, or were drawn."""
-        parts = zip(self._parts(), self._projections, strict=True)
+        parts = zip(self._parts(), self._projections.to(rows.device), strict=True)
         return torch.stack([unit_rows(lift(rows) @ projection) for (lift, _), projection in parts]).mean(dim=0)
 
     def _design(self, features: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ class KLDA(LDAHead):
             setattr(self, "feature_map" + name, FourierMap(in_features, self.expansion_dim, bandwidth=each, seed=seed))
             setattr(self, "statistics" + name, self._adopt(None, self.expansion_dim, ("sums", "scatter")))
         self._choice = 0
+        self._learns_layers = several  # which of the maps is in front depends on the sums
         if several:
             self._frozen_table: Mapping[str, Kind] = {"choice": Numbers((), least=0, most=len(bandwidths) - 1)}
 

@@ -205,8 +205,8 @@ class Graft(Change):
     def _refuse_learned_layers(self, head: Any) -> None:
         if getattr(head, "_learns_layers", False):  # a saved graft keeps the last layer alone
             self._refuse(
-                f"a {type(head).__name__} learns more than one layer; predict with the callback's head, or use clkit "
-                "export to .pt2"
+                f"more than the last layer of this {type(head).__name__} depends on what it has learned; predict with "
+                "the callback's head, or use clkit export to .pt2"
             )
 
     def _refuse_split(self, slot: nn.ModuleList, head: Any) -> None:

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from clkit.callbacks import AEFOCL, LDA, NMC, Lift, StreamEvaluation, ungraft
+from clkit.callbacks import AEFOCL, KLDA, LDA, NMC, AnaCP, Lift, StreamEvaluation, ungraft
 from clkit.data import ClassIncremental, Custom, StreamDataModule
 from clkit.errors import ConfigurationError
 from clkit.models import TimmClassifier
@@ -57,6 +57,8 @@ HEADS: dict[str, Callable[..., Any]] = {
     "janson": lambda **o: NMC(name="head", **o),
     "euclidean": lambda **o: NMC("euclidean", name="head", **o),
     "lda": lambda **o: LDA(name="head", **o),
+    "unit lda": lambda **o: LDA(unit=True, name="head", **o),
+    "klda": lambda **o: KLDA(bandwidth=1.0, expansion_dim=80, name="head", **o),
 }
 NETWORKS = ["plain", "timm surface", "convolution", "small classifier"]
 
@@ -271,6 +273,20 @@ def test_a_network_without_a_classifier_is_refused_by_name(make_trainer: Make) -
     trainer = make_trainer(strategy="gradient_free", callbacks=[NMC(graft="experience_end")])
     with pytest.raises(ConfigurationError, match=r"NMC\(nmc\) cannot be grafted.*no single classifier"):
         trainer.fit(TimmClassifier("identity"), datamodule=stream())
+
+
+@pytest.mark.parametrize("make", [AnaCP, lambda **options: KLDA([0.1, 1.0], **options)])
+def test_a_head_whose_map_depends_on_the_sums_is_refused_by_name(
+    make_trainer: Make, lit_small: Make, make: Callable[..., Any]
+) -> None:
+    """A checkpoint keeps the last layer of a graft alone, and the head may have learned more since."""
+    callback, module = make(graft="fit_end", expansion_dim=20), lit_small()
+    with pytest.raises(ConfigurationError, match="cannot be grafted: more than the last layer of this"):
+        make_trainer(callbacks=[callback]).fit(module, datamodule=stream())
+    callback = make(expansion_dim=20)
+    make_trainer(callbacks=[callback], max_epochs=1).fit(module, datamodule=stream(stop_after=1))
+    with pytest.raises(ConfigurationError, match=r"clkit export to \.pt2"):
+        callback.graft(module)
 
 
 def test_a_network_of_two_classifiers_is_refused_by_name(make_trainer: Make, lit_small: Make) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, NotFittedError
-from clkit.methods import AnalyticHead, LDAHead, NearestMeanHead
+from clkit.methods import KLDA, AnaCP, AnalyticHead, LDAHead, NearestMeanHead
 from clkit.methods.heads.readout import L2Normalize, readout_module, readout_tensors
 
 HEADS: dict[str, Callable[[int], Any]] = {
@@ -27,6 +27,10 @@ HEADS: dict[str, Callable[[int], Any]] = {
     "icarl": lambda d: NearestMeanHead(d, metric="icarl"),
     "cosine": lambda d: NearestMeanHead(d, metric="cosine"),
     "lda": lambda d: LDAHead(d),
+    "unit lda": lambda d: LDAHead(d, unit=True),
+    "klda": lambda d: KLDA(d, expansion_dim=96, bandwidth=[0.1, 1.0]),
+    "anacp": lambda d: AnaCP(d, expansion_dim=96, draws=20),
+    "anacp, nearest": lambda d: AnaCP(d, expansion_dim=96, readout="nearest"),
 }
 
 
