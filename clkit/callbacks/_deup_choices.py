@@ -10,7 +10,7 @@ from clkit.errors import ConfigurationError
 if TYPE_CHECKING:
     from clkit.callbacks._watched import Watched
 
-__all__ = ["OF_LOGITS", "OF_SCORES", "check", "choices"]
+__all__ = ["OF_LOGITS", "OF_SCORES", "check", "choices", "no_sets", "nothing_refused"]
 
 OF_SCORES = ("confidence", "margin")
 OF_LOGITS = ("entropy", "energy")
@@ -39,6 +39,11 @@ def choices(watched: Watched, trains: bool, calibrates: bool) -> tuple[tuple[str
         )
     if watched.fell_back:
         sources = tuple("prequential" if each == "loo" else each for each in sources)
+    if stale and watched.settings.false_alarm_rate is not None:
+        watched.say(
+            f"the network trains, so that distances from what {watched.name} has learned would compare features of "
+            "different networks: it gets no novelty. Keep samples out of training (val_fraction of the data module)"
+        )
     if names == "auto":
         if stale:
             watched.say(
@@ -61,5 +66,26 @@ def check(watched: Watched, *, calibrates: bool) -> None:
         raise ConfigurationError(
             "sources: 'calibration' needs samples kept out of training: StreamDataModule(val_fraction=0.1), say"
         )
+    if "gmm" in watched.names and {"loo", "calibration"} & set(watched.sources):
+        raise ConfigurationError(
+            f"features: 'gmm' has no left-out form, which errors of {watched.name} from {list(watched.sources)} need, "
+            "since a mixture is fitted anew and not updated; use 'kde' or sources=['prequential']"
+        )
     if not watched.probabilities and (odd := set(watched.names) & set(OF_LOGITS)):
         raise ConfigurationError(f"features: {sorted(odd)} are of logits, and {watched.name} gives none")
+
+
+def no_sets(name: str) -> str:
+    """Return why a predictor gets no prediction sets, and what would give it some."""
+    return (
+        f"no prediction sets for {name}: they need scores of samples that were not learned, of a head with an exact "
+        "leave-one-out form on a frozen network, or of samples kept out of training (val_fraction of the data module)"
+    )
+
+
+def nothing_refused(name: str, rate: float) -> str:
+    """Return why nothing is refused yet of what a predictor says."""
+    return (
+        f"too few errors of {name} are recorded yet for abstain_rate={rate}, so nothing is refused: a rate r takes "
+        "1/r - 1 records of those that nothing is fitted to, the share `holdout` of Records"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,19 @@ from clkit.methods.deup import ErrorModelName, Uncertainty
 from clkit.methods.sample_loss import SampleLoss
 from clkit.methods.stationarising import FEATURE_SIGNS
 
-__all__ = ["Arrived", "Judgement", "Records", "Rows", "Settings", "checked_noise", "joined_rows"]
+__all__ = [
+    "Arrived",
+    "Judgement",
+    "Records",
+    "Rows",
+    "Settings",
+    "as_endless",
+    "as_finite",
+    "checked_noise",
+    "joined_rows",
+]
+
+_INFINITE = 1e100  # stands for infinity in a state
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,14 @@ class Settings:
         if isinstance(self.aleatoric, int | float):
             check_number("aleatoric", self.aleatoric, at_least=0)
         check_number("adaptive", self.adaptive, at_least=0)
+        for name in ("class_conditional", "adaptive"):
+            if getattr(self, name) and self.coverage is None:
+                raise ArgumentError(f"{name}={getattr(self, name)} is of sets of classes: give their coverage=0.9, say")
+        if self.false_alarm_rate is not None and self.records.memory != "features":
+            raise ArgumentError(
+                f"false_alarm_rate={self.false_alarm_rate} is taken from rows that were learned: it needs "
+                f"Records(memory='features'), got {self.records.memory!r}"
+            )
         odd = [] if self.features == "auto" else [each for each in self.features if each not in FEATURE_SIGNS]
         if odd or not self.features:
             raise ArgumentError(f"features must be some of {', '.join(FEATURE_SIGNS)}, got {odd or self.features!r}")
@@ -127,6 +148,14 @@ class Rows(NamedTuple):
     def where(self, which: Tensor) -> Rows:
         """Return those that a mask (n,) names."""
         return Rows(*(each[which.to(each.device)] for each in self))
+
+    def of_classes(self, known: set[int]) -> Tensor:
+        """Return the targets (n,), -1 where the class is not known: no set could hold it, however large it is made."""
+        inside = self.targets < self.scores.shape[1]
+        column = torch.where(inside, self.targets, 0)[:, None]
+        learned = inside & (self.scores.gather(1, column)[:, 0] > -torch.inf)
+        came = torch.isin(self.targets, torch.tensor(sorted(known), dtype=torch.int64, device=self.targets.device))
+        return torch.where(learned & came, self.targets, -1)
 
     def padded(self, classes: int) -> Rows:
         """Return the same with scores of so many classes, of which further ones are not known."""
@@ -168,9 +197,11 @@ def checked_noise(noise: Any, number: int) -> Tensor:
     Raises:
         BatchError: If it is something else.
     """
-    if not isinstance(noise, Tensor) or noise.shape != (number,) or not bool((noise >= 0).all()):
+    if not isinstance(noise, Tensor) or noise.shape != (number,) or noise.is_complex():
         seen = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-        raise BatchError(f"aleatoric must return a tensor of {number} numbers of at least 0, got {seen}")
+        raise BatchError(f"aleatoric must return a tensor of {number} numbers, one a sample, got {seen}")
+    if odd := noise[~(noise >= 0)].tolist():  # NaN is not
+        raise BatchError(f"aleatoric must return numbers of at least 0, got {odd[0]}")
     return noise.detach().double().cpu()
 
 
@@ -184,3 +215,13 @@ def joined_rows(parts: Sequence[Rows]) -> Rows | None:
     every = [each.padded(widest) for each in every]
     ids, features, targets, scores = (torch.cat(column) for column in zip(*every, strict=True))
     return Rows(ids, features, targets, scores)
+
+
+def as_finite(value: float) -> float:
+    """Return a threshold as a state may hold it: infinity has no place there."""
+    return math.copysign(_INFINITE, value) if math.isinf(value) else value
+
+
+def as_endless(value: float) -> float:
+    """Return the threshold that :func:`as_finite` was given."""
+    return math.copysign(math.inf, value) if abs(value) >= _INFINITE else value

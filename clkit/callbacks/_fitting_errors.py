@@ -46,7 +46,7 @@ def record_arriving(
         watched, point, view = watching.watched[name], watching.observer_of[name].point, None
         if watched.looks_ahead and watched.needs_rows:
             view = layers.kept_view(name, point, watched.frozen and watched.frozen.leverage)
-        watched.see(rows, view, experience, trainer.global_step)
+        watched.see(rows, view, experience, trainer.global_step, lambda: layers.classes)
         if logged and watched.arrived.samples:
             report = watched.arrived.report().items()
             module.log_dict({f"deup/{judging.prefix}{name}/{key}": value for key, value in report})

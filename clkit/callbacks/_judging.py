@@ -121,7 +121,7 @@ class Judging:
             noise = asked(observer.inputs) if callable(asked) else None
             known = layers.known_of(name, observer.point)
             novelty = is_new = None
-            if known is not None and known.novelty is not None and known.statistics.samples:
+            if known is not None and known.novelty is not None and known.statistics.samples and not watched.stale:
                 novelty = known.novelty.distance(features).cpu()
                 is_new = novelty > known.alarm
             judgement = watched.judge(features, scores, view, noise)

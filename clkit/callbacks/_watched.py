@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from clkit.callbacks._deup_choices import OF_LOGITS, OF_SCORES, choices
-from clkit.callbacks._deup_parts import Arrived, Judgement, Rows, Settings, checked_noise
+from clkit.callbacks._deup_choices import OF_LOGITS, OF_SCORES, choices, no_sets, nothing_refused
+from clkit.callbacks._deup_parts import Arrived, Judgement, Rows, Settings, as_endless, as_finite, checked_noise
 from clkit.callbacks._known_rows import KnownRows
 from clkit.callbacks.base import MODULE, Predictor
 from clkit.errors import ConfigurationError, NotFittedError, first_line
@@ -35,7 +35,6 @@ from clkit.schema import Instance, Many, Nested, OneOf, Real, Table, read_own
 __all__ = ["Watched"]
 
 _SOURCES = ("prequential", "loo", "gaussian", "novel", "calibration")
-_INFINITE = 1e100  # stands for infinity in a state
 
 
 class Watched:
@@ -54,13 +53,11 @@ class Watched:
         self.sources: tuple[str, ...] = ()
         self.errors = ErrorPredictor()
         self.records = ErrorRecords(settings.records.capacity, seed=settings.records.seed)
-        self.sets: PredictionSets | None = None
-        if settings.coverage is not None:
-            how: Any = {"class_conditional": settings.class_conditional, "adaptive": settings.adaptive}
-            self.sets = PredictionSets(settings.coverage, **how)
+        self.sets = self._new_sets()
         self.abstain_above = math.inf
         self.accept_to = math.inf if settings.risk is None else -math.inf  # before it is known nothing is accepted
         self.arrived = Arrived()
+        self.stale = False  # whether what was learned at its layer is of networks that were trained further
         self.again = False  # whether it learns samples several times, which leaves no exact left-out scores
         self.fell_back = False  # from left-out rows to arriving batches
         self.frozen: FrozenHead | None = None
@@ -97,6 +94,7 @@ class Watched:
 
     def choose(self, *, trains: bool, calibrates: bool) -> None:
         """Settle features and sources, where ``"auto"`` leaves them open; see :func:`choices`."""
+        self.stale = trains and not calibrates
         names, self.sources = choices(self, trains, calibrates)
         if names != self.names:
             self.names = names
@@ -107,16 +105,24 @@ class Watched:
         signs = [FEATURE_SIGNS[name] for name in self.names] if self.settings.model in ("forest", "gbt") else None
         return ErrorPredictor(self.settings.model, signs, seed=self.settings.records.seed)
 
+    def _new_sets(self) -> PredictionSets | None:
+        asked = self.settings
+        how: dict[str, Any] = {"class_conditional": asked.class_conditional, "adaptive": asked.adaptive}
+        return None if asked.coverage is None else PredictionSets(asked.coverage, **how)
+
     def phi(self, view: Snapshot | None, rows: Rows) -> Tensor:
         """Return the features (n, K) of samples that were not learned."""
         return stationarising_features(self.names, view, rows.features, rows.scores, probabilities=self.probabilities)
 
     # ---- records
 
-    def see(self, rows: Rows, view: Snapshot | None, experience: int, step: int) -> None:
+    def see(
+        self, rows: Rows, view: Snapshot | None, experience: int, step: int, came: Callable[[], set[int]] = set
+    ) -> None:
         """Take note of the errors on an arriving batch, of which the scores know nothing yet.
 
-        ``view`` is what was known when the scores were given, as far as features need it.
+        ``view`` is what was known when the scores were given, as far as features need it; ``came`` tells the classes
+        that had come before, of which sets follow the drift.
         """
         rows = rows.where((rows.targets >= 0) & rows.features.isfinite().all(dim=1) & ~rows.scores.isnan().any(dim=1))
         if not len(rows.ids):
@@ -135,7 +141,7 @@ class Watched:
             self.arrived.abstained += float(abstain.sum())
             self.arrived.accepted_wrong += float(wrong.cpu()[~abstain].sum())
         if self.sets is not None and self.sets.samples and self.sets.adaptive:
-            self.sets.observe(rows.scores, rows.targets)
+            self.sets.observe(rows.scores, rows.of_classes(came()))
 
     def _record(self, source: Any, rows: Rows, view: Snapshot | None, experience: int, step: int) -> None:
         admitted = self.records.admits(source, rows.ids)  # features are needed of those only
@@ -171,11 +177,8 @@ class Watched:
             self._replace("calibration", phi, calibration, experience)
         self._fit(known)
         if self.sets is not None and fresh is None:
-            self.say(
-                f"no prediction sets for {self.name}: they need scores of samples that were not learned, of a head "
-                "with an exact leave-one-out form on a frozen network, or of samples kept out of training "
-                "(val_fraction of the data module)"
-            )
+            self.sets = self._new_sets()  # thresholds of another head, or of fewer classes, hold for nothing
+            self.say(no_sets(self.name))
         elif self.sets is not None and fresh is not None:
             self.sets.calibrate(fresh.scores, fresh.targets)
 
@@ -190,10 +193,11 @@ class Watched:
         if kept is None or not len(kept[0]):
             return None
         ids, features, targets = kept
-        if self.head is not None:
-            return Rows(ids, features, targets, self.head(features))
-        scores = self.logits(features)
-        return None if scores is None else Rows(ids, features, targets, scores)
+        scores = self.logits(features) if self.head is None else self.head(features)
+        if scores is None:
+            return None
+        # a head that started anew has no column yet for classes that came before it
+        return Rows(ids, features, targets, scores).padded(max(scores.shape[1], int(targets.max()) + 1))
 
     def logits(self, features: Tensor) -> Tensor | None:
         """Return what the module's classifier gives for features, where it is one linear layer; a tap hears nothing."""
@@ -256,6 +260,8 @@ class Watched:
                 self.abstain_above = abstention_threshold(total, asked.abstain_rate)
             if asked.risk is not None:
                 self.accept_to = risk_threshold(total, held.error, asked.risk, asked.delta)
+            if asked.abstain_rate is not None and not (self.errors.is_fitted and self.abstain_above < math.inf):
+                self.say(nothing_refused(self.name, asked.abstain_rate))
 
     # ---- what is said of new samples
 
@@ -316,9 +322,10 @@ class Watched:
             "sources": list(self.sources),
             "errors": self.errors.state_dict(),
             "records": self.records.state_dict(),
-            "abstain_above": _finite(self.abstain_above),
-            "accept_to": _finite(self.accept_to),
+            "abstain_above": as_finite(self.abstain_above),
+            "accept_to": as_finite(self.accept_to),
             "fell_back": self.fell_back,
+            "stale": self.stale,
         }
 
     def own_state(self) -> dict[str, Any]:
@@ -347,8 +354,8 @@ class Watched:
             other.sets.load_state_dict(saved["sets"])
         self.names, self.sources = other.names, tuple(saved["sources"])
         self.errors, self.records, self.sets = other.errors, other.records, other.sets
-        self.abstain_above, self.accept_to = _endless(saved["abstain_above"]), _endless(saved["accept_to"])
-        self.arrived, self.fell_back = Arrived(**saved["arrived"]), saved["fell_back"]
+        self.abstain_above, self.accept_to = as_endless(saved["abstain_above"]), as_endless(saved["accept_to"])
+        self.arrived, self.fell_back, self.stale = Arrived(**saved["arrived"]), saved["fell_back"], saved["stale"]
         self.frozen, self._frozen_state = None, saved["frozen"]
 
     def fit_state(self) -> dict[str, Any]:
@@ -382,18 +389,10 @@ _TABLE: Table = {
     "abstain_above": Real(),
     "accept_to": Real(),
     "fell_back": OneOf((False, True)),
+    "stale": OneOf((False, True)),
 }
 _OWN_TABLE: Table = {
     "sets": Instance(dict | None),
     "arrived": Nested({field.name: Real(least=0) for field in fields(Arrived)}),
     "frozen": Instance(dict | None),
 }
-
-
-def _finite(value: float) -> float:
-    """Infinity has no place in a state."""
-    return math.copysign(_INFINITE, value) if math.isinf(value) else value
-
-
-def _endless(value: float) -> float:
-    return math.copysign(math.inf, value) if abs(value) >= _INFINITE else value

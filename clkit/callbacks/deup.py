@@ -114,6 +114,8 @@ class DEUP(FeatureCallback):
         name: str | None = None,
     ) -> None:
         check_arguments(DEUP, locals())
+        if not predictor:
+            raise ArgumentError(f"predictor must be 'auto', a name or several, got {predictor!r}")
         super().__init__(forward=forward)
         self.name = name or ""
         self.prefix = f"{name}_" if name else ""
@@ -237,6 +239,11 @@ class DEUP(FeatureCallback):
 
     def on_experience_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, experience: Experience) -> None:
         """Count anew."""
+        if experience.index == 0 and self._watching.layers.classes:
+            self._say(
+                "it has learned before and adds this stream to that, whatever the heads beside it know of it; use a "
+                "new callback to start anew"
+            )
         self._at, self._first_epoch = 0, None
         for watched in self._watching.watched.values():
             watched.arrived = Arrived()

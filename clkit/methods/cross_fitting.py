@@ -77,7 +77,8 @@ def cross_fit(
     dealt = torch.arange(len(y)) if by == "sample" else torch.unique(y.detach().cpu(), return_inverse=True)[1]
     number = int(dealt.max()) + 1 if len(dealt) else 0
     if folds > number:
-        raise ArgumentError(f"folds must be at most {number}, the number of {by}s, got {folds}")
+        what = "samples" if by == "sample" else "classes"
+        raise ArgumentError(f"folds must be at most {number}, the number of {what}, got {folds}")
     fold = (torch.randperm(number, generator=generator(seed)) % folds)[dealt]
     phi: dict[int, Tensor] = {}
     error: dict[int, Tensor] = {}

@@ -137,3 +137,70 @@ def test_collecting_errors_moves_no_statistics_of_the_network_and_augments_nothi
     with torch.no_grad():
         expected = torch.relu(net.norm(net.hidden(inputs)))
     torch.testing.assert_close(known.memory.features, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- what must not be said
+
+
+@pytest.mark.filterwarnings("ignore:.*batch size")
+def test_samples_of_a_class_that_nobody_knows_do_not_widen_the_sets(tmp_path: Path) -> None:
+    """Each class comes once, in one batch: no set could have held it, and sets of all classes would be no help."""
+    deup = DEUP(coverage=0.8, adaptive=0.1)
+    one_each = batches(*([label] * 20 for label in range(4)))
+    trainer = quiet_trainer(tmp_path, callbacks=[NMC(), deup], strategy="gradient_free", max_epochs=1)
+    for fits, batch in enumerate(one_each.dataset, start=1):
+        trainer.fit_loop.max_epochs = fits
+        trainer.fit(Lit(), DataLoader([batch], batch_size=None))  # type: ignore[arg-type]  # as above
+    sets = deup.error_predictor("nmc").sets
+    assert sets is not None
+    assert sets.alpha == pytest.approx(0.2, abs=1e-12)
+    trainer.fit_loop.max_epochs = 5
+    again = [one_each.dataset[0]]  # of a class that is known by now
+    trainer.fit(Lit(), DataLoader(again, batch_size=None))  # type: ignore[arg-type]  # as above
+    assert abs(sets.alpha - 0.2) > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*(batch size|is left out|no prediction sets for)")
+def test_another_head_beside_what_was_learned_is_told_apart(tmp_path: Path) -> None:
+    """It lacks columns for classes that came before it, and sets of the first head hold for nothing."""
+    deup = DEUP(coverage=0.8)
+    fit(tmp_path, batches(*([0, 1, 2, 3] * 5 for _ in range(4))), NMC(), deup)
+    first = deup.error_predictor("nmc").sets
+    assert first is not None
+    assert first.samples == 80
+    with pytest.warns(UserWarning, match="it has learned 40 rows where 120 came: others"):
+        fit(tmp_path, batches(*([0, 1] * 5 for _ in range(4))), NMC(), deup, val=batches([0, 1]))
+    watched = deup.error_predictor("nmc")
+    assert watched.sources == ("prequential", "novel")
+    assert watched.sets is not None
+    assert not watched.sets.samples
+    assert "set_size" not in deup.reports["nmc"]
+
+
+@pytest.mark.filterwarnings("ignore:.*(batch size|network trains, so that distances.*scores alone|trains, so what)")
+def test_no_novelty_is_measured_among_features_of_different_networks(tmp_path: Path) -> None:
+    deup = DEUP("module", false_alarm_rate=0.1)
+    with pytest.warns(UserWarning, match="different networks: it gets no novelty"):
+        trainer = fit(tmp_path, batches(*([0, 1] * 5 for _ in range(8))), deup, strategy="auto")
+    trainer.predict(trainer.lightning_module, batches([0, 1]))
+    assert {"novelty", "is_new"}.isdisjoint(deup.predictions[0]["module"])
+    other = DEUP("module", false_alarm_rate=0.1)
+    other.load_state_dict(deup.state_dict())
+    quiet_trainer(tmp_path, callbacks=[other]).predict(Lit(), batches([0, 1]))
+    assert {"novelty", "is_new"}.isdisjoint(other.predictions[0]["module"])
+
+
+@pytest.mark.filterwarnings("ignore:.*batch size")
+def test_too_few_records_for_a_rate_are_said(tmp_path: Path) -> None:
+    deup = DEUP(abstain_rate=0.01)  # 99 records, of which nothing is fitted to a fifth
+    with pytest.warns(UserWarning, match="too few errors of nmc are recorded yet for abstain_rate=0.01"):
+        fit(tmp_path, batches(*([0, 1, 2] * 5 for _ in range(8))), NMC(), deup)
+    assert deup.error_predictor("nmc").errors.is_fitted
+    assert deup.error_predictor("nmc").abstains_above == float("inf")
+
+
+@pytest.mark.filterwarnings("ignore:.*(batch size|could not be measured)")
+def test_noise_that_is_none_is_refused_by_its_value(tmp_path: Path) -> None:
+    deup = DEUP(aleatoric=lambda x: torch.full((len(x),), -0.5))
+    with pytest.raises(BatchError, match=r"aleatoric must return numbers of at least 0, got -0\.5"):
+        fit(tmp_path, batches([0, 1, 2]), NMC(), deup, val=batches([0, 1]))

@@ -415,6 +415,10 @@ def test_a_run_goes_on_in_the_middle_of_an_experience(tmp_path: Path, name: str)
         ({"sources": ["novel"]}, "sources must name one beside 'novel'"),
         ({"sources": ["gaussian"]}, "'gaussian' needs Records"),
         ({"aleatoric": -1.0}, "aleatoric must be"),
+        ({"predictor": []}, r"predictor must be 'auto', a name or several, got \[\]"),
+        ({"class_conditional": True}, "class_conditional=True is of sets of classes: give their coverage"),
+        ({"adaptive": 0.1}, "adaptive=0.1 is of sets of classes: give their coverage"),
+        ({"false_alarm_rate": 0.1, "records": Records(memory="gaussian")}, r"it needs Records\(memory='features'\)"),
         ({"false_alarm_rate": 0.0}, "false_alarm_rate must be between 0 and 1, got 0.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -435,6 +439,8 @@ def test_what_a_run_cannot_give_is_named_at_its_start(tmp_path: Path) -> None:
         fit(tmp_path, NMC(), DEUP(sources=["calibration"]))
     with pytest.raises(ConfigurationError, match=r"'entropy'.* are of logits, and nmc gives none"):
         fit(tmp_path, NMC(), DEUP(features=["entropy"]))
+    with pytest.raises(ConfigurationError, match="'gmm' has no left-out form, which errors of nmc from"):
+        fit(tmp_path, NMC(), DEUP(features=["gmm", "margin"]))
 
 
 def test_a_predictor_that_there_is_not_is_named(tmp_path: Path) -> None:

@@ -506,6 +506,8 @@ def test_cross_fitting_refuses_what_cannot_be_dealt() -> None:
             cross_fit(nothing, X, y, **wrong)
     with pytest.raises(ArgumentError, match="as many rows"):
         cross_fit(nothing, X, y[:-1])
+    with pytest.raises(ArgumentError, match="folds must be at most 2, the number of classes, got 3"):
+        cross_fit(nothing, X, torch.arange(len(X)) % 2, folds=3, by="class")
     for given in (lambda X, y: (X, y[:, None]), lambda X, y: (X[:0], y), lambda X, y: (X[:, 0], y)):
         with pytest.raises(BatchError, match="make gave"):
             cross_fit(lambda X, y: given, X, y, folds=2)  # noqa: B023  called at once
