@@ -160,6 +160,7 @@ class Attempt:
             if not broken:
                 status = "applied" if part == 1.0 else "scaled"
                 break
+        assert after is not None  # there is at least one part
         if broken and not against and rule.guard is not None and rule.guard.policy == "warn":
             warnings.warn(f"{broken}; the edit is applied all the same (policy='warn')", stacklevel=4)
         elif broken:
@@ -197,7 +198,7 @@ class Attempt:
         weights = self.network.weights()
         earlier, entry = list(self.log.records), {"x": self.images.x.cpu(), "y": self.images.y.cpu()}
         if deltas is None:
-            deltas = self.log.deltas(EditRecord(-1, **entry, scale=scale, factors=dict(factors)))
+            deltas = self.log.deltas(self._record(dict(factors), scale))
         old = {name: weights[name].detach().cpu().clone() for name in deltas}
         record = self.log.append(weights, factors, scale, deltas, **entry)
         wanted = moved = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class NewModel:
 def head_names() -> dict[str, Callable[..., HeadCallback]]:
     """Return the callbacks of heads that there are, by their names."""
     kinds = [getattr(clkit.callbacks, name) for name in clkit.callbacks.__all__]
-    heads = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, HeadCallback)]
+    heads: list[Any] = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, HeadCallback)]
     return {kind().name: kind for kind in heads if kind is not HeadCallback}
 
 
@@ -242,7 +242,7 @@ class LearnedModel:
         """Return the content of its file: a checkpoint of Lightning's form, with the head as its callback saves it."""
         entry = {"head": dict(self.head.state_dict()), "in_features": self.head.in_features, "tap": self.point}
         return {
-            "pytorch-lightning_version": pl.__version__,
+            "pytorch-lightning_version": importlib.metadata.version("lightning"),
             "epoch": 0,
             "global_step": 0,
             "state_dict": {name: value.detach().cpu() for name, value in self.module.state_dict().items()},

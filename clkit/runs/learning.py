@@ -304,7 +304,7 @@ def _test_features(model: LearnedModel, data: str, test: str | None, loading: Lo
 def _answers(model: LearnedModel, seen: tuple[Tensor, Tensor] | None) -> Tensor | None:
     if seen is None or not model.samples:
         return None
-    return torch.cat([model.head.predict(rows.to(model.device)).cpu() for rows in seen[0].split(4096)])
+    return torch.cat([model.head.predict(rows.to(model.device)).cpu() for rows in torch.split(seen[0], 4096)])
 
 
 def _accuracies(

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from clkit.data.loader import Fetcher, Rows
-from clkit.data.sources import ImageFolder, resolve_source
+from clkit.data.sources import resolve_source
 from clkit.data.sources.base import SourcePart, data_root, locate
-from clkit.data.sources.folder import ImageFiles, labelled_images
+from clkit.data.sources.folder import ImageFiles, ImageFolder, labelled_images
 from clkit.errors import ArgumentError, DataError
 from clkit.methods.heads.holdings import Keys, keys_of_names
 

@@ -169,7 +169,7 @@ class SavedRun:
 
     def answered(self, inputs: Tensor) -> tuple[pl.LightningModule, list[dict[str, dict[str, Tensor]]]]:
         """Return the module, with its callbacks in ``learning`` taken up, and what each DEUP says of some inputs."""
-        batches = DataLoader([(inputs, torch.full((len(inputs),), -1))], batch_size=None)  # type: ignore[arg-type]  # any list
+        batches: DataLoader[Any] = DataLoader([(inputs, torch.full((len(inputs),), -1))], batch_size=None)  # type: ignore[arg-type]  # any list
         with _quiet(), _loading():
             trainer = pl.Trainer(accelerator="cpu", devices=1, callbacks=list(self.learning), **_BARE)
             trainer.predict(self.module, batches, return_predictions=False, ckpt_path=self.path, weights_only=True)

@@ -44,4 +44,5 @@ def unit_batch(batch: Batch, head: Head, stacklevel: int) -> Tensor:
             f"zero and count as samples of their class (said once)",
             stacklevel=stacklevel,
         )
-    return batch.features / lengths.clamp(min=_EPSILON)
+    rows: Tensor = batch.features / lengths.clamp(min=_EPSILON)
+    return rows
