@@ -406,12 +406,13 @@ def peak_of(kind: str, rotation: Any) -> float:
         run = LibraryStep(setting, OnProLosses(rotation=rotation), transform=RandomViews())
     setting.network(setting.x).sum().backward()  # what torch allocates once
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
+    """MiB of a field of this process, such as ``VmRSS``, what is resident now, or ``VmHWM``, the most so far."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
