@@ -64,14 +64,16 @@ class DEUP(FeatureCallback):
         aleatoric: The part that is noise: a number in the unit of the loss, ``"none"``, ``"neighbours"`` for the
             disagreement of the labels nearby, or a function of a batch's inputs that returns (B,).
         records: The :class:`Records` that are kept.
-        abstain_rate: Share of inputs to abstain on.
+        abstain_rate: Share of inputs of known classes to abstain on, each class as frequent as the others where the
+            memory could not keep all rows; nothing where there are fewer held-out records than ``1/abstain_rate - 1``.
         risk: Error rate that what is accepted may have, with probability ``1 - delta``; needs ``loss="error"``.
         delta: See there.
         coverage: Probability with which sets of classes hold the true one.
         class_conditional: Whether each class is to be covered so.
-        adaptive: Step by which the sets follow drift, 0 for none.
+        adaptive: Step by which the sets follow a drift of the classes known, as samples of them arrive; 0 for none.
         false_alarm_rate: Share of inputs of known classes that may be called new; adds ``_novelty``, the distance from
-            everything learned, and ``_is_new``. It costs sums of D² numbers more.
+            everything learned, and ``_is_new``, where the network is frozen or samples are kept out of its training. It
+            costs sums of D² numbers more.
         forward: Which pass the module's errors on training batches come from, see :class:`FeatureCallback`; heads have
             their own.
         name: Of this callback, where a run has several; comes before its columns.
