@@ -146,17 +146,16 @@ def test_collecting_errors_moves_no_statistics_of_the_network_and_augments_nothi
 def test_samples_of_a_class_that_nobody_knows_do_not_widen_the_sets(tmp_path: Path) -> None:
     """Each class comes once, in one batch: no set could have held it, and sets of all classes would be no help."""
     deup = DEUP(coverage=0.8, adaptive=0.1)
-    one_each = batches(*([label] * 20 for label in range(4)))
+    one_each = [batches([label] * 20, seed=label) for label in range(4)]
     trainer = quiet_trainer(tmp_path, callbacks=[NMC(), deup], strategy="gradient_free", max_epochs=1)
-    for fits, batch in enumerate(one_each.dataset, start=1):
+    for fits, train in enumerate(one_each, start=1):
         trainer.fit_loop.max_epochs = fits
-        trainer.fit(Lit(), DataLoader([batch], batch_size=None))  # type: ignore[arg-type]  # as above
+        trainer.fit(Lit(), train)
     sets = deup.error_predictor("nmc").sets
     assert sets is not None
     assert sets.alpha == pytest.approx(0.2, abs=1e-12)
     trainer.fit_loop.max_epochs = 5
-    again = [one_each.dataset[0]]  # of a class that is known by now
-    trainer.fit(Lit(), DataLoader(again, batch_size=None))  # type: ignore[arg-type]  # as above
+    trainer.fit(Lit(), one_each[0])  # of a class that is known by now
     assert abs(sets.alpha - 0.2) > 0.05
 
 
