@@ -61,6 +61,7 @@ def plot_edit(
     equivalents: Sequence[Tensor] = (),
     locality: LocalityReport | None = None,
     names: Mapping[int, str] | None = None,
+    figure: Figure | None = None,
 ) -> Figure:
     """Draw an edit: the image, its most probable classes before and after, its equivalents, and what else moved.
 
@@ -72,6 +73,7 @@ def plot_edit(
         equivalents: Other views of the image.
         locality: What happened to the reference.
         names: Names of classes by label.
+        figure: Where to draw; by default a new figure, of a size that fits.
 
     Example:
         >>> import torch
@@ -83,7 +85,8 @@ def plot_edit(
 
     parts = ["image", "bars", *(["moved"] if locality is not None else [])]
     rows = 2 if equivalents else 1
-    figure = Figure(figsize=(2.2 * len(parts) + 1.2, 2.4 * rows), dpi=150, layout="constrained")
+    if figure is None:
+        figure = Figure(figsize=(2.2 * len(parts) + 1.2, 2.4 * rows), dpi=150, layout="constrained")
     upper, *lower = figure.subfigures(rows, 1, height_ratios=(2.4, 1)[:rows], squeeze=False)[:, 0]
     shown = dict(zip(parts, upper.subplots(1, len(parts), squeeze=False)[0], strict=True))
     known = names or {}
