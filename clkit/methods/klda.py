@@ -85,7 +85,7 @@ class KLDA(LDAHead):
         check_arguments(KLDA, locals())
         super().__init__(in_features, shrinkage=shrinkage, unit=unit, num_classes=num_classes, max_classes=max_classes)
         several = isinstance(bandwidth, Sequence)
-        given = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth]
+        given: Sequence[float] = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth]
         bandwidths = [check_number("bandwidth", each, above=0) for each in given]
         if not bandwidths or len(set(bandwidths)) < len(bandwidths):
             raise ArgumentError(f"bandwidth must be a number above 0 or several different ones, got {bandwidth!r}")

@@ -71,7 +71,7 @@ def strength(design: Floats, y: Floats, spent: float = 0.0) -> float:
 
 def ridge(design: Floats, y: Floats, gamma: float | str) -> Floats:
     used = strength(design, y) if gamma == "auto" else float(gamma)
-    solved: Floats = np.linalg.solve(design.T @ design + used * np.eye(design.shape[1]), design.T @ y)
+    solved: Any = np.linalg.solve(design.T @ design + used * np.eye(design.shape[1]), design.T @ y)
     return solved
 
 
@@ -99,7 +99,7 @@ def joint_klda(head: KLDA, x: Floats, y: npt.NDArray[np.int64], test: Floats) ->
     means = np.stack([z[y == c].mean(0) for c in ids])
     scatter = sum(np.cov(z[y == c].T, bias=True) * (y == c).sum() for c in ids)
     inverse = np.linalg.inv((scatter + gamma * np.eye(L)) / len(z))
-    distances = np.einsum("bci,ij,bcj->bc", z_test[:, None] - means, inverse, z_test[:, None] - means)
+    distances: Floats = np.einsum("bci,ij,bcj->bc", z_test[:, None] - means, inverse, z_test[:, None] - means)
     return -distances
 
 
@@ -125,7 +125,8 @@ def joint_anacp(head: AnaCP, x: Floats, y: npt.NDArray[np.int64], test: Floats) 
         return mean
 
     if head.readout == "nearest":
-        return -np.square(projected(test)[:, None] - targets).sum(2)
+        near: Floats = np.square(projected(test)[:, None] - targets).sum(2)
+        return -near
     factor = torch.from_numpy(np.linalg.cholesky(covariance))
     drawn = [
         correlated_rows(torch.from_numpy(mean), factor, head.draws, class_id=int(c), seed=head.seed).numpy()
@@ -244,7 +245,9 @@ def test_heads_of_another_map_are_refused_by_name(name: str) -> None:
 def test_maps_are_a_function_of_the_seed_alone() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    maps = [SeededMap(D, L, seed=5, part=part) for part in (1, 2)] + [FourierMap(D, L, bandwidth=0.5, seed=5)]
+    maps: list[Any] = [SeededMap(D, L, seed=5, part=part) for part in (1, 2)] + [
+        FourierMap(D, L, bandwidth=0.5, seed=5)
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
     again = [SeededMap(D, L, seed=5, part=part) for part in (1, 2)] + [FourierMap(D, L, bandwidth=0.5, seed=5)]
@@ -320,7 +323,7 @@ def test_rows_left_out_of_kernel_lda_are_as_if_never_learned() -> None:
 
 def test_the_error_that_the_sums_foresee_tells_which_map_is_better(digits: Any) -> None:
     """On pixels a bent border is far better than a straight one, and the sums know before a test row is seen."""
-    heads = {
+    heads: dict[str, Any] = {
         "lda": LDAHead(64, unit=True),
         "klda": KLDA(64, expansion_dim=300, bandwidth=1.0),
         "ridge": AnalyticHead(64, gamma="auto"),
@@ -358,8 +361,11 @@ def test_targets_of_one_class_and_of_equal_means() -> None:
         (lambda: AnaCP(3, gamma=0.0), "gamma must be a finite number above 0"),
         (lambda: AnaCP(3, maps=0), "maps must be an integer of at least 1"),
         (lambda: AnaCP(3, draws=0), "draws must be an integer of at least 1"),
-        (lambda: AnaCP(3, targets="whitened"), "targets must be one of 'published', 'unwhitened', got 'whitened'"),
-        (lambda: AnaCP(3, readout="targets"), "readout must be one of 'draws', 'nearest', got 'targets'"),
+        (
+            lambda: AnaCP(3, **{"targets": "whitened"}),
+            "targets must be one of 'published', 'unwhitened', got 'whitened'",
+        ),
+        (lambda: AnaCP(3, **{"readout": "targets"}), "readout must be one of 'draws', 'nearest', got 'targets'"),
     ],
 )
 def test_wrong_settings_are_refused(make: Callable[[], Any], said: str) -> None:

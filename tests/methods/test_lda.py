@@ -109,7 +109,8 @@ def unit_distances(x: np.ndarray, y: np.ndarray, test: np.ndarray, gamma: float)
     means = np.stack([x[y == c].mean(0) for c in ids])
     centred = x - means[np.searchsorted(ids, y)]
     inverse = np.linalg.inv((centred.T @ centred + gamma * np.eye(x.shape[1])) / len(x))
-    return -np.einsum("bci,ij,bcj->bc", test[:, None] - means, inverse, test[:, None] - means)
+    distances: np.ndarray = np.einsum("bci,ij,bcj->bc", test[:, None] - means, inverse, test[:, None] - means)
+    return -distances
 
 
 def test_unit_rows_equal_the_joint_formula_for_any_split_order_merge_and_forget() -> None:
