@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def strength(design: Floats, y: Floats, spent: float = 0.0) -> float:
 
 def ridge(design: Floats, y: Floats, gamma: float | str) -> Floats:
     used = strength(design, y) if gamma == "auto" else float(gamma)
-    solved: Any = np.linalg.solve(design.T @ design + used * np.eye(design.shape[1]), design.T @ y)
+    solved: npt.NDArray[Any] = np.linalg.solve(design.T @ design + used * np.eye(design.shape[1]), design.T @ y)
     return solved
 
 
