@@ -363,10 +363,10 @@ def test_targets_of_one_class_and_of_equal_means() -> None:
         (lambda: AnaCP(3, maps=0), "maps must be an integer of at least 1"),
         (lambda: AnaCP(3, draws=0), "draws must be an integer of at least 1"),
         (
-            lambda: AnaCP(3, **{"targets": "whitened"}),
+            partial(AnaCP, 3, targets="whitened"),
             "targets must be one of 'published', 'unwhitened', got 'whitened'",
         ),
-        (lambda: AnaCP(3, **{"readout": "targets"}), "readout must be one of 'draws', 'nearest', got 'targets'"),
+        (partial(AnaCP, 3, readout="targets"), "readout must be one of 'draws', 'nearest', got 'targets'"),
     ],
 )
 def test_wrong_settings_are_refused(make: Callable[[], Any], said: str) -> None:
