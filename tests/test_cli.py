@@ -190,7 +190,7 @@ def issubclass_of(package: Any, name: str, base: type) -> bool:
         (["clkit", "compare", "er", "er_"], {"er_ace"}),
         (["clkit", "fit", "--data.sc"], {"--data.scenario", "--data.scenario.experiences"}),
         (["clkit", "fit", "--trainer.strategy", "er"], {"er", "er_ace"}),
-        (["clkit", "fit", "--trainer.callbacks+", "A"], {"AEFOCL"}),
+        (["clkit", "fit", "--trainer.callbacks+", "A"], {"AEFOCL", "AnaCP"}),
         (["clkit", "forget", "run.ckpt", "--sam"], {"--samples"}),
         (["clkit", "search", "bank.pt", "--que"], {"--queries"}),
         (["clkit", "embed", "run.ckpt", "--part", "te"], {"test"}),

@@ -80,7 +80,7 @@ def test_a_strangers_head_travels_too() -> None:
     head = Doubled(WIDTH)
     head.update(*rows(10))
     assert type(NearestMeanHead.from_bytes(head.to_bytes())) is Doubled
-    with pytest.raises(StateError, match=r"is a 'Doubled', this clkit knows \['LDAHead', 'Novelty'\]"):
+    with pytest.raises(StateError, match=r"is a 'Doubled', this clkit knows \['KLDA', 'LDAHead', 'Novelty'\]"):
         LDAHead.from_bytes(head.to_bytes())
 
 

@@ -100,8 +100,8 @@ class FourierMap(SeededMap):
     Example:
         >>> a, b = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])  # exp(-0.8) = 0.449
         >>> fourier = FourierMap(2, 50000, bandwidth=1.0)
-        >>> round(float(fourier(a) @ fourier(b).T), 2)
-        0.45
+        >>> abs(float(fourier(a) @ fourier(b).T) - 0.449) < 0.02
+        True
 
     Source: A. Rahimi, B. Recht, "Random Features for Large-Scale Kernel Machines", NeurIPS 2007.
     """
