@@ -95,22 +95,46 @@ _FOLDER = 0x10  # of a zip entry's external attributes
 _REFUSED = re.compile(r"Unsupported global: GLOBAL (\S+)|Trying to call reduce for unrecognized function (.+)")
 
 
-def read_checkpoint(path: str | Path, *, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """Load a checkpoint file that Lightning wrote, without executing anything in it.
+def read_checkpoint(
+    path: str | Path | io.BytesIO, *, map_location: Any = "cpu", weights_only: bool = True, what: str = ""
+) -> dict[str, Any]:
+    """Load a checkpoint file that Lightning wrote, or a buffer of such bytes, without executing anything in it.
 
     The checksums of the file are compared first: torch alone would take flipped bytes in a tensor for its values.
 
     ``map_location`` is that of :func:`torch.load`; ``weights_only=False`` trusts the file, whose objects may then
-    execute anything.
+    execute anything. ``what`` is the name that messages give a buffer.
 
     Raises:
         ArgumentError: If there is no such file.
         StateError: If it is damaged, or holds objects other than tensors and plain values.
     """
-    if not Path(path).is_file():
-        what = "a folder" if Path(path).is_dir() else "not a file"
-        raise ArgumentError(f"path={str(path)!r} is {what}; give the path of a checkpoint")
-    return _read(path, str(path), map_location, weights_only)
+    source: Any = path  # torch and zipfile take either
+    if not isinstance(path, io.BytesIO):
+        what = str(path)
+        if not Path(path).is_file():
+            found = "a folder" if Path(path).is_dir() else "not a file"
+            raise ArgumentError(f"path={what!r} is {found}; give the path of a checkpoint")
+    try:
+        if weights_only or zipfile.is_zipfile(source):  # trusted files may be of torch's oldest form, which has no sums
+            _compare_checksums(source)
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+        checkpoint = torch.load(source, map_location=map_location, weights_only=weights_only)
+    except Exception as error:  # damaged bytes make torch and zipfile raise nearly anything
+        if refused := _REFUSED.search(str(error)):
+            name = (refused.group(1) or refused.group(2)).strip()
+            raise StateError(
+                f"{what} holds more than tensors and plain values: reading it would call {name}; nothing in it was "
+                "executed. Take files from somebody you trust, and save plain values only"
+            ) from error
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise StateError(
+            f"{what} cannot be read as a checkpoint: it is damaged or of another kind ({reason}); take an earlier one"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise StateError(f"{what} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
+    return checkpoint
 
 
 def read_bytes(data: bytes, what: str) -> dict[str, Any]:
@@ -126,31 +150,7 @@ def read_bytes(data: bytes, what: str) -> dict[str, Any]:
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise StateError(f"{what} must be bytes, got a {type(data).__name__}")
-    return _read(io.BytesIO(data), what, "cpu", weights_only=True)
-
-
-def _read(source: Any, path: str, map_location: Any, weights_only: bool) -> dict[str, Any]:
-    """Load from a path or a buffer; ``path`` is what messages call it."""
-    try:
-        if weights_only or zipfile.is_zipfile(source):  # trusted files may be of torch's oldest form, which has no sums
-            _compare_checksums(source)
-        if isinstance(source, io.BytesIO):
-            source.seek(0)
-        checkpoint = torch.load(source, map_location=map_location, weights_only=weights_only)
-    except Exception as error:  # damaged bytes make torch and zipfile raise nearly anything
-        if refused := _REFUSED.search(str(error)):
-            name = (refused.group(1) or refused.group(2)).strip()
-            raise StateError(
-                f"{path} holds more than tensors and plain values: reading it would call {name}; nothing in it was "
-                "executed. Take files from somebody you trust, and save plain values only"
-            ) from error
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise StateError(
-            f"{path} cannot be read as a checkpoint: it is damaged or of another kind ({reason}); take an earlier one"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise StateError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
-    return checkpoint
+    return read_checkpoint(io.BytesIO(data), what=what)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:

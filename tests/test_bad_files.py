@@ -45,10 +45,11 @@ from clkit.data import ClassIncremental, NpzFeatures, NpzImages, StreamDataModul
 from clkit.errors import ArgumentError, DataError, StateError, WriteError
 from clkit.files import atomic_write, read_checkpoint
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
+from clkit.methods.heads.portable import head_of_state
 from clkit.models import TimmClassifier
 from clkit.report.results import write_results
 from clkit.report.run_figures import draw_figures
-from clkit.runs.heads import build_head
+from clkit.runs.heads import HEADS
 from clkit.runs.recipes import read_recipe
 from clkit.schema import STREAM
 from clkit.stream import resume
@@ -512,7 +513,7 @@ def test_a_state_without_sense_changes_nothing(case: str, tmp_path: Path) -> Non
 def test_options_of_which_no_head_can_be_made(options: dict[str, Any]) -> None:
     state = {**learned("nmc").state_dict(), "_extra_state": options}
     with pytest.raises(StateError, match=r"^the head") as refused:
-        build_head(state, "the head")
+        head_of_state(state, "the head", HEADS)
     assert len(str(refused.value)) < 300
 
 

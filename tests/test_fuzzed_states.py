@@ -26,7 +26,8 @@ from clkit.callbacks import Predictor
 from clkit.errors import ClkitError
 from clkit.methods import ErrorPredictor, ErrorRecords, FeatureMemory, Holdings, PredictionSets
 from clkit.methods.heads.holdings import keys_of_names
-from clkit.runs.heads import build_head
+from clkit.methods.heads.portable import head_of_state
+from clkit.runs.heads import HEADS
 from clkit.schema import STRATEGY, STREAM
 from clkit.stream import resume
 from clkit.stream.boundaries import Boundaries
@@ -239,7 +240,7 @@ def test_a_mutated_head_is_refused_or_works(name: str, mutations: int) -> None:
 
     def load(odd: dict[str, Any]) -> None:
         with suppress(ClkitError):  # options are the file's own here, and those of the constructor below
-            build_head(odd, "it").predict(rows)
+            head_of_state(odd, "it", HEADS).predict(rows)
         target.load_state_dict(odd)
 
     def works() -> None:

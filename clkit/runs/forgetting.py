@@ -16,8 +16,9 @@ from torch import Tensor
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, DataError, StateError
 from clkit.files import check_output, read_checkpoint
 from clkit.methods.heads.base import Head
+from clkit.methods.heads.portable import head_of_state
 from clkit.runs.contents import read_contents
-from clkit.runs.heads import build_head, head_entries, name_of
+from clkit.runs.heads import HEADS, head_entries, name_of
 from clkit.runs.merging import HeadSummary, hand_over, save_checkpoint
 from clkit.schema import LEARNED, MERGED, STRATEGY
 
@@ -192,4 +193,6 @@ def _chosen(checkpoint: dict[str, Any], path: Path, names: Sequence[str] | None)
     wanted = list(there) if names is None else list(names)
     if not wanted or not there.keys() >= set(wanted):
         raise ArgumentError(f"heads={wanted}: {path} has the heads {sorted(there)}")
-    return {there[name]: build_head(entries[there[name]]["head"], f"{path}: {there[name]}") for name in wanted}
+    return {
+        there[name]: head_of_state(entries[there[name]]["head"], f"{path}: {there[name]}", HEADS) for name in wanted
+    }

@@ -13,7 +13,7 @@ from clkit.methods.heads.portable import head_of_state
 from clkit.methods.heads.readout import LinearReadout
 from clkit.schema import EXPORTED, FLOATS, Instance, Numbers, Table, check_format, read_entries, read_state
 
-__all__ = ["build_head", "head_entries", "load_head", "name_of"]
+__all__ = ["HEADS", "head_entries", "load_head", "name_of"]
 
 HEADS: dict[str, type[Head]] = {head.__name__: head for head in (AnaCP, AnalyticHead, KLDA, LDAHead, NearestMeanHead)}
 
@@ -49,7 +49,7 @@ def load_head(path: str | Path, name: str) -> Any:
     entries = head_entries(checkpoint)
     for key, entry in entries.items():
         if name_of(key) == name:
-            return build_head(entry["head"], f"{path}: the head {name!r}")
+            return head_of_state(entry["head"], f"{path}: the head {name!r}", HEADS)
     raise ArgumentError(f"{path} has no head named {name!r}; it has {sorted(map(name_of, entries)) or 'none'}")
 
 
@@ -71,15 +71,6 @@ def name_of(key: str) -> str:
         'first'
     """
     return key.partition("(")[2].removesuffix(")")
-
-
-def build_head(state: dict[str, Any], what: str) -> Head:
-    """Return a head made of what its ``state_dict`` gave; ``what`` says whose it is, for the message of an error.
-
-    Raises:
-        StateError: If it is of a kind or a format that this clkit does not know, or damaged.
-    """
-    return head_of_state(state, what, HEADS)
 
 
 def _exported_head(exported: dict[str, Any], path: str | Path, name: str) -> LinearReadout:

@@ -23,9 +23,10 @@ from clkit.features.tap import FeatureTap
 from clkit.files import plain_values, read_checkpoint, write_checkpoint
 from clkit.methods import Holdings
 from clkit.methods.heads.base import Head
+from clkit.methods.heads.portable import head_of_state
 from clkit.models.timm_classifier import TimmClassifier, weights_of_a_run
 from clkit.runs.contents import Contents, read_contents
-from clkit.runs.heads import build_head, head_entries
+from clkit.runs.heads import HEADS, head_entries
 from clkit.schema import LEARNED, saved_entry
 
 __all__ = ["LearnedModel", "NewModel", "head_names"]
@@ -151,7 +152,7 @@ class LearnedModel:
         if len(entries) != 1:
             raise StateError(f"{path} holds {len(entries)} heads, where there must be one; the file is damaged")
         ((key, entry),) = entries.items()
-        head = build_head(entry["head"], f"{path}: {key}")
+        head = head_of_state(entry["head"], f"{path}: {key}", HEADS)
         weights = saved_entry(checkpoint, "state_dict", dict, str(path))
         try:
             preprocessing = Preprocessing(**settings["preprocessing"])

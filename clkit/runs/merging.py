@@ -13,10 +13,10 @@ from clkit.errors import ArgumentError, ConfigurationError, StateError
 from clkit.files import check_output, read_checkpoint, write_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.holdings import check_complete
-from clkit.methods.heads.portable import MergeTree
+from clkit.methods.heads.portable import MergeTree, head_of_state
 from clkit.methods.heads.readout import layer_values
 from clkit.runs.contents import join_contents, read_contents
-from clkit.runs.heads import build_head, head_entries
+from clkit.runs.heads import HEADS, head_entries
 from clkit.schema import LEARNED, MERGED, STRATEGY, STREAM, Named, Numbers, saved_entry
 
 __all__ = ["HeadSummary", "hand_over", "merge_checkpoints", "save_checkpoint"]
@@ -130,7 +130,9 @@ def save_checkpoint(checkpoint: dict[str, Any], output: str | Path, heads: dict[
 
 
 def _heads_of(checkpoint: dict[str, Any], file: Path) -> dict[str, Head]:
-    heads = {key: build_head(entry["head"], f"{file}: {key}") for key, entry in head_entries(checkpoint).items()}
+    heads = {
+        key: head_of_state(entry["head"], f"{file}: {key}", HEADS) for key, entry in head_entries(checkpoint).items()
+    }
     if not heads:
         raise StateError(
             f"{file} holds no learned head to merge; it has the callbacks {sorted(checkpoint.get('callbacks', {}))} "
