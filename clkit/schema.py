@@ -365,8 +365,11 @@ class Named(Kind):
     """A dictionary of any names with values of one kind."""
 
     kind: Kind
+    optional: bool = False
 
-    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any]:
+    def _read(self, value: Any, name: str, sizes: dict[str, int]) -> dict[str, Any] | None:
+        if value is None and self.optional:
+            return None
         return read_state(value, dict.fromkeys(read_entries(value, name), self.kind), name)
 
 

@@ -30,7 +30,7 @@ from clkit.methods.stationarising import (
     novel_features,
     stationarising_features,
 )
-from clkit.schema import Instance, Many, Nested, OneOf, Real, Table, read_own
+from clkit.schema import Instance, Many, Named, Nested, OneOf, Real, Table, read_own
 
 __all__ = ["Watched"]
 
@@ -394,5 +394,5 @@ _TABLE: Table = {
 _OWN_TABLE: Table = {
     "sets": Instance(dict | None),
     "arrived": Nested({field.name: Real(least=0) for field in fields(Arrived)}),
-    "frozen": Instance(dict | None),
+    "frozen": Named(Instance(Tensor), optional=True),
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.arguments import check_arguments
+from clkit.errors import ArgumentError, StateError
 from clkit.methods._checks import Batch, check_count, check_number
 from clkit.methods._gram import add_gram_, new_gram
 from clkit.methods._recursion import not_positive_definite
@@ -28,8 +29,11 @@ __all__ = ["AnaCP"]
 
 _VARIANCE = 1e-4  # added to the covariance, and the least that a variance is divided by: those of the public code
 _LEAST_VARIANCE = 1e-8
+_LONGEST = 1.1  # a mean or a covariance of rows of unit length is no larger
+_NOT_OF_ROWS = "these sums are not those of rows of unit length; take an earlier checkpoint"
 _NO_DIRECTION = 1e-10  # of the largest singular value: what is below it is rounding, and has no direction to lengthen
 _BLOCK = 512  # drawn rows of one product
+_MOST_DRAWS = 10_000  # of a class: more change nothing, and take the memory of all at once
 
 
 class AnaCP(Head):
@@ -63,13 +67,14 @@ class AnaCP(Head):
         maps: R.
         targets: ``"published"`` or ``"unwhitened"``, see above.
         readout: ``"draws"`` or ``"nearest"``, see above.
-        draws: Rows drawn of each class; a row is a function of ``seed``, class and number alone.
+        draws: Rows drawn of each class, at most 10,000; a row is a function of ``seed``, class and number alone.
         seed: Of maps and draws.
         num_classes: Fixed number of score columns; ``None`` for the largest id seen + 1.
         max_classes: Class ids must be below this.
 
     Raises:
         ArgumentError: If an argument is not allowed; at prediction, if a system cannot be factorised.
+        StateError: At prediction, if sums that were loaded are not those of rows of unit length.
 
     Example:
         >>> head = AnaCP(2, expansion_dim=30, readout="nearest")
@@ -106,6 +111,8 @@ class AnaCP(Head):
         self.gamma = gamma if isinstance(gamma, str) else check_number("gamma", gamma, above=0)
         width = self.expansion_dim = check_count("expansion_dim", lift_width(in_features, expansion_dim))
         self.maps, self.draws = check_count("maps", maps), check_count("draws", draws)
+        if self.draws > _MOST_DRAWS:
+            raise ArgumentError(f"draws must be at most {_MOST_DRAWS}, got {draws}")
         self.targets, self.readout = targets, readout
         self.seed = check_count("seed", seed, at_least=0)
         self.feature_map = FeatureMap(in_features)  # of the projected features
@@ -147,6 +154,8 @@ class AnaCP(Head):
             return Readout.of(classes, empty, empty.new_zeros(0))
         covariance = self.covariance
         covariance.diagonal().add_(_VARIANCE)
+        if not bool((means.abs() <= _LONGEST).all() & (covariance.abs() <= _LONGEST).all()):
+            raise StateError(_NOT_OF_ROWS)
         targets = same_for_same(_spread(means, covariance, whiten=self.targets == "published").T, means).T
         counts = self.statistics.counts.to(torch.float64)
         square = float(counts @ targets.square().sum(dim=1))
@@ -213,6 +222,8 @@ class AnaCP(Head):
 def _spread(means: Tensor, covariance: Tensor, *, whiten: bool) -> Tensor:
     """Return the targets (k, D) of unit length of the class means (k, D)."""
     values, vectors = torch.linalg.eigh(covariance)
+    if not float(values.min()) > 0:
+        raise StateError(_NOT_OF_ROWS)
     root = (values + _LEAST_VARIANCE).sqrt()
     whitening = (vectors / root) @ vectors.T
     centre = means.mean(dim=0)
