@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from two_ranks import drive, driven, leave_group
+from two_ranks import drive, driven, enter_group
 
 from clkit.distributed import broadcast, gather_objects, gather_rows, report_lost_process, world_size
 from clkit.errors import ArgumentError, ProcessLostError
@@ -18,12 +17,11 @@ from clkit.errors import ArgumentError, ProcessLostError
 
 def exchange(name: str, folder: Path) -> dict[str, Any]:
     """What one of two processes gets from each function."""
-    me = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=me, world_size=2)
+    me = enter_group()
     alone = dist.new_group([me], use_local_synchronization=True)
     shared = [torch.full((2,), me), torch.nn.Parameter(torch.full((3,), float(me)))]
     broadcast(shared, "numbers")
-    found = {
+    return {
         "world": [world_size(), world_size(alone)],
         "objects": gather_objects({"rank": me}, "numbers"),
         "first": gather_objects(me, "numbers", first_only=True),
@@ -31,8 +29,6 @@ def exchange(name: str, folder: Path) -> dict[str, Any]:
         "no rows": gather_rows(torch.zeros(me), [0, 1]),
         "shared": [tensor.detach() for tensor in shared],
     }
-    leave_group()
-    return found
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from two_ranks import drive, driven, leave_group
+from two_ranks import drive, driven, enter_group
 
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods import HOCLoss, SimplexHead, align, distillation_weight, feature_distillation, hoc_total
@@ -323,8 +322,7 @@ def test_rows_that_cannot_be_aligned_are_refused(old: Tensor, new: Tensor, says:
 
 
 def scenario(name: str, folder: Path) -> dict[str, Any]:
-    rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rank = enter_group()
     new, old, labels = drawn(9)
     own = slice(0, 5) if rank == 0 else slice(5, 12)  # unequal parts
     weight = torch.eye(5, dtype=torch.float64).requires_grad_()
@@ -332,7 +330,6 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
     loss = contrast(new[own] @ weight, old[own], labels[own])
     loss.backward()
     dist.all_reduce(weight.grad)
-    leave_group()
     return {"loss": loss.detach(), "gradient": weight.grad / 2}
 
 

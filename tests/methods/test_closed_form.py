@@ -256,7 +256,7 @@ def test_maps_are_a_function_of_the_seed_alone() -> None:
         assert one.projection is not None
         assert other.projection is not None
         assert torch.equal(one.projection, other.projection)
-    draws = torch.Generator().manual_seed(int(np.random.SeedSequence((5, 1, 1)).generate_state(1, np.uint64)[0] >> 1))
+    draws = torch.Generator().manual_seed(int(np.random.SeedSequence((5, 1, 1)).generate_state(1, np.uint64)[0]) >> 1)
     expected = torch.randn(L, D, generator=draws, dtype=torch.float64)
     phases = 2 * torch.pi * torch.rand(L, generator=draws, dtype=torch.float64)
     assert torch.equal(maps[0].projection, expected)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from two_ranks import drive, driven, leave_group
+from two_ranks import drive, driven, enter_group
 
 from clkit.errors import BatchError
 from clkit.methods import ErrorRecords, FeatureMemory
@@ -44,8 +42,7 @@ def filled(rows: slice) -> list[Any]:
 
 def learn(name: str, folder: Path) -> dict[str, Any]:
     """What one of two processes keeps after an exchange, and after another one."""
-    rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rank = enter_group()
     states: dict[str, Any] = {}
     tables = filled(slice(rank, None, 2))
     for when in ("once", "twice"):
@@ -58,7 +55,6 @@ def learn(name: str, folder: Path) -> dict[str, Any]:
         odd.synchronize()
     except BatchError as error:
         states["refusal"] = str(error)
-    leave_group()
     return states
 
 

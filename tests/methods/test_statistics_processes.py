@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from two_ranks import drive, driven, leave_group
+from two_ranks import drive, driven, enter_group
 
 from clkit.errors import BatchError, ConfigurationError
 from clkit.methods import AnalyticHead, FeatureStatistics, LDAHead, NearestMeanHead
@@ -42,8 +40,7 @@ def heads() -> list[Any]:
 
 def learn(name: str, folder: Path) -> dict[str, Any]:
     """What one of two processes learns of its samples, and what it is refused."""
-    rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rank = enter_group()
     features, targets = sample()
     features, targets = features[rank::2], targets[rank::2]  # 21 samples here, 20 there
     statistics = FeatureStatistics(6, **PARTS)
@@ -83,7 +80,6 @@ def learn(name: str, folder: Path) -> dict[str, Any]:
         fresh.synchronize()
     except BatchError as error:
         states["refusals"].append(str(error))
-    leave_group()
     return states
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import KFold
 from torch import Tensor
-from two_ranks import drive, driven, leave_group
+from two_ranks import drive, driven, enter_group
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -509,10 +508,8 @@ def test_flips_of_nothing_and_of_what_does_not_fit() -> None:
 
 
 def scenario(name: str, folder: Path) -> dict[str, Any]:
-    import os
 
-    rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rank = enter_group()
     metric = M.CompatibilityMatrix(models=4, score=name)  # type: ignore[arg-type]  # a name that a parameter gives
     flips = M.NegativeFlipRate()
     part = slice(0, 10) if rank == 0 else slice(10, 100)
@@ -521,9 +518,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
             queries, wanted = features_of(i)[:2]
             metric.update(queries[part], wanted[part], *features_of(j)[2:], i, j)
     flips.update(torch.tensor([0, rank]), torch.tensor([1, 1]), torch.tensor([0, 0]))
-    found = {"matrix": metric.compute(), "flips": flips.compute()}
-    leave_group()
-    return found
+    return {"matrix": metric.compute(), "flips": flips.compute()}
 
 
 @pytest.mark.parametrize("score", ["identification", pytest.param("map", marks=pytest.mark.slow)])

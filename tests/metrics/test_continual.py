@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import sys
 import warnings
@@ -16,13 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from two_ranks import drive, driven, leave_group
+from two_ranks import drive, driven, enter_group
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -467,8 +465,7 @@ CASES = ("alternating", "other experiences and classes", "other stages", "nothin
 def work(name: str, folder: Path) -> dict[str, Any]:
     """What one of two processes computes of its share, in each case and by each metric."""
     warnings.simplefilter("ignore")  # the first process computes before any update in one of the cases
-    rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rank = enter_group()
     result: dict[tuple[str, str], Any] = {}
     for case in CASES:
         for metric_class in ALL:
@@ -487,7 +484,6 @@ def work(name: str, folder: Path) -> dict[str, Any]:
             metric.sync()
             again = int(metric.counts[:, -1].sum())
             result[case, metric_class.__name__] = (value, state, again, getattr(metric, "classes", ()))
-    leave_group()
     return {"result": result}
 
 

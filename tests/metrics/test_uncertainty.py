@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 from itertools import permutations
@@ -12,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
 from torch import Tensor
-from two_ranks import drive, driven, leave_group
+from two_ranks import drive, driven, enter_group
 
 from clkit import metrics as M
 from clkit.errors import ArgumentError, BatchError
@@ -350,8 +348,7 @@ def test_figures_show_what_is_computed() -> None:
 
 
 def scenario(name: str, folder: Path) -> dict[str, Any]:
-    rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rank = enter_group()
     part = {"uneven": slice(0, 3) if rank == 0 else slice(3, 8), "one": slice(0, 0 if rank == 0 else 8)}[name]
     found: dict[str, Any] = {}
     for kind in (*RANKING, *CALIBRATION, *SCORES):
@@ -362,7 +359,6 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
         else:
             metric._update_count = 1  # no warning that nothing came: that is the subject
         found[kind.__name__] = metric.compute()
-    leave_group()
     return found
 
 
