@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.special import erf
+from scipy.special import ndtr
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -130,15 +130,10 @@ def course(make: Callable[[int], Any], data: Samples, stages: Sequence[Ids] | No
 # ---- the formulas on all rows: NumPy and what the maps draw
 
 
-def unit(rows: Floats) -> Floats:
-    """Rows of length 1."""
-    scaled: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return scaled
-
-
-def gelu(values: Floats) -> Floats:
-    """Values times the normal distribution function of them."""
-    result: Floats = values * (1 + erf(values / np.sqrt(2))) / 2
+def lifted(rows: Floats, directions: Floats) -> Floats:
+    """Rows along directions, through a GELU."""
+    along = rows @ directions.T
+    result: Floats = along * ndtr(along)
     return result
 
 
@@ -181,13 +176,13 @@ def joint_klda(head: KLDA, train: Floats, ids: Ids, test: Floats) -> Ids:
     """The same of the cosines of unit rows; directions and phases as drawn."""
     directions, phases = head.feature_map.projection.numpy(), head.feature_map.phase.numpy()
     height = np.sqrt(2 / len(phases))
-    train, test = (height * np.cos(unit(rows) @ directions.T + phases) for rows in (train, test))
+    train, test = (height * np.cos(normalize(rows) @ directions.T + phases) for rows in (train, test))
     return joint_lda(train, ids, test)
 
 
 def joint_anacp(head: AnaCP, train: Floats, ids: Ids, test: Floats) -> Ids:
     """Targets, projection and decision of AnaCP; maps and noise as drawn."""
-    train, test = unit(train), unit(test)
+    train, test = normalize(train), normalize(test)
     classes, at = np.unique(ids, return_inverse=True)
     means = np.stack([train[ids == each].mean(axis=0) for each in classes])
     centred = train - means[at]
@@ -196,12 +191,12 @@ def joint_anacp(head: AnaCP, train: Floats, ids: Ids, test: Floats) -> Ids:
     whitening = (vectors / np.sqrt(values + 1e-8)) @ vectors.T
     u, s, vt = np.linalg.svd((means - means.mean(axis=0)) @ whitening, full_matrices=False)
     back = whitening if head.targets == "published" else (vectors * np.sqrt(values + 1e-8)) @ vectors.T
-    targets = unit((u * np.where(s > 1e-10 * s[0], s + 1, 0)) @ vt @ back + means.mean(axis=0))
+    targets = normalize((u * np.where(s > 1e-10 * s[0], s + 1, 0)) @ vt @ back + means.mean(axis=0))
     maps = [getattr(head, f"map_{number}").projection.numpy() for number in range(1, head.maps + 1)]
-    thetas = [ridge(gelu(train @ each.T), targets[at]) for each in maps]
+    thetas = [ridge(lifted(train, each), targets[at]) for each in maps]
 
     def projected(rows: Floats) -> Floats:
-        parts = [unit(gelu(rows @ each.T) @ theta) for each, theta in zip(maps, thetas, strict=True)]
+        parts = [normalize(lifted(rows, each) @ theta) for each, theta in zip(maps, thetas, strict=True)]
         mean: Floats = np.mean(parts, axis=0)
         return mean
 
@@ -213,8 +208,8 @@ def joint_anacp(head: AnaCP, train: Floats, ids: Ids, test: Floats) -> Ids:
         drawn.append(correlated_rows(mean, factor, head.draws, class_id=int(each), seed=head.seed).numpy())
     last = head.feature_map.projection.numpy()
     labels = np.repeat(np.eye(len(classes)), head.draws, axis=0)
-    weight = ridge(gelu(projected(np.concatenate(drawn)) @ last.T), labels)
-    predicted: Ids = classes[(gelu(projected(test) @ last.T) @ weight).argmax(axis=1)]
+    weight = ridge(lifted(projected(np.concatenate(drawn)), last), labels)
+    predicted: Ids = classes[(lifted(projected(test), last) @ weight).argmax(axis=1)]
     return predicted
 
 
@@ -226,7 +221,7 @@ def joint_of(name: str, head: Any, data: Samples) -> float | None:
     elif isinstance(head, AnaCP):
         predicted = joint_anacp(head, train, ids, test)
     elif name == "LDA, unit":
-        predicted = joint_lda(unit(train), ids, unit(test))
+        predicted = joint_lda(normalize(train), ids, normalize(test))
     else:
         return None
     return 100 * float((predicted == data.test_ids.numpy()).mean())

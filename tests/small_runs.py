@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
 
 class SmallNet(nn.Module):
@@ -91,6 +91,34 @@ def hooks_of(module: nn.Module) -> int:
     return sum(
         len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules()
     )
+
+
+def merge_and_forget(parts: list[Any], features: Tensor, targets: Tensor) -> None:
+    """Join five parts, in an order of no meaning, into the first; one of them learns rows that are taken out last."""
+    parts[3].update(features, targets)
+    parts[1].merge(parts[4])
+    parts[3].merge(parts[1])
+    parts[0].merge(parts[2])
+    parts[0].merge(parts[3])
+    parts[0].subtract(features, targets)
+
+
+def run_settings(source: str, callbacks: list[dict[str, Any]], **data: Any) -> dict[str, Any]:
+    """Settings of a gradient-free run of two experiences over features, which keeps its checkpoints in ``runs/r/v``."""
+    scenario = {"class_path": "ClassIncremental", "init_args": {"experiences": 2}}
+    return {
+        "model": {"class_path": "TimmClassifier", "init_args": {"backbone": "identity"}},
+        "data": {"class_path": "StreamDataModule", "init_args": {"source": source, "scenario": scenario, **data}},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": -1,
+            "strategy": "gradient_free",
+            "enable_model_summary": False,
+            "callbacks": [*callbacks, {"class_path": "ModelCheckpoint", "init_args": {"save_last": True}}],
+            "logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "r", "version": "v"}}],
+        },
+    }
 
 
 def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

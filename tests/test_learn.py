@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.neighbors import NearestCentroid
-from small_runs import quiet_trainer
+from small_runs import quiet_trainer, run_settings
 
 from clkit import load_head, merge_checkpoints
 from clkit.callbacks import LDA
@@ -468,29 +468,10 @@ def test_lightning_reads_the_file(place: Path, new: Any, tmp_path: Path) -> None
     assert int(lda.head.counts.sum()) == 24
 
 
-SETTINGS: dict[str, Any] = {
-    "model": {"class_path": "TimmClassifier", "init_args": {"backbone": "identity"}},
-    "data": {
-        "class_path": "StreamDataModule",
-        "init_args": {
-            "source": "digits:flat",
-            "scenario": {"class_path": "ClassIncremental", "init_args": {"experiences": 2}},
-        },
-    },
-    "trainer": {
-        "strategy": "gradient_free",
-        "max_epochs": -1,
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": [
-            {"class_path": "NMC"},
-            {"class_path": "DEUP", "init_args": {"coverage": 0.9, "false_alarm_rate": 0.05}},
-            {"class_path": "ModelCheckpoint", "init_args": {"save_last": True}},
-        ],
-        "logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "r", "version": "v"}}],
-    },
-}
+SETTINGS = run_settings(
+    "digits:flat",
+    [{"class_path": "NMC"}, {"class_path": "DEUP", "init_args": {"coverage": 0.9, "false_alarm_rate": 0.05}}],
+)
 
 
 def test_a_run_answers_with_set_and_novelty(

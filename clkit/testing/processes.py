@@ -91,8 +91,12 @@ def work(folder: Path) -> None:
         report = learn(entry, folder, rank, PROCESSES)
     torch.save(report, folder / f"rank{rank}.pt")
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # torch 2.7 may wait for ever for a thread that lets go of what was exchanged last
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        # The group is not destroyed: torch 2.7 waits for this, with Python's lock held, for a thread that may need the
+        # lock to let go of what was exchanged last. The process ends as a whole.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _pickled(entry: Entry, learn: Learn) -> bytes:

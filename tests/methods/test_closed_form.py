@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from scipy.special import erf
+from scipy.special import ndtr
+from sklearn.preprocessing import normalize
+from small_runs import merge_and_forget
 from torch import Tensor
 
 from clkit.errors import ArgumentError, ConfigurationError, StateError
@@ -46,13 +48,8 @@ def sample(per_class: tuple[int, ...] = (50, 31, 22, 9, 1), seed: int = 0) -> tu
 # ---- the formulas, of all rows at once
 
 
-def unit(rows: Floats) -> Floats:
-    scaled: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return scaled
-
-
 def gelu(values: Floats) -> Floats:
-    result: Floats = values * (1 + erf(values / np.sqrt(2))) / 2
+    result: Floats = values * ndtr(values)
     return result
 
 
@@ -84,7 +81,7 @@ def joint_klda(head: KLDA, x: Floats, y: npt.NDArray[np.int64], test: Floats) ->
         lift = FourierMap(D, L, bandwidth=bandwidth, seed=head.seed)
         assert lift.projection is not None
         p, b = lift.projection.numpy(), lift.phase.numpy()
-        z, z_test = (np.sqrt(2 / L) * np.cos(unit(rows) @ p.T + b) for rows in (x, test))
+        z, z_test = (np.sqrt(2 / L) * np.cos(normalize(rows) @ p.T + b) for rows in (x, test))
         centred = z - z.mean(0)
         gamma = strength(centred, one_hot - one_hot.mean(0), spent=1.0)
         hat = centred @ np.linalg.solve(centred.T @ centred + gamma * np.eye(L), centred.T)
@@ -106,7 +103,7 @@ def joint_klda(head: KLDA, x: Floats, y: npt.NDArray[np.int64], test: Floats) ->
 
 def joint_anacp(head: AnaCP, x: Floats, y: npt.NDArray[np.int64], test: Floats) -> Floats:
     ids = np.unique(y)
-    x, test = unit(x), unit(test)
+    x, test = normalize(x), normalize(test)
     means = np.stack([x[y == c].mean(0) for c in ids])
     centred = x - means[np.searchsorted(ids, y)]
     covariance = centred.T @ centred / len(x) + 1e-4 * np.eye(D)
@@ -115,13 +112,13 @@ def joint_anacp(head: AnaCP, x: Floats, y: npt.NDArray[np.int64], test: Floats) 
     back = whiten if head.targets == "published" else vectors @ np.diag((values + 1e-8) ** 0.5) @ vectors.T
     u, s, vt = np.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)
     longer = np.where(s > 1e-10 * s[0], s + 1, 0)
-    targets = unit(u @ np.diag(longer) @ vt @ back + means.mean(0))
+    targets = normalize(u @ np.diag(longer) @ vt @ back + means.mean(0))
     maps = [SeededMap(D, L, seed=head.seed, part=number + 2) for number in range(head.maps)]
     weights = [each.projection.numpy() for each in maps if each.projection is not None]
     thetas = [ridge(gelu(x @ w.T), targets[np.searchsorted(ids, y)], head.gamma) for w in weights]
 
     def projected(rows: Floats) -> Floats:
-        each = [unit(gelu(rows @ w.T) @ theta) for w, theta in zip(weights, thetas, strict=True)]
+        each = [normalize(gelu(rows @ w.T) @ theta) for w, theta in zip(weights, thetas, strict=True)]
         mean: Floats = np.mean(each, axis=0)
         return mean
 
@@ -175,12 +172,7 @@ def test_any_split_order_merge_and_forget_gives_the_joint_formula(name: str) -> 
         for start in range(0, len(mine), 1 + 4 * number):
             rows = mine[start : start + 1 + 4 * number]
             part.update(features[rows], targets[rows])
-    parts[3].update(stray, labels)
-    parts[1].merge(parts[4])
-    parts[3].merge(parts[1])
-    parts[0].merge(parts[2])
-    parts[0].merge(parts[3])
-    parts[0].subtract(stray, labels)
+    merge_and_forget(parts, stray, labels)
     resumed = make()
     resumed.load_state_dict(parts[0].state_dict())
     assert torch.equal(resumed(test), parts[0](test))
@@ -270,7 +262,7 @@ def test_maps_are_a_function_of_the_seed_alone() -> None:
 
 def test_the_covariance_of_anacp_is_pooled_and_not_that_of_the_public_code() -> None:
     features, targets = sample((40, 40, 40, 40))
-    rows = unit(features.numpy())
+    rows = normalize(features.numpy())
     tasks = [np.flatnonzero(targets.numpy() == c) for c in (0, 3, 6, 9)]
     mixed = list(np.array_split(np.arange(len(rows)), 16))
     for stream, off in ((tasks, 0.02), (mixed, 0.01)):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from small_runs import merge_and_forget
 from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
@@ -121,12 +122,7 @@ def test_unit_rows_equal_the_joint_formula_for_any_split_order_merge_and_forget(
     with pytest.warns(UserWarning, match="1 feature vectors of a batch are zero"):
         parts = [learned(features[order[i::5]], targets[order[i::5]], unit=True) for i in range(5)]
     stray, labels = 3 * features[10:22] + 1, targets[10:22]
-    parts[3].update(stray, labels)
-    parts[1].merge(parts[4])
-    parts[3].merge(parts[1])
-    parts[0].merge(parts[2])
-    parts[0].merge(parts[3])
-    parts[0].subtract(stray, labels)
+    merge_and_forget(parts, stray, labels)
     head = parts[0]
     expected = unit_distances(features.numpy(), targets.numpy(), test.numpy(), head.chosen_gamma)
     np.testing.assert_allclose(head.scores_seen(test).numpy(), expected, rtol=1e-9)
