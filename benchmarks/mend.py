@@ -41,7 +41,7 @@ from clkit.methods import GradientEditor
 
 VIEWS, EDITS, KEPT, META = 16, 50, 32, 8
 FIRST = 200  # edits whose gradients the statistics are of
-BASE_STEPS = 600  # of the network that is edited
+BASE_STEPS = {"cnn": 160, "vit": 2000}  # of the network that is edited
 STEPS = {"cnn": 700, "vit": 500}  # of its editor
 ALPHA = {"cnn": 1e-3, "vit": 3e-4}  # first step sizes
 PARTS = ("tables", "layers")
@@ -75,16 +75,17 @@ REFERENCE: dict[str, dict[str, tuple[str, str]]] = {
 
 
 class Cnn(nn.Module):
-    """Three convolutions, a fourth of 1 x 1, and a linear classifier."""
+    """Three convolutions, a fourth of 1 x 1, each with its norm, and a linear classifier."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU()),
-            *(nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.ReLU()),
-            *(nn.Conv2d(64, 128, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        )
+
+        def block(wide_in: int, wide: int, kernel: int, stride: int) -> list[nn.Module]:
+            conv = nn.Conv2d(wide_in, wide, kernel, padding=kernel // 2, stride=stride)
+            return [conv, nn.BatchNorm2d(wide), nn.ReLU()]
+
+        blocks = [*block(1, 32, 3, 1), *block(32, 64, 3, 2), *block(64, 64, 3, 2), *block(64, 128, 1, 1)]
+        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class Cnn(nn.Module):
         return logits
 
 
-LAYERS: dict[str, Any] = {"cnn": ["body.4", "body.6", "fc"], "vit": "mlp"}
+LAYERS: dict[str, Any] = {"cnn": ["body.6", "body.9", "fc"], "vit": "mlp"}
 
 
 def network(name: str) -> nn.Module:
@@ -140,9 +141,9 @@ def trained_network(name: str, data: Parts, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model, generator = network(name), torch.Generator().manual_seed(seed)
     x, y = data.base
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BASE_STEPS)
-    for _ in range(BASE_STEPS):
+    optimizer, steps = torch.optim.Adam(model.parameters(), lr=1e-3), BASE_STEPS[name]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         rows = torch.randint(len(x), (64,), generator=generator)
         loss = F.cross_entropy(model(views(x[rows], generator)), y[rows])
         optimizer.zero_grad()
