@@ -180,6 +180,7 @@ def test_half_precision_inference_mode_and_a_meta_trip_leave_plain_float32() -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_memory_on_a_gpu_is_that_of_a_cpu() -> None:
     features, labels, ids = stream(200, 5)
     here, there = FeatureMemory(32), FeatureMemory(32, device="cuda")
