@@ -177,6 +177,16 @@ def test_what_is_drawn_from_sums_teaches_without_any_sample(tmp_path: Path) -> N
     assert deup.reports["nmc"]["auroc_error"] > 0.8
 
 
+def test_where_nothing_is_kept_or_drawn_arriving_batches_teach(tmp_path: Path) -> None:
+    deup = DEUP(records=Records(memory="none"))
+    fit(tmp_path, NMC(), deup)
+    watched = deup.error_predictor("nmc")
+    assert watched.sources == ("prequential",)
+    assert watched.errors.is_fitted
+    assert only(deup).memory is None
+    assert deup.reports["nmc"]["auroc_error"] > 0.75
+
+
 @pytest.mark.warns("has no exact scores of its rows")
 def test_a_head_that_learned_other_rows_is_judged_by_arriving_batches(tmp_path: Path) -> None:
     nmc = NMC()
