@@ -277,7 +277,7 @@ class Watched:
         total = torch.full((len(features),), torch.nan, dtype=torch.float64)
         if not self.errors.is_fitted or (view is None and self.needs_rows):
             whole = torch.ones(len(features), dtype=torch.bool)
-            total[:] = self._mean_error
+            total[:] = self.errors.mean_error  # there is too little to tell samples apart
         else:
             phi = self.phi(view, Rows(features, features, features, scores)).cpu()
             whole = phi.isfinite().all(dim=1)
@@ -295,12 +295,6 @@ class Watched:
     def abstains_above(self) -> float | None:
         """The total above which nothing is accepted; ``None`` where no threshold was asked for."""
         return min(self.abstain_above, self.accept_to) if self.settings.held_out else None
-
-    @property
-    def _mean_error(self) -> float:
-        """What is said of everything as long as there is too little to tell samples apart."""
-        width = self.errors.features or len(self.names) or 1
-        return float(self.errors.predict(torch.zeros(1, width)))
 
     def _noise(self, features: Tensor, view: Snapshot | None) -> Tensor:
         found = torch.zeros(len(features), dtype=torch.float64)

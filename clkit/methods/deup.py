@@ -140,6 +140,11 @@ class ErrorPredictor:
         return self._records
 
     @property
+    def mean_error(self) -> float:
+        """Weighted mean of the errors recorded: what is to be said where features are not known; 1 without records."""
+        return self._mean
+
+    @property
     def features(self) -> int | None:
         """K, of the last fit; ``None`` before."""
         return self._features

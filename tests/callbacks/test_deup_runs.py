@@ -177,6 +177,19 @@ def test_what_is_drawn_from_sums_teaches_without_any_sample(tmp_path: Path) -> N
     assert deup.reports["nmc"]["auroc_error"] > 0.8
 
 
+def test_where_rows_are_not_known_the_mean_of_the_errors_is_said(tmp_path: Path) -> None:
+    deup = DEUP()
+    fit(tmp_path, nmc := NMC(), deup)
+    watched, known = deup.error_predictor("nmc"), only(deup)
+    _, error, weight = watched.records.training_set(
+        dict(zip(known.statistics.classes.tolist(), known.statistics.counts.tolist(), strict=True)), novelty=0.05
+    )
+    features = torch.randn(3, 16)
+    total = watched.judge(features, nmc.head(features), None).uncertainty.total
+    expected = np.average(error.numpy(), weights=weight.numpy())
+    assert total.tolist() == pytest.approx([expected] * 3, rel=1e-12)
+
+
 def test_where_nothing_is_kept_or_drawn_arriving_batches_teach(tmp_path: Path) -> None:
     deup = DEUP(records=Records(memory="none"))
     fit(tmp_path, NMC(), deup)
