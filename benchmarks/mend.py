@@ -294,7 +294,8 @@ def one_seed(name: str, part: str, seed: int, options: argparse.Namespace) -> di
         both = (("relabel", rows, wrong), ("correct", missed, y[missed]))
         return {kind: measured(edit, model, data, which, labels) for kind, which, labels in both}
 
-    return {**kept.values, "rows": {title: kept.get(title, partial(edit_all, make)) for title, make in methods.items()}}
+    done = {title: kept.get(title, partial(edit_all, make)) for title, make in methods.items()}
+    return {**kept.values, "rows": done}  # with the seconds that training took meanwhile
 
 
 def median(found: list[dict[str, Any]], method: str, kind: str, name: str) -> float:
