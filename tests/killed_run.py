@@ -114,6 +114,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "d_simplex_replay": {"heads": "d_simplex", "strategy": "er", "trainer": {"val_check_interval": 0.5}},
     "deup": {"heads": "deup", "strategy": "gradient_free", "trainer": {"val_check_interval": 0.5}},
     "deup_kept_out": {"heads": "deup_kept_out", "strategy": "er", "epochs": 2, "stream": {"val_fraction": 0.4}},
+    "warm_up_lora": {"strategy": "lora", "epochs": 2, "trainer": {"accumulate_grad_batches": 3}},
+    "warm_up_norms": {"strategy": "norms"},
+    "warm_up_last_block": {"strategy": "last_block", "module": "blocks", "trainer": {"val_check_interval": 0.5}},
 }
 
 
@@ -200,6 +203,19 @@ class ManualModule(Module):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class BlockModule(Module):
+    """Its network has two equal blocks."""
+
+    def __init__(self, places: Places) -> None:
+        super().__init__(places)
+        blocks = [nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU()) for _ in range(2)]
+        first, last = nn.Linear(16, 12), nn.Linear(12, 6)
+        self.net = nn.Sequential(nn.Flatten(), first, nn.Sequential(*blocks), nn.Dropout(0.3), last)
+
+
+MODULES: dict[str, type[Module]] = {"manual": ManualModule, "blocks": BlockModule}
 
 
 class Diary(pl.Callback):
@@ -420,6 +436,8 @@ def checkpoint_saver(config: dict[str, Any], folder: Path) -> pl.Callback:
 def make_strategy(name: str, world: int) -> Any:
     if name == "warm_up":
         return GradientFreeStrategy(warmup_epochs=1)
+    if name in ("lora", "norms", "last_block"):
+        return GradientFreeStrategy(2, name, lora_rank=2)  # type: ignore[arg-type]  # one of the names that it takes
     if name == "gradient_free":
         return GradientFreeStrategy()
     if name == "base":
@@ -460,7 +478,7 @@ def fit(request: dict[str, Any], rank: int) -> None:
         **stream_options,
     )
     torch.manual_seed(0)
-    module = (ManualModule if config.get("module") == "manual" else Module)(places)
+    module = MODULES.get(config.get("module", ""), Module)(places)
     seed_all(1000 if request["checkpoint"] else 0)  # whoever resumes has drawn other numbers
     callbacks = [
         Diary(folder),

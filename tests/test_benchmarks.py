@@ -1020,3 +1020,35 @@ def test_closed_form_heads_are_measured_on_tiny_features(
     ways = json.loads((tmp_path / "found.json").read_text())["traffic signs"]
     assert len(ways) == 3
     assert all(len(way["stages"]) == 10 and way["final"] > 70 for way in ways.values())
+
+
+# ---- what the first session may train
+
+
+def test_first_sessions_are_compared_and_taken_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = loaded(SCRIPT.with_name("first_session.py"))
+    monkeypatch.setenv("CLKIT_DATA", str(tmp_path))
+    assert sessions.main([]) == 2
+    assert "CLKIT_DATA" in capsys.readouterr().err
+    rng, ids = np.random.default_rng(0), np.repeat(np.arange(20), 5).astype(np.uint8)
+    images = {f"x_{part}": rng.integers(0, 256, (100, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / sessions.FILES[0], **images, y_train=ids, y_test=ids)
+    file = tmp_path / "found.json"
+    small = ["--choices", "none,last_block", "--random-weights", "--size", "32", "--epochs", "1", "--lift", "30"]
+    status = sessions.main([*small, "--results", str(file)])
+    found = json.loads(file.read_text())
+    assert sorted(found["search"]["last_block"]) == ["0.003", "0.03"]
+    runs, rates = found["runs"], found["search"]["last_block"].values()
+    means = {each["rate"]: np.mean([each[name]["final"] for name in sessions.HEADS]) for each in rates}
+    assert means[runs["last_block"]["rate"]] == max(means.values())
+    assert all(len(runs[choice][name]["stages"]) == 10 for choice in runs for name in sessions.HEADS)
+    gain = runs["last_block"]["ranpac"]["final"] - runs["none"]["ranpac"]["final"]
+    assert status == int(gain < sessions.GOAL)
+    assert f"best with last_block, {gain:+.2f} points" in capsys.readouterr().out
+    monkeypatch.setattr(sessions, "run", None)  # nothing is run again
+    assert sessions.main([*small, "--results", str(file)]) == status
+    with pytest.raises(SystemExit):
+        sessions.main([*small, "--epochs", "2", "--results", str(file)])
+    assert "is of other settings" in capsys.readouterr().err

@@ -438,8 +438,8 @@ def called(name: str, /, **options: Any) -> dict[str, Any]:
         (put("data", called("StreamDataModul")), "data: there is no class 'StreamDataModul', did you mean"),
         (put("data.source", called("NpzImage", name="x")), "data.source: there is no class 'NpzImage', did you mean"),
         (
-            put("trainer.strategy", called("GradientFreeStrategy", warmup=3)),
-            "trainer.strategy: GradientFreeStrategy has no setting 'warmup', did you mean 'warmup_epochs'?",
+            put("trainer.strategy", called("GradientFreeStrategy", warmup_epoch=3)),
+            "trainer.strategy: GradientFreeStrategy has no setting 'warmup_epoch', did you mean 'warmup_epochs'?",
         ),
         (put("model", called("nowhere.Net")), "model: No module named 'nowhere'"),
     ],

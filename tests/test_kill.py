@@ -61,6 +61,7 @@ OWN_EVALUATION = (
     "accumulation_inside",
     "epoch_files_unmeasured",
     "onpro_inside",
+    "warm_up_last_block",
 )
 
 
@@ -258,6 +259,7 @@ AGAIN = [
     ("graft_replaced", "after_save", 9, "experience_end", 1),
     ("everything", "validation", 9, "save_collects", 2),
     ("last_file", "save_moves", 5, "save_moves", 1),
+    ("warm_up_lora", "step", 4, "after_save", 5),
 ]
 
 
@@ -339,6 +341,7 @@ TWO = [
     ("transform", "last_before_save", 0.6, (0, 1)),
     ("deup", "after_save", 0.6, (1,)),
     ("deup_kept_out", "row_pending", 0.5, (0,)),
+    ("warm_up_lora", "after_save", 0.2, (1,)),
 ]
 
 

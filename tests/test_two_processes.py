@@ -98,7 +98,8 @@ def run(
     if save is not None:
         name = str(folder / save)
         callbacks.append(ModelCheckpoint(name, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    strategy = GradientFreeStrategy(warmup_epochs=2) if strategy == "warm" else strategy
+    if strategy in ("warm", "lora"):
+        strategy = GradientFreeStrategy(2, "all" if strategy == "warm" else "lora", lora_rank=2)
     options = {"devices": devices, "strategy": strategy, "precision": "64-true", **options}
     trainer = quiet_trainer(folder, callbacks=callbacks, **options)
     trainer.fit(module, datamodule=stream(**(data or {})), ckpt_path=None if resume is None else str(resume))
@@ -143,6 +144,7 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
         "ddp norm": lambda: run(2, folder, "ddp", norm=True, data={"batch_size": 4}),
         # a validation would be a forward of DDP, which happens to send buffers from rank 0 to the others
         "warm": lambda: run(2, folder, "warm", norm=True, data={"batch_size": 4}, check_val_every_n_epoch=1000),
+        "lora": lambda: run(2, folder, "lora", norm=True, data={"batch_size": 4}),
         "saved": lambda: run(2, folder, save="two"),
         "resumed inside": lambda: run(2, folder, save="again", resume=folder / "two/step=4.ckpt"),
         "from one": lambda: run(2, folder, resume=folder / "one/step=5.ckpt"),
@@ -160,7 +162,13 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
 
 # ---- what the ranks ended with, against one process
 
-QUICK = ("free", "warm", "one inside", "graft by replacing")  # one start of the driver, within the ordinary suite
+QUICK = (
+    "free",
+    "warm",
+    "lora",
+    "one inside",
+    "graft by replacing",
+)  # one start of the driver, within the ordinary suite
 SLOW = (
     "joint",
     "ddp",
@@ -177,7 +185,7 @@ SLOW = (
 
 scenarios = Scenarios(__file__, QUICK, SLOW)
 names = scenarios.names
-complete = names("free", "warm", *(name for name in SLOW if name != "batch size"))
+complete = names("free", "warm", "lora", *(name for name in SLOW if name != "batch size"))
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +272,17 @@ def test_after_a_warm_up_all_heads_learn_from_one_network(ranks: Ranks) -> None:
             head.update(rows, y)
         assert_close(ranks("warm")[0]["readouts"][callback.name], list(head.linear_readout()))
     assert all(rank["gives gradients back"] for rank in ranks("warm"))
+
+
+def test_a_part_of_the_network_warms_up_alike_on_all_ranks(ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    start, ends = Net(norm=True).double().state_dict(), [rank["module"] for rank in ranks("lora")]
+    assert list(ends[0]) == list(start)
+    assert changed(ends[0], ends[1]) == []
+    moved = {name for name in start if not torch.equal(start[name], ends[0][name])}
+    assert moved == {"body.0.weight", "classify.weight", "classify.bias"}
+    assert torch.linalg.matrix_rank(ends[0]["body.0.weight"] - start["body.0.weight"], rtol=1e-12) == 2
+    assert all(rank["gives gradients back"] for rank in ranks("lora"))
 
 
 @pytest.mark.slow

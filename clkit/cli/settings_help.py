@@ -93,6 +93,7 @@ _GROUPS: dict[str, _Rows] = {
     "how it learns": (
         ("--trainer.strategy NAME", f"{', '.join(STRATEGY_NAMES)}; without one the network trains as ever"),
         ("--trainer.strategy.SETTING VALUE", "a setting of a strategy that the configuration names by its class"),
+        ("--trainer.strategy.warmup NAME", "of gradient_free, what warmup_epochs train: all, norms, last_block, lora"),
         ("--trainer.callbacks+ CLASS", f"add {', '.join(CALLBACKS[:-1])}, or any callback of Lightning"),
         ("--trainer.callbacks.SETTING VALUE", "a setting of the callback that was added last"),
         ("--trainer.max_epochs N", "-1: as long as the stream"),

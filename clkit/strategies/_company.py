@@ -19,7 +19,16 @@ from torch.optim import Optimizer
 from clkit.errors import ConfigurationError, StateError
 from clkit.schema import STRATEGY
 
-__all__ = ["EDITED", "FROZEN", "IN_CLKIT", "UNTRAINED", "Misfits", "refuse_misfits", "refuse_other_optimizers"]
+__all__ = [
+    "CONFINED",
+    "EDITED",
+    "FROZEN",
+    "IN_CLKIT",
+    "UNTRAINED",
+    "Misfits",
+    "refuse_misfits",
+    "refuse_other_optimizers",
+]
 
 Misfits = dict[type, str]
 
@@ -48,6 +57,13 @@ FROZEN: Misfits = {
     ),
 }
 """Beside a strategy that freezes the network, be it after a warm-up."""
+
+CONFINED: Misfits = {
+    BaseFinetuning: (
+        "it freezes layers and trains them later, and the strategy's warmup= says what trains; leave one of the two out"
+    ),
+}
+"""Beside a strategy whose warm-up trains a part of the network."""
 
 UNTRAINED: Misfits = {
     BaseFinetuning: (

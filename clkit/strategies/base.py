@@ -279,6 +279,11 @@ class LearningStrategy(SpokenDDP):
 
     # ---- state
 
+    @property
+    def has_state(self) -> bool:
+        """Whether checkpoints hold what the strategy learns; where one that is loaded does not, it is said."""
+        return type(self).stream_state is not LearningStrategy.stream_state
+
     def stream_state(self) -> dict[str, Any]:
         """Return what is learned beside the weights, as tensors and plain types; a call on all processes."""
         return {}
@@ -339,7 +344,7 @@ class LearningStrategy(SpokenDDP):
     def _load_state(self, state: Any) -> None:
         owner = None if state is None else saved_entry(state, "strategy", str, STRATEGY)
         if owner != self.state_key:
-            if type(self).stream_state is not LearningStrategy.stream_state:
+            if self.has_state:
                 rank_zero_warn(
                     f"the checkpoint has no state for the strategy {self.state_key!r}"
                     f"{f', but for {owner!r}' if owner else ''}: it starts with nothing learned"

@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clkit.arguments import check_arguments
+from clkit.errors import ArgumentError
 from clkit.features.calling import call
 from clkit.methods._checks import check_count
-from clkit.strategies._company import FROZEN, UNTRAINED, Misfits
+from clkit.strategies._company import CONFINED, FROZEN, UNTRAINED, Misfits
+from clkit.strategies._first_session import FirstSession, Trains
 from clkit.strategies._frozen import Frozen, runnable
 from clkit.strategies.base import LearningStrategy
 from clkit.stream.boundaries import Boundaries, backbone_changed
@@ -35,12 +37,33 @@ class GradientFreeStrategy(LearningStrategy):
     ``training_step`` is not called; the run logs ``gradient_free/loss``, the cross-entropy of the module's own output,
     and nothing that the ``training_step`` logs.
 
+    A pretrained network is adapted to the first experience in the same way (RanPAC), and loses less of what it knows
+    when ``warmup`` lets little of it move. Whatever the choice, the classifier trains too, and so does what lies in the
+    module outside of its network; what you froze yourself stays frozen. All else has ``requires_grad=False`` when your
+    ``configure_optimizers`` is called, and until the warm-up is over:
+
+    * ``"all"``: the whole network.
+    * ``"norms"``: scales and shifts of normalisation layers, and running statistics move.
+    * ``"last_block"``: the last block of a timm network, or of a row of equal blocks, and all that is defined behind
+      it, with its running statistics. Those of the rest stay.
+    * ``"lora"``: a pair of small matrices beside the weight of each linear and convolutional layer that is larger than
+      the pair. When the warm-up is over, or the fit ends before, the pairs are added to the weights and nothing of them
+      is left. Running statistics stay.
+
+    A checkpoint of the warm-up resumes to the bit. The weights in it are those that the forward sees, under the names
+    that they always have.
+
     Args:
         warmup_epochs: Epochs (≥ 0) of the first experience trained by gradient; 0 for a pretrained backbone.
+        warmup: What they train; other than ``"all"`` needs ``warmup_epochs``.
+        lora_rank: Rank (≥ 1) of the pairs of ``"lora"``; nothing else reads it.
         options: Further arguments of :class:`LearningStrategy`.
 
     Raises:
-        ArgumentError: If ``warmup_epochs`` is negative or not an integer.
+        ArgumentError: If ``warmup_epochs`` is negative or not an integer, ``warmup`` is none of these or is given
+            without epochs, or ``lora_rank`` is not an integer of at least 1.
+        ConfigurationError: When a fit begins, if the network has no part of the kind that trains, or the user's
+            optimizers have nothing of it.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -51,13 +74,19 @@ class GradientFreeStrategy(LearningStrategy):
         ('GradientFreeStrategy', 0)
 
     Source: H. Zhuang et al., "ACIL: Analytic Class-Incremental Learning with Absolute Memorization and Privacy
-    Protection", NeurIPS 2022 (the freeze after a first phase).
+    Protection", NeurIPS 2022 (the freeze after a first phase); M. McDonnell et al., "RanPAC: Random Projections and
+    Pre-trained Models for Continual Learning", NeurIPS 2023, section 4.3 (a small part trained on the first phase).
     """
 
-    def __init__(self, warmup_epochs: int = 0, **options: Any) -> None:
+    def __init__(self, warmup_epochs: int = 0, warmup: Trains = "all", *, lora_rank: int = 8, **options: Any) -> None:
         check_arguments(GradientFreeStrategy, locals())
         super().__init__(**options)
         self.warmup_epochs = check_count("warmup_epochs", warmup_epochs, at_least=0)
+        if warmup != "all" and not warmup_epochs:
+            raise ArgumentError(
+                f"warmup={warmup!r} says what warmup_epochs train, and these are 0; give warmup_epochs, or leave it out"
+            )
+        self._session = FirstSession(warmup, lora_rank)
         self.trains_module = warmup_epochs > 0
         self._learning = False  # past the warm-up
         self._frozen: Frozen | None = None
@@ -69,7 +98,14 @@ class GradientFreeStrategy(LearningStrategy):
     @property
     def misfits(self) -> Misfits:
         """Callbacks of Lightning that are refused beside the strategy, each with the reason."""
-        return {**super().misfits, **FROZEN, **({} if self.warmup_epochs else UNTRAINED)}
+        trained = CONFINED if self._session.trains != "all" else {}
+        return {**super().misfits, **FROZEN, **(trained if self.warmup_epochs else UNTRAINED)}
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Prepare the module, with gradients for what the warm-up trains."""
+        if trainer.state.fn == "fit" and self.warmup_epochs:
+            self._session.begin(self._module)
+        super().setup(trainer)
 
     def _setup_model(self, model: nn.Module) -> Any:
         # the DDP wrapper refuses a module without trainable parameters, and without gradients it has nothing to do
@@ -79,6 +115,7 @@ class GradientFreeStrategy(LearningStrategy):
         """Build the user's optimizers for the warm-up, and none without one."""
         if self.warmup_epochs:
             super().setup_optimizers(trainer)
+            self._session.check_optimizers(self._module, self._check_optimizers())
         else:
             self.optimizers, self.lr_scheduler_configs = [_NoUpdate()], []
 
@@ -91,6 +128,25 @@ class GradientFreeStrategy(LearningStrategy):
         super().on_train_start()
         if Boundaries.of(self._module.trainer).upcoming(self._module.trainer).phase == "learn":
             self._freeze()
+
+    # ---- state
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a checkpoint holds what the strategy has learned: where the warm-up trains a part."""
+        return self._session.trains != "all"
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the user's own state, with the weights as the forward sees them."""
+        return self._session.plain_state(super().lightning_module_state_dict())
+
+    def stream_state(self) -> dict[str, Any]:
+        """Return what a warm-up of a part has learned."""
+        return {"first_session": self._session.state()} if self.has_state else {}
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._session.load(state.get("first_session"), self._module)
 
     # ---- boundaries
 
@@ -110,6 +166,7 @@ class GradientFreeStrategy(LearningStrategy):
             return
         module = self._module
         self._learning = True
+        self._session.end()
         if isinstance(self.model, DistributedDataParallel):
             self.model = module
         self._frozen = Frozen(module, shared=not self.single_device)  # batch statistics differ when a warm-up ends
@@ -118,6 +175,7 @@ class GradientFreeStrategy(LearningStrategy):
 
     def teardown(self) -> None:
         """Give the module its gradients, modes and way of optimising back."""
+        self._session.end(cut=True)
         if self._frozen is not None:
             self._frozen.thaw()
         self._frozen = None
@@ -129,7 +187,10 @@ class GradientFreeStrategy(LearningStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step during a warm-up, one forward without gradients afterwards."""
         if not self._learning:
-            return super().training_step(*args, **kwargs)
+            self._session.hold_still()
+            loss = super().training_step(*args, **kwargs)
+            self._session.check_still()
+            return loss
         assert self._network is not None
         inputs, targets = self.read_batch(args[0] if args else kwargs["batch"])
         with torch.no_grad(), self.precision_plugin.train_step_context():

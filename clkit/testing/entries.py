@@ -228,6 +228,11 @@ def clkit_entries() -> list[Entry]:
             processes="exact",
         ),
         strategy("GradientFreeStrategy-warmup", make=partial(GradientFreeStrategy, warmup_epochs=1), learns=False),
+        strategy(
+            "GradientFreeStrategy-lora",
+            make=partial(GradientFreeStrategy, warmup_epochs=1, warmup="lora", lora_rank=2),
+            learns=False,
+        ),
         strategy("ERStrategy", make=ERStrategy, registered="er"),
         strategy("ERACEStrategy", make=ERACEStrategy, registered="er_ace"),
         strategy("DERPPStrategy", make=DERPPStrategy, registered="der_pp"),
