@@ -115,9 +115,10 @@ def read_edits(edits: Any) -> list[WantedEdit]:
         raise ArgumentError(f"edits must be a list of (images, labels), or the path of a file, got {in_short(edits)}")
     found = []
     for each in edits:
-        if not isinstance(each, Sequence) or not 2 <= len(each) <= 3:
+        pair = isinstance(each, Sequence) and 2 <= len(each) <= 3 and all(isinstance(part, Tensor) for part in each[:2])
+        if not pair:
             raise ArgumentError(
-                f"an edit must be (images, labels) or (images, labels, equivalents), got {in_short(each)}"
+                f"an edit must be tensors (images, labels) or (images, labels, equivalents), got {in_short(each)}"
             )
         found.append(WantedEdit(*each))
     return found

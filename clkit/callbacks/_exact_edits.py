@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from clkit.arguments import in_short
 from clkit.callbacks._run_edits import LoggedEdit, RunEdit
 from clkit.callbacks.head import HeadCallback
 from clkit.distributed import world_size
@@ -20,6 +21,7 @@ from clkit.features.observer import forward
 from clkit.features.tap import FeatureTap
 from clkit.methods import EditReference, Guard, LocalityReport
 from clkit.methods._edit_objective import objective_for
+from clkit.methods._edited_network import ran
 
 __all__ = ["count_in", "features_of", "propose_counting", "take_out"]
 
@@ -30,10 +32,11 @@ _NEVER = -1e9  # in the place of the -inf of a class that a head does not know
 
 def features_of(module: pl.LightningModule, layer: str, x: Tensor) -> Tensor:
     """Return the features (B, D) of images, float64, as a head reads them at a layer in evaluation mode."""
-    some = next(module.parameters(), x)
-    own = x.to(some.device)
+    some = next((each for each in module.parameters() if each.is_floating_point()), x)
+    own = x.to(some.device, some.dtype if x.is_floating_point() else x.dtype)
     with torch.autocast(some.device.type, enabled=False), FeatureTap(module, layer) as tap:
-        features = tap.extract(own, partial(forward, module, tap.network))
+        run = partial(forward, module, tap.network)
+        features: Tensor = ran(lambda images: tap.extract(images, run), own)
     return features if features.device.type == "mps" else features.double()
 
 
@@ -69,6 +72,7 @@ def propose_counting(
         )
     head, ids = callback.head, y.detach().cpu().long()
     rows = features_of(module, callback.layer, x).cpu()
+    copy.deepcopy(head).update(rows, ids)  # refuses what it could not learn, before anything is as wide as ids say
     width = max(2, int(torch.cat([head.classes.cpu(), ids]).max()) + 1)
     before = _logits(head, rows, width)
     for count in (factor * weight for factor in _FACTORS):
@@ -141,6 +145,8 @@ def take_out(callback: HeadCallback, rows: Tensor, targets: Tensor) -> None:
 def _views(x: Tensor, given: Any) -> Tensor | None:
     """Return equivalents (B·k, …), those of one image in a row."""
     if given is not None and not isinstance(given, Tensor):
+        if not callable(given):
+            raise BatchError(f"equivalents must be images or a function (images, generator), got {in_short(given)}")
         draws = torch.Generator().manual_seed(0)
         given = torch.stack([given(x.clone(), draws) for _ in range(_VIEWS)], dim=1)
     if given is None:

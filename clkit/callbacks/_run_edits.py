@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from clkit.errors import ArgumentError, StateError
 from clkit.methods import EditResult
+from clkit.methods._edit_arguments import edit_ids
 from clkit.methods._edit_log import EditLog
 from clkit.schema import (
     FLOATS,
@@ -218,7 +219,7 @@ def open_edits(log: Iterable[LoggedEdit], ids: Iterable[int]) -> list[LoggedEdit
     """Return edits of a log that can be taken back, or raise an ArgumentError."""
     known = {entry.id: entry for entry in log}
     found = {}
-    for each in ids:
+    for each in edit_ids(ids):
         if each not in known:
             raise ArgumentError(f"there is no edit {each!r} in the log, which has {sorted(known)}")
         if known[each].committed:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from clkit.arguments import check_arguments
+from clkit.arguments import check_arguments, in_short
 from clkit.callbacks._edit_rules import check_averaging, check_strategy, deciding_head, stale_parts, tasks_of
 from clkit.callbacks._edit_sources import read_edits, take_statistics, val_reference
 from clkit.callbacks._exact_edits import count_in, features_of, propose_counting
@@ -113,7 +113,7 @@ class MEND(KeepsEdits):
         if isinstance(editor, dict):
             refuse_unknown_arguments(GradientEditor, editor)
         if not isinstance(scale, str):
-            check_number("scale", scale)
+            check_number("scale", scale, above=0)
         if max_feature_shift is not None:
             check_number("max_feature_shift", max_feature_shift, at_least=0)
         self.weight = check_count("weight", weight)
@@ -166,8 +166,11 @@ class MEND(KeepsEdits):
         fits = trainer.state.fn == "fit" and trainer.state.status == "running"
         if fits and self.target is None:
             check_averaging(self.state_key, trainer)
+        if route not in (None, "auto", "exact", "editor"):
+            raise ArgumentError(f"route must be 'auto', 'exact', 'editor' or None, got {route!r}")
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim < 2 or not len(x):
-            raise BatchError(f"x and y must be tensors of images (B, …) and labels (B,), got {type(x).__name__}")
+            seen = (f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else in_short(each) for each in (x, y))
+            raise BatchError(f"x and y must be tensors of images (B, …) and labels (B,), got {' and '.join(seen)}")
         with torch.inference_mode(False):
             x, y = x.detach().clone(), y.detach().clone()
             head = deciding_head(self.state_key, trainer, route or self.route, self.head_name)
@@ -289,7 +292,7 @@ class MEND(KeepsEdits):
         task: int | None,
     ) -> RunEdit:
         """Edit weights of the network."""
-        editor = self._made(module, x)
+        editor = self._made(module, x if reference is None else reference.images[:2])
         heads, judges = stale_parts(trainer) if editor.edits_features else ([], [])
         if heads and not self.allow_stale:
             raise ConfigurationError(
@@ -344,13 +347,16 @@ class MEND(KeepsEdits):
         """Return what asks, with an edit in the weights, whether features moved too far, and notes how far."""
         if reference is None or (self.max_feature_shift is None and simplex_classifier_of(module) is None):
             return None
-        images, labels = reference.images, reference.labels
         place = simplex_classifier_of(module)
         layer = "auto" if place is None else ".".join(filter(None, (path_of(module, place), place.feature_layer)))
-        before = features_of(module, layer, images)
+
+        def features() -> Tensor:
+            return torch.cat([features_of(module, layer, part).cpu() for part in reference.parts()])
+
+        before = features()
 
         def asked() -> str:
-            shifts.append(feature_shift(before, features_of(module, layer, images), labels))
+            shifts.append(feature_shift(before, features(), reference.labels))
             moved, most = 1 - shifts[-1].cosine, self.max_feature_shift
             far = most is not None and moved > most
             return f"features of the reference move by {moved:.4f}, above max_feature_shift={most}" if far else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from clkit.arguments import check_arguments, in_short
-from clkit.errors import ArgumentError
+from clkit.errors import ArgumentError, BatchError
+from clkit.features.batch import read_inputs
 from clkit.methods._checks import check_probability
 from clkit.methods._edit_objective import Objective
 
@@ -91,10 +92,11 @@ class EditReference:
 
     Args:
         data: A tensor of images (R, …), a pair of images and labels, or an iterable of batches of either, such as a
-            loader or a data set's batches; a few hundred of them say enough, since they run with every edit.
+            loader; batches may be mappings with the usual keys, too (``image`` and ``label``). A few hundred images say
+            enough, since they run with every edit.
 
     Raises:
-        ArgumentError: If there are none, or some have labels and some have none.
+        ArgumentError: If there are none, some have labels and some have none, or values are not finite.
 
     Example:
         >>> len(EditReference([(torch.zeros(3, 2), torch.tensor([0, 1, 1])), (torch.ones(1, 2), torch.tensor([0]))]))
@@ -102,17 +104,21 @@ class EditReference:
     """
 
     def __init__(self, data: Any) -> None:
-        batches = [data] if isinstance(data, Tensor) or _is_pair(data) else data
+        batches = [data] if isinstance(data, Tensor | Mapping) or _is_pair(data) else data
         if not isinstance(batches, Iterable):
             raise ArgumentError(f"reference must be images, or batches of them, got {in_short(data)}")
         images, labels = [], []
         for batch in batches:
-            parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            good = 1 <= len(parts) <= 2 and all(isinstance(part, Tensor) for part in parts)
-            if not good or parts[0].ndim < 2:
+            try:
+                x, y = read_inputs(batch)
+            except BatchError:
+                x = y = None
+            if not isinstance(x, Tensor) or x.ndim < 2:
                 raise ArgumentError(f"a batch of reference must be images, or images and labels, got {in_short(batch)}")
-            images.append(parts[0].detach().cpu())
-            labels += [part.detach().cpu() for part in parts[1:]]
+            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+                raise ArgumentError("reference has images with values that are not finite; leave them out")
+            images.append(x.detach().cpu())
+            labels += [] if y is None else [y.detach().cpu()]
         if not sum(map(len, images)):
             raise ArgumentError("reference has no images; leave it out (reference=None), or give a few hundred")
         if labels and [len(each) for each in labels] != [len(each) for each in images]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, ConfigurationError, EditConflictError, StateError
 from clkit.methods._decomposition import Rows
+from clkit.methods._edit_arguments import edit_ids
 from clkit.methods._state import exact
 from clkit.schema import FLOATS, Many, Named, Nested, Numbers, OneOf, Real, Table, Whole, check_format, read_state
 
@@ -62,6 +63,11 @@ class Factors:
         assert self.Q is not None
         return self.P.double().T @ self.Q.double()
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether nothing is added."""
+        return not all(bool(each.any()) for each in (self.P, self.Q, self.dense) if each is not None)
+
     def shape(self) -> tuple[int, int]:
         """Return (d_out, d_in)."""
         if self.dense is not None:
@@ -108,7 +114,7 @@ class EditRecord:
     """
 
     id: int
-    x: Tensor
+    x: Tensor = field(repr=False)
     y: Tensor
     scale: float = 1.0
     committed: bool = False
@@ -134,9 +140,9 @@ class EditLog:
         """Return how many edits are kept."""
         return len(self.records)
 
-    def find(self, ids: Iterable[int]) -> list[EditRecord]:
+    def find(self, ids: int | Iterable[int]) -> list[EditRecord]:
         """Return edits that can be taken back, in the order of the log; else raise an ArgumentError."""
-        wanted = list(ids)
+        wanted = edit_ids(ids)
         known = {record.id: record for record in self.records}
         for each in wanted:
             if each not in known:
@@ -188,7 +194,7 @@ class EditLog:
         self.records.append(record)
         return record
 
-    def revert(self, weights: Mapping[str, Tensor], ids: Iterable[int]) -> None:
+    def revert(self, weights: Mapping[str, Tensor], ids: int | Iterable[int]) -> None:
         """Take edits back; raises as :meth:`find` and :meth:`check`, and then changes nothing."""
         gone = {record.id for record in self.find(ids)}
         self.check(weights)
@@ -196,7 +202,7 @@ class EditLog:
         self._write(weights, self._added(self._originals(), self._open()))
         self._close()
 
-    def commit(self, weights: Mapping[str, Tensor], ids: Iterable[int]) -> None:
+    def commit(self, weights: Mapping[str, Tensor], ids: int | Iterable[int]) -> None:
         """Make edits part of the original weights; raises as :meth:`revert`."""
         folded = self.find(ids)
         self.check(weights)

@@ -40,7 +40,7 @@ class ClassObjective:
         integers = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
         if not integers or y.shape != (rows,):
             seen = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else in_short(y)
-            raise BatchError(f"{name} must be {rows} integer class ids, one an image, got {seen}")
+            raise BatchError(f"{name} must be integer class ids, one an image, of shape ({rows},), got {seen}")
         odd = [each for each in y.tolist() if not 0 <= each < self.classes]
         if odd:
             raise BatchError(f"{name} must be class ids from 0 to {self.classes - 1}, got {odd[0]}")

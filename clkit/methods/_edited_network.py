@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from clkit.errors import ArgumentError, BatchError, ConfigurationError
+from clkit.errors import ArgumentError, BatchError, ClkitError, ConfigurationError, first_line
 from clkit.features.tap import FeatureTap, evaluating
 from clkit.methods._decomposition import Capture, Rows, input_rows
 from clkit.methods._editable import Survey, chosen_layers
 
-__all__ = ["EditedNetwork"]
+__all__ = ["EditedNetwork", "ran"]
 
 
 class EditedNetwork:
@@ -93,7 +93,11 @@ class EditedNetwork:
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of images, (B, C), detached."""
         with self._at_rest(), torch.no_grad():
-            return self._logits(self.model(x), len(x))
+            return self._logits(ran(self.model, x), len(x))
+
+    def logits_of(self, name: str, x: Tensor) -> Tensor:
+        """Return the logits of images that need not be where and as the network takes them, (B, C), detached."""
+        return self.logits(self.images(name, x))
 
     def rows(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> dict[str, Rows]:
         """Return what the gradient of a loss of the logits is made of, for each edited weight.
@@ -107,9 +111,9 @@ class EditedNetwork:
         """
         layers = {name: self.model.get_submodule(name) for name in self.layers}
         with self._at_rest(), torch.enable_grad(), Capture(layers) as capture:
-            total = loss(self._logits(self.model(x), len(x))).sum()
+            total = loss(self._logits(ran(self.model, x), len(x))).sum()
             if not bool(torch.isfinite(total)):
-                raise BatchError(f"the loss of the edit is {float(total)}; nothing was changed")
+                raise BatchError(f"the loss of the edit is {float(total.detach())}; nothing was changed")
             return capture.rows(total)
 
     def input_grams(self, parts: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -131,8 +135,8 @@ class EditedNetwork:
     def logits_with(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Return the logits of images with other edited weights, differentiable in these; autocast stays as it is."""
         with self._at_rest(autocast=True):
-            output = functional_call(self.model, {f"{name}.weight": each for name, each in weights.items()}, (x,))
-            return self._logits(output, len(x))
+            own = {f"{name}.weight": each for name, each in weights.items()}
+            return self._logits(ran(lambda batch: functional_call(self.model, own, (batch,)), x), len(x))
 
     @contextmanager
     def _at_rest(self, *, autocast: bool = False) -> Iterator[None]:
@@ -164,13 +168,14 @@ class EditedNetwork:
 
     def _try(self, batch: Tensor, *, given: bool) -> Any:
         try:
-            return self.model(batch)
-        except Exception as error:  # whatever a forward of the user may raise
+            return ran(self.model, batch)
+        except BatchError as error:
             told = "the example" if given else "images of the size that the network names"
+            cause = error.__cause__ or error
             raise ArgumentError(
-                f"the network cannot run {told}, of shape {tuple(batch.shape)} ({type(error).__name__}: {error}); pass "
-                "example=, a batch of images as it takes them"
-            ) from error
+                f"the network cannot run {told}, of shape {tuple(batch.shape)} ({type(cause).__name__}: "
+                f"{first_line(cause)}); pass example=, a batch of images as it takes them"
+            ) from cause
 
     def _logits(self, output: Any, rows: int) -> Tensor:
         if isinstance(output, Tensor) and output.shape == (rows,):
@@ -184,6 +189,19 @@ class EditedNetwork:
         return output
 
 
+def ran(run: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """Return what a forward gives for images, or raise a BatchError that says which it cannot run."""
+    try:
+        return run(x)
+    except (ClkitError, torch.OutOfMemoryError):  # which say themselves what is wrong
+        raise
+    except Exception as error:  # whatever a forward of the user may raise
+        raise BatchError(
+            f"the network cannot run images of shape {tuple(x.shape)} and {x.dtype} ({type(error).__name__}: "
+            f"{first_line(error)}); give batches as it takes them; nothing was changed"
+        ) from error
+
+
 def _example(model: nn.Module) -> Tensor:
     """Return images of the size that a module, or a network of timm inside it, says that it takes."""
     own = getattr(model, "example_input_array", None)
@@ -193,7 +211,9 @@ def _example(model: nn.Module) -> Tensor:
         config = getattr(part, "pretrained_cfg", None)
         if isinstance(config, dict) and "input_size" in config:
             return torch.zeros(2, *config["input_size"])
-    raise ArgumentError("example must be a batch of images (B, …) as the network takes them: it does not say which")
+    raise ArgumentError(
+        "example must be a batch of images (B, …) as the network takes them: nothing in it says how large they are"
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -6,21 +6,23 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from clkit.arguments import in_short
-from clkit.errors import BatchError
+from clkit.errors import ArgumentError, BatchError
 from clkit.methods._checks import generator
 from clkit.methods._decomposition import Rows
+from clkit.methods._edit_arguments import level_outside
 from clkit.methods._edit_guard import EditReference, Guard, LocalityReport
 from clkit.methods._edit_log import EditLog, EditRecord, Factors, stored_factors
 from clkit.methods._edit_objective import Objective
 from clkit.methods._edited_network import EditedNetwork
 
-__all__ = ["Attempt", "EditResult", "Equivalence", "Images", "Rule", "equivalents_of", "retained"]
+__all__ = ["NOTHING", "Attempt", "EditResult", "Equivalence", "Images", "Rule", "equivalents_of", "retained"]
 
 Equivalence: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 """``(images (B, …), generator) -> images``: another view of each, which shall get the same label."""
@@ -29,6 +31,10 @@ SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # among which the smallest that 
 _SHRINKING = (1.0, 0.7, 0.5, 0.35, 0.25)  # of a given scale, until bounds hold
 _VIEWS = 8  # of a function of equivalents
 _REALISED = 0.9  # below it, weights are too coarse for the edit
+NOTHING = (
+    "no gradient reaches the edited layers: the answer is too certain, a branch is switched off, or nothing is left "
+    "beside what shall not change"
+)
 
 
 class Images(NamedTuple):
@@ -135,10 +141,11 @@ class Attempt:
             return self._result("refused", before, before, reason=reason)
         trial, status, against = found.multiplied_out(), "applied", ""
         report, reason, logits, original = None, "", None, None
+        run = partial(self.network.logits_of, "reference")
         if self.reference is not None:
-            logits = self.reference.logits(self.network.logits)
+            logits = self.reference.logits(run)
             with self._shown([], alone=True):
-                original = self.reference.logits(self.network.logits)
+                original = self.reference.logits(run)
         bounded = self.reference is not None or rule.accept is not None
         shrinks = bounded and rule.scale != "smallest" and rule.guard is not None and rule.guard.policy == "scale"
         for part in _SHRINKING if shrinks else (1.0,):
@@ -148,9 +155,11 @@ class Attempt:
                 with self._shown([self._record(trial, scale)]):
                     after = after or self._seen()
                     if self.reference is not None and logits is not None and original is not None:
-                        their = self.reference.logits(self.network.logits)
+                        their = self.reference.logits(run)
                         report = self.reference.report(self.objective, original, logits, their)
                     against = "" if rule.accept is None else rule.accept()
+                if not isinstance(against, str):
+                    raise ArgumentError(f"accept must return what speaks against the edit, a string, got {against!r}")
             if not bool(torch.isfinite(after.own).all()):
                 reason = "the edited network gives answers that are not finite"
                 return self._result("refused", before, before, reason=reason)
@@ -162,7 +171,7 @@ class Attempt:
                 break
         assert after is not None  # there is at least one part
         if broken and not against and rule.guard is not None and rule.guard.policy == "warn":
-            warnings.warn(f"{broken}; the edit is applied all the same (policy='warn')", stacklevel=4)
+            warnings.warn(f"{broken}; the edit is applied all the same (policy='warn')", stacklevel=level_outside())
         elif broken:
             return self._result("refused", before, before, reason=broken, report=report)
         elif status == "scaled" and not bool(self.objective.hits(after.own, self.images.y).all()):
@@ -213,7 +222,7 @@ class Attempt:
             warnings.warn(
                 f"weights of {next(iter(weights.values())).dtype} are too coarse for edit {record.id}: {realised:.0%} "
                 "of it is there; edit the network in float32",
-                stacklevel=5,
+                stacklevel=level_outside(),
             )
         known |= {"id": record.id, "scale": scale, "sizes": sizes, "realised": realised}
         held = retained(self.network, self.objective, earlier)
@@ -228,10 +237,7 @@ class Attempt:
             with self._shown(so_far):
                 factors = self.propose(self.images.x, self.images.y)
             if factors is None:
-                return (
-                    None,
-                    "no gradient reaches the edited layers: the answer is too certain, or a branch is switched off",
-                )
+                return None, NOTHING
             trial = _multiplied_out(factors)
             last = rule.scale != "smallest" and repeat == rule.max_repeats
             for scale in scales:
@@ -366,6 +372,8 @@ def equivalents_of(network: EditedNetwork, x: Tensor, given: Any, seed: tuple[in
     if given is None:
         return x[:, None][:, :0]
     if not isinstance(given, Tensor):
+        if not callable(given):
+            raise BatchError(f"equivalents must be images or a function (images, generator), got {in_short(given)}")
         draws = generator(*seed)
         views = [given(x.clone(), draws) for _ in range(_VIEWS)]
         if not all(isinstance(view, Tensor) and view.shape == x.shape for view in views):

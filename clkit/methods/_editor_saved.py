@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clkit.arguments import in_short
@@ -14,6 +15,8 @@ from clkit.files import read_checkpoint
 from clkit.methods._edit_log import EditLog
 from clkit.methods._editor_network import EditorNetworks
 from clkit.schema import (
+    FINITE,
+    FLOATS,
     Instance,
     Many,
     Named,
@@ -27,7 +30,7 @@ from clkit.schema import (
     saved_entry,
 )
 
-__all__ = ["editor_settings", "editor_state", "read_editor", "saved_editor"]
+__all__ = ["editor_settings", "editor_state", "holds_editor", "read_editor", "saved_editor"]
 
 _FORMAT = 1
 _OWNER = "GradientEditor"
@@ -82,8 +85,14 @@ def read_editor(
             f"{_OWNER}: the saved editor is of {len(layers)} layers and this one of {len(own)}, and {apart}; use the "
             "network and the layers of the saved one"
         )
+    learned = {name for name, _ in networks.named_parameters()} | {"alpha_start"}  # of any precision
     kinds = {
-        name: Numbers(tuple(value.shape), value.dtype, least=0 if name.rpartition(".")[2] in ("M2", "counts") else None)
+        name: Numbers(
+            tuple(value.shape),
+            FLOATS if name in learned else value.dtype,
+            most=torch.finfo(value.dtype).max if name in learned else FINITE,
+            least=0 if name.rpartition(".")[2] in ("M2", "counts") else None,
+        )
         for name, value in networks.state_dict().items()
     }
     table: Table = {
@@ -116,6 +125,11 @@ def saved_editor(saved: Any) -> dict[str, Any]:
             'such as one with strategy="editor_training"'
         )
     return found
+
+
+def holds_editor(content: Any) -> bool:
+    """Whether the state of an editor lies somewhere in the checkpoint of a run."""
+    return _find(content, _DEEPEST) is not None
 
 
 def _find(value: Any, depth: int) -> dict[str, Any] | None:

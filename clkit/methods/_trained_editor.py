@@ -13,6 +13,7 @@ from clkit.arguments import check_arguments, in_short
 from clkit.errors import BatchError, ConfigurationError, NotFittedError
 from clkit.methods._checks import check_count, check_number
 from clkit.methods._decomposition import Rows, computed_in
+from clkit.methods._edit_arguments import check_limits, level_outside
 from clkit.methods._edit_log import EditLog, Factors, stored_factors
 from clkit.methods._edit_objective import SampleLoss, objective_for
 from clkit.methods._edited_network import EditedNetwork
@@ -23,6 +24,7 @@ __all__ = ["TrainedEditor"]
 
 _STATISTICS_EDITS, _ALPHA_EDITS = 200, 20
 _FIRST_SIZE = 0.05  # of a weight's norm: the median of its first updates under alpha="auto"
+_ROUNDING = 1e-6  # of a projection, below which nothing is left
 _LARGE = 1_000_000  # parameters of a network whose editor is trained in smaller steps
 
 
@@ -68,6 +70,10 @@ class TrainedEditor:
         self._fitted = not self._auto and norm_scope == "none"
         self._log = EditLog()
         self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        state = "trained" if not self.networks.is_identity else "not trained" if self._fitted else "without statistics"
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.layers}, {state}, {len(self._log)} edits)"
 
     @property
     def model(self) -> nn.Module:
@@ -207,6 +213,9 @@ class TrainedEditor:
         if x_eq is not None and len(x_eq):
             others = self._pair((x_eq, y_eq), ("x_eq", "y_eq"))
         kept = self._network.images("x_loc", x_loc)
+        for name, part in (("x_eq", others[0]), ("x_loc", kept)):
+            if part.shape[1:] != x.shape[1:]:
+                raise BatchError(f"{name} must have images as x_e, {tuple(x.shape[1:])}, got {tuple(part.shape[1:])}")
         labels = torch.cat([y, others[1]])
         weights = self._network.weights()
         with torch.autocast(x.device.type, enabled=False):
@@ -255,6 +264,7 @@ class TrainedEditor:
     ) -> dict[str, Factors] | None:
         """Return what an edit would add, ``None`` where no gradient reaches any layer."""
         self._check_fitted()
+        check_limits(protect, within, {name: tuple(each.shape) for name, each in self._network.weights().items()})
         rows = self._rows(x, y)
         if not any(len(each.inputs) for each in rows.values()):
             return None
@@ -267,12 +277,14 @@ class TrainedEditor:
             factors: dict[str, Rows] = self.networks(rows)
             for name, span in (protect or {}).items():
                 inputs, own = factors[name].inputs, span.to(factors[name].inputs)
-                factors[name] = factors[name]._replace(inputs=inputs - inputs @ own @ own.T)
+                left = inputs - inputs @ own @ own.T
+                keep = float(left.norm()) > _ROUNDING * float(inputs.norm())
+                factors[name] = factors[name]._replace(inputs=left if keep else torch.zeros_like(left))
             stored = {name: stored_factors(each, self.store_rank) for name, each in factors.items()}
             for name, mask in (within or {}).items():
                 inside = torch.where(mask.cpu().flatten(1), stored[name].delta(), 0)
                 stored[name] = Factors(None, None, inside.to(factors[name].inputs.dtype))
-            return stored
+            return None if all(each.is_nothing for each in stored.values()) else stored
 
     def _check_fitted(self) -> None:
         if not self._fitted:
@@ -281,7 +293,7 @@ class TrainedEditor:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"{message} (said once)", stacklevel=4)
+            warnings.warn(f"{message} (said once)", stacklevel=level_outside())
 
 
 def _product(factors: Rows) -> Tensor:

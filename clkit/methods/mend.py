@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from clkit.errors import ArgumentError, BatchError, StateError
 from clkit.methods._checks import check_count, check_number, check_probability
 from clkit.methods._edit_guard import EditReference, Guard, LocalityReport
 from clkit.methods._edit_log import EditLog, EditRecord, Factors
-from clkit.methods._editing import Attempt, EditResult, Equivalence, Images, Rule, equivalents_of, retained
+from clkit.methods._editing import NOTHING, Attempt, EditResult, Equivalence, Images, Rule, equivalents_of, retained
 from clkit.methods._editor_network import EditorNetworks
 from clkit.methods._editor_saved import editor_settings, editor_state, read_editor, saved_editor
 from clkit.methods._trained_editor import TrainedEditor
@@ -43,9 +43,9 @@ class Proposal:
         factors: By layer.
     """
 
-    x: Tensor
+    x: Tensor = field(repr=False)
     y: Tensor
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, Factors] = field(repr=False)
 
 
 class GradientEditor(TrainedEditor):
@@ -184,7 +184,7 @@ class GradientEditor(TrainedEditor):
         x, y = self._pair((x, y))
         factors = self._factors(x, y, protect, within)
         if factors is None:
-            raise BatchError("no gradient reaches the edited layers: the answers are too certain to be edited")
+            raise BatchError(NOTHING)
         return Proposal(x.cpu(), y.cpu(), factors)
 
     def apply(self, proposal: Proposal, scale: float = 1.0) -> EditResult:
@@ -193,7 +193,9 @@ class GradientEditor(TrainedEditor):
         Raises:
             EditConflictError: If weights are not what the log says; nothing is changed then.
         """
-        check_number("scale", scale)
+        check_number("scale", scale, above=0)
+        if not isinstance(proposal, Proposal):
+            raise ArgumentError(f"apply() takes what propose() gave, got {in_short(proposal)}")
         attempt = self._attempt(*self._pair((proposal.x, proposal.y)), None, None)
         return attempt.apply(proposal.factors, scale)
 
@@ -222,7 +224,7 @@ class GradientEditor(TrainedEditor):
                 function ``(images, generator) -> images``, called eight times.
             scale: What the proposal is multiplied by: ``"smallest"``, the least of 0.25, 0.5, 0.75, 1, 1.5, 2, 3 that
                 gives all images and ``flip_share`` of the equivalents their label, and if none does the edit is
-                refused; ``"unit"``, 1; or a number. These two apply the edit whether or not the answer is then right.
+                refused; ``"unit"``, 1; or a number above 0. These two apply it whether or not the answer is then right.
             flip_share: See ``scale``; from 0 to 1.
             max_repeats: Proposals at most, each for the network as the ones before it have left it; more than one adds
                 up quickly, and does damage.
@@ -241,11 +243,13 @@ class GradientEditor(TrainedEditor):
             EditConflictError: If weights are not what the log says. In each case nothing is changed.
         """
         if scale not in ("smallest", "unit"):
-            check_number("scale", scale)  # type: ignore[arg-type]  # what it may be is asked here
+            check_number("scale", scale, above=0)  # type: ignore[arg-type]  # what it may be is asked here
         check_probability("flip_share", flip_share)
         check_count("max_repeats", max_repeats)
         if guard is not None and not isinstance(guard, Guard):
             raise ArgumentError(f"guard must be a Guard or None, got {in_short(guard)}")
+        if accept is not None and not callable(accept):
+            raise ArgumentError(f"accept must be a function, or None, got {in_short(accept)}")
         self._check_fitted()
         x, y = self._pair((x, y))
         attempt = self._attempt(x, y, equivalents, reference, protect, within)
@@ -279,7 +283,7 @@ class GradientEditor(TrainedEditor):
         """Take all edits back that were not committed; raises as :meth:`revert`."""
         self.revert(*self._uncommitted())
 
-    def commit(self, ids: Iterable[int] | None = None) -> None:
+    def commit(self, ids: int | Iterable[int] | None = None) -> None:
         """Make edits, by default all, part of the original weights, for good; raises as :meth:`revert`."""
         self._log.commit(self._network.weights(), self._uncommitted() if ids is None else ids)
 
@@ -291,7 +295,7 @@ class GradientEditor(TrainedEditor):
         """Raise an EditConflictError if weights are not what the log of edits says."""
         self._log.check(self._network.weights())
 
-    def replay(self, ids: Iterable[int]) -> list[EditResult]:
+    def replay(self, ids: int | Iterable[int]) -> list[EditResult]:
         """Make edits anew, each for the network that the other edits and the replayed ones before it give.
 
         They leave the log and enter it at its end, with new numbers and the same scales.
@@ -322,10 +326,10 @@ class GradientEditor(TrainedEditor):
             ArgumentError: If there is no such edit in the log, or proposals and numbers are mixed.
         """
         several = list(edits) if isinstance(edits, Sequence) else [edits]
-        numbers = [each for each in several if isinstance(each, int)]
-        if numbers and len(numbers) < len(several):
+        proposals = [each for each in several if isinstance(each, Proposal)]
+        numbers = [each for each in several if not isinstance(each, Proposal)]
+        if numbers and proposals:
             raise ArgumentError("edited() takes proposals, or numbers of edits in the log, not both; nest two blocks")
-        proposals = [each for each in several if not isinstance(each, int)]
         records = self._log.find(numbers)
         records += [EditRecord(-1, each.x, each.y, factors=dict(each.factors)) for each in proposals]
         with self._log.shown(self._network.weights(), records, alone=len(numbers) == len(several)):

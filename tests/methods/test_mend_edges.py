@@ -11,8 +11,8 @@ from test_mend_edits import answers, bits, make, rows, same, second_best, unsure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clkit.errors import ArgumentError
-from clkit.methods import GradientEditor
+from clkit.errors import ArgumentError, BatchError
+from clkit.methods import EditReference, GradientEditor
 
 pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
 
@@ -147,3 +147,139 @@ def test_a_network_that_is_one_layer_alone_is_its_head() -> None:
     x = torch.ones(1, 4)
     result = editor.edit(x, net(x).argmin(1), guard=None)
     assert (result.status, result.reliability) == ("applied", 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_reference_need_not_be_as_the_network_takes_it(dtype: torch.dtype, device: str) -> None:
+    """As the samples of a loader are: in float32, on the CPU, and as mappings."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    editor = make(dtype=dtype)
+    editor.model.to(device)
+    x, y = unsure(editor, 1, 64) if device == "cpu" else (rows(1), torch.tensor([3]))
+    images_, labels = rows(40, 65), torch.arange(40) % 5
+    before = bits(editor)
+    result = editor.edit(x, y, scale="unit", guard=None, reference=(images_, labels))
+    assert result.locality is not None
+    with torch.no_grad():
+        after = editor.model(images_.to(device, dtype)).argmax(1).cpu()
+    assert result.locality.accuracy_after == pytest.approx(float((after == labels).double().mean()))
+    editor.revert_all()
+    parts = [{"image": images_[:30], "label": labels[:30]}, {"image": images_[30:], "label": labels[30:]}]
+    again = editor.edit(x, y, scale="unit", guard=None, reference=parts)
+    assert again.locality == result.locality
+    editor.revert_all()
+    assert same(bits(editor), before)
+
+
+def test_a_reference_of_no_numbers_says_nothing_of_answers() -> None:
+    """Each of them would keep its answer, whatever an edit does."""
+    with pytest.raises(ArgumentError, match="reference has images with values that are not finite"):
+        EditReference(rows(5) * float("nan"))
+
+
+def test_what_the_network_cannot_run_is_refused_by_its_shape() -> None:
+    editor, odd, y = make(), torch.zeros(1, 7), torch.tensor([1])
+    before, x = bits(editor), rows(1)
+    said = r"the network cannot run images of shape \({}, 7\) and torch.float32 \(RuntimeError: mat1"
+    for call in (
+        lambda: editor.edit(odd, y),
+        lambda: editor.propose(odd, y),
+        lambda: editor.edit(x, y, reference=torch.zeros(4, 7)),
+        lambda: editor.span(torch.zeros(4, 7)),
+        lambda: editor.meta_loss(odd, y, x_loc=odd),
+    ):
+        with pytest.raises(BatchError, match=said.format("[14]")):
+            call()
+    for name, batch in (("x_eq", {"x_eq": odd, "y_eq": y, "x_loc": x}), ("x_loc", {"x_loc": odd})):
+        with pytest.raises(BatchError, match=rf"{name} must have images as x_e, \(6,\), got \(7,\)"):
+            editor.meta_loss(x, y, **batch)
+    assert same(bits(editor), before)
+    assert all(parameter.requires_grad for parameter in editor.model.parameters())
+    assert not editor.model.training
+
+
+MASK = torch.ones(12, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"scale": 0}, "scale must be a finite number above 0, got 0"),
+        ({"scale": -1.0}, "scale must be a finite number above 0"),
+        ({"accept": 3}, "accept must be a function, or None, got 3"),
+        ({"accept": lambda: None}, "accept must return what speaks against the edit, a string, got None"),
+        ({"protect": 3}, "protect must be tensors by the names of layers, got 3"),
+        (
+            {"protect": {"frist": MASK}},
+            r"protect names 'frist', and the edited layers are \['first', 'second'\], did you",
+        ),
+        ({"protect": {"first": torch.eye(5)}}, r"protect\['first'\] must be columns of length 1, of shape \(6, k\)"),
+        ({"protect": {"first": 2 * torch.eye(6)}}, "must be columns of length 1"),
+        (
+            {"within": {"first": MASK.float()}},
+            r"within\['first'\] must be a bool tensor of shape \(12, 6\), got torch.fl",
+        ),
+        ({"within": {"first": MASK[0]}}, r"got torch.bool \(6,\)"),
+    ],
+)
+def test_what_cannot_bound_an_edit_is_refused_by_name(options: dict[str, Any], says: str) -> None:
+    editor = make()
+    x, y = unsure(editor, 1, 66)
+    before = bits(editor)
+    with pytest.raises(ArgumentError, match=says):
+        editor.edit(x, y, **{"guard": None, **options})
+    assert same(bits(editor), before)
+    assert editor.log == []
+
+
+@pytest.mark.parametrize("scale", ["unit", "smallest", 2.0])
+@pytest.mark.parametrize("kind", ["within", "protect"])
+def test_an_edit_of_which_nothing_is_left_is_none(kind: str, scale: Any) -> None:
+    editor = make()
+    x, y = unsure(editor, 1, 67)
+    before = bits(editor)
+    whole = {name: torch.eye(editor.model.get_submodule(name).in_features) for name in editor.layers}  # type: ignore[arg-type]  # a Module to mypy
+    none = {name: torch.zeros_like(editor.model.get_parameter(f"{name}.weight"), dtype=torch.bool) for name in whole}
+    rotated = {name: torch.linalg.qr(torch.randn_like(each))[0] for name, each in whole.items()}  # rounding is left
+    for given in (none,) if kind == "within" else (whole, rotated):
+        result = editor.edit(x, y, scale=scale, guard=None, **{kind: given})
+        assert (result.status, result.id) == ("refused", None)
+        assert "nothing is left beside what shall not change" in result.reason
+    assert same(bits(editor), before)
+
+
+def test_numbers_of_edits_are_numbers() -> None:
+    editor = make()
+    x, y = unsure(editor, 1, 68)
+    kept = editor.edit(x, y, guard=None).id
+    for call in (
+        lambda: editor.revert([kept]),  # type: ignore[arg-type]  # what is refused
+        lambda: editor.commit("0"),  # type: ignore[arg-type]  # likewise
+        lambda: editor.replay([None]),  # type: ignore[list-item]  # that of a refused edit
+        lambda: editor.edited("0").__enter__(),  # type: ignore[arg-type]  # likewise
+    ):
+        with pytest.raises(ArgumentError, match="edits are named by their numbers"):
+            call()
+    with pytest.raises(ArgumentError, match=r"apply\(\) takes what propose\(\) gave, got 3"):
+        editor.apply(3)  # type: ignore[arg-type]  # likewise
+    assert repr(editor) == "GradientEditor(Net, ['first', 'second'], not trained, 1 edits)"
+    assert repr(editor.log) == f"[EditRecord(id=0, y=tensor([{int(y)}]), scale={editor.log[0].scale}, committed=False)]"
+    assert kept is not None
+    editor.commit(kept)
+    assert editor.log[0].committed
+
+
+def test_an_editor_of_another_precision_is_taken_up() -> None:
+    single, double = make(), make(dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in single.networks.networks.parameters():
+            parameter.add_(0.01)
+    double.load_state_dict(single.state_dict())
+    for name, value in double.networks.state_dict().items():
+        assert torch.equal(value, single.networks.state_dict()[name].double()), name
+    x, y = unsure(single, 1, 69)
+    factors = [each.propose(x, y).factors["first"].delta() for each in (single, double)]
+    torch.testing.assert_close(*factors, rtol=1e-4, atol=1e-6)
+    assert GradientEditor.from_saved(single.model, double.state_dict(), example=x).alpha == single.alpha
