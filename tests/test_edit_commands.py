@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clkit import load_head
 from clkit.cli.main import main
-from clkit.methods import LocalityReport
+from clkit.methods import GradientEditor, LocalityReport
 from clkit.models import TimmClassifier
 from clkit.report.corrections import edits_table, plot_edit
 from clkit.runs.correcting import logged_edits
@@ -173,6 +173,54 @@ def test_what_is_wrong_is_said_by_its_argument(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert said in told
+
+
+def test_a_refused_edit_has_an_exit_status_and_files_are_replaced_on_request_alone(
+    head_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = checkpoint_of(head_run, "head", "other")
+    before, other = Path(checkpoint).read_bytes(), Path(checkpoint).with_name("there.ckpt")
+    _, y = rows()
+    wrong = str((int(y[0]) + 1) % 10)
+    given = ["edit", checkpoint, "--image", "digits:flat/test/0", "--label", wrong]
+    assert main([*given, "-o", str(other)]) == 1
+    assert capsys.readouterr().out.startswith("refused: the accuracy on 511 reference images drops by")
+    assert Path(checkpoint).read_bytes() == before
+    assert not other.exists()
+    other.write_text("")
+    for command in ([*given, "--no-guard"], ["revert", str(other), "0"]):
+        target = other if command[0] == "edit" else Path(checkpoint)
+        assert main([*command, "-o", str(target)]) == 2
+        assert f"output={str(target)!r} exists; give another name, or --force" in capsys.readouterr().err
+        assert main([*command, "-o", str(target), "--force"]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {checkpoint} without edit 0; left: none\n")
+
+
+@pytest.mark.slow
+def test_the_editor_that_a_run_has_trained_is_the_one_that_edits_it(
+    runs: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    checkpoint = checkpoint_of(runs, "trained", "with_editor")
+    (x, y), model = rows(), network(runs, checkpoint)
+    editor = GradientEditor(model, example=x[:2])
+    editor.fit_statistics([(x[:50], (y[:50] + 1) % 10)])
+    with torch.no_grad():
+        row = wrong_row(model(x).argmax(1))
+        for parameter in editor.networks.networks.parameters():
+            parameter.add_(1e-3)
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save({**saved, "strategy": {"editor": editor.state_dict()}}, checkpoint)
+    given = ["edit", checkpoint, "--image", f"digits/test/{row}", "--label", str(int(y[row])), "--no-guard"]
+    assert main(given) == 0
+    assert not [each for each in recwarn if "the editor is not trained" in str(each.message)]
+    (state,) = (each for key, each in torch.load(checkpoint, weights_only=True)["callbacks"].items() if "MEND" in key)
+    for name, value in editor.networks.state_dict().items():
+        assert torch.equal(state["editor"]["networks"][name], value), name
+    capsys.readouterr()
+    Image.new("L", (3, 3)).save(runs / "small.png")
+    two = ["--image", str(runs / "small.png"), f"digits/test/{row}", "--label", "1", "2"]
+    assert main(["edit", checkpoint, *two]) == 2
+    assert "inputs of several shapes" in capsys.readouterr().err
 
 
 def test_what_cannot_be_taken_back_is_said(head_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,10 @@ def add_config(*commands: argparse.ArgumentParser) -> None:
         )
 
 
-def add_picture(command: argparse.ArgumentParser, text: str) -> None:
-    """Add ``--picture``, and ``--force`` for one that is there."""
+def add_picture(command: argparse.ArgumentParser, text: str, force: str = "replace an existing picture") -> None:
+    """Add ``--picture``, and ``--force`` for one that is there; what else that replaces is said in its help."""
     command.add_argument("--picture", metavar="FILE.png", help=text)
-    command.add_argument("--force", action="store_true", help="replace an existing picture")
+    command.add_argument("--force", action="store_true", help=force)
 
 
 def check_picture(options: argparse.Namespace, inputs: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
         commands,
         "edit",
         EDIT,
-        ". The run's validation samples bound what it may do elsewhere.",
+        ". The run's validation samples bound what it may do elsewhere; the exit status is 1 where that refuses it.",
         usage="clkit edit CHECKPOINT --image FILE [FILE ...] --label LABEL [LABEL ...] [options]",
     )
     edits = add_command(commands, "edits", EDITS)
@@ -43,7 +43,9 @@ def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
     edit.add_argument("--task", type=number, metavar="K", help="whose network, of a run with DST, from 0")
     edit.add_argument("--no-guard", dest="guard", action="store_false", help="whatever it does elsewhere")
     edit.add_argument("--allow-stale", action="store_true", help="also where heads have learned what will move")
-    add_picture(edit, "draw the image and its answers before and after")
+    add_picture(edit, "draw the image and its answers before and after", "replace existing files: --output, --picture")
+    edit.set_defaults(status=0)
+    revert.add_argument("--force", action="store_true", help="replace an existing --output")
     revert.add_argument("ids", nargs="+", type=number, metavar="ID", help="numbers of edits, as clkit edits lists them")
     revert.add_argument(
         "--inexact", action="store_true", help="also where something else has changed the weights since"
@@ -77,6 +79,7 @@ def edit(options: argparse.Namespace) -> list[str]:
         drawn=options.picture is not None,
         output=options.output,
         config=options.config,
+        overwrite=options.force,
     )
     result, names = done.result, done.names
     if options.picture is not None:
@@ -85,6 +88,8 @@ def edit(options: argparse.Namespace) -> list[str]:
         figure = plot_edit(
             done.image, done.before, done.after, int(result.label[0]), locality=result.locality, names=names
         )
+        if result.id is None:
+            figure.suptitle(f"{result.status}, nothing was written")
         write_picture(options, figure)
     where = f"the head {result.head!r}" if result.route == "exact" else "the network"
     if result.task is not None:
@@ -109,6 +114,7 @@ def edit(options: argparse.Namespace) -> list[str]:
         )
     if result.stale:
         lines.append(f"  now of a network from before: {', '.join(result.stale)}")
+    options.status = int(result.status == "refused")
     if result.id is None:
         return [f"{result.status}: {result.reason}; nothing was written", *lines]
     target = options.output or options.checkpoint
@@ -134,7 +140,12 @@ def revert(options: argparse.Namespace) -> list[str]:
     from clkit.runs.correcting import revert_in_checkpoint
 
     left = revert_in_checkpoint(
-        options.checkpoint, options.ids, inexact=options.inexact, output=options.output, config=options.config
+        options.checkpoint,
+        options.ids,
+        inexact=options.inexact,
+        output=options.output,
+        config=options.config,
+        overwrite=options.force,
     )
     gone = " and ".join(map(str, options.ids))
     numbers = ", ".join(str(entry.id) for entry in left) or "none"

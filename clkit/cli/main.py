@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("clkit: interrupted; give the same command again\n")
         return 130
     sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return 0
+    return int(getattr(options, "status", 0))
 
 
 def _trainer_command(given: list[str], *, of_process: bool) -> int:

@@ -16,6 +16,8 @@ from clkit.callbacks._run_edits import read_logged
 from clkit.data import StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, did_you_mean
 from clkit.files import check_output, read_checkpoint, write_checkpoint
+from clkit.methods._edited_network import ran
+from clkit.methods._editor_saved import holds_editor
 from clkit.runs.run_images import names_of_labels, stored_image
 from clkit.runs.saved_run import SavedRun
 from clkit.schema import Whole, read_entries, saved_entry
@@ -57,6 +59,7 @@ def edit_checkpoint(
     drawn: bool = False,
     output: str | Path | None = None,
     config: str | Path | None = None,
+    overwrite: bool = False,
 ) -> EditedRun:
     """Edit the network, or a head, of a checkpoint so that images get labels, and write it.
 
@@ -64,7 +67,8 @@ def edit_checkpoint(
         path: The checkpoint file of a run of ``clkit fit``.
         images: Image files, or rows of a source such as ``"digits/test/17"``; several are one edit.
         labels: One for each: a class id, or the name of a class.
-        editor: A file with a trained editor; by default that of the run, or a new one.
+        editor: A file with a trained editor; by default that of the run, also one that the run has trained, or a new
+            one.
         layers: What a new editor edits, see :class:`~clkit.methods.GradientEditor`.
         route: Another one than that of the run, see :class:`~clkit.callbacks.MEND`.
         head: Likewise.
@@ -74,6 +78,7 @@ def edit_checkpoint(
         drawn: Whether the image is to be drawn, so that vectors are refused.
         output: The file to write; by default the checkpoint itself, whole or not at all.
         config: The run's ``config.yaml``; looked for beside the checkpoint by default.
+        overwrite: Whether an ``output`` that is there is replaced.
 
     Raises:
         ArgumentError: If a file is not there, a label is of no class, or ``images`` and ``labels`` do not fit.
@@ -84,13 +89,18 @@ def edit_checkpoint(
     if len(images) != len(labels):
         raise ArgumentError(f"--label must be one for each --image: {len(images)} images, {len(labels)} labels")
     if output is not None:
-        check_output(output, [Path(path)])
+        check_output(output, [Path(path)], overwrite)
     checkpoint = read_checkpoint(path)
     run = _Run(path, config, checkpoint, editor, layers, head, allow_stale=allow_stale)
     ids = torch.tensor([run.label(each) for each in labels])
     stored = [stored_image(run.data, each, only_images=drawn) for each in images]
     run.open()
-    x = torch.cat([run.data.input_preprocessing()(each[None]) for each in stored])
+    inputs = [run.data.input_preprocessing()(each[None]) for each in stored]
+    if len(shapes := {tuple(each.shape[1:]) for each in inputs}) > 1:
+        raise ArgumentError(
+            f"--image: the images become inputs of several shapes, {sorted(shapes)}; edit one at a time"
+        )
+    x = torch.cat(inputs)
     if not guard:
         run.mend.guard = run.mend.reference = None
     before = run.probabilities(x[:1])
@@ -122,6 +132,7 @@ def revert_in_checkpoint(
     inexact: bool = False,
     output: str | Path | None = None,
     config: str | Path | None = None,
+    overwrite: bool = False,
 ) -> list[LoggedEdit]:
     """Take edits of a checkpoint back, and write it; return those that are left.
 
@@ -131,13 +142,14 @@ def revert_in_checkpoint(
         inexact: See :meth:`clkit.callbacks.MEND.revert`.
         output: The file to write; by default the checkpoint itself.
         config: The run's ``config.yaml``.
+        overwrite: Whether an ``output`` that is there is replaced.
 
     Raises:
         ArgumentError: If there is no such edit, or it cannot be taken back. Otherwise as :func:`edit_checkpoint`.
         EditConflictError: If weights are not what the log says.
     """
     if output is not None:
-        check_output(output, [Path(path)])
+        check_output(output, [Path(path)], overwrite)
     checkpoint = read_checkpoint(path)
     if not _states(checkpoint):
         raise ArgumentError(f"{path} has no edits")
@@ -174,6 +186,8 @@ class _Run:
         mend = own[0] if own else None
         if mend is None or editor is not None or layers is not None:
             settings: Any = editor if layers is None else {"layers": list(layers)}
+            if settings is None and not _states(checkpoint) and holds_editor(checkpoint):
+                settings = path  # that of a run which trained one
             others = [each for each in self._run.learning if each is not mend]
             mend = MEND(settings, when="manual", name="mend" if mend is None else mend.name)
             self._run.learning = [*others, mend]
@@ -210,7 +224,7 @@ class _Run:
     def probabilities(self, x: Tensor) -> dict[str | None, Tensor]:
         """Return the probabilities (C,) of the classes for one image (1, …) now, by head, and of the module itself."""
         with torch.no_grad():
-            logits: Tensor = self.module.eval()(x.to(self.module.device))
+            logits: Tensor = ran(self.module.eval(), x.to(self.module.device))
         found: dict[str | None, Tensor] = {None: logits[0].float().softmax(dim=0).cpu()}
         for each in self._run.learning:
             if isinstance(each, HeadCallback):
