@@ -66,7 +66,8 @@ def propose_counting(
         earlier: Edits of this head that are open.
     """
     began = time.perf_counter()
-    if y.ndim != 1 or y.is_floating_point() or len(y) != len(x) or bool((y < 0).any()):
+    odd = y.is_floating_point() or y.is_complex() or y.dtype == torch.bool
+    if y.ndim != 1 or odd or len(y) != len(x) or bool((y < 0).any()):
         raise BatchError(
             f"y must be (B,) class ids to {len(x)} images, got {tuple(y.shape)} {y.dtype}; nothing was changed"
         )
@@ -152,9 +153,9 @@ def _views(x: Tensor, given: Any) -> Tensor | None:
     if given is None:
         return None
     several: Tensor = given[None] if given.ndim == x.ndim and len(x) == 1 else given
-    if several.shape[:1] + several.shape[2:] != x.shape or not several.shape[1]:
+    if several.shape[:1] + several.shape[2:] != x.shape:
         raise BatchError(f"equivalents must be of shape (B, k, …) to images {tuple(x.shape)}, got {tuple(given.shape)}")
-    return several.flatten(0, 1)
+    return several.flatten(0, 1) if several.shape[1] else None
 
 
 def _logits(head: Any, rows: Tensor, width: int) -> Tensor:

@@ -168,6 +168,8 @@ class MEND(KeepsEdits):
             check_averaging(self.state_key, trainer)
         if route not in (None, "auto", "exact", "editor"):
             raise ArgumentError(f"route must be 'auto', 'exact', 'editor' or None, got {route!r}")
+        if task is not None:
+            check_count("task", task, at_least=0)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim < 2 or not len(x):
             seen = (f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else in_short(each) for each in (x, y))
             raise BatchError(f"x and y must be tensors of images (B, …) and labels (B,), got {' and '.join(seen)}")

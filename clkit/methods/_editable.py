@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from clkit.errors import ArgumentError, ConfigurationError, TapError, did_you_mean
 from clkit.features.tap import FeatureTap, path_of
+from clkit.methods.simplex import SimplexHead
 
 __all__ = ["Survey", "chosen_layers"]
 
@@ -87,7 +88,10 @@ class Survey:
             return self._of_blocks(_ATTENTION, lambda name: name.rpartition(".")[2] in ("proj", "out_proj"))
         if found := self.named("mlp"):
             return found
-        plain = [name for name in self.layers if name not in self.heads and not self._is_in_attention(name)]
+        # what a simplex head has before its vertices is the same in all models, too
+        fixed = tuple(f"{path}." for path, part in self._model.named_modules() if isinstance(part, SimplexHead))
+        others = [name for name in self.layers if name not in self.heads and not name.startswith(fixed)]
+        plain = [name for name in others if not self._is_in_attention(name)]
         wide = [name for name in plain if self._visits[name].positions > 1]
         return (wide or plain)[-_LAST:]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from clkit.callbacks import AEFOCL, DEUP, DST, LDA, MEND, NMC, DSimplex, FeatureCallback
 from clkit.data import ClassIncremental, StreamDataModule, TaskIncremental
-from clkit.errors import ArgumentError, ConfigurationError
-from clkit.methods import Guard, PruneSchedule
+from clkit.errors import ArgumentError, BatchError, ConfigurationError
+from clkit.methods import GradientEditor, Guard, PruneSchedule
 from clkit.strategies import GradientFreeStrategy
 from clkit.surgery.fixed_classifier import simplex_classifier_of
 
@@ -268,6 +268,7 @@ def test_a_simplex_head_is_never_edited_and_the_shift_of_features_is_bounded(tmp
     trainer.fit(module, datamodule=data)
     place = simplex_classifier_of(module)
     assert place is not None
+    assert GradientEditor(module, example=x[:2]).layers == ["net.hidden"]  # by itself
     before, old = bits(module), simplex.embed(module, x[:100])
     reference = torch.cat([batch[0] for batch in data.val_dataloader()])[:512]
     with torch.no_grad():
@@ -289,6 +290,39 @@ def test_a_simplex_head_is_never_edited_and_the_shift_of_features_is_bounded(tmp
     }
     with pytest.raises(ConfigurationError, match="simplex head"):
         head.edit(x[800:801], wanted)
+
+
+def test_what_a_head_cannot_count_is_refused_by_name(tmp_path: Path) -> None:
+    head, mend = NMC(), MEND(guard=None)
+    trainer, _ = frozen(tmp_path, head, mend)
+    x, y = digits()[0][800:801], digits()[1][800:801]
+    learned = head.head.counts.clone()
+    for images, labels, views, says in (
+        (x, y + 10**9, None, "is not below max_classes=65536"),  # before anything of that width is made
+        (x, y > 3, None, r"y must be \(B,\) class ids to 1 images, got \(1,\) torch.bool"),
+        (x[:, :7], y, None, r"\(1, 7\)"),
+        (x, y, "crops", "equivalents must be images or a function"),
+        (x, 3, None, r"images \(B, …\) and labels \(B,\), got shape \(1, 64\) and 3"),
+    ):
+        with pytest.raises(BatchError, match=says):
+            mend.edit(images, labels, views)  # type: ignore[arg-type]  # of any kind
+    for options, says in (
+        ({"route": "head"}, "route must be 'auto', 'exact', 'editor' or None"),
+        ({"task": "a"}, "task"),
+    ):
+        with pytest.raises(ArgumentError, match=says):
+            mend.edit(x, y, **options)  # type: ignore[arg-type]  # likewise
+    with pytest.raises(ArgumentError, match="edits are named by their numbers"):
+        mend.revert([0])  # type: ignore[arg-type]  # likewise
+    for edits in ([(1, 2)], [(x, 3)]):
+        with pytest.raises(ArgumentError, match="an edit must be tensors"):  # and not at the end of a fit
+            MEND(edits=edits)
+    with pytest.raises(ArgumentError, match="scale must be a finite number above 0"):
+        MEND(scale=-1.0)
+    assert torch.equal(head.head.counts, learned)
+    result = mend.edit(x, (y + 1) % 10, torch.zeros(0, 64))  # views of which there are none
+    assert (result.status, result.generality) == ("applied", None)
+    assert trainer
 
 
 @pytest.mark.parametrize("route", ["exact", "editor"])
