@@ -99,7 +99,6 @@ def run(choice: str, rate: float, options: argparse.Namespace, *, search: bool) 
             callbacks=[*heads, evaluation],
             default_root_dir=folder,
             num_sanity_val_steps=0,
-            check_val_every_n_epoch=10**6,  # the evaluation runs where a stage ends, and not in a warm-up
         )
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.fit(model, datamodule=stream)
@@ -157,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--choices", default=",".join(RATES), help="which, with commas between (default: all)")
-    parser.add_argument("--epochs", type=int, default=5, help="of the first stage (default: 5)")
+    parser.add_argument("--epochs", type=int, default=3, help="of the first stage (default: 3)")
     parser.add_argument("--batch-size", type=int, default=25, help="images of a step (default: 25)")
     parser.add_argument("--rank", type=int, default=8, help="of the low-rank changes (default: 8)")
     parser.add_argument("--lift", type=int, default=2048, help="units of the ridge's lift (default: 2048)")
