@@ -189,6 +189,26 @@ def test_holdings_are_sets_of_rows(total: int, parts: list[list[tuple[int, int]]
         assert (not again.missing()) == (len(held) == total)
 
 
+@given(rows=st.lists(st.integers(0, 29), max_size=30))
+def test_rows_by_their_numbers_are_held_as_they_are(rows: list[int]) -> None:
+    held = Holdings()
+    if len(set(rows)) < len(rows):
+        with pytest.raises(ArgumentError, match=r"row \d+ of 'made' is given twice"):
+            held.add_rows("made", 30, np.array(rows))
+        return
+    held.add_rows("made", 30, np.array(rows, dtype=np.int64))
+    assert [row for a, b in held.held("made:30") for row in range(a, b)] == sorted(rows)
+    for row in rows[:1]:
+        with pytest.raises(ArgumentError, match=f"rows {row} to {row} of 'made' is held already"):
+            held.add_rows("made", 30, np.array([row]))
+
+
+@pytest.mark.parametrize("rows", [[-1, 3], [30], [0.0, 1.0], [True, False]])
+def test_numbers_of_no_rows_are_refused(rows: list[float]) -> None:
+    with pytest.raises(ArgumentError, match="rows must be integers from 0 to 29, the last of 'made', got "):
+        Holdings().add_rows("made", 30, np.array(rows))
+
+
 @given(total=st.integers(1, 500), of=st.integers(1, 40))
 def test_shards_are_even_and_cover_all(total: int, of: int) -> None:
     if of > total:

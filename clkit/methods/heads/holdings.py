@@ -161,6 +161,30 @@ class Holdings:
         self._check(rows, keys)
         self._take(rows, keys)
 
+    def add_rows(self, name: str, total: int, rows: Keys, *, digest: str = "") -> None:
+        """Note rows of a list by their numbers (N,), in any order, as engines have them that cut and mix blocks.
+
+        Raises:
+            ArgumentError: If a row is held already or given twice, or the list has no such row.
+
+        Example:
+            >>> part = Holdings()
+            >>> part.add_rows("birds", 10, np.array([7, 2, 3, 8, 4]))
+            >>> part.missing()
+            ["rows 0 to 1 of 'birds'", "rows 5 to 6 of 'birds'", "rows 9 to 9 of 'birds'"]
+        """
+        check_count("total", total)
+        numbers = np.sort(np.asarray(rows), axis=None)
+        if numbers.size and (numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= total):
+            seen = f"{numbers.dtype} from {numbers[0]} to {numbers[-1]}"
+            raise ArgumentError(f"rows must be integers from 0 to {total - 1}, the last of {name!r}, got {seen}")
+        if (twice := numbers[1:][numbers[1:] == numbers[:-1]]).size:
+            raise ArgumentError(f"row {twice[0]} of {name!r} is given twice; its sample would count twice")
+        numbers = numbers.astype(np.int64)
+        starts = numbers[np.diff(numbers, prepend=-2) != 1]
+        stops = numbers[np.diff(numbers, append=total + 1) != 1] + 1
+        self.add(name, total, list(zip(starts.tolist(), stops.tolist(), strict=True)), digest=digest)
+
     def merge(self, other: Holdings) -> None:
         """Add what another part holds.
 
