@@ -12,11 +12,12 @@ export OMP_NUM_THREADS ?= 2
 # processes of the test suite; `make test PARALLEL=` runs it in one
 PARALLEL ?= -n 2 --dist worksteal
 
-# environment of `make test-oldest`
+# environments of `make test-oldest` and `make test-engines`
 OLDEST ?= build/oldest
+ENGINES ?= build/engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-oldest check format docs wheel package nightly benchmarks clean
+.PHONY: help setup demo test test-slow test-gpu test-oldest test-engines check format docs wheel package nightly benchmarks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +50,14 @@ $(OLDEST)/.setup-stamp: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/pip install --quiet -e '.[test]' -c constraints-oldest.txt
 	@touch $@
 
+test-engines: $(ENGINES)/.setup-stamp ## the pages on Dask and Ray, with Dask and Ray
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/test_engines.py
+
+$(ENGINES)/.setup-stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet -e '.[test,engines]' -c constraints.txt
+	@touch $@
+
 check: setup ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,7 +84,7 @@ package: ## install the built wheel alone in an empty environment and run the RE
 	build/package/bin/python .ci/readme_examples.py README.md
 	rm -rf build/package
 
-nightly: test test-slow test-oldest check docs package benchmarks ## everything that needs no data and no GPU; an hour or so
+nightly: test test-slow test-oldest test-engines check docs package benchmarks ## everything that needs no data and no GPU; an hour or so
 
 benchmarks: setup ## the benchmarks that need no data
 	$(BIN)/python benchmarks/digits.py

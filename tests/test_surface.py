@@ -142,6 +142,7 @@ PUBLIC = {
         "Projection",
         "ReplayStrategy",
         "SCRStrategy",
+        "ray_strategy",
     },
     "clkit.models": {"IdentityBackbone", "TimmClassifier"},
     "clkit.data": {

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clkit.arguments import check_arguments
 from clkit.callbacks._last_epoch import check_last_epoch_is_known, is_last_epoch, leaves_behind, on_second_epoch
+from clkit.callbacks._reading_rules import check_reading
 from clkit.callbacks.base import MODULE, FeatureCallback, Predictor, Stage
 from clkit.distributed import report_lost_process
 from clkit.errors import ArgumentError, ConfigurationError, NotFittedError, StateError, first_line
@@ -128,11 +128,7 @@ class HeadCallback(FeatureCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Join the readers of the batch, and refuse what cannot be read or told apart."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise ConfigurationError(
-                f"{self.state_key} cannot read features under {type(trainer.strategy).__name__}, which splits the "
-                'network over processes; use strategy="ddp", "gradient_free" or a single device'
-            )
+        check_reading(self.state_key, trainer, pl_module)
         names = [callback.name for callback in callbacks_of(trainer) if isinstance(callback, Predictor)]
         if names.count(self.name) > 1:
             raise ConfigurationError(f"two callbacks have the name {self.name!r}; give one another: name='…'")

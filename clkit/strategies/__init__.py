@@ -15,6 +15,7 @@ from clkit.strategies.er import ERStrategy
 from clkit.strategies.er_ace import ERACEStrategy
 from clkit.strategies.gradient_free import GradientFreeStrategy
 from clkit.strategies.onpro import OnProStrategy
+from clkit.strategies.ray_train import ray_strategy
 from clkit.strategies.replay import ReplayStrategy
 from clkit.strategies.scr import SCRStrategy
 
@@ -31,6 +32,7 @@ __all__ = [
     "Projection",
     "ReplayStrategy",
     "SCRStrategy",
+    "ray_strategy",
 ]
 
 register_strategies()

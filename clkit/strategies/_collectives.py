@@ -7,14 +7,38 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
-from clkit.distributed import report_lost_process
+from clkit.distributed import report_lost_process, world_size
+from clkit.errors import ConfigurationError
 
 __all__ = ["SpokenDDP"]
 
 
 class SpokenDDP(DDPStrategy):
     """Lightning's DDP; a :class:`~clkit.errors.ProcessLostError` where a process that others wait for has died."""
+
+    def check_group(self) -> None:
+        """Refuse a run that knows of this process alone where torch.distributed has others in its group.
+
+        Raises:
+            ConfigurationError: Saying how many there are, and what to do.
+        """
+        if self.world_size == 1 and (processes := world_size()) > 1:
+            raise ConfigurationError(
+                f"the Trainer knows of one process, and torch.distributed of {processes}: each would learn everything "
+                "and write the same files. In the workers of Ray Train give strategy=ray_strategy(…) and plugins="
+                "[RayLightningEnvironment()]; elsewhere give devices= and num_nodes= of the Trainer, or end the group "
+                "with torch.distributed.destroy_process_group()"
+            )
+
+    def _setup_model(self, model: nn.Module) -> Any:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigurationError(
+                f"{type(self).__name__} trains by gradient, and no parameter of {type(model).__name__} requires one; "
+                'use the strategy "gradient_free" for a frozen network'
+            )
+        return super()._setup_model(model)
 
     def barrier(self, *args: Any, **options: Any) -> None:
         """Wait for all processes."""
