@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from string import Template
 
@@ -15,10 +18,11 @@ import torch
 from small_runs import quiet_trainer
 from test_docs import FENCE, ROOT, read_blocks
 
-from clkit import load_head
+from clkit import load_head, merge_checkpoints
 from clkit.callbacks import LDA, NMC
 from clkit.cli.main import main
 from clkit.data import ClassIncremental, StreamDataModule
+from clkit.errors import ArgumentError
 from clkit.models import TimmClassifier
 
 PAGES = ROOT / "docs" / "guide"
@@ -89,21 +93,86 @@ def test_the_array_of_jobs_makes_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     assert int(load_head("birds.ckpt", "lda").counts.sum()) == len(list(Path("new/train").rglob("*.png")))
 
 
-@pytest.mark.slow
-def test_torchrun_learns_what_one_process_learns(tmp_path: Path) -> None:
+def fence(name: str) -> str:
+    """The first block of the page on many machines with such a heading."""
     text = (PAGES / "many_machines.md").read_text(encoding="utf-8")
-    script = next(match["body"] for match in FENCE.finditer(text) if match["info"].split() == ["python", "no-run"])
-    (tmp_path / "learn.py").write_text(script.replace('accelerator="auto"', 'accelerator="cpu"'), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "learn.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    return next(match["body"] for match in FENCE.finditer(text) if match["info"].split() == name.split())
+
+
+@pytest.mark.slow
+def test_jobs_of_an_array_are_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script as bash runs it in each job, without SLURM."""
+    monkeypatch.chdir(tmp_path)
+    exec(read_blocks((PAGES / "add_a_class.md").read_text(encoding="utf-8"))[0].code, {})
+    Path("parts").mkdir()
+    Path("job.sh").write_text(fence("bash"), encoding="utf-8")
+    given = {
+        "BACKBONE": "test_resnet",
+        "WEIGHTS": "weights.pth",
+        "IMAGES": "./new/train",
+        "SLURM_ARRAY_TASK_COUNT": "2",
+    }
+    paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def job(index: int) -> subprocess.Popen[bytes]:
+        task = {"SLURM_ARRAY_TASK_ID": str(index), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            ["bash", "job.sh"], env={**os.environ, **given, **paths, **task}, start_new_session=True
+        )
+
+    assert job(0).wait(300) == 0
+    killed = job(1)
+    time.sleep(2)  # it loads torch and the network
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait(60) != 0
+    with pytest.raises(ArgumentError, match=r"shard 1/2 of 'folder:.*' is missing"):
+        merge_checkpoints(sorted(Path("parts").glob("*.ckpt")), "birds.ckpt")
+    assert job(1).wait(300) == 0
+    merge_checkpoints(sorted(Path("parts").glob("*.ckpt")), "birds.ckpt")
+    images = len(list(Path("new/train").rglob("*.png")))
+    assert int(load_head("birds.ckpt", "lda").counts.sum()) == images
+
+
+DIES = """
+import os
+from pathlib import Path
+from lightning.pytorch import Callback
+
+class Dies(Callback):  # the second node, in the middle of the third experience, once
+    def on_train_batch_start(self, trainer, module, batch, index):
+        mark = Path(sys.argv[1], "died")
+        if trainer.current_epoch == 2 and index == 1 and trainer.node_rank == 1 and not mark.exists():
+            mark.touch()
+            os._exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_dies_learn_what_one_process_learns(tmp_path: Path) -> None:
+    script = fence("python no-run").replace('accelerator="auto"', 'accelerator="cpu"')
+    script = script.replace("import sys\n", f"import sys\n{DIES}\n", 1).replace("callbacks=[", "callbacks=[Dies(), ")
+    (tmp_path / "learn.py").write_text(script, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+        *("--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "birds", "--rdzv-endpoint", endpoint),
+        *("--local-addr", "127.0.0.1", str(tmp_path / "learn.py"), str(tmp_path)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"{node}.log" for node in range(2)]
+    nodes = []
+    for log in logs:
+        with log.open("w") as output:
+            nodes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    try:
+        codes = [node.wait(300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert codes == [0, 0], [log.read_text()[-2000:] for log in logs]
+    assert (tmp_path / "died").exists()
     callbacks = [LDA(), NMC()]
     trainer = quiet_trainer(tmp_path, strategy="gradient_free", callbacks=callbacks)
     stream = StreamDataModule("digits:flat", ClassIncremental(experiences=5))
