@@ -18,19 +18,22 @@ __all__ = ["SpokenDDP"]
 class SpokenDDP(DDPStrategy):
     """Lightning's DDP; a :class:`~clkit.errors.ProcessLostError` where a process that others wait for has died."""
 
-    def check_group(self) -> None:
-        """Refuse a run that knows of this process alone where torch.distributed has others in its group.
+    def setup_environment(self) -> None:
+        """Refuse a fit that knows of this process alone where torch.distributed has others in its group.
 
         Raises:
             ConfigurationError: Saying how many there are, and what to do.
         """
-        if self.world_size == 1 and (processes := world_size()) > 1:
+        module = self.lightning_module
+        fits = module is not None and module.trainer.state.fn == "fit"
+        if fits and self.world_size == 1 and (processes := world_size()) > 1:
             raise ConfigurationError(
                 f"the Trainer knows of one process, and torch.distributed of {processes}: each would learn everything "
                 "and write the same files. In the workers of Ray Train give strategy=ray_strategy(…) and plugins="
                 "[RayLightningEnvironment()]; elsewhere give devices= and num_nodes= of the Trainer, or end the group "
                 "with torch.distributed.destroy_process_group()"
             )
+        super().setup_environment()
 
     def _setup_model(self, model: nn.Module) -> Any:
         if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -144,8 +144,6 @@ class LearningStrategy(SpokenDDP):
     def setup_environment(self) -> None:
         """Refuse what cannot work, before Lightning's own callbacks begin to."""
         trainer = self._module.trainer
-        if trainer.state.fn == "fit":
-            self.check_group()
         refuse_misfits(self, callbacks_of(trainer), self.misfits if trainer.state.fn == "fit" else IN_CLKIT)
         super().setup_environment()
 
