@@ -12,6 +12,7 @@ from torch.optim import Adam
 
 from clkit.arguments import check_arguments
 from clkit.distributed import exchange_device, gather_rows
+from clkit.methods._checks import check_count, check_number
 
 __all__ = ["ClippedAdam", "EditorSettings", "rows_of_all"]
 
@@ -33,7 +34,7 @@ class EditorSettings:
         classifier: Dotted path of the classifier, or ``"auto"``.
 
     Raises:
-        ArgumentError: If a value is of another type; what else is not allowed, the editor says.
+        ArgumentError: If a value is not allowed.
 
     Example:
         >>> EditorSettings(rank=16, c_edit=0.3).rank
@@ -52,6 +53,12 @@ class EditorSettings:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
+        check_count("rank", self.rank)
+        check_count("n_hidden", self.n_hidden, at_least=0)
+        if self.alpha != "auto":
+            check_number("alpha", self.alpha, above=0)
+        check_number("c_edit", self.c_edit, above=0)
+        check_number("c_loc", self.c_loc, at_least=0)
 
 
 class ClippedAdam(Adam):

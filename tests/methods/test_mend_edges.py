@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from test_mend_edits import answers, bits, make, rows, same, second_best, unsure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import clkit
 from clkit.errors import ArgumentError, BatchError
 from clkit.methods import EditReference, GradientEditor
 
@@ -283,3 +288,31 @@ def test_an_editor_of_another_precision_is_taken_up() -> None:
     factors = [each.propose(x, y).factors["first"].delta() for each in (single, double)]
     torch.testing.assert_close(*factors, rtol=1e-4, atol=1e-6)
     assert GradientEditor.from_saved(single.model, double.state_dict(), example=x).alpha == single.alpha
+
+
+CHILD = """
+import sys, torch
+from test_mend_edits import bits, make
+state, weights = torch.load(sys.argv[1], weights_only=True)
+editor = make()
+editor.model.load_state_dict(weights)
+editor.load_state_dict(state)
+editor.revert(2)
+torch.save(bits(editor), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_saved_after_seven_edits_another_process_takes_the_third_back(tmp_path: Path) -> None:
+    editor, kept = make(), make()
+    x, y = rows(7, 73), second_best(editor, rows(7, 73))
+    for i in range(7):
+        editor.edit(x[i : i + 1], y[i : i + 1], scale="unit", guard=None)
+    torch.save([editor.state_dict(), editor.model.state_dict()], tmp_path / "edits.pt")
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "edits.pt"), str(tmp_path / "left.pt")]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(clkit.__file__).parents[1])])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
+    for record in editor.log:
+        if record.id != 2:
+            kept.edit_log.append(kept._network.weights(), record.factors, record.scale, x=record.x, y=record.y)
+    assert same(torch.load(tmp_path / "left.pt", weights_only=True), bits(kept))

@@ -302,6 +302,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ArgumentError, match=named):
             strategy(**options)
+    for values, named in (({"rank": 0}, "rank"), ({"n_hidden": -1}, "n_hidden"), ({"alpha": 0.0}, "alpha")):
+        with pytest.raises(ArgumentError, match=f"{named} must be"):  # and not in the fit alone
+            EditorSettings(**values)
     for values, named in (({"n_edits": 3, "together": 2}, "together"), ({"labels": "odd"}, "labels")):
         with pytest.raises(ArgumentError, match=named):
             MetaExamples(**values)

@@ -77,6 +77,25 @@ def test_taken_back_in_any_order_weights_are_those_of_the_edits_that_are_left(dt
         assert {name: id(weight) for name, weight in own.items()} == identity
 
 
+def test_of_two_hundred_edits_a_random_half_is_taken_back_in_a_random_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, fresh = weights(), weights()
+    log, other, scale = EditLog(), EditLog(), 0.01
+    for seed in range(200):
+        log.append(own, factors(seed), scale, **ENTRY)
+    gone = torch.randperm(200, generator=generator)[:100].tolist()
+    for each in gone:
+        log.revert(own, [each])
+    for record in log.records:
+        other.append(fresh, record.factors, scale, **ENTRY)
+    assert len(log) == len(other) == 100
+    assert {record.id for record in log.records} == set(range(200)) - set(gone)
+    assert same(own, fresh)
+    assert not same(own, weights())
+    log.revert(own, [record.id for record in log.records])
+    assert same(own, weights())
+
+
 def test_a_difference_alone_would_not_give_the_bits_back() -> None:
     own = weights()
     delta = {name: each.delta().float().view(SHAPES[name]) for name, each in factors(0).items()}
