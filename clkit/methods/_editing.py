@@ -178,6 +178,8 @@ class Attempt:
             reason = f"{reason}; at a scale of {scale:.3g} it does not, but the answer is not the wanted one"
             return self._result("refused", before, before, reason=reason, report=report)
         deltas = self.log.deltas(self._record(trial, scale))
+        if too_large := self._too_large(deltas):
+            return self._result("refused", before, before, reason=too_large, report=report)
         known: dict[str, Any] = {"status": status, "reason": reason, "report": report, "repeats": found.repeats}
         return self.apply(found.factors, scale, before, after, deltas, **known)
 
@@ -208,6 +210,8 @@ class Attempt:
         earlier, entry = list(self.log.records), {"x": self.images.x.cpu(), "y": self.images.y.cpu()}
         if deltas is None:
             deltas = self.log.deltas(self._record(dict(factors), scale))
+            if too_large := self._too_large(deltas):
+                raise BatchError(f"{too_large}; nothing was changed")
         old = {name: weights[name].detach().cpu().clone() for name in deltas}
         record = self.log.append(weights, factors, scale, deltas, **entry)
         wanted = moved = 0.0
@@ -227,6 +231,14 @@ class Attempt:
         known |= {"id": record.id, "scale": scale, "sizes": sizes, "realised": realised}
         held = retained(self.network, self.objective, earlier)
         return self._result(status, before, after or self._seen(), **{"repeats": 1, **known}, retention=held)
+
+    def _too_large(self, deltas: Mapping[str, Tensor]) -> str:
+        """Return which weights an edit would make too large for their dtype, in words."""
+        for name, delta in deltas.items():
+            weight = self.network.weights()[name].detach()
+            if not float(weight.abs().max()) + float(delta.abs().max()) <= torch.finfo(weight.dtype).max:
+                return f"the weight of {name!r} would leave what {weight.dtype} holds"
+        return ""
 
     def _search(self, rule: Rule) -> tuple[_Found | None, str]:
         """Return factors, their scale and the number of proposals; or why there are none."""

@@ -191,7 +191,9 @@ class GradientEditor(TrainedEditor):
         """Apply a proposal, multiplied by a scale, whatever it does.
 
         Raises:
-            EditConflictError: If weights are not what the log says; nothing is changed then.
+            ArgumentError: If it is no proposal, or the scale is not above 0.
+            BatchError: If weights would leave the range of their dtype.
+            EditConflictError: If weights are not what the log says; nothing is changed in either case.
         """
         check_number("scale", scale, above=0)
         if not isinstance(proposal, Proposal):

@@ -73,17 +73,17 @@ class FirstSession:
         norms = running_norms(network)
         if self.trains == "lora":
             paths = self._low_rank_paths(module, network, heads)
-            part: set[int] = set()
+            part, moving = set[int](), set[str]()
         else:
             names = norm_parameters(network) if self.trains == "norms" else last_block(network)
             found = [(name, network.get_parameter(name)) for name in names]
             part = {id(parameter) for _, parameter in found if parameter.requires_grad} - own
             paths = [name for name, parameter in found if id(parameter) in part]
+            moving = set(norms) if self.trains == "norms" else {name.rpartition(".")[0] for name in paths}
         if not paths:
             raise ConfigurationError(
                 f"warmup={self.trains!r}: {type(network).__name__} {_NONE[self.trains].format(self._rank)}; {_ADVICE}"
             )
-        moving = set(norms) if self.trains == "norms" else {name.rpartition(".")[0] for name in paths} & set(norms)
         if self.trains == "lora":
             if loaded:
                 self._change.restore(module, loaded)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import clkit
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods import EditReference, GradientEditor
+from clkit.methods import EditReference, GradientEditor, Guard
 
 pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
 
@@ -288,6 +288,39 @@ def test_an_editor_of_another_precision_is_taken_up() -> None:
     factors = [each.propose(x, y).factors["first"].delta() for each in (single, double)]
     torch.testing.assert_close(*factors, rtol=1e-4, atol=1e-6)
     assert GradientEditor.from_saved(single.model, double.state_dict(), example=x).alpha == single.alpha
+
+
+def test_an_edit_that_is_none_leaves_no_trace() -> None:
+    """Refused by a bound, by numbers that overflow, or satisfied: no bit of anything, and no draw."""
+    editor = make()
+    x = rows(1, 70)
+    y, reference = second_best(editor, x), rows(100, 71)
+    editor.edit(*unsure(editor, 1, 72), guard=None)
+    before, state, random = bits(editor), editor.state_dict(), torch.get_rng_state()
+    done = answers(editor, x).argmax(1)
+    nothing = Guard(max_drop=0.0, max_total_drop=0.0)
+    for label, options, wanted in (
+        (y, {"scale": 3.0, "guard": nothing, "reference": reference}, ("refused", "drops by")),
+        (y, {"scale": 1e45, "guard": None}, ("refused", "gives answers that are not finite")),
+        (y, {"accept": lambda: "not today", "guard": None, "scale": "unit"}, ("refused", "not today")),
+        (done, {"guard": nothing, "reference": reference}, ("satisfied", "these answers already")),
+    ):
+        result = editor.edit(x, label, **options)  # type: ignore[arg-type]  # of several types
+        assert (result.status, result.id, result.scale) == (wanted[0], None, 0.0)
+        assert wanted[1] in result.reason
+        assert same(bits(editor), before)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert str(editor.state_dict()) == str(state)
+    with pytest.raises(BatchError, match=r"the weight of 'first' would leave what torch\.float32 holds"):
+        editor.apply(editor.propose(x, y), 1e45)
+    linear = GradientEditor(
+        nn.Sequential(nn.Linear(4, 3)), "head", example=rows(2)[:, :4], norm_scope="none", alpha=1.0
+    )
+    result = linear.edit(1e20 * torch.ones(1, 4), torch.tensor([1]), scale=1e10, guard=None)
+    assert (result.status, linear.log) == ("refused", [])
+    assert "not finite" in result.reason
+    assert same(bits(editor), before)
+    assert [record.id for record in editor.log] == [0]
 
 
 CHILD = """
