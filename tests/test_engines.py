@@ -46,6 +46,12 @@ def small() -> LitSmall:
     return LitSmall()
 
 
+def half_frozen() -> LitSmall:
+    module = small()
+    module.net.hidden.requires_grad_(False)
+    return module
+
+
 def frozen() -> TimmClassifier:
     return TimmClassifier("identity")
 
@@ -92,7 +98,7 @@ def test_runs_that_several_processes_cannot_make_are_refused_by_name(tmp_path: P
 def dask_cluster() -> Iterator[None]:
     distributed = pytest.importorskip("distributed", reason=HOW)
     pytest.importorskip("dask.array", reason=HOW)
-    with distributed.Client(n_workers=WORKERS, threads_per_worker=1, dashboard_address=None):
+    with distributed.Client(n_workers=WORKERS, threads_per_worker=1, dashboard_address=":0"):
         yield
 
 
@@ -196,7 +202,7 @@ def test_replay_of_which_a_worker_dies_learns_what_two_ranks_learn(tmp_path: Pat
         assert torch.equal(checkpoint["state_dict"][name], value), name
 
 
-def misuse(config: dict[str, Any]) -> None:
+def work(config: dict[str, Any]) -> None:
     from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
 
     plugins = {"plugins": [RayLightningEnvironment()], "devices": "auto"}
@@ -206,7 +212,7 @@ def misuse(config: dict[str, Any]) -> None:
         "nothing to train": lambda: fit(frozen(), strategy=ray_strategy("er"), **plugins),
         "Ray's own": lambda: fit(frozen(), strategy=RayDDPStrategy(), callbacks=[LDA()], **plugins),
     }
-    said = {}
+    said: dict[str, Any] = {}
     for name, run in runs.items():
         try:
             run()
@@ -214,6 +220,8 @@ def misuse(config: dict[str, Any]) -> None:
             said[name] = str(error)
     trainer = prepare_trainer(pl.Trainer(strategy=ray_strategy(Mine), accelerator="cpu", logger=False, **plugins))
     said["keys"] = [trainer.strategy.state_key, Mine().state_key]
+    fit(half_frozen(), strategy=RayDDPStrategy(), callbacks=[head := LDA()], **plugins)
+    said["counts"], said["means"] = head.head.counts, head.head.statistics.means
     if trainer.global_rank == 0:
         torch.save(said, Path(config["folder"], "said.pt"))
 
@@ -223,10 +231,14 @@ class Mine(GradientFreeStrategy):
 
 
 @of_ray
-def test_misuse_in_a_worker_is_refused_by_name(tmp_path: Path) -> None:
-    ray_run(tmp_path, misuse)
+def test_callbacks_learn_beside_training_in_workers_and_misuse_is_refused_by_name(tmp_path: Path) -> None:
+    ray_run(tmp_path, work)
     said = torch.load(tmp_path / "said.pt", weights_only=True)
-    assert said.pop("keys") == ["Mine", "Mine"]
+    assert said["keys"] == ["Mine", "Mine"]  # of a state that goes on without Ray
+    fit(half_frozen(), callbacks=[alone := LDA()])
+    assert torch.equal(said["counts"], alone.head.counts)
+    # the classifier's input in float32, in batches of other sizes
+    assert torch.allclose(said["means"], alone.head.statistics.means, rtol=1e-5, atol=1e-6)
     wanted = {
         "no plugin": "under Ray the Trainer needs plugins=[RayLightningEnvironment()] of ray.train.lightning; it has ",
         "its plain name": "the Trainer knows of one process, and torch.distributed of 2: each would learn everything",
