@@ -381,13 +381,13 @@ def test_novelty_is_measured_on_tiny_features(
         arrays: dict[str, Any] = {"f_train": rows["train"], "f_test": rows["test"], "y_train": ids, "y_test": ids}
         np.savez(tmp_path / novelty.FEATURES.format(name), **arrays)
     assert novelty.main([]) == 0
-    lines = {
-        line.split("│")[1].strip(): line.split("│")[2:5] for line in capsys.readouterr().out.splitlines() if "│" in line
-    }
-    same, far, half = lines["unit length (Novelty)"]
-    assert abs(float(same) - 50) < 5  # the same classes again
-    assert float(far) == 100.0
-    assert float(half.split("±")[0]) > 90
+    printed = capsys.readouterr().out.splitlines()
+    curve, alarms = (line.split("│")[2:5] for line in printed if "unit length (Novelty)" in line)
+    assert abs(float(curve[0]) - 50) < 5  # the same classes again
+    assert abs(float(alarms[0]) - 95) < 5
+    assert (float(curve[1]), float(alarms[1])) == (100.0, 0.0)
+    assert float(curve[2].split("±")[0]) > 90
+    assert float(alarms[2].split("±")[0]) < 50
 
 
 # ---- sparse training
@@ -805,7 +805,7 @@ def test_edits_of_digits_on_a_tiny_run(
 ) -> None:
     whole = mend.digits(0)
     monkeypatch.setattr(mend, "digits", lambda seed: whole._replace(test=(whole.test[0][:12], whole.test[1][:12])))
-    for name, value in {"EDITS": 2, "META": 1, "KEPT": 4, "BASE_STEPS": 60, "FIRST": 8}.items():
+    for name, value in {"EDITS": 2, "META": 1, "KEPT": 4, "BASE_STEPS": {"cnn": 60, "vit": 60}, "FIRST": 8}.items():
         monkeypatch.setattr(mend, name, value)
     monkeypatch.setattr("editing.MOST_STEPS", 3)
     command = ["--seeds", "0", "--steps", "2", "--results", str(tmp_path)]

@@ -316,7 +316,8 @@ def test_an_edit_that_is_none_leaves_no_trace() -> None:
     linear = GradientEditor(
         nn.Sequential(nn.Linear(4, 3)), "head", example=rows(2)[:, :4], norm_scope="none", alpha=1.0
     )
-    result = linear.edit(1e20 * torch.ones(1, 4), torch.tensor([1]), scale=1e10, guard=None)
+    bright = 1e20 * torch.ones(1, 4)
+    result = linear.edit(bright, (answers(linear, bright).argmax(1) + 1) % 3, scale=1e10, guard=None)
     assert (result.status, linear.log) == ("refused", [])
     assert "not finite" in result.reason
     assert same(bits(editor), before)
