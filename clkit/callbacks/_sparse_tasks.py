@@ -99,6 +99,8 @@ def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> Non
     task = f"task {report.task} (experience {report.task + 1})"
     own = report.active - report.reused
     advice = "Use reuse='prefer_free', a lower density, or a larger network"
+    if report.free == 0:
+        advice = "Tasks that shall learn more need a larger network, or a lower density from the first task on"
     left = f"{report.free:,} of {report.total:,} connections are in no task's mask"
     if own == 0 and "nothing" not in said:
         said.add("nothing")

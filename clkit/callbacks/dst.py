@@ -34,7 +34,7 @@ from clkit.methods.sparse import Reuse
 from clkit.schema import saved_entry
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience
-from clkit.surgery.mask_forms import MaskForm, in_form
+from clkit.surgery.mask_forms import MaskForm, in_form, refuse_other_tensors
 from clkit.surgery.task_networks import TaskNetworks
 
 __all__ = ["DST"]
@@ -69,7 +69,7 @@ class DST(ShowsTasks):
         grow_from: ``"free"`` grows unused connections, ``"any"`` also used ones, with their learned value.
         fresh_init: What connections that no task trained begin with.
         on_capacity: What happens with ``reuse="none"`` where too few connections are unused.
-        pattern: ``"2:4"`` for GPUs that compute with two of four.
+        pattern: ``"2:4"`` for GPUs that compute with two of four; with ``grow_from="any"``, or an own ``prune``.
         side_state: What of all else a task may train: ``"per_task"`` all of it; ``"freeze_after_first"`` nothing but
             the head once the first task is over, and norms keep its statistics.
         head: Dotted paths of the layers that each task begins anew and keeps to itself; ``"auto"`` is the classifier
@@ -181,11 +181,12 @@ class DST(ShowsTasks):
 
         Raises:
             ArgumentError: If the task did not finish.
-            ConfigurationError: If the module is the one that has the masks.
+            ConfigurationError: If the module is the one that has the masks, or has other tensors; it is then as it was.
         """
         if module is self._networks.module:
             raise ConfigurationError("load_into() needs another module of the same class; for this one use activate()")
         weights = self.export(task)
+        refuse_other_tensors(module, weights, self.state_key)
         module.load_state_dict(weights)
         return in_form(module, self.topology.mask(task), form)
 

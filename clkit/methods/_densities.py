@@ -132,7 +132,7 @@ def layer_counts(sizes: Sequence[int], densities: Sequence[float], density: floa
                 needed = sum(min(least, each) for each in sizes)
                 raise ArgumentError(
                     f"density={density} gives {sum(counts)} of {sum(sizes):,} connections, and {len(sizes)} layers "
-                    f"need {needed}, {least} each (min_per_layer); use a density of at least "
+                    f"need {needed}, {least} each (min_per_layer of Initial); use a density of at least "
                     f"{needed / sum(sizes):.3g}, or exclude layers"
                 )
             counts[giver] -= 1

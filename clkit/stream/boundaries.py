@@ -133,8 +133,12 @@ class Boundaries:
                 return
             if now.index > self.current.index:
                 self._end(trainer, module)
-        self.current, self.running = now, True
-        _announce(trainer, module, "on_experience_start", now)
+        before, self.current, self.running = self.current, now, True
+        try:
+            _announce(trainer, module, "on_experience_start", now)
+        except BaseException:  # a part refused: nothing has begun, and the next fit announces it again
+            self.current, self.running = before, False
+            raise
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Announce an end before the validation that measures the finished experience."""

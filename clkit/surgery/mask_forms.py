@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from clkit.errors import ConfigurationError
 from clkit.methods._checks import check_choice
 
-__all__ = ["MaskForm", "crowded_groups", "in_form"]
+__all__ = ["MaskForm", "crowded_groups", "in_form", "refuse_other_tensors"]
 
 MaskForm = Literal["dense", "prune", "fake_sparsity", "semi_structured"]
 
@@ -68,6 +69,23 @@ def crowded_groups(weight: Tensor, size: int = 4, most: int = 2) -> int:
         1
     """
     return int((weight.reshape(-1, size).count_nonzero(dim=1) > most).sum())
+
+
+def refuse_other_tensors(module: nn.Module, weights: Mapping[str, Tensor], owner: str) -> None:
+    """Refuse a module that is to be given weights and has others: torch would write those that fit, and then raise.
+
+    Raises:
+        ConfigurationError: Naming the first that differ.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    new = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    odd = [name for name in {**new, **own} if own.get(name) != new.get(name)]
+    if odd:
+        raise ConfigurationError(
+            f"{owner}: a {type(module).__name__} is to take the weights of a task, and differs in {len(odd)} tensors: "
+            f"{odd[0]!r}: {own.get(odd[0], 'none')} there, {new.get(odd[0], 'none')} in the task; give a new "
+            "module of the class that was trained, made with the same arguments"
+        )
 
 
 def _why_not(layer: nn.Module) -> str:

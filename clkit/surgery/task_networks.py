@@ -189,8 +189,7 @@ class TaskNetworks:
         Raises:
             ArgumentError: If the task was not trained.
         """
-        if not isinstance(task, int) or isinstance(task, bool):
-            raise ArgumentError(f"task must be the index of a task, an integer from 0, got {in_short(task)}")
+        _check_index(task)
         module = module or self._module
         if self.topology is None or module is None:
             raise self._none_such(task)
@@ -244,6 +243,7 @@ class TaskNetworks:
 
     def export(self, task: int) -> dict[str, Tensor]:
         """Return the state dict of a finished task's network, dense, on the CPU, or raise an ArgumentError."""
+        _check_index(task)
         if self.topology is None:
             raise self._none_such(task)
         values = {**self.topology.export(task), **self._side.of(task)}
@@ -279,6 +279,11 @@ class TaskNetworks:
         if not kept.issuperset(keys.values()):
             raise StateError(f"{self.owner}: the saved state names tensors that it does not hold; the file is damaged")
         self.topology, self._side, self._module, self._keys, self.about = topology, side, None, keys, about
+
+
+def _check_index(task: Any) -> None:
+    if not isinstance(task, int) or isinstance(task, bool):
+        raise ArgumentError(f"task must be the index of a task, an integer from 0, got {in_short(task)}")
 
 
 def find_heads(module: nn.Module, head: str | Sequence[str]) -> list[str]:

@@ -211,6 +211,12 @@ def test_a_task_takes_the_forms_that_torch_has(tmp_path: Path, form: Any) -> Non
     assert not (other.body[4].weight.detach()[~mask] != 0).any()
     with pytest.raises(ConfigurationError, match=r"load_into\(\) needs another module of the same class"):
         dst.load_into(module, 0)
+    smaller = Net()
+    smaller.body[4], smaller.head = nn.Linear(288, 20), nn.Linear(20, 10)
+    before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=r"a Net is to take.*differs in 3 tensors: 'body.4.weight': \(20, 2"):
+        dst.load_into(smaller, 0, form)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
 
 
 def test_two_of_four_is_kept_and_checked(tmp_path: Path) -> None:
