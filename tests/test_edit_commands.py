@@ -123,6 +123,10 @@ def test_an_edit_is_written_listed_and_taken_back(runs: Path, capsys: pytest.Cap
     assert len(logged_edits(checkpoint)) == 1
     assert main(["edits", other]) == 0
     assert "has no edits" in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["edit", other, *given[2:6], "--no-guard"]) == 0  # a new editor takes its statistics all the same
+    assert "validation samples keep their answer" in capsys.readouterr().out
 
 
 def test_where_a_head_decides_it_is_corrected_in_the_file(

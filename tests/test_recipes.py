@@ -382,7 +382,7 @@ def test_cifar100_runs_on_images_of_its_form(recipe: str, tmp_path: Path) -> Non
         assert [sum(entry is not None for entry in row) for row in matrix] == list(range(1, 11))
     expected = {
         "nmc_cifar100": {"nmc"},
-        "ranpac_cifar100": {"ranpac", "ridge", "nmc", "lda"},
+        "ranpac_cifar100": {"module", "ranpac", "ridge", "nmc", "lda"},  # its warm-up trains the module
         "split_cifar100": {"nmc", "aef_ocl", "lda"},
     }
     assert set(results["predictors"]) == expected[recipe.removeprefix("paper/")]

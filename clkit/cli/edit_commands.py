@@ -23,7 +23,7 @@ def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
         commands,
         "edit",
         EDIT,
-        ". The run's validation samples bound what it may do elsewhere; the exit status is 1 where that refuses it.",
+        ". The run's validation samples bound what it may do elsewhere; the exit status is 1 where an edit is refused.",
         usage="clkit edit CHECKPOINT --image FILE [FILE ...] --label LABEL [LABEL ...] [options]",
     )
     edits = add_command(commands, "edits", EDITS)
@@ -44,7 +44,6 @@ def add_edit_commands(commands: Any, number: Callable[[str], int]) -> None:
     edit.add_argument("--no-guard", dest="guard", action="store_false", help="whatever it does elsewhere")
     edit.add_argument("--allow-stale", action="store_true", help="also where heads have learned what will move")
     add_picture(edit, "draw the image and its answers before and after", "replace existing files: --output, --picture")
-    edit.set_defaults(status=0)
     revert.add_argument("--force", action="store_true", help="replace an existing --output")
     revert.add_argument("ids", nargs="+", type=number, metavar="ID", help="numbers of edits, as clkit edits lists them")
     revert.add_argument(

@@ -96,7 +96,8 @@ class EditReference:
             enough, since they run with every edit.
 
     Raises:
-        ArgumentError: If there are none, some have labels and some have none, or values are not finite.
+        ArgumentError: If there are none, or of several sizes, some have labels and some have none, or values are not
+            finite.
 
     Example:
         >>> len(EditReference([(torch.zeros(3, 2), torch.tensor([0, 1, 1])), (torch.ones(1, 2), torch.tensor([0]))]))
@@ -107,7 +108,8 @@ class EditReference:
         batches = [data] if isinstance(data, Tensor | Mapping) or _is_pair(data) else data
         if not isinstance(batches, Iterable):
             raise ArgumentError(f"reference must be images, or batches of them, got {in_short(data)}")
-        images, labels = [], []
+        images: list[Tensor] = []
+        labels: list[Tensor] = []
         for batch in batches:
             try:
                 x, y = read_inputs(batch)
@@ -117,6 +119,9 @@ class EditReference:
                 raise ArgumentError(f"a batch of reference must be images, or images and labels, got {in_short(batch)}")
             if x.is_floating_point() and not bool(torch.isfinite(x).all()):
                 raise ArgumentError("reference has images with values that are not finite; leave them out")
+            if images and x.shape[1:] != images[0].shape[1:]:
+                seen = f"{tuple(images[0].shape[1:])} and {tuple(x.shape[1:])}"
+                raise ArgumentError(f"reference must have images of one size, got {seen}; bring them to that of a run")
             images.append(x.detach().cpu())
             labels += [] if y is None else [y.detach().cpu()]
         if not sum(map(len, images)):

@@ -140,6 +140,10 @@ class EditLog:
         """Return how many edits are kept."""
         return len(self.records)
 
+    def original(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight without the edits that could be taken back."""
+        return self._bank.get(name, weight)
+
     def find(self, ids: int | Iterable[int]) -> list[EditRecord]:
         """Return edits that can be taken back, in the order of the log; else raise an ArgumentError."""
         wanted = edit_ids(ids)
@@ -253,6 +257,17 @@ class EditLog:
             with exact():
                 for name, value in before.items():
                     weights[name].copy_(value)
+
+    @contextmanager
+    def kept(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Have the log and the weights as they were before the block where it fails."""
+        before = list(self.records), self._next_id, self._bank.copy(), self._sums
+        try:
+            yield
+        except BaseException:
+            self.records, self._next_id, self._bank, sums = before
+            self._write(weights, sums)
+            raise
 
     def deltas(self, record: EditRecord) -> dict[str, Tensor]:
         """Return what an edit adds to each weight, (d_out, d_in) float64."""

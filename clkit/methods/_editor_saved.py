@@ -45,13 +45,16 @@ _SETTINGS: Table = {
 }
 
 
-def editor_state(networks: EditorNetworks, settings: Mapping[str, Any], fitted: bool, log: EditLog) -> dict[str, Any]:
+def editor_state(
+    networks: EditorNetworks, settings: Mapping[str, Any], fitted: bool, made_for: Mapping[str, Tensor], log: EditLog
+) -> dict[str, Any]:
     """Return the state of an editor as tensors and plain values."""
     return {
         "format": _FORMAT,
         "layers": {name: list(shape) for name, shape in networks.shapes.items()},
         "settings": dict(settings),
         "fitted": fitted,
+        "made_for": dict(made_for),
         "networks": {name: value.clone() for name, value in networks.state_dict().items()},
         "log": log.state_dict(),
     }
@@ -70,8 +73,12 @@ def read_editor(
     settings: Mapping[str, Any],
     log: EditLog,
     weights: Mapping[str, Tensor],
-) -> bool:
-    """Take up a saved editor, or raise a StateError and change nothing; return whether it has its statistics."""
+) -> tuple[bool, dict[str, Tensor]]:
+    """Take up a saved editor, or raise a StateError and change nothing.
+
+    Returns:
+        Whether it has its statistics, and what some numbers of the weights were then.
+    """
     entries = check_format(state, _FORMAT, _OWNER)
     layers = saved_entry(entries, "layers", Named(Many(Instance(int))), _OWNER)
     own = {name: list(shape) for name, shape in networks.shapes.items()}
@@ -100,13 +107,14 @@ def read_editor(
         "layers": Instance(dict),
         "settings": Settings(settings, advice="use the settings of the saved editor"),
         "fitted": OneOf((False, True)),
+        "made_for": Named(Numbers((...,), torch.float32)),
         "networks": Nested(kinds),
         "log": Instance(dict),
     }
     saved = read_state(entries, table, _OWNER)
     log.load_state_dict(saved["log"], weights)
     networks.load_state_dict(saved["networks"])
-    return bool(saved["fitted"])
+    return bool(saved["fitted"]), saved["made_for"]
 
 
 def saved_editor(saved: Any) -> dict[str, Any]:

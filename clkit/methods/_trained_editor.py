@@ -25,6 +25,8 @@ __all__ = ["TrainedEditor"]
 _STATISTICS_EDITS, _ALPHA_EDITS = 200, 20
 _FIRST_SIZE = 0.05  # of a weight's norm: the median of its first updates under alpha="auto"
 _ROUNDING = 1e-6  # of a projection, below which nothing is left
+_SAMPLED = 512  # numbers of a weight by which it is known again
+_APART = 0.1  # of their norm: above it an editor does clearly more damage
 _LARGE = 1_000_000  # parameters of a network whose editor is trained in smaller steps
 
 
@@ -69,6 +71,7 @@ class TrainedEditor:
         self.networks.alpha_start.fill_(start)
         self._fitted = not self._auto and norm_scope == "none"
         self._log = EditLog()
+        self._made_for: dict[str, Tensor] = {}  # some numbers of each weight for which it has its statistics
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -165,6 +168,7 @@ class TrainedEditor:
                     step = _FIRST_SIZE * weight.detach().norm() / torch.tensor(sizes).median()
                     self.networks.alpha_start[place] = step
         self.networks.statistics = fresh.statistics
+        self._made_for = self._sampled()
         self._fitted = True
 
     def parameter_groups(self, lr: float | None = None, alpha_lr: float = 0.1) -> list[dict[str, Any]]:
@@ -273,6 +277,7 @@ class TrainedEditor:
                 "the editor is not trained: its edits are plain gradient steps on normalised rows; train it "
                 "(meta_loss) for edits that stay local"
             )
+        self._check_weights()
         with exact(), torch.autocast(x.device.type, enabled=False):
             factors: dict[str, Rows] = self.networks(rows)
             for name, span in (protect or {}).items():
@@ -285,6 +290,24 @@ class TrainedEditor:
                 inside = torch.where(mask.cpu().flatten(1), stored[name].delta(), 0)
                 stored[name] = Factors(None, None, inside.to(factors[name].inputs.dtype))
             return None if all(each.is_nothing for each in stored.values()) else stored
+
+    def _sampled(self) -> dict[str, Tensor]:
+        """Return some numbers of each weight without the edits of the log."""
+        weights = {name: self._log.original(name, each.detach()) for name, each in self._network.weights().items()}
+        return {
+            name: each.flatten()[:: -(-each.numel() // _SAMPLED)].float().cpu().clone()
+            for name, each in weights.items()
+        }
+
+    def _check_weights(self) -> None:
+        for name, own in (self._sampled() if self._made_for else {}).items():
+            then = self._made_for.get(name, own[:0])
+            if then.shape != own.shape or float((own - then).norm()) > _APART * float(then.norm()):
+                self._warn(
+                    f"the weight of {name!r} is not the one that the editor was made for, so that its edits do more "
+                    "damage; load that network, or train an editor for this one"
+                )
+                return
 
     def _check_fitted(self) -> None:
         if not self._fitted:

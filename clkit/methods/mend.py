@@ -314,8 +314,9 @@ class GradientEditor(TrainedEditor):
             with self._log.shown(weights, [*others, *made], alone=True):
                 factors = dict(self.propose(record.x, record.y).factors)
             made.append(EditRecord(-1, record.x, record.y, record.scale, factors=factors))
-        self._log.revert(weights, [record.id for record in own])
-        return [self.apply(Proposal(each.x, each.y, each.factors), each.scale) for each in made]
+        with self._log.kept(weights):
+            self._log.revert(weights, [record.id for record in own])
+            return [self.apply(Proposal(each.x, each.y, each.factors), each.scale) for each in made]
 
     @contextmanager
     def edited(self, edits: Proposal | int | Sequence[Proposal | int]) -> Iterator[None]:
@@ -346,7 +347,7 @@ class GradientEditor(TrainedEditor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the editor and its log as tensors and plain values; the network is saved by itself, edits inside."""
-        return editor_state(self.networks, self._settings, self._fitted, self._log)
+        return editor_state(self.networks, self._settings, self._fitted, self._made_for, self._log)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave, for the network that was saved with it.
@@ -354,7 +355,8 @@ class GradientEditor(TrainedEditor):
         Raises:
             StateError: If it is of other layers or settings, or damaged; nothing is changed then.
         """
-        self._fitted = read_editor(state, self.networks, self._settings, self._log, self._network.weights())
+        read = read_editor(state, self.networks, self._settings, self._log, self._network.weights())
+        self._fitted, self._made_for = read
 
     @classmethod
     def from_saved(cls, model: nn.Module, saved: Any, **options: Any) -> GradientEditor:

@@ -102,7 +102,7 @@ def edit_checkpoint(
         )
     x = torch.cat(inputs)
     if not guard:
-        run.mend.guard = run.mend.reference = None
+        run.mend.guard = None  # what moves elsewhere is still said, and a new editor takes its statistics there
     before = run.probabilities(x[:1])
     result = run.mend.edit(x, ids, route=route, task=task)
     if result.id is not None:

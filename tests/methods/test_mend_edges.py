@@ -182,6 +182,8 @@ def test_a_reference_of_no_numbers_says_nothing_of_answers() -> None:
     """Each of them would keep its answer, whatever an edit does."""
     with pytest.raises(ArgumentError, match="reference has images with values that are not finite"):
         EditReference(rows(5) * float("nan"))
+    with pytest.raises(ArgumentError, match=r"images of one size, got \(3, 4, 4\) and \(3, 5, 5\)"):
+        EditReference([images(2, size=4), images(2, size=5)])
 
 
 def test_what_the_network_cannot_run_is_refused_by_its_shape() -> None:

@@ -390,6 +390,42 @@ def test_replayed_edits_are_made_anew() -> None:
     assert same(bits(editor), bits(fresh))
 
 
+def test_a_replay_that_fails_leaves_the_log_and_the_weights() -> None:
+    """The answer of the second edit is sure by itself, so that the scale that it was made with leaves float16."""
+    editor = make("second", dtype=torch.float16, alpha=0.5)
+    x = rows(1, 41)
+    y = second_best(editor, x)
+    editor.edit(x, y, scale=8.0, guard=None)
+    proposal = editor.propose(x, y)
+    largest = float(proposal.factors["second"].delta().abs().max())
+    editor.apply(proposal, 100 / largest)
+    editor.revert(0)
+    before, known = bits(editor), editor.log
+    with pytest.raises(BatchError, match=r"would leave what torch\.float16 holds"):
+        editor.replay([1])
+    assert same(bits(editor), before)
+    assert editor.log == known
+    editor.revert(1)
+    assert same(bits(editor), bits(make("second", dtype=torch.float16, alpha=0.5)))
+
+
+def test_an_editor_beside_another_network_says_so_once_and_its_own_edits_are_none() -> None:
+    editor = make()
+    x = rows(4, 43)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is not the one that the editor was made for")
+        for i in range(3):
+            editor.edit(x[i : i + 1], second_best(editor, x[i : i + 1]), scale="unit", guard=None)
+    state = editor.state_dict()
+    torch.manual_seed(5)
+    other = GradientEditor(Net().eval(), ("first", "second"), example=torch.zeros(2, 6), norm_scope="none")
+    other.load_state_dict({**state, "log": other.state_dict()["log"]})
+    with pytest.warns(UserWarning, match="weight of 'first' is not the one that the editor was made for") as told:
+        made = [other.edit(x[i : i + 1], second_best(other, x[i : i + 1]), guard=None) for i in range(2)]
+    assert len(made) == 2
+    assert len([each for each in told if "made for" in str(each.message)]) == 1
+
+
 def test_blocks_show_proposals_and_numbers() -> None:
     editor = make()
     start = bits(editor)

@@ -203,7 +203,7 @@ def test_rows_by_their_numbers_are_held_as_they_are(rows: list[int]) -> None:
             held.add_rows("made", 30, np.array([row]))
 
 
-@pytest.mark.parametrize("rows", [[-1, 3], [30], [0.0, 1.0], [True, False]])
+@pytest.mark.parametrize("rows", [[-1, 3], [30], [0.0, 1.0], [True, False], [None, 1]])
 def test_numbers_of_no_rows_are_refused(rows: list[float]) -> None:
     with pytest.raises(ArgumentError, match="rows must be integers from 0 to 29, the last of 'made', got "):
         Holdings().add_rows("made", 30, np.array(rows))

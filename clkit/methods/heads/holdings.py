@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clkit.arguments import check_arguments
+from clkit.arguments import check_arguments, in_short
 from clkit.errors import ArgumentError, StateError
 from clkit.files import read_bytes
 from clkit.methods._checks import check_count
@@ -174,10 +174,12 @@ class Holdings:
             ["rows 0 to 1 of 'birds'", "rows 5 to 6 of 'birds'", "rows 9 to 9 of 'birds'"]
         """
         check_count("total", total)
-        numbers = np.sort(np.asarray(rows), axis=None)
-        if numbers.size and (numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= total):
-            seen = f"{numbers.dtype} from {numbers[0]} to {numbers[-1]}"
+        numbers = np.asarray(rows).ravel()
+        whole = numbers.dtype.kind in "iu"
+        if numbers.size and not (whole and numbers.min() >= 0 and numbers.max() < total):
+            seen = f"{numbers.min()} to {numbers.max()}" if whole else f"{numbers.dtype}, {in_short(numbers[0])} first"
             raise ArgumentError(f"rows must be integers from 0 to {total - 1}, the last of {name!r}, got {seen}")
+        numbers = np.sort(numbers)
         if (twice := numbers[1:][numbers[1:] == numbers[:-1]]).size:
             raise ArgumentError(f"row {twice[0]} of {name!r} is given twice; its sample would count twice")
         numbers = numbers.astype(np.int64)
