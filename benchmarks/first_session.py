@@ -45,7 +45,7 @@ RATES = {  # of SGD; RanPAC's code takes 0.01
     "none": (0.0,),
     "norms": (0.01, 0.1),
     "last_block": (0.003, 0.03),
-    "lora": (0.01, 0.1),
+    "lora": (0.01, 0.03),
     "all": (0.003, 0.03),
 }
 HEADS = {"ranpac": "ridge behind a ReLU lift", "ridge": "ridge", "lda": "LDA"}
