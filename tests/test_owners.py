@@ -380,6 +380,21 @@ def test_what_cannot_be_class_scores_is_left_out_with_a_sentence(make_trainer: M
     assert set(evaluation.results) == {"nmc"}
 
 
+def test_a_network_without_logits_is_left_out_with_advice_that_helps(make_trainer: Make) -> None:
+    class OwnClassifier(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder.get_classifier = nn.Identity  # as a network that was made without a classifier
+
+    evaluation = StreamEvaluation(table=False, files=False)
+    with pytest.warns(UserWarning, match=r"at 'output' has no logits .*: StreamEvaluation\(layer='…'\)"):
+        make_trainer(callbacks=[evaluation]).fit(OwnClassifier(), datamodule=stream())
+    assert set(evaluation.results) == set()
+    evaluation = StreamEvaluation(table=False, files=False, layer="head")
+    make_trainer(callbacks=[evaluation]).fit(OwnClassifier(), datamodule=stream())
+    assert set(evaluation.results) == {"module"}
+
+
 def test_heads_are_evaluated_where_no_classifier_is_found(make_trainer: Make) -> None:
     class TwoNetworks(Net):
         def __init__(self) -> None:

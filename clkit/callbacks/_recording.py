@@ -201,7 +201,8 @@ def why_no_class_scores(observer: BatchObserver, classes: int | None, learned: T
     logits, shape = observer.logits, observer.output_shape
     where = f"{observer.point!r}, taken for the input of its classifier"
     if logits is None:
-        return f"its layer at {observer.point!r} has no logits (B, C) behind it"
+        advice = "name the layer that gives the logits: StreamEvaluation(layer='…')"
+        return f"its layer at {observer.point!r} has no logits (B, C) behind it; {advice}"
     if logits.shape[1] == 1:
         return f"the layer at {where}, gives one number a sample, which is no score for each class"
     if insists:

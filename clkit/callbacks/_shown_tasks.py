@@ -12,7 +12,7 @@ from torch import nn
 
 from clkit.callbacks._brought import BroughtClasses, experience_of_batch
 from clkit.callbacks.base import StreamCallback
-from clkit.errors import BatchError
+from clkit.errors import BatchError, ConfigurationError
 from clkit.stream._lightning import datamodule_of, evaluated_loaders
 from clkit.surgery.task_networks import TaskNetworks
 
@@ -91,6 +91,8 @@ class ShowsTasks(StreamCallback):
         self._asked = False
         if not _is_stream(trainer):
             self._brought.begin(trainer)
+        if trainer.state.fn != "fit" and not self._chosen:
+            self._refuse_another_stream(trainer)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -124,6 +126,19 @@ class ShowsTasks(StreamCallback):
 
     def _evaluating(self, experience: int) -> AbstractContextManager[None]:
         return nullcontext() if self._chosen else self._networks.shown_if_trained(experience)
+
+    def _refuse_another_stream(self, trainer: pl.Trainer) -> None:
+        """Refuse a stream in which an experience is not the task of its index: its rows would be shown another's."""
+        of_plain_loaders = dict(enumerate(self._brought.classes()))  # which may be counted otherwise, and come again
+        experiences = getattr(datamodule_of(trainer), "experiences", ())
+        for task, (experience, about) in enumerate(zip(experiences, self._networks.about, strict=False)):
+            own, learned = set(experience.classes), set(about["class_ids"])
+            if own and learned and own != learned and not of_plain_loaders.get(task):
+                raise ConfigurationError(
+                    f"{self.state_key}: experience {task + 1} has the classes {_listed(own)}, and task {task} was "
+                    f"trained on {_listed(learned)}: what was learned is of another stream; use its scenario and seed, "
+                    f"or {_INSIDE}"
+                )
 
     def _whose(self, trainer: pl.Trainer, batch: Any, batch_idx: int, place: int) -> int:
         """Return the experience of a batch, and say so once where it is a guess."""
@@ -159,6 +174,10 @@ class ShowsTasks(StreamCallback):
         if kind not in self._said:
             self._said.add(kind)
             how(f"{self.state_key}: {message}")
+
+
+def _listed(classes: set[int]) -> str:
+    return ", ".join(map(str, sorted(classes)[:10])) + ", …" * (len(classes) > 10)
 
 
 def _is_stream(trainer: pl.Trainer) -> bool:

@@ -28,6 +28,8 @@ __all__ = [
     "require_known_steps",
     "say_given_tasks",
     "say_shared_head",
+    "say_task_goes_on",
+    "say_task_is_another",
     "say_what_begins",
     "set_classes",
     "show_tasks",
@@ -135,10 +137,28 @@ def say_what_begins(owner: str, topology: SparseTopology, said: set[str]) -> Non
         advice = "train a task for more epochs"
         if topology.steps >= FEWEST_UPDATES:
             advice = f"use schedule=PruneSchedule(update_every={max(1, moving // FEWEST_UPDATES)}) or fewer"
+        every, steps = _counted(schedule.update_every, "optimizer step"), _counted(topology.steps, "step")
         rank_zero_warn(
-            f"{owner}: connections move every {schedule.update_every} optimizer steps (update_every), which is "
-            f"{moving // schedule.update_every} times in the {topology.steps} steps of {task}; {advice}, so that they "
+            f"{owner}: connections move every {every} (update_every), which is "
+            f"{_counted(moving // schedule.update_every, 'time')} in the {steps} of {task}; {advice}, so that they "
             "find their place"
+        )
+
+
+def say_task_goes_on(owner: str, trainer: pl.Trainer, topology: SparseTopology) -> None:
+    """Tell a person that a fit with plain loaders goes on inside of the task of one that ended with an error."""
+    if not trainer.ckpt_path and not hasattr(datamodule_of(trainer), "is_last_epoch"):
+        where = f"step {topology.step} of {topology.steps}"
+        rank_zero_info(f"clkit: {owner} goes on with task {topology.task}, interrupted at {where}")
+
+
+def say_task_is_another(owner: str, trainer: pl.Trainer, topology: SparseTopology) -> None:
+    """Tell a person who may want to train a task for longer that its checkpoint begins another one."""
+    if trainer.ckpt_path and topology.tasks and not hasattr(datamodule_of(trainer), "is_last_epoch"):
+        rank_zero_warn(
+            f"{owner}: the checkpoint was written when task {topology.tasks - 1} was over, so this fit is another, "
+            f"task {topology.tasks}. To train one for longer, start from a checkpoint that was written before its last "
+            "epoch ended, or fit anew for more epochs"
         )
 
 
@@ -237,3 +257,7 @@ def _columns(data: Any, classes: Sequence[int]) -> list[int]:
     """Return the outputs that stand for classes, as the user numbers these."""
     original = getattr(data, "original_ids", None)
     return list(classes) if original is None else [list(original).index(each) for each in classes]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

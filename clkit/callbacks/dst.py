@@ -22,6 +22,8 @@ from clkit.callbacks._sparse_tasks import (
     require_known_steps,
     say_given_tasks,
     say_shared_head,
+    say_task_goes_on,
+    say_task_is_another,
     say_what_begins,
     set_classes,
     show_tasks,
@@ -31,7 +33,7 @@ from clkit.errors import ConfigurationError
 from clkit.methods import Growth, Initial, Prune, PruneSchedule, SparseTopology, TaskReport
 from clkit.methods._checks import check_count
 from clkit.methods.sparse import Reuse
-from clkit.schema import saved_entry
+from clkit.schema import Settings, saved_entry
 from clkit.stream.boundaries import BoundaryPhase
 from clkit.stream.experience import Experience
 from clkit.surgery.mask_forms import MaskForm, in_form, refuse_other_tensors
@@ -69,7 +71,8 @@ class DST(ShowsTasks):
         grow_from: ``"free"`` grows unused connections, ``"any"`` also used ones, with their learned value.
         fresh_init: What connections that no task trained begin with.
         on_capacity: What happens with ``reuse="none"`` where too few connections are unused.
-        pattern: ``"2:4"`` for GPUs that compute with two of four; with ``grow_from="any"``, or an own ``prune``.
+        pattern: ``"2:4"`` for GPUs that compute with two of four; with ``grow_from="any"``, or an own ``prune``, and
+            not with ``reuse="all"``.
         side_state: What of all else a task may train: ``"per_task"`` all of it; ``"freeze_after_first"`` nothing but
             the head once the first task is over, and norms keep its statistics.
         head: Dotted paths of the layers that each task begins anew and keeps to itself; ``"auto"`` is the classifier
@@ -174,7 +177,8 @@ class DST(ShowsTasks):
             form: ``"dense"``: zeros among the weights. ``"prune"``: as ``torch.nn.utils.prune`` leaves layers, and
                 ``"fake_sparsity"``: as ``torch.ao.pruning`` has them, each with its mask. ``"semi_structured"``: linear
                 layers with at most two of four weights as ``torch.sparse`` has them for GPUs of compute capability 8.0
-                or newer, for inference; whether that is faster has to be measured.
+                or newer, for inference; whether that is faster has to be measured. It allows float32 one of two, so
+                load what ``pattern="2:4"`` has trained into ``module.half()``.
 
         Returns:
             Why, by the name of a layer that could not take ``"semi_structured"`` and is dense, it could not.
@@ -233,6 +237,7 @@ class DST(ShowsTasks):
         if self.topology.running:
             self.topology.check()
             self.topology.clean(*trainer.optimizers)
+            say_task_goes_on(self.state_key, trainer, self.topology)
         self._hold_side(pl_module)
 
     def on_train_batch_start(
@@ -254,6 +259,7 @@ class DST(ShowsTasks):
                 "Use a new callback for a new stream, and the checkpoint of this one to go on with it"
             )
         steps = self.steps_per_task or planned_steps(self.state_key, trainer)
+        say_task_is_another(self.state_key, trainer, topology)
         self._networks.begin(pl_module, steps, trainer.optimizers)
         set_classes(trainer, pl_module, experience.classes)
         say_what_begins(self.state_key, topology, self._said)
@@ -311,6 +317,10 @@ class DST(ShowsTasks):
         projector = getattr(trainer.strategy, "projector", None)  # a strategy's own part is not the user's
         self._networks.attach(module, projector, self.head, self.exclude)
 
+    def _own_settings(self) -> dict[str, Any]:
+        """Return what a saved run must share beside what its topology and its heads say."""
+        return {"exclude": ", ".join(sorted({*self.exclude})), "side_state": self.side_state}
+
     def _side_is_frozen(self) -> bool:
         return self.side_state == "freeze_after_first" and self.tasks > 0
 
@@ -332,10 +342,13 @@ class DST(ShowsTasks):
 
     def stream_state(self) -> dict[str, Any]:
         """Return the masks, values and side states of all tasks, and which classes they trained."""
-        return {**self._networks.state(), "brought": self._brought.state_dict()}
+        return {**self._networks.state(), "brought": self._brought.state_dict(), "settings": self._own_settings()}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take it back; weights of the network come with the network's own state."""
+        own = self._own_settings()
+        kind = Settings(own, advice="use the settings of the saved run")
+        saved_entry({"settings": own, **state}, "settings", kind, self.state_key)  # older files have none
         brought = BroughtClasses()
         brought.load_state_dict(saved_entry(state, "brought", dict, self.state_key), self.state_key)
         self._networks.load(state)

@@ -27,7 +27,7 @@ from clkit.methods._connections import (
 from clkit.methods._densities import Initial
 from clkit.schema import Kind, Many, Numbers
 
-__all__ = ["AT_REST", "ELEMENTWISE", "Components", "SparseLayer", "described"]
+__all__ = ["AT_REST", "ELEMENTWISE", "Components", "SparseLayer", "described", "in_few_words"]
 
 # optimizers that leave a weight of 0 with a gradient of 0 and nothing remembered as it is; by name, so that those of
 # other packages and releases are known too; a class derived from one counts as one
@@ -72,6 +72,11 @@ class Components(NamedTuple):
                 "pattern='2:4' needs prune=Prune(scope='free') or grow_from='any': a dropped connection of an earlier "
                 "task could find no room to return to"
             )
+        if chosen.pattern and chosen.reuse == "all":
+            raise ArgumentError(
+                "pattern='2:4' does not go with reuse='all': the connections of several tasks together are more than "
+                "two of four; use reuse='prefer_free' or 'random'"
+            )
         return chosen
 
 
@@ -91,6 +96,28 @@ def described(given: Mapping[str, Any]) -> dict[str, Any]:
         if plain[name] != "by task":
             plain[name] = str(plain[name] if isinstance(plain[name], kind) else kind(plain[name]))
     return plain
+
+
+def in_few_words(settings: Any) -> Any:
+    """Return described settings, own or saved, without what is the default in them: a message shows only a beginning.
+
+    Example:
+        >>> in_few_words({"schedule": str(PruneSchedule("rigl", update_every=5))})
+        {'schedule': "PruneSchedule(rule='rigl', update_every=5)"}
+    """
+    if type(settings) is not dict:
+        return settings
+    return {name: _own_fields(text, _KINDS.get(name)) for name, text in settings.items()}
+
+
+def _own_fields(text: Any, kind: Any) -> Any:
+    """Return the text of a setting without the fields that are the default; another value as it is."""
+    if kind is None or type(text) is not str or not text.startswith(f"{kind.__name__}("):
+        return text
+    name, usual = kind.__name__, str(kind())
+    parts = text.removeprefix(f"{name}(").removesuffix(")").split(", ")  # no value has a comma
+    defaults = usual.removeprefix(f"{name}(").removesuffix(")").split(", ")
+    return f"{name}({', '.join(part for part in parts if part not in defaults)})"
 
 
 def _made(name: str, value: Any, kind: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clkit.errors import ArgumentError, StateError
 from clkit.methods._connections import unpack
-from clkit.methods._sparse_layer import SparseLayer, described
+from clkit.methods._sparse_layer import SparseLayer, described, in_few_words
 from clkit.schema import (
     FLOATS,
     Instance,
@@ -63,7 +63,7 @@ def read_topology(state: Any, layers: Mapping[str, SparseLayer], given: Mapping[
     """Return the entries of a saved topology, or raise a StateError: it must fit these layers and settings."""
     table = {
         "format": OneOf((FORMAT,)),
-        "settings": Settings(described(given), advice="use the settings of the saved run"),
+        "settings": Settings(in_few_words(described(given)), advice="use the settings of the saved run"),
         "task": Whole(least=-1, most=2**31),
         "running": OneOf((False, True)),
         "step": Whole(),
@@ -72,7 +72,10 @@ def read_topology(state: Any, layers: Mapping[str, SparseLayer], given: Mapping[
         "reports": Many(Row(_REPORT)),
         "layers": Nested({name: Nested(layer.saved_table()) for name, layer in layers.items()}),
     }
-    saved = read_state(check_format(state, FORMAT, owner), table, owner)
+    entries = check_format(state, FORMAT, owner)
+    if "settings" in entries:
+        entries = {**entries, "settings": in_few_words(entries["settings"])}
+    saved = read_state(entries, table, owner)
     finished = saved["task"] + (not saved["running"])
     numbers = {len(layer["masks"]) for layer in saved["layers"].values()} | {len(saved["reports"])}
     if numbers != {finished} or (saved["shown"] is not None and saved["shown"] >= finished):

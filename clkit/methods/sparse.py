@@ -51,7 +51,8 @@ class SparseTopology:
         on_capacity: With ``reuse="none"`` and too few unused positions: ``"raise"``, ``"reuse"`` used ones, or
             ``"shrink"`` the mask.
         pattern: ``"2:4"`` allows at most two active connections of each four inputs of a linear layer whose width is a
-            multiple of four, for GPUs; it needs ``grow_from="any"`` or ``prune=Prune(scope="free")``.
+            multiple of four, for GPUs; it needs ``grow_from="any"`` or ``prune=Prune(scope="free")``, and does not
+            go with ``reuse="all"``.
         seed: Of all draws, at least 0. They do not depend on the global random state, the device or the process.
 
     Raises:

@@ -100,7 +100,8 @@ def _why_not(layer: nn.Module) -> str:
         return f"its shape {tuple(weight.shape)} is no multiple of {multiples}"
     size, most = _GROUP.get(weight.dtype, (4, 2))
     if crowded := crowded_groups(weight.detach(), size, most):
-        return f"{crowded} groups of {size} neighbours have more than {most} weights; train with pattern='2:4'"
+        advice = "train with pattern='2:4'" + ", and load it into module.half()" * (size == 2)
+        return f"{crowded} groups of {size} neighbours have more than {most} weights of {weight.dtype}; {advice}"
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return f"{weight.device} is no GPU of compute capability 8.0 or newer"
     return ""

@@ -56,6 +56,7 @@ class TaskNetworks:
         self._keys: dict[str, str] = {}  # of the module's state dict, with the name under which a tensor is kept here
         self.about: list[dict[str, Any]] = []  # what somebody who gets the weights of each task has to know
         self._module: nn.Module | None = None
+        self._taken_up = False  # whether the heads come from a saved state, and no module was asked for them yet
         self._apart: nn.Module | None = None  # a part of the module that is no part of its networks
         self._marks = Masks(owner)
 
@@ -123,9 +124,20 @@ class TaskNetworks:
                         "another head (head=…), or exclude less"
                     )
                 self.topology, self._side = SparseTopology(weights, **self._settings), SideState(heads)
+            elif self._taken_up:
+                self._require_saved_heads(find_heads(module, head))
             self._bind(module)
+            self._taken_up = False
         self._marks.undo(module)
         self._marks.apply(module, self.known.names)
+
+    def _require_saved_heads(self, heads: list[str]) -> None:
+        """Refuse heads that a saved run had not: they would be ignored."""
+        if sorted(heads) != sorted(self.heads):
+            raise StateError(
+                f"{self.owner}: settings: head must be {heads}, the saved state has {self.heads}; use the settings of "
+                "the saved run"
+            )
 
     def detach(self, module: nn.Module) -> None:
         """Take the marks off the layers."""
@@ -191,8 +203,13 @@ class TaskNetworks:
         """
         _check_index(task)
         module = module or self._module
-        if self.topology is None or module is None:
+        if self.topology is None:
             raise self._none_such(task)
+        if module is None:
+            raise ArgumentError(
+                f"{self.owner} was loaded and no run has had its module yet; give the module whose networks they are: "
+                f"activate({task}, module)"
+            )
         self._bind(module)
         if self._block is None and task == self.topology.shown:
             yield
@@ -279,6 +296,7 @@ class TaskNetworks:
         if not kept.issuperset(keys.values()):
             raise StateError(f"{self.owner}: the saved state names tensors that it does not hold; the file is damaged")
         self.topology, self._side, self._module, self._keys, self.about = topology, side, None, keys, about
+        self._taken_up = topology is not None
 
 
 def _check_index(task: Any) -> None:

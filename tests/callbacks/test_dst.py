@@ -236,7 +236,13 @@ def test_two_of_four_is_kept_and_checked(tmp_path: Path) -> None:
     }
     layer.weight.data[0, 0] = 1.0
     told = in_form(layer, {"weight": layer.weight != 0}, "semi_structured")
-    assert "1 groups of 2 neighbours have more than 1 weights" in told[""]
+    advice = r"of torch.float32; train with pattern='2:4', and load it into module.half()"
+    assert told == {"": f"1 groups of 2 neighbours have more than 1 weights {advice}"}
+    half = layer.half()
+    half.weight.data[:, ::4] = 1.0
+    half.weight.data[:, 1::4] = 1.0
+    told = in_form(half, {"weight": half.weight != 0}, "semi_structured")
+    assert told[""].endswith("have more than 2 weights of torch.float16; train with pattern='2:4'")
 
 
 RULES = ["momentum", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("gradient", "random", "unfired"))]

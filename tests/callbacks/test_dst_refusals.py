@@ -19,7 +19,7 @@ from clkit.callbacks import AEFOCL, DST, NMC
 from clkit.callbacks._masking_rules import optimizer_of
 from clkit.data import ClassIncremental, StreamDataModule, TaskIncremental
 from clkit.errors import ArgumentError, ConfigurationError, StateError
-from clkit.methods import PruneSchedule
+from clkit.methods import Prune, PruneSchedule
 from clkit.strategies import GradientFreeStrategy
 
 PLAIN = DataLoader(TensorDataset(DIGITS[:64], torch.arange(64) % 10), batch_size=8)
@@ -225,6 +225,10 @@ def test_a_task_that_was_never_trained_is_named(tmp_path: Path) -> None:
         ({"density": 0.6, "pattern": "2:4", "grow_from": "any"}, "density=0.6 does not go with pattern='2:4'"),
         ({"growth": "random_unfired"}, "rule must be one of"),
         ({"reuse": "sometimes"}, "reuse must be one of"),
+        (
+            {"reuse": lambda task: "all", "pattern": "2:4", "prune": Prune(scope="free")},
+            "pattern='2:4' does not go with reuse='all': .* use reuse='prefer_free' or 'random'",
+        ),
         ({"density": lambda task: 1 / 0}, "density as a function of the task fails for task 0: division by zero"),
         ({"side_state": "frozen"}, "side_state must be"),
         ({"steps_per_task": 0}, "steps_per_task must be"),
@@ -340,6 +344,16 @@ def test_updates_that_hardly_come_are_said_once_with_what_is_enough(
 @pytest.mark.warns("0 times in the 4 steps of task 0 .*; train a task for more epochs, so that they find their place")
 def test_a_task_that_is_too_short_for_any_topology_is_said(tmp_path: Path) -> None:
     fit(tmp_path, DST(0.2, steps_per_task=4, table=False))
+
+
+@pytest.mark.warns("every 40 optimizer steps .* 1 time in the 64 steps of task 0")
+def test_a_single_update_is_said_as_one(tmp_path: Path) -> None:
+    fit(tmp_path, quick(schedule=PruneSchedule(update_every=40)), max_epochs=8)
+
+
+@pytest.mark.warns("every 1 optimizer step .* 0 times in the 1 step of task 0")
+def test_a_single_step_is_said_as_one(tmp_path: Path) -> None:
+    fit(tmp_path, quick(steps_per_task=1))
 
 
 # ---- gradients
