@@ -56,6 +56,16 @@ def frozen() -> TimmClassifier:
     return TimmClassifier("identity")
 
 
+class MadeInSetup(LitSmall):
+    """As Lightning's own tutorials do where a network depends on the data."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def setup(self, stage: str) -> None:
+        self.net = half_frozen().net
+
+
 # ---- without an engine: what two ranks run
 
 
@@ -70,6 +80,11 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
                 fit(frozen(), strategy=ERStrategy(), devices=2)
             case "frozen beside Lightning's own":
                 fit(frozen(), strategy="ddp", callbacks=[LDA()], devices=2)
+            case "frozen with a warm-up":
+                fit(frozen(), strategy=GradientFreeStrategy(1), callbacks=[LDA()], devices=2)
+            case "made in setup":
+                fit(MadeInSetup(), strategy="ddp", callbacks=[head := LDA()], devices=2)
+                return {"counts": head.head.counts}
             case "alone in a group":
                 enter_group()
                 fit(frozen(), strategy="gradient_free")
@@ -81,12 +96,15 @@ def scenario(name: str, folder: Path) -> dict[str, Any]:
 REFUSED = {
     "frozen": "ERStrategy trains by gradient, and no parameter of TimmClassifier requires one; use the strategy",
     "frozen beside Lightning's own": "DDPStrategy trains by gradient, and no parameter of TimmClassifier requires one.",
+    "frozen with a warm-up": "GradientFreeStrategy trains by gradient, and no parameter of TimmClassifier requires one"
+    "; let some train in the warm-up, or leave warmup_epochs out",
     "alone in a group": "the Trainer knows of one process, and torch.distributed of 2: each would learn everything",
 }
 
 
 def test_runs_that_several_processes_cannot_make_are_refused_by_name(tmp_path: Path) -> None:
-    found = driven(__file__, tmp_path, list(REFUSED))
+    found = driven(__file__, tmp_path, [*REFUSED, "made in setup"])
+    assert [int(rank["counts"].sum()) > 0 for rank in found["made in setup"]] == [True, True]
     for name, said in REFUSED.items():
         assert [rank["refused"].startswith(said) for rank in found[name]] == [True, True], found[name]
 
@@ -262,6 +280,7 @@ def test_heads_are_refused_where_the_network_is_split(kind: type) -> None:
         ("ddp", {}, "no strategy of clkit is called 'ddp', .*'gradient_free', 'er'"),
         (3, {}, "strategy must be the name of a strategy of clkit, or a class that .*, got 3"),
         (pl.strategies.DDPStrategy, {}, "a class that derives from LearningStrategy, got <class"),
+        ("er", {"start_method": "popen"}, "Ray starts the processes; leave it out"),
         ("er", {"timeout": 3}, r"timeout is a setting of Ray, .*TorchConfig\(timeout_s=…\)"),
     ],
 )

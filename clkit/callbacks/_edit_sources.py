@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from clkit.arguments import in_short
 from clkit.distributed import gather_objects
-from clkit.errors import ArgumentError, BatchError, NotFittedError, StateError
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.features.batch import Readings
 from clkit.features.tap import FeatureTap
 from clkit.files import read_checkpoint
@@ -22,6 +22,8 @@ from clkit.methods import EditReference, GradientEditor
 from clkit.methods._editor_saved import editor_settings
 from clkit.schema import Numbers, saved_entry
 from clkit.stream._lightning import datamodule_of, evaluated_loaders
+from clkit.surgery.change import changes_of
+from clkit.surgery.low_rank import LowRank
 
 __all__ = [
     "WantedEdit",
@@ -67,6 +69,7 @@ def make_editor(
     """Return an editor of a module: that of a saved state, or a new one with settings."""
     with torch.inference_mode(False):
         model = edited_network(module, () if state is None else editor_settings(state)[0])
+        _refuse_low_rank(model, settings.get("layers", "auto") if state is None else editor_settings(state)[0])
         if example is not None and example.is_inference():
             example = example.clone()
         if example is not None:
@@ -77,6 +80,18 @@ def make_editor(
             name: value for name, value in settings.items() if name in ("loss", "store_rank", "seed", "c_edit", "c_loc")
         }
         return GradientEditor.from_saved(model, state, example=example, **more)
+
+
+def _refuse_low_rank(model: nn.Module, layers: Any) -> None:
+    """Refuse layers whose weights a low-rank change computes, also where a keyword would choose others without them."""
+    paths = dict(model.named_modules())
+    for name in [layers] if isinstance(layers, str) else layers:
+        for change in changes_of(model, name if name in paths else ""):
+            if isinstance(change, LowRank) and name != "head":
+                raise ConfigurationError(
+                    f"edits of layers={name!r} would change weights that hold the {change.noun} of {change.owner}; "
+                    f"{change.remedy}"
+                )
 
 
 def take_statistics(owner: str, editor: GradientEditor, reference: EditReference | None) -> None:

@@ -26,8 +26,10 @@ def check_reading(owner: str, trainer: pl.Trainer, module: pl.LightningModule) -
         )
     if trainer.state.fn != "fit" or trainer.world_size == 1 or not isinstance(strategy, DDPStrategy):
         return
-    # clkit's own say it themselves; what `configure_model` makes is not there yet
+    # clkit's own say it themselves; what a user's `setup` and `configure_model` make is not there yet
     if hasattr(strategy, "trains_module") or is_overridden("configure_model", module):
+        return
+    if is_overridden("setup", module) and not type(module).setup.__module__.startswith("clkit."):
         return
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigurationError(

@@ -18,6 +18,8 @@ __all__ = ["SpokenDDP"]
 class SpokenDDP(DDPStrategy):
     """Lightning's DDP; a :class:`~clkit.errors.ProcessLostError` where a process that others wait for has died."""
 
+    frozen_remedy = 'use the strategy "gradient_free" for a frozen network'  # what messages advise
+
     def setup_environment(self) -> None:
         """Refuse a fit that knows of this process alone where torch.distributed has others in its group.
 
@@ -39,7 +41,7 @@ class SpokenDDP(DDPStrategy):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigurationError(
                 f"{type(self).__name__} trains by gradient, and no parameter of {type(model).__name__} requires one; "
-                'use the strategy "gradient_free" for a frozen network'
+                f"{self.frozen_remedy}"
             )
         return super()._setup_model(model)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, get_args
+from zlib import crc32
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError, StateError, TapError
@@ -14,14 +16,14 @@ from clkit.features.tap import FeatureTap
 from clkit.methods._checks import check_count
 from clkit.schema import FLOATS, Instance, Numbers, OneOf, Table, Whole, read_state
 from clkit.surgery.low_rank import LowRank, low_rank_layers
-from clkit.surgery.parts import last_block, norm_parameters, running_norms
+from clkit.surgery.parts import last_block, norm_parameters, norms_within, running_norms
 
 __all__ = ["FirstSession", "Trains"]
 
 Trains = Literal["all", "norms", "last_block", "lora"]
 
 _OWNER = "GradientFreeStrategy: first_session"
-_TABLE: Table = {"warmup": OneOf(get_args(Trains)), "lora_rank": Whole(1), "values": Instance(dict)}
+_TABLE: Table = {"warmup": OneOf(get_args(Trains)), "lora_rank": Whole(1), "values": Instance(dict | None)}
 _ADVICE = "choose another, or warmup='all' with requires_grad_(False) on what is to stay as it is"
 _NONE = {
     "norms": "has no normalisation layer with a scale or a shift that trains",
@@ -35,8 +37,8 @@ class FirstSession:
     """Confines a warm-up to a part of the network, and leaves the module as it was but for the values of that part.
 
     From :meth:`begin` to :meth:`end` these train, as far as the user has not frozen them: the part, the classifier, and
-    what of the module lies outside of its network. All else has no gradients, and layers with running statistics keep
-    these, in evaluation mode, unless they belong to the part.
+    what of the module lies outside of its network (a timm network; else the module itself is taken for it). All else
+    has no gradients, and layers with running statistics keep these, in evaluation mode, unless they belong to the part.
 
     Args:
         trains: The part; with ``"all"`` nothing is changed.
@@ -48,13 +50,16 @@ class FirstSession:
         self._rank = check_count("lora_rank", rank)
         self._change = LowRank(f"GradientFreeStrategy(warmup={trains!r})", rank)
         self._module: pl.LightningModule | None = None  # while training is confined
+        self._network: nn.Module | None = None  # of it
         self._part: list[nn.Parameter] = []
         self._frozen: list[nn.Parameter] = []  # which had gradients before
-        self._still: list[nn.Module] = []  # layers that keep their running statistics
+        self._moving: set[str] = set()  # paths of layers whose running statistics move
+        self._still: list[nn.Module] = []  # the other layers that have some
         self._training: list[nn.Module] = []  # those of them that were in training mode before
         self._loaded: dict[str, Tensor] | None = None  # what a checkpoint says of the low-rank changes
         self._merged = False  # whether it says that they are in the weights, and no step was taken since
         self._cut: dict[str, Tensor] = {}  # the values of a fit that ended in its warm-up
+        self._left: dict[str, int] = {}  # checksums of the weights that it left
 
     # ---- the time of the warm-up
 
@@ -64,13 +69,12 @@ class FirstSession:
         Raises:
             ConfigurationError: If the network has no such part that trains, or another change holds a layer of it.
         """
-        loaded, self._loaded, self._cut = self._loaded, None, {}
+        loaded, self._loaded, self._cut, self._left = self._loaded, None, {}, {}
         if self.trains == "all":
             return
         self._merged = loaded == {}
         network, heads = _network_of(module, self.trains)
         own = {id(parameter) for head in heads for parameter in head.parameters()}
-        norms = running_norms(network)
         if self.trains == "lora":
             paths = self._low_rank_paths(module, network, heads)
             part, moving = set[int](), set[str]()
@@ -79,7 +83,9 @@ class FirstSession:
             found = [(name, network.get_parameter(name)) for name in names]
             part = {id(parameter) for _, parameter in found if parameter.requires_grad} - own
             paths = [name for name, parameter in found if id(parameter) in part]
-            moving = set(norms) if self.trains == "norms" else {name.rpartition(".")[0] for name in paths}
+            moving = set(running_norms(network))
+            if self.trains == "last_block" and names:
+                moving = {path for path in norms_within(network, names) if not _is_frozen(network.get_submodule(path))}
         if not paths:
             raise ConfigurationError(
                 f"warmup={self.trains!r}: {type(network).__name__} {_NONE[self.trains].format(self._rank)}; {_ADVICE}"
@@ -90,22 +96,33 @@ class FirstSession:
             else:
                 self._change.apply(module, paths)
             part = {id(parameter) for parameter in self._change.parameters(module)}
-        self._module = module
+        self._module, self._network, self._moving = module, network, moving
         inside = [p for p in network.parameters() if p.requires_grad and id(p) not in own]
         self._part = [parameter for parameter in inside if id(parameter) in part]
         self._frozen = [parameter for parameter in inside if id(parameter) not in part]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        self._still = [norm for path, norm in norms.items() if path not in moving]
+
+    def settle(self) -> None:
+        """Find what is to be held still, once wrappers have put layers into the network and optimizers are built.
+
+        Pairs that a checkpoint says are merged go: they stood for the optimizers, which take up its states.
+        """
+        if self._module is None or self._network is None:
+            return
+        if self._merged:
+            self._change.undo(self._module)
+        self._still = [norm for path, norm in running_norms(self._network).items() if path not in self._moving]
         self._training = [norm for norm in self._still if norm.training]
-        for norm in self._still:
+        for norm in self._training:
             norm.training = False
 
     def hold_still(self) -> None:
         """Keep running statistics outside of the part, whatever was put into training mode; call it before a step."""
         self._merged = False
         for norm in self._still:
-            norm.training = False
+            if norm.training:
+                norm.training = False
 
     def check_still(self) -> None:
         """Say by name that a step itself has put layers into training mode that were to keep their statistics.
@@ -129,13 +146,15 @@ class FirstSession:
         self._loaded = None
         if module is None:
             return
-        self._cut = self._change.values(module) if cut and not self._merged else {}
+        if cut and not self._merged:
+            self._cut = {name: value.cpu() for name, value in self._change.values(module).items()}
         (self._change.undo if self._merged else self._change.merge)(module)
+        self._left = _checksums(module, self._cut)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         for norm in self._training:
             norm.training = True
-        self._part, self._frozen, self._still, self._training = [], [], [], []
+        self._part, self._frozen, self._still, self._training, self._network = [], [], [], [], None
 
     def check_optimizers(self, module: pl.LightningModule, known: Collection[int]) -> None:
         """Refuse optimizers that train nothing, or nothing of the part.
@@ -173,11 +192,20 @@ class FirstSession:
         """Return the module's own state: the weights as its forward sees them, by the names that they always have."""
         return state if self._module is None else self._change.plain_state(self._module, state)
 
-    def state(self) -> dict[str, Any]:
-        """Return the part, and while it is not merged all of the low-rank change, as tensors and plain values."""
-        values = self._cut
+    def state(self, module: pl.LightningModule) -> dict[str, Any]:
+        """Return the part, and while it is not merged all of the low-rank change, as tensors and plain values.
+
+        After a fit that ended in its warm-up the values are ``None`` where ``module`` has other weights than it left.
+        """
+        values: dict[str, Tensor] | None = self._cut
         if self._module is not None and not self._merged:
             values = self._change.values(self._module)
+        elif self._left != _checksums(module, self._cut):
+            values = None
+            rank_zero_warn(
+                f"warmup={self.trains!r}: weights were changed since the fit ended in its warm-up, and the low-rank "
+                "changes that it trained are no part of them any more: a fit that goes on from the file begins new ones"
+            )
         return {"warmup": self.trains, "lora_rank": self._rank, "values": values}
 
     def load(self, state: Any, module: pl.LightningModule) -> None:
@@ -210,6 +238,18 @@ class FirstSession:
         inside = {id(layer) for layer in network.modules()}
         found = low_rank_layers(module, self._rank, without=heads)
         return [path for path in found if id(module.get_submodule(path)) in inside]
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    tensors = list(layer.parameters())
+    return bool(tensors) and not any(tensor.requires_grad for tensor in tensors)
+
+
+def _checksums(module: nn.Module, values: Iterable[str]) -> dict[str, int]:
+    """Return checksums of the weights that a module has now and values of a low-rank change belong to."""
+    own = dict(module.named_parameters())
+    weights = {name: own[name].detach().cpu().contiguous() for name in values if name in own}
+    return {name: crc32(weight.view(torch.uint8).numpy().tobytes()) for name, weight in weights.items()}
 
 
 def _network_of(module: pl.LightningModule, trains: str) -> tuple[nn.Module, list[nn.Module]]:

@@ -32,6 +32,12 @@ class Frozen:
         module.eval()
         module.automatic_optimization = True
 
+    def hold_still(self) -> None:
+        """Keep evaluation mode, whatever the user's hooks have put into training mode; call it before a step."""
+        for part, _ in self._modes:
+            if part.training:
+                part.training = False
+
     def thaw(self) -> None:
         """Give the module its gradients, modes and way of optimising back."""
         for parameter in self._parameters:

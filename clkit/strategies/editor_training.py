@@ -213,6 +213,8 @@ class EditorTrainingStrategy(LearningStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch's edits; that of this process is its share of their mean."""
         assert self._network is not None
+        assert self._frozen is not None
+        self._frozen.hold_still()
         trainer, batch = self._module.trainer, args[0] if args else kwargs["batch"]
         inputs, targets = self.read_batch(batch)
         with torch.no_grad(), self.precision_plugin.train_step_context():

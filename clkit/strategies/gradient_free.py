@@ -38,9 +38,10 @@ class GradientFreeStrategy(LearningStrategy):
     and nothing that the ``training_step`` logs.
 
     A pretrained network is adapted to the first experience in the same way (RanPAC), and loses less of what it knows
-    when ``warmup`` lets little of it move. Whatever the choice, the classifier trains too, and so does what lies in the
-    module outside of its network; what you froze yourself stays frozen. All else has ``requires_grad=False`` when your
-    ``configure_optimizers`` is called, and until the warm-up is over:
+    when ``warmup`` lets little of it move. Whatever the choice, the classifier trains too, and so does what lies in
+    the module outside of a timm network; of a module without one all is its network. What you froze yourself stays
+    frozen. All else has ``requires_grad=False`` when your ``configure_optimizers`` is called, and until the warm-up
+    is over:
 
     * ``"all"``: the whole network.
     * ``"norms"``: scales and shifts of normalisation layers, and running statistics move.
@@ -78,6 +79,8 @@ class GradientFreeStrategy(LearningStrategy):
     Pre-trained Models for Continual Learning", NeurIPS 2023, section 4.3 (a small part trained on the first phase).
     """
 
+    frozen_remedy = "let some train in the warm-up, or leave warmup_epochs out"
+
     def __init__(self, warmup_epochs: int = 0, warmup: Trains = "all", *, lora_rank: int = 8, **options: Any) -> None:
         check_arguments(GradientFreeStrategy, locals())
         super().__init__(**options)
@@ -106,6 +109,7 @@ class GradientFreeStrategy(LearningStrategy):
         if trainer.state.fn == "fit" and self.warmup_epochs:
             self._session.begin(self._module)
         super().setup(trainer)
+        self._session.settle()
 
     def _setup_model(self, model: nn.Module) -> Any:
         # the DDP wrapper refuses a module without trainable parameters, and without gradients it has nothing to do
@@ -142,7 +146,7 @@ class GradientFreeStrategy(LearningStrategy):
 
     def stream_state(self) -> dict[str, Any]:
         """Return what a warm-up of a part has learned."""
-        return {"first_session": self._session.state()} if self.has_state else {}
+        return {"first_session": self._session.state(self._module)} if self.has_state else {}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take it back."""
@@ -192,6 +196,8 @@ class GradientFreeStrategy(LearningStrategy):
             self._session.check_still()
             return loss
         assert self._network is not None
+        assert self._frozen is not None
+        self._frozen.hold_still()
         inputs, targets = self.read_batch(args[0] if args else kwargs["batch"])
         with torch.no_grad(), self.precision_plugin.train_step_context():
             output = call(self._network, inputs)

@@ -13,7 +13,7 @@ from clkit.strategies.base import LearningStrategy
 
 __all__ = ["ray_strategy"]
 
-_OF_RAY = {"process_group_backend": "backend=…", "timeout": "timeout_s=…", "start_method": "…"}  # what says them there
+_OF_RAY = {"process_group_backend": "backend=…", "timeout": "timeout_s=…"}  # what says them there
 
 
 def ray_strategy(strategy: str | type[LearningStrategy], **options: Any) -> LearningStrategy:
@@ -43,6 +43,8 @@ def ray_strategy(strategy: str | type[LearningStrategy], **options: Any) -> Lear
         clkit.errors.ArgumentError: no strategy of clkit is called 'gradient_fre', did you mean 'gradient_free'?
     """
     kind = _kind_of(strategy)
+    if "start_method" in options:
+        raise ArgumentError("start_method says how processes are started, and Ray starts the processes; leave it out")
     if given := [name for name in _OF_RAY if name in options]:
         raise ArgumentError(
             f"{given[0]} is a setting of Ray, which starts the processes: "

@@ -10,8 +10,10 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from clkit.errors import ConfigurationError
 from clkit.methods._checks import generator
 from clkit.surgery.change import Change
 
@@ -32,6 +34,9 @@ def low_rank_layers(module: nn.Module, rank: int, without: Collection[nn.Module]
         rank: Of the change, at least 1.
         without: Layers that are left out.
 
+    Raises:
+        ConfigurationError: If a layer is lazy, and has no weight before the first batch.
+
     Example:
         >>> network = nn.Sequential(nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(32, 2))
         >>> low_rank_layers(network, rank=4)
@@ -44,6 +49,11 @@ def low_rank_layers(module: nn.Module, rank: int, without: Collection[nn.Module]
         weight = layer._parameters.get("weight") if isinstance(layer, _KINDS) else None
         if weight is None or id(layer) in left_out or not weight.requires_grad or uses[id(weight)] > 1:
             continue
+        if is_lazy(weight):
+            raise ConfigurationError(
+                f"the layer {path!r} is a {type(layer).__name__}, whose weight is made with the first batch; run a "
+                "batch through the network before the fit, or give the layer its number of inputs"
+            )
         rows, columns = len(weight), weight[0].numel()
         if rank * (rows + columns) < weight.numel():
             found.append(path)
@@ -126,7 +136,7 @@ class LowRank(Change):
         return [tensor for name, tensor in self._tensors(module).items() if not name.endswith(".weight")]
 
     def state(self) -> dict[str, Any]:
-        """Return the rank and the layers' paths; the numbers are in :meth:`values`."""
+        """Return the rank and the paths of the layers; :meth:`restore` takes what :meth:`values` returns instead."""
         return {"rank": self.rank, "layers": list(self._orders)}
 
     def values(self, module: nn.Module) -> dict[str, Tensor]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["last_block", "norm_parameters", "running_norms"]
+__all__ = ["last_block", "norm_parameters", "norms_within", "running_norms"]
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _ROWS = (nn.Sequential, nn.ModuleList)
@@ -50,9 +50,9 @@ def last_block(network: nn.Module) -> list[str]:
     """Return the names of the parameters of a network's last block and of all that is defined behind it.
 
     In a timm network the blocks are those of its ``group_matcher``, by which timm itself gives layers their own
-    learning rates. In another network they are the elements of the last ``nn.Sequential`` or ``nn.ModuleList`` that has
-    two or more of one class with layers of their own; where the last of them is such a row itself, the last block is
-    inside it.
+    learning rates; they begin with their first tensor. In another network they are the elements of the last
+    ``nn.Sequential`` or ``nn.ModuleList`` that has two or more of one class with layers of their own; where the last
+    of them is such a row itself, the last block is inside it.
 
     Returns:
         The names, the classifier's among them; none where there are no blocks.
@@ -73,7 +73,32 @@ def last_block(network: nn.Module) -> list[str]:
         inside = [name for name in names if path and name.startswith(f"{path}.")]
     if not inside:
         return []
-    return inside + names[names.index(inside[-1]) + 1 :]
+    return names[names.index(inside[0]) :]
+
+
+def norms_within(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the paths of the layers that keep running statistics in the last block and behind it.
+
+    Args:
+        network: The network.
+        names: What :func:`last_block` says of it, at least one name.
+
+    Example:
+        >>> block = lambda: nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4))
+        >>> network = nn.Sequential(block(), block(), nn.BatchNorm1d(4, affine=False))
+        >>> norms_within(network, last_block(network))
+        ['1.0', '2']
+    """
+    order = [path for path, _ in network.named_modules()]
+    start, inside, found = order.index(names[0].rpartition(".")[0]), set(names), []
+    for path in running_norms(network):
+        around = path  # one that learns nothing lies where the tensors around it do
+        while around and next(network.get_submodule(around).parameters(), None) is None:
+            around = around.rpartition(".")[0]
+        own = {f"{around}.{name}" for name, _ in network.get_submodule(around).named_parameters()}
+        if order.index(path) > start or own <= inside:
+            found.append(path)
+    return found
 
 
 def _last_group(names: list[str], matcher: Any) -> list[str]:
@@ -96,7 +121,8 @@ def _last_in_row(network: nn.Module) -> str | None:
     common = Counter(type(each) for each in row.children() if _is_block(each)).most_common(1)[0][0]
     last = [name for name, each in row.named_children() if type(each) is common][-1]
     path = f"{path}.{last}" if path else last
-    inside = _last_in_row(network.get_submodule(path)) if issubclass(common, _ROWS) else None
+    block = network.get_submodule(path)
+    inside = _last_in_row(block) if next(_rows(block, ""), None) == "" else None
     return path if inside is None else f"{path}.{inside}"
 
 

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from small_runs import LitSmall, quiet_trainer
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ign
 
 
 def frozen(folder: Path, *callbacks: Any, module: Any = None) -> Any:
-    """A run that learns heads on a network that does not train; gives trainer and module."""
+    """A run that learns heads on a network that does not train; gives trainer and module.
+
+    Whoever edits keeps the trainer, as ``_trainer``: a callback has a weak reference to it.
+    """
     module = module or made()
     trainer = quiet_trainer(folder, callbacks=[*callbacks], max_epochs=1, strategy=GradientFreeStrategy())
     trainer.fit(module, loader(0, 400), loader())
@@ -39,7 +43,7 @@ def features(module: LitSmall, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", [AEFOCL, NMC, LDA])
 def test_a_head_that_decides_is_corrected_by_its_sums(tmp_path: Path, kind: Any) -> None:
     head, mend = kind(), MEND(guard=None, weight=200)
-    trainer, module = frozen(tmp_path, head, mend)
+    _trainer, module = frozen(tmp_path, head, mend)
     (x, y), before = digits(), bits(module)
     learned = {name: value for name, value in head.head.state_dict().items() if isinstance(value, Tensor)}
     learned = copy.deepcopy(learned)
@@ -62,7 +66,6 @@ def test_a_head_that_decides_is_corrected_by_its_sums(tmp_path: Path, kind: Any)
         if isinstance(value, Tensor):
             assert torch.allclose(value.double(), learned[name].double(), rtol=1e-12, atol=1e-9), name
     assert not mend.records
-    assert trainer
 
 
 def test_an_edit_of_a_head_survives_a_checkpoint_and_is_taken_back_there(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_an_edit_of_a_head_survives_a_checkpoint_and_is_taken_back_there(tmp_pat
 
 def test_an_edit_of_a_head_that_is_committed_stays(tmp_path: Path) -> None:
     head, mend = NMC(), MEND(guard=None, weight=200)
-    trainer, module = frozen(tmp_path, head, mend)
+    _trainer, module = frozen(tmp_path, head, mend)
     x, _ = digits()
     plain = head.head.counts.clone()
     for at in (800, 801):
@@ -99,7 +102,6 @@ def test_an_edit_of_a_head_that_is_committed_stays(tmp_path: Path) -> None:
     again = MEND()
     again.load_state_dict(mend.state_dict())
     assert [(entry.id, entry.committed) for entry in again.records] == [(0, True)]
-    assert trainer
 
 
 def test_the_guard_of_a_head_refuses_and_changes_nothing(tmp_path: Path) -> None:
@@ -128,18 +130,17 @@ def test_the_guard_of_a_head_refuses_and_changes_nothing(tmp_path: Path) -> None
 def test_a_recursive_head_and_several_heads_are_refused_by_name(tmp_path: Path) -> None:
     x, y = digits()
     mend = MEND(guard=None)
-    trainer, _ = frozen(tmp_path, AEFOCL(solver="recursive", balance="none"), mend)
+    _trainer, _ = frozen(tmp_path, AEFOCL(solver="recursive", balance="none"), mend)
     with pytest.raises(ConfigurationError, match="recursive"):
         mend.edit(x[:1], y[:1])
     mend = MEND(guard=None)
-    trainer, _ = frozen(tmp_path, NMC(), LDA(), mend)
+    _trainer, _ = frozen(tmp_path, NMC(), LDA(), mend)
     with pytest.raises(ConfigurationError, match="several heads decide, nmc, lda"):
         mend.edit(x[:1], y[:1])
     named = MEND(guard=None, head="nm")
-    trainer, _ = frozen(tmp_path, NMC(), LDA(), named)
+    _trainer, _ = frozen(tmp_path, NMC(), LDA(), named)
     with pytest.raises(ConfigurationError, match="no head 'nm'; this run has nmc, lda"):
         named.edit(x[:1], y[:1])
-    assert trainer
 
 
 def test_a_head_beside_a_network_that_answers_itself_refuses_a_change_of_its_features(tmp_path: Path) -> None:
@@ -292,9 +293,29 @@ def test_a_simplex_head_is_never_edited_and_the_shift_of_features_is_bounded(tmp
         head.edit(x[800:801], wanted)
 
 
+def test_no_edit_of_weights_that_a_low_rank_change_holds(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Edits(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            x, y = digits()
+            if not said:
+                for mend in mends:
+                    with pytest.raises(ConfigurationError) as error:
+                        mend.edit(x[:1], y[:1])
+                    said.append(str(error.value))
+
+    mends = [MEND(LAYER, guard=None), MEND(guard=None, route="editor", name="auto")]
+    strategy = GradientFreeStrategy(1, "lora", lora_rank=2)
+    trainer = quiet_trainer(tmp_path, callbacks=[Edits(), *mends], strategy=strategy, max_epochs=2)
+    trainer.fit(made(), loader(0, 100), loader())
+    held = "would change weights that hold the low-rank change of GradientFreeStrategy(warmup='lora'); it stands until"
+    assert [held in each for each in said] == [True, True], said
+
+
 def test_what_a_head_cannot_count_is_refused_by_name(tmp_path: Path) -> None:
     head, mend = NMC(), MEND(guard=None)
-    trainer, _ = frozen(tmp_path, head, mend)
+    _trainer, _ = frozen(tmp_path, head, mend)
     x, y = digits()[0][800:801], digits()[1][800:801]
     learned = head.head.counts.clone()
     for images, labels, views, says in (
@@ -322,7 +343,6 @@ def test_what_a_head_cannot_count_is_refused_by_name(tmp_path: Path) -> None:
     assert torch.equal(head.head.counts, learned)
     result = mend.edit(x, (y + 1) % 10, torch.zeros(0, 64))  # views of which there are none
     assert (result.status, result.generality) == ("applied", None)
-    assert trainer
 
 
 @pytest.mark.parametrize("route", ["exact", "editor"])

@@ -20,6 +20,7 @@ from clkit.errors import ArgumentError, BatchError
 from clkit.methods import EditReference, GradientEditor, Guard
 
 pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
 def images(n: int, seed: int = 0, size: int = 32) -> Tensor:
@@ -155,11 +156,9 @@ def test_a_network_that_is_one_layer_alone_is_its_head() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_a_reference_need_not_be_as_the_network_takes_it(dtype: torch.dtype, device: str) -> None:
     """As the samples of a loader are: in float32, on the CPU, and as mappings."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     editor = make(dtype=dtype)
     editor.model.to(device)
     x, y = unsure(editor, 1, 64) if device == "cpu" else (rows(1), torch.tensor([3]))

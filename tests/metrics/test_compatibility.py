@@ -508,7 +508,6 @@ def test_flips_of_nothing_and_of_what_does_not_fit() -> None:
 
 
 def scenario(name: str, folder: Path) -> dict[str, Any]:
-
     rank = enter_group()
     metric = M.CompatibilityMatrix(models=4, score=name)  # type: ignore[arg-type]  # a name that a parameter gives
     flips = M.NegativeFlipRate()

@@ -53,6 +53,9 @@ class Net(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         raise AssertionError("the strategy does not call it")
 
+    def on_train_epoch_start(self) -> None:
+        self.train()  # as some do, and which would let the statistics move
+
     def configure_optimizers(self) -> Any:
         raise AssertionError("the strategy does not call it")
 

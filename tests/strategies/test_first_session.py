@@ -13,12 +13,15 @@ import pytest
 import timm
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 
-from clkit.callbacks import NMC
+from clkit.callbacks import MEND, NMC
 from clkit.data import ClassIncremental, StreamDataModule
 from clkit.errors import ArgumentError, ConfigurationError, StateError
+from clkit.methods import EditReference
 from clkit.strategies import GradientFreeStrategy
+from clkit.strategies._first_session import FirstSession
 from clkit.surgery.change import changes_of
 from clkit.surgery.parts import last_block
 
@@ -49,8 +52,7 @@ class Net(pl.LightningModule):
         return nn.functional.cross_entropy(self.scale * self(batch[0]), batch[1])
 
     def on_train_epoch_start(self) -> None:
-        if self.current_epoch < self.trainer.strategy.warmup_epochs:
-            self.train()  # as some do, and which would let every running statistic move
+        self.train()  # as some do, and which would let every running statistic move
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=self.rate)
@@ -58,7 +60,8 @@ class Net(pl.LightningModule):
 
 def stream(**options: Any) -> StreamDataModule:
     """Two experiences of 4 batches, and 4 + 4 of a warm-up before them."""
-    return StreamDataModule("digits", ClassIncremental(experiences=10), batch_size=24, stop_after=2, **options)
+    options = {"batch_size": 24, "stop_after": 2, **options}
+    return StreamDataModule("digits", ClassIncremental(experiences=10), **options)
 
 
 def allowed(module: nn.Module, part: str) -> set[str]:
@@ -194,6 +197,51 @@ def test_a_resume_ends_with_the_bits_of_a_run_that_went_on(
 
 
 @pytest.mark.warns("this fit learned no batch")
+def test_what_a_cut_fit_learned_is_left_out_once_the_weights_are_others(make_trainer: Make, tmp_path: Path) -> None:
+    module = Net()
+    trainer = make_trainer(strategy=GradientFreeStrategy(2, "lora"), callbacks=[NMC()], max_steps=3)
+    trainer.fit(module, datamodule=stream())
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.01)
+    with pytest.warns(UserWarning, match="weights were changed since the fit ended in its warm-up"):
+        trainer.save_checkpoint(tmp_path / "changed.ckpt")
+    files = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "changed")}
+    values = {name: file["clkit_strategy"]["first_session"]["values"] for name, file in files.items()}
+    assert values["whole"]
+    assert values["changed"] is None
+    look = Look(tmp_path)
+    resumed = make_trainer(strategy=GradientFreeStrategy(2, "lora"), callbacks=[NMC(), look], max_steps=8)
+    resumed.fit(Net(), datamodule=stream(), ckpt_path=str(tmp_path / "changed.ckpt"))
+    for name, (original, _, _) in look.layers.items():  # new pairs beside the weights of the file
+        weight = files["changed"]["state_dict"][name.replace(".parametrizations", "")]
+        assert name.endswith(".weight")
+        assert original.shape == weight.shape
+    assert any(name.endswith(".down") or "parametrizations" in name for name in look.trained)
+
+
+@pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
+@pytest.mark.warns("the backbone changed")
+def test_a_network_that_was_edited_after_its_warm_up_goes_on(make_trainer: Make, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"route": "editor", "allow_stale": True}
+
+    def run(path: str | None = None, stop_after: int = 2) -> tuple[Any, Any, MEND]:
+        module, mend = Net(), MEND({"layers": ["network.conv_head"]}, scale=50.0, guard=None, **options)
+        mend.reference = EditReference((INPUTS, torch.arange(8)))
+        trainer = make_trainer(strategy=GradientFreeStrategy(1, "lora", lora_rank=2), callbacks=[NMC(), mend])
+        trainer.fit(module, datamodule=stream(stop_after=stop_after), ckpt_path=path)
+        return trainer, module, mend
+
+    trainer, module, mend = run()
+    assert mend.edit(INPUTS[:1], answer(module)[:1].topk(2).indices[:, 1]).status == "applied"
+    trainer.save_checkpoint(tmp_path / "edited.ckpt")
+    _, resumed, again = run(str(tmp_path / "edited.ckpt"), stop_after=3)
+    assert moved(state(resumed), state(module)) == set()
+    assert len(again.records) == 1
+
+
+@pytest.mark.warns("this fit learned no batch")
 def test_other_settings_do_not_go_on(make_trainer: Make, tmp_path: Path) -> None:
     callbacks = [Saves(tmp_path), NMC()]
     make_trainer(strategy=GradientFreeStrategy(2, "lora"), callbacks=callbacks, max_steps=2).fit(
@@ -250,6 +298,7 @@ def frozen(layer: nn.Module) -> nn.Module:
         ("lora", Bare(optimized="early"), "leaves out all 2 tensors that warmup='lora' trains beside the classifier"),
         ("norms", Bare(nn.Linear(64, 32), nn.LayerNorm(32), optimized="frozen"), "every tensor of the optimizers of"),
         ("lora", Net(rate=0), "training_step.. has put them into training mode; call train.. before the step"),
+        ("lora", Bare(nn.LazyLinear(32)), "the layer 'network.1' is a LazyLinear, whose weight is made with the first"),
         ("all", Bare(optimized="none"), "gives no optimizer of its parameters"),
     ],
 )
@@ -279,6 +328,48 @@ def test_settings_that_exclude_each_other_are_named(make_trainer: Make) -> None:
 # ---- blocks
 
 
+class Grouped(nn.Module):
+    """Names its blocks as networks of timm do; what lies between the last one's tensors counts to the stem."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width)) for _ in range(2))
+        self.position = nn.Linear(width, width)
+        self.late = nn.ModuleList(nn.Sequential(nn.Linear(width, width)) for _ in range(2))
+
+    def group_matcher(self) -> Any:
+        return {"stem": "^position", "blocks": [(r"^(?:blocks|late)\.(\d+)", None)]}
+
+
+def test_statistics_without_a_scale_move_in_the_last_block_and_behind_it(make_trainer: Make) -> None:
+    def block(*norm: nn.Module) -> nn.Module:
+        return nn.Sequential(*norm, nn.Linear(32, 32), nn.ReLU())
+
+    def norm() -> nn.Module:
+        return nn.BatchNorm1d(32, affine=False)
+
+    module = Bare(nn.Linear(64, 32), norm(), nn.Sequential(block(norm()), block(norm())), norm())
+    before = state(module)
+    make_trainer(strategy=GradientFreeStrategy(1, "last_block"), callbacks=[NMC()]).fit(module, datamodule=stream())
+    statistics = {name for name in moved(before, state(module)) if name.endswith("running_mean")}
+    assert statistics == {"network.3.1.0.running_mean", "network.4.running_mean"}
+
+
+def test_layers_that_a_wrapper_puts_in_the_place_of_others_are_held_still() -> None:
+    """DDP does so with ``sync_batchnorm=True``, after the warm-up was confined."""
+    module, session = Net(), FirstSession("lora", 2)
+    session.begin(module)
+    TorchSyncBatchNorm().apply(module)
+    session.settle()
+    module.train()
+    session.hold_still()
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    session.end()
+    assert all(norm.training for norm in norms)
+
+
 def test_the_last_block_of_networks_of_all_kinds() -> None:
     def block() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
@@ -298,6 +389,11 @@ def test_the_last_block_of_networks_of_all_kinds() -> None:
     assert {name: first(timm.create_model(name)) for name in wanted} == wanted
     stages = nn.Sequential(nn.Sequential(block(), block()), nn.Sequential(block(), block(), block()), nn.Linear(4, 2))
     assert first(stages) == "1.2.0.weight"
+    holder = nn.TransformerDecoderLayer(4, 2)  # a block which is no row, though one is inside it
+    holder.linear1 = nn.Sequential(block(), block())
+    stages = nn.Sequential(nn.Sequential(holder, copy.deepcopy(holder)), nn.Sequential(copy.deepcopy(holder)))
+    assert first(stages) == "1.0.self_attn.in_proj_weight"
+    assert first(Grouped(4)) == "blocks.1.0.weight"
     inner = nn.ModuleList([nn.TransformerEncoderLayer(4, 2), nn.TransformerEncoderLayer(4, 2)])
     parts = nn.ModuleDict({"stem": block(), "body": nn.ModuleDict({"rows": inner, "norm": nn.LayerNorm(4)})})
     assert first(parts) == "body.rows.1.self_attn.in_proj_weight"
