@@ -70,19 +70,22 @@ def by_name(file: Path, key: str = "means") -> dict[str, torch.Tensor]:
 
 
 def assert_same_head(one: Path, other: Path) -> None:
-    """Equal up to rounding, whatever ids the classes have."""
+    """Equal up to rounding, whatever ids the classes have; a row too many or too few is far above it.
+
+    The rounding is that of the network in float32, whose kernels depend on the size of a batch on some processors.
+    """
     mine, theirs = (LearnedModel.read(file) for file in (one, other))
     assert {mine.names[each] for each in mine.learned_classes} == {
         theirs.names[each] for each in theirs.learned_classes
     }
     for name, mean in by_name(one).items():
-        assert torch.allclose(mean, by_name(other)[name], rtol=1e-12, atol=1e-13)
+        assert torch.allclose(mean, by_name(other)[name], rtol=1e-5, atol=1e-6)
     counts, wanted = by_name(one, "counts"), by_name(other, "counts")
     assert counts == wanted
     for name in ("gram", "scatter"):
         if name in mine.head.statistics.kept:
             sums, others = (getattr(each.head.statistics, name) for each in (mine, theirs))
-            assert float((sums - others).abs().max()) <= 1e-12 * float(others.abs().max())
+            assert float((sums - others).abs().max()) <= 1e-4 * float(others.abs().max())
 
 
 # ---- one folder
