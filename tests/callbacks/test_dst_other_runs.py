@@ -95,7 +95,10 @@ def test_what_plain_loaders_trained_is_not_compared_with_a_stream(tmp_path: Path
     for _ in range(2):
         trainer = quiet_trainer(tmp_path, callbacks=[dst], max_epochs=1)
         trainer.fit(module, LOADER)
-    trainer.validate(module, datamodule=stream())
+    data, before = stream(), outputs(dst, module, 0)
+    trainer.validate(module, datamodule=data)
+    assert {*data.experiences[0].classes} != {*dst._networks.about[0]["class_ids"]}  # what is refused of a stream
+    assert torch.equal(outputs(dst, module, 0), before)
 
 
 # ---- other settings

@@ -20,6 +20,7 @@ from clkit.errors import ArgumentError, BatchError
 from clkit.methods import EditReference, GradientEditor, Guard
 
 pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
+# the row beside it runs everywhere, on the CPU; this one is that of a network on another device than its reference
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
