@@ -1,4 +1,4 @@
-"""When, where and with what a benchmark ran."""
+"""When, where, with what and on which data a benchmark runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 
 def circumstances(script: str, arguments: Sequence[str], used: str, *, data: bool = False) -> list[str]:
@@ -28,3 +30,17 @@ def circumstances(script: str, arguments: Sequence[str], used: str, *, data: boo
         f"versions: {versions}; Python {platform.python_version()}",
         f"command: {folder}{shlex.join(['python', f'benchmarks/{script}', *arguments])}",
     ]
+
+
+def data_folder(script: str, files: Sequence[str]) -> Path | None:
+    """Return the folder of data, or nothing after a line on what it lacks.
+
+    Args:
+        script: Name of the benchmark, which begins the line.
+        files: What has to be in the folder.
+    """
+    folder = Path(os.environ.get("CLKIT_DATA", ""))
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        print(f"{script}: set CLKIT_DATA to the folder that holds {', '.join(missing)}", file=sys.stderr)
+        return None
+    return folder

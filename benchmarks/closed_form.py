@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from circumstances import data_folder
 from scipy.special import ndtr
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
@@ -338,11 +338,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch and BLAS (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     options = parser.parse_args(arguments)
-    names, folder = options.sets.split(","), Path(os.environ.get("CLKIT_DATA", ""))
+    names = options.sets.split(",")
     if unknown := [name for name in names if name not in SETS]:
         parser.error(f"--sets: {', '.join(map(repr, unknown))} is not one of {', '.join(SETS)}")
-    if missing := [SETS[name] for name in names if not (folder / SETS[name]).is_file()]:
-        print(f"closed_form: set CLKIT_DATA to the folder that holds {', '.join(missing)}", file=sys.stderr)
+    if (folder := data_folder("closed_form", [SETS[name] for name in names])) is None:
         return 2
     torch.set_num_threads(options.threads)
     report: dict[str, Any] = {}

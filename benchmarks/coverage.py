@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from circumstances import data_folder
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -216,11 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--orders", type=int, default=5)
     options = parser.parse_args(arguments)
     needs = {"cifar100": "cifar100", "caltech101": "caltech101", "signs": "gtsrb", "drift": "cifar100"}
-    folder = Path(os.environ.get("CLKIT_DATA", ""))
-    for part in options.parts:
-        if part in needs and not (folder / FEATURES.format(needs[part])).is_file():
-            print(f"set CLKIT_DATA to the folder with {FEATURES.format(needs[part])}", file=sys.stderr)
-            return 2
+    files = [FEATURES.format(needs[part]) for part in options.parts if part in needs]
+    if data_folder("coverage", list(dict.fromkeys(files))) is None:
+        return 2
     console, missed = Console(width=170), []
     names = (
         "set",

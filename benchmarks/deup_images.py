@@ -15,14 +15,13 @@ Some minutes on one core. Exit status 2 if the data is not there.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from circumstances import data_folder
 from coverage import HEADS, kept
 from judging import MEMORY, judge
 from novelty import FEATURES, other_images
@@ -81,9 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--images", action="store_true", help="also sets whose features are computed first")
     options = parser.parse_args(arguments)
-    folder = Path(os.environ.get("CLKIT_DATA", ""))
-    if not (folder / FEATURES.format("cifar100")).is_file():
-        print("set CLKIT_DATA to the folder with the features", file=sys.stderr)
+    folder = data_folder("deup_images", [FEATURES.format(name) for name in ("cifar100", "caltech101", "gtsrb")])
+    if folder is None:
         return 2
     others = {"Caltech-101": kept("caltech101").test, "traffic signs": kept("gtsrb").test}
     others |= other_images(folder) if options.images else {}

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from bare_trainer import quiet_trainer
-from circumstances import circumstances
+from circumstances import circumstances, data_folder
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -165,12 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="where all figures are kept, and taken up again")
     options = parser.parse_args(arguments)
-    choices, folder = options.choices.split(","), Path(os.environ.get("CLKIT_DATA", ""))
+    choices = options.choices.split(",")
     if unknown := [choice for choice in choices if choice not in RATES]:
         parser.error(f"--choices: {', '.join(map(repr, unknown))} is not one of {', '.join(RATES)}")
-    files = FILES[:1] if options.random_weights else FILES
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        print(f"first_session: set CLKIT_DATA to the folder that holds {', '.join(missing)}", file=sys.stderr)
+    if data_folder("first_session", FILES[:1] if options.random_weights else FILES) is None:
         return 2
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch")  # advice on loaders that are not slow here

@@ -11,7 +11,6 @@ below the best one, 1 if it is, 2 if the data is not there.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from circumstances import data_folder
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -157,11 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", default=",".join(SETS), help="which sets, with commas between (default: all)")
     parser.add_argument("--lift", type=int, default=LIFT, help=f"units of the lift (default: {LIFT})")
     options = parser.parse_args(arguments)
-    names, folder = options.sets.split(","), Path(os.environ.get("CLKIT_DATA", ""))
+    names = options.sets.split(",")
     if unknown := [name for name in names if name not in SETS]:
         parser.error(f"--sets: {', '.join(map(repr, unknown))} is not one of {', '.join(SETS)}")
-    if missing := [SETS[name] for name in names if SETS[name] and not (folder / SETS[name]).is_file()]:
-        print(f"gamma: set CLKIT_DATA to the folder that holds {', '.join(missing)}", file=sys.stderr)
+    if (folder := data_folder("gamma", [SETS[name] for name in names if SETS[name]])) is None:
         return 2
     ridge, lda = [], []
     for name in names:

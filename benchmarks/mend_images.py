@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 import time
 import warnings
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from circumstances import circumstances
+from circumstances import circumstances, data_folder
 from editing import Edit, Kept, Others, answers, fine_tuned, logits_of, mean_of, near_ties, row_of, share
 from mend_photos import (
     CORRECTED,
@@ -290,9 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="what is done; more is added")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    root = Path(os.environ.get("CLKIT_DATA", ""))
-    if missing := [name for name in (PHOTOS, WEIGHTS) if not (root / name).is_file()]:
-        print(f"set CLKIT_DATA to the folder with {' and '.join(missing)}", file=sys.stderr)
+    if (root := data_folder("mend_images", (PHOTOS, WEIGHTS))) is None:
         return 2
     warnings.filterwarnings("ignore", "the guard has no reference")
     for line in circumstances("mend_images.py", arguments, f"{options.threads} thread(s) used", data=True):

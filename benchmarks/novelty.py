@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from circumstances import data_folder
 from judging import MEMORY, judge
 from rich.console import Console
 from rich.table import Table
@@ -115,9 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", action="store_true", help="also sets whose features are computed first")
     wants_images = parser.parse_args(arguments).images
-    folder = Path(os.environ.get("CLKIT_DATA", ""))
-    if not (folder / FEATURES.format("cifar100")).is_file():
-        print("set CLKIT_DATA to the folder with the features", file=sys.stderr)
+    folder = data_folder("novelty", [FEATURES.format(name) for name in ("cifar100", "caltech101", "gtsrb")])
+    if folder is None:
         return 2
     train, targets = rows(folder, "cifar100", "train")
     test, test_targets = rows(folder, "cifar100", "test")
