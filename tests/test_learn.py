@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +341,75 @@ def test_a_shard_that_stopped_is_not_taken_for_a_whole_one(place: Path, new: Any
     assert learned.samples == 24
 
 
+def test_the_line_that_goes_on_can_be_pasted(place: Path, new: Any, tmp_path: Path) -> None:
+    shutil.copytree(place / "old", tmp_path / "my birds")
+    (tmp_path / "my birds" / "wren" / "9.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as stopped:
+        learn_images(new(), "folder:my birds", tmp_path / "birds 1.ckpt", loading=Loading(4, root=tmp_path))
+    line = str(stopped.value).partition("go on with: ")[2]
+    (tmp_path / "my birds" / "wren" / "9.png").unlink()
+    assert main(shlex.split(line)[1:]) == 0
+    assert LearnedModel.read(tmp_path / "birds 1.ckpt").samples == 12
+
+
+def test_a_merge_names_what_its_parts_left_out_until_it_is_repaired(place: Path, new: Any, tmp_path: Path) -> None:
+    shutil.copytree(place / "all", tmp_path / "birds")
+    bad = tmp_path / "birds" / "tit" / "2.png"
+    whole = bad.read_bytes()
+    bad.unlink()
+    bad.symlink_to(tmp_path / "nowhere.png")  # what points to nothing is an image that cannot be read
+    parts = [tmp_path / f"{index}.ckpt" for index in range(2)]
+    for index, part in enumerate(parts):
+        learn_images(new(), f"folder:{tmp_path}/birds", part, shard=(index, 2), loading=Loading(unreadable="skip"))
+    with pytest.warns(UserWarning, match=rf"merged.ckpt lacks what could not be read .*: {bad} \(1 in all\)"):
+        (learned,) = merge_checkpoints(parts, tmp_path / "merged.ckpt")
+    assert learned.samples == 23
+    bad.unlink()
+    bad.write_bytes(whole)
+    done = learn_images(tmp_path / "merged.ckpt", f"folder:{tmp_path}/birds", tmp_path / "whole.ckpt")
+    assert (done.rows, done.known) == (1, 23)
+    assert done.model.holds.left_out == []
+
+
+def test_files_whose_size_says_nothing_are_told_apart_by_their_content(place: Path, new: Any, tmp_path: Path) -> None:
+    for camera, row in (("one", 0), ("two", 1), ("again", 0)):
+        (tmp_path / camera / "crow").mkdir(parents=True)
+        Image.open(place / "all" / "crow" / f"{row}.png").save(tmp_path / camera / "crow" / "0.bmp")
+    file = tmp_path / "birds.ckpt"
+    learn_images(new("nmc"), f"folder:{tmp_path}/one", file)
+    assert learn_images(file, f"folder:{tmp_path}/two", file, overwrite=True).samples == (1, 2)
+    with pytest.raises(DataError, match=r"no image that .* does not hold already"):
+        learn_images(file, f"folder:{tmp_path}/again", file, overwrite=True)
+    forget_images(file, f"folder:{tmp_path}/again", file, overwrite=True)
+    assert_same_head(
+        file, learn_images(new("nmc"), f"folder:{tmp_path}/two", tmp_path / "two.ckpt") and tmp_path / "two.ckpt"
+    )
+
+
+def test_one_name_in_two_forms_of_unicode_is_one_class(place: Path, new: Any, tmp_path: Path) -> None:
+    for machine, form in (("mac", "NFD"), ("linux", "NFC")):
+        folder = tmp_path / machine / unicodedata.normalize(form, "café")
+        folder.mkdir(parents=True)
+        shutil.copy(place / "all" / "crow" / "0.png", folder / f"{machine}.png")
+    learn_images(new("nmc"), f"folder:{tmp_path}/mac", tmp_path / "a.ckpt")
+    done = learn_images(tmp_path / "a.ckpt", f"folder:{tmp_path}/linux", tmp_path / "b.ckpt")
+    assert (done.classes, done.samples) == ((1, 1), (1, 2))
+    folder.rename(os.fsdecode(os.fsencode(tmp_path / "linux") + b"/caf\xe9"))
+    with pytest.raises(DataError, match=r"the name 'caf\\udce9' of a class or an image is no UTF-8; rename it"):
+        learn_images(new("nmc"), f"folder:{tmp_path}/linux", tmp_path / "c.ckpt")
+
+
+def test_a_folder_with_a_training_part_alone_and_classes_of_such_names(place: Path, new: Any, tmp_path: Path) -> None:
+    shutil.copytree(place / "all", tmp_path / "cut" / "train")
+    shutil.copytree(place / "old", tmp_path / "cut" / "val")
+    done = learn_images(new("nmc"), f"folder:{tmp_path}/cut", tmp_path / "a.ckpt")
+    assert (done.rows, done.ignored) == (24, "the folders val beside train")
+    shutil.copytree(place / "old" / "jay", tmp_path / "vehicles" / "train")
+    shutil.copytree(place / "old" / "wren", tmp_path / "vehicles" / "test")
+    done = learn_images(new("nmc"), f"folder:{tmp_path}/vehicles", tmp_path / "b.ckpt")
+    assert list(done.model.names.values()) == ["test", "train"]
+
+
 def test_without_an_image_nothing_is_written(place: Path, new: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "crow").mkdir(parents=True)
@@ -406,6 +478,29 @@ def test_the_commands_in_two_lines(here: Path, capsys: pytest.CaptureFixture[str
     assert LearnedModel.read("less.ckpt").samples == 18
 
 
+def test_what_does_not_count_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.open("new/tit/0.png").save("new/tit/0.gif")
+    Path("new/tit/more").mkdir()
+    Path("all/tit/1.png").write_bytes(b"no image")
+    begin = ("learn", "--backbone", "test_resnet", "--weights", "weights.pth", "--data", "folder:./new")
+    error = said(capsys, *begin, "--test", "folder:./all", "-o", "birds.ckpt", status=2)
+    assert "the test image all/tit/1.png cannot be decoded" in error
+    assert not Path("birds.ckpt").exists()
+    printed = said(capsys, *begin, "--test", "folder:./all", "--unreadable", "skip", "-o", "birds.ckpt")
+    assert "right of 11 test images, new classes" in printed
+    assert "in the folder and not read: 1 .gif, 1 in sub-folders" in printed
+    (unread, unknown) = printed.partition("test images that do not count:\n")[2].splitlines()
+    assert "all/tit/1.png cannot be decoded" in unread
+    assert unknown.strip() == "12 of 23 are of classes that were not learned: jay, wren"
+    Path("new/tit").rename("new/tit, blue")
+    said(capsys, *begin, "-o", "comma.ckpt")
+    words = ("forget", "comma.ckpt", "--data", "folder:./new", "-o", "less.ckpt", "--classes")
+    said(capsys, *words, "tit, blue")
+    assert LearnedModel.read("less.ckpt").learned_classes == [0]
+    said(capsys, *words, "crow", "--classes", "tit, blue", "--force")
+    assert LearnedModel.read("less.ckpt").samples == 0
+
+
 def test_shards_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin = ("learn", "--backbone", "test_resnet", "--weights", "weights.pth", "--data", "folder:./all")
     for index in range(2):
@@ -418,7 +513,7 @@ def test_shards_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[st
     head = load_head("m.ckpt", "aef_ocl")
     assert head.options["gamma"] == 10
     printed = said(capsys, "export", "m.ckpt", "-o", "m.pt")
-    assert "test_resnet" in printed
+    assert "with the head 'aef_ocl'" in printed
     assert torch.load("m.pt", weights_only=True)["class_names"] == dict(enumerate(BIRDS))
 
 
@@ -444,6 +539,7 @@ def test_shards_on_the_command_line(here: Path, capsys: pytest.CaptureFixture[st
         ("forget a.ckpt --samples a.npz --classes crow -o x.ckpt", "--classes are those of --data"),
         ("predict a.ckpt all/crow/0.png", "a.ckpt' is not a file"),
         ("predict weights.pth nine.png", "'nine.png' is no file"),
+        ("predict weights.pth ../all/train/nine.png", "'../all/train/nine.png' is no file"),
         ("predict weights.pth all/crow/0.png", "weights.pth holds no learned head"),
     ],
 )
@@ -471,22 +567,26 @@ def test_lightning_reads_the_file(place: Path, new: Any, tmp_path: Path) -> None
     assert int(lda.head.counts.sum()) == 24
 
 
-SETTINGS = run_settings(
-    "digits:flat",
-    [{"class_path": "NMC"}, {"class_path": "DEUP", "init_args": {"coverage": 0.9, "false_alarm_rate": 0.05}}],
-)
+CALLBACKS: list[dict[str, Any]] = [
+    {"class_path": "NMC"},
+    {"class_path": "DEUP", "init_args": {"coverage": 0.9, "false_alarm_rate": 0.05}},
+]
 
 
+@pytest.mark.parametrize("source", ["digits:flat", "digits"])
 def test_a_run_answers_with_set_and_novelty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(yaml.safe_dump(SETTINGS))
+    settings = run_settings(source, CALLBACKS)
+    if source == "digits":  # a network whose number of outputs the data had said
+        settings["model"]["init_args"] = {"backbone": "test_resnet", "model_kwargs": {"in_chans": 1}}
+    Path("mine.yaml").write_text(yaml.safe_dump(settings))
     assert main(["fit", "--config", "mine.yaml"]) == 0
     file = next(Path("runs").rglob("last.ckpt"))
-    printed = said(capsys, "predict", file, "digits:flat/test/3", "digits:flat/test/4", "--top", "1")
+    printed = said(capsys, "predict", file, f"{source}/test/3", f"{source}/test/4", "--top", "1")
     lines = printed.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["digits", "digits"]
+    assert [f"{source}/test/{row}" in line for line, row in zip(lines, (3, 4), strict=True)] == [True, True]
     for line in lines:
         best, classes, novelty = line.split("; ")
         assert classes.startswith("set {")

@@ -33,7 +33,7 @@ def add_learn_command(commands: Any, positive: Callable[[str], int]) -> None:
     learn.add_argument("--backbone", metavar="NAME", help="a timm model, or identity for features as they are")
     learn.add_argument("--weights", metavar="FILE", help="its weights (default: those that timm publishes)")
     learn.add_argument("--model", action="append", metavar="NAME=VALUE", help="an argument of timm.create_model")
-    learn.add_argument("--head", metavar="NAME", help="lda, aef_ocl, nmc, ... (default: lda)")
+    learn.add_argument("--head", metavar="NAME", help="lda, klda, anacp, aef_ocl or nmc (default: lda)")
     learn.add_argument(
         "--set", action="append", metavar="NAME=VALUE", help="a setting of the head: gamma=10, lift=2000"
     )
@@ -41,7 +41,7 @@ def add_learn_command(commands: Any, positive: Callable[[str], int]) -> None:
         "--like", metavar="FILE", help="network, settings and ids of classes of this file, no more of it"
     )
     learn.add_argument("--shard", metavar="I/N", help="only part I of N, from 0; clkit merge adds the parts up")
-    learn.add_argument("--test", metavar="SOURCE", help="test images (default: test/ of a folder that has one)")
+    learn.add_argument("--test", metavar="SOURCE", help="test images (default, but for shards: test/ of a folder)")
     learn.add_argument("--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
     _add_reading(learn, positive)
     learn.add_argument(
@@ -56,7 +56,9 @@ def add_forgetting(forget: Any, positive: Callable[[str], int]) -> None:
     what = forget.add_mutually_exclusive_group(required=True)
     what.add_argument("--samples", metavar="FILE.npz", help="features (N, D) and targets (N,), or ids (N,)")
     what.add_argument("--data", metavar="folder:PATH", help="the images themselves, of a file of clkit learn")
-    forget.add_argument("--classes", metavar="A,B", help="of --data only these classes (default: all)")
+    forget.add_argument(
+        "--classes", action="append", metavar="A,B", help="of --data only these classes; may stand several times"
+    )
     _add_reading(forget, positive)
 
 
@@ -124,10 +126,13 @@ def learn(options: argparse.Namespace) -> list[str]:
         *_table(done),
     ]
     if done.known:
-        lines.append(f"  {done.known} images were in it already and are left out")
-    if done.unreadable:
-        lines.append(f"  {len(done.unreadable)} images could not be read and are left out:")
-        lines += [f"    {reason}" for reason in done.unreadable]
+        lines.append(f"  in it already and left out: {_images(done.known)}")
+    if done.ignored:
+        lines.append(f"  in the folder and not read: {done.ignored}")
+    left_out = {"not readable and left out": done.unreadable, "test images that do not count": done.untested}
+    for what, reasons in left_out.items():
+        if reasons:
+            lines += [f"  {what}:", *(f"    {reason}" for reason in reasons)]
     return lines
 
 
@@ -142,11 +147,11 @@ def forgot(options: argparse.Namespace) -> list[str]:
         options.checkpoint,
         options.data,
         options.output,
-        classes=None if options.classes is None else [name.strip() for name in options.classes.split(",")],
+        classes=options.classes,
         loading=_loading(options, 64, "stop"),
         overwrite=options.force,
     )
-    return [f"wrote {options.output}: without {done.rows} images", *_table(done)]
+    return [f"wrote {options.output}: without {_images(done.rows)}", *_table(done)]
 
 
 def answer(options: argparse.Namespace) -> list[str]:
@@ -171,6 +176,10 @@ def answer(options: argparse.Namespace) -> list[str]:
             says.append(f"novelty {each.novelty:.4g}" + (" (new)" if each.is_new else ""))
         lines.append(f"{each.image}{f' [{each.head}]' if several else ''}: {'; '.join(says)}")
     return lines
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' if count != 1 else ''}"
 
 
 def _table(done: Learned) -> list[str]:

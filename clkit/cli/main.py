@@ -50,7 +50,7 @@ FILE_COMMANDS = {
 }
 
 FILE_NOTES = {
-    "merge": "The result is for evaluation and export; no fit can go on from it.",
+    "merge": "The result is for evaluation and export; clkit learn can go on from its own files, and no fit.",
     "forget": "The result equals a run without them, and can be resumed.",
     "export": "A .pt file is a dictionary that torch and timm read; a .pt2 file is a program of torch.export.",
 }

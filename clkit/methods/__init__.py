@@ -8,7 +8,8 @@ from clkit.methods.deup import ErrorPredictor, Uncertainty
 from clkit.methods.feature_bank import FeatureBank, Neighbours
 from clkit.methods.feature_memory import FeatureMemory
 from clkit.methods.heads.feature_map import FeatureMap
-from clkit.methods.heads.holdings import HeadPart, Holdings, shard_bounds
+from clkit.methods.heads.head_part import HeadPart
+from clkit.methods.heads.holdings import Holdings, shard_bounds
 from clkit.methods.klda import KLDA
 from clkit.methods.lda import LDAHead
 from clkit.methods.mend import (

@@ -16,13 +16,10 @@ from clkit.arguments import check_arguments
 from clkit.errors import ArgumentError, BatchError, ConfigurationError, StateError, did_you_mean, first_line
 from clkit.features.batch import BatchReader, Readings, read_batch, read_inputs
 from clkit.methods._checks import check_count
+from clkit.models.memory_layout import to_channels_last
 from clkit.stream._lightning import callbacks_of, datamodule_of
 
-__all__ = ["IdentityBackbone", "TimmClassifier", "refuse_unsafe_layout", "timm_code", "weights_of_a_run"]
-
-# Backward of a strided 1 x 1 convolution on the CPU writes past its workspace (oneDNN issue 6035) with fewer channels
-# than a vector of the processor holds, 8 with AVX2 and 16 with AVX-512.
-_NARROWEST = 16
+__all__ = ["IdentityBackbone", "TimmClassifier", "timm_code", "weights_of_a_run"]
 
 
 class IdentityBackbone(nn.Module):
@@ -83,7 +80,7 @@ class TimmClassifier(pl.LightningModule):
         channels_last: Keeps the weights of convolutions in torch's ``channels_last`` layout, in which convolutions and
             batch norms are often faster, by the more the smaller the images. Results differ by rounding.
         num_classes: Outputs of the classifier; ``None`` takes the number from the data module, or leaves the classifier
-            out where there is none; 0 leaves it out.
+            out where there is none; 0 leaves it out. Without data a checkpoint that is loaded says it.
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-3 by default.
         lr_scheduler: Makes a learning-rate schedule from the optimizer, stepped each epoch.
         label_smoothing: Of the cross-entropy, [0, 1).
@@ -146,7 +143,7 @@ class TimmClassifier(pl.LightningModule):
         if small_images:
             _replace_stem(self.network, backbone)
         if channels_last:
-            _to_channels_last(self.network)
+            to_channels_last(self.network)
         self._make_task_classes()
 
     @property
@@ -192,17 +189,24 @@ class TimmClassifier(pl.LightningModule):
         if wanted is None:
             return
         if self.num_classes is None:
-            # an identity backbone of unknown width cannot get a classifier
-            headless = isinstance(self.network, IdentityBackbone) and self.network.num_features is None
-            fixed = hasattr(self.network.get_classifier(), "vertex_of")  # a simplex head has room for all classes
-            if self.network.num_classes != wanted and not headless and not fixed:
-                self.network.reset_classifier(wanted)
-                self._make_task_classes()
+            if self.network.num_classes != wanted:
+                self._make_classifier(wanted)
         elif 0 < self.num_classes < wanted:
             raise ConfigurationError(
                 f"num_classes={self.num_classes} of the model is too small for the data, whose class ids need "
                 f"{wanted} outputs; leave num_classes out, or set relabel=true in the data"
             )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the number of outputs from the file, where neither an argument nor the data say it."""
+        said = self._trainer is not None and getattr(datamodule_of(self.trainer), "num_classes", None) is not None
+        if self.num_classes is not None or said:
+            return
+        classifier = self.network.get_classifier()
+        name = next((name for name, layer in self.named_modules() if layer is classifier), None)  # None for a pair
+        weight = checkpoint["state_dict"].get(f"{name}.weight")
+        if weight is not None and len(weight) != self.network.num_classes:
+            self._make_classifier(len(weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (B, num_classes) of inputs (B, C, H, W); features (B, D) where there is no classifier."""
@@ -258,6 +262,14 @@ class TimmClassifier(pl.LightningModule):
             classes = self.task_classes.nonzero().squeeze(1).tolist()
             raise BatchError(f"the targets {sorted(set(targets.tolist()))} are not all of the present task, {classes}")
         return self.network(inputs)[:, self.task_classes], torch.where(targets < 0, targets, place[known])
+
+    def _make_classifier(self, outputs: int) -> None:
+        # an identity backbone of unknown width cannot get a classifier
+        headless = isinstance(self.network, IdentityBackbone) and self.network.num_features is None
+        fixed = hasattr(self.network.get_classifier(), "vertex_of")  # a simplex head has room for all classes
+        if not headless and not fixed:
+            self.network.reset_classifier(outputs)
+            self._make_task_classes()
 
     def _make_task_classes(self) -> None:
         if self.task_heads:
@@ -357,43 +369,3 @@ def weights_of_a_run(path: str | Path) -> dict[str, Tensor]:
         return {}
     weights = saved["state_dict"] if "pytorch-lightning_version" in saved else {}
     return {name.removeprefix("network."): value for name, value in weights.items() if name.startswith("network.")}
-
-
-def _to_channels_last(network: nn.Module) -> None:
-    _refuse_narrow(network)
-    for layer in _convolutions(network).values():
-        layer.to(memory_format=torch.channels_last)
-
-
-def refuse_unsafe_layout(network: nn.Module) -> None:
-    """Refuse a network in ``channels_last`` that would overwrite memory when it trains on a CPU.
-
-    Raises:
-        ConfigurationError: Naming the first strided 1 x 1 convolution with fewer than 16 input channels, if any
-            convolution of the network has its weights in ``channels_last``.
-
-    Example:
-        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 1, stride=2))
-        >>> refuse_unsafe_layout(network)
-        >>> refuse_unsafe_layout(network.to(memory_format=torch.channels_last))
-        Traceback (most recent call last):
-        clkit.errors.ConfigurationError: channels_last is not safe on a CPU for the layer '1', a 1 x 1 convolution ...
-    """
-    weights = [layer.weight for layer in _convolutions(network).values()]  # a 1 x 1 kernel is in both layouts
-    if any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights):
-        _refuse_narrow(network)
-
-
-def _refuse_narrow(network: nn.Module) -> None:
-    for name, layer in _convolutions(network).items():
-        narrow = layer.in_channels // layer.groups < _NARROWEST
-        if narrow and set(layer.kernel_size) == {1} and max(layer.stride) > 1:
-            raise ConfigurationError(
-                f"channels_last is not safe on a CPU for the layer {name!r}, a 1 x 1 convolution of stride "
-                f"{layer.stride} with {layer.in_channels} input channels: its backward pass overwrites memory (oneDNN "
-                f"issue 6035). Use {_NARROWEST} channels or more there, or leave channels_last out"
-            )
-
-
-def _convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
-    return {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)}

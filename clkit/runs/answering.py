@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from clkit.runs.learned import LearnedModel
 from clkit.schema import LEARNED
 
 __all__ = ["Answer", "answer_images"]
+
+_ROW = re.compile(r"./(train|test)/\d+$")  # of a source
 
 
 class Answer(NamedTuple):
@@ -74,7 +77,7 @@ def answer_images(
     """
     check_count("top", top)
     for image in images:
-        if not Path(image).is_file() and not str(image).count("/") >= 2:
+        if not Path(image).is_file() and not _ROW.search(str(image)):
             raise ArgumentError(f"{str(image)!r} is no file; give image files after the checkpoint")
     checkpoint = read_checkpoint(path)
     names = {name_of(key): key for key in head_entries(checkpoint)}

@@ -56,6 +56,7 @@ def export(
     model_kwargs: dict[str, Any] | None = None,
     class_names: dict[int, str] | None = None,
     preprocessing: Any = None,
+    name: str = "head",
     overwrite: bool = False,
 ) -> Exported:
     """Write a module's network with a learned head as its classifier. The module itself is not changed.
@@ -84,6 +85,7 @@ def export(
             ``model_kwargs`` attribute.
         class_names: Names by column; by default from the stream of the module's trainer.
         preprocessing: How inputs are prepared, as plain values, written down in the file; by default from there, too.
+        name: What the file calls a head; a callback knows its own.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
@@ -114,7 +116,7 @@ def export(
     if isinstance(head, HeadCallback):
         name, layer, learned = head.name, head.layer, head.head
     else:
-        name, learned = "head", head
+        learned = head
     _check_path(path, [], overwrite)
     if not learned.classes.numel():
         learned.predict(torch.zeros(1, learned.in_features))  # raises NotFittedError
@@ -186,7 +188,8 @@ def export_checkpoint(
 
         learned = LearnedModel.of_checkpoint(checkpoint, path, "cpu")
         about: dict[str, Any] = {"class_names": learned.names, "preprocessing": learned.preprocessing}
-        return export(learned.module, learned.head, output, layer=learned.layer, overwrite=overwrite, **about)
+        about |= {"layer": learned.layer, "name": name_of(learned.key)}
+        return export(learned.module, learned.head, output, overwrite=overwrite, **about)
     from clkit.runs.saved_run import SavedRun  # builds a whole run
 
     run = SavedRun(path, config)

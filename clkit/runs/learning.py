@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class Learned:
         rows: How many images were learned, or forgotten.
         known: How many were left out since the head holds them already.
         unreadable: What is wrong with each image that was left out for that.
+        ignored: What lies in the folder and is no sample, in words.
+        untested: Why test images do not count, in words.
         classes: How many classes the head had before, and has now.
         samples: Likewise of images.
         accuracy: By group of classes, how many test images there are, and how many are right before and after;
@@ -62,6 +65,8 @@ class Learned:
     rows: int = 0
     known: int = 0
     unreadable: list[str] = field(default_factory=list)
+    ignored: str = ""
+    untested: list[str] = field(default_factory=list)
     classes: tuple[int, int] = (0, 0)
     samples: tuple[int, int] = (0, 0)
     accuracy: dict[str, tuple[int, int | None, int | None]] = field(default_factory=dict)
@@ -82,8 +87,8 @@ def learn_images(
 
     Each image is learned once, in one pass, and the head is then the one of all images at once, up to the rounding of
     float64. Classes are told apart by their names: those that the file knows keep their ids, new ones get the next.
-    Images that the head holds already, by class, file name and size (rows of other sources by their numbers), are left
-    out, so the same folder may be given again when it has grown.
+    Images that the head holds already, by class, file name and size (and content, where files are not compressed; rows
+    of other sources by their numbers), are left out, so the same folder may be given again when it has grown.
 
     Args:
         start: A :class:`NewModel`, or the file to go on from.
@@ -92,7 +97,7 @@ def learn_images(
         empty: Whether only network, settings and ids of ``start`` are taken, and nothing that it has learned.
         shard: ``(i, n)``: only the i-th of n parts of the list, from 0. :func:`clkit.merge_checkpoints` adds them up.
         test: A source of test images, which are answered before and after; by default the ``test`` part of a folder
-            that has one.
+            that has one, but for shards.
         loading: How images are read.
         overwrite: Whether an existing file may be replaced.
 
@@ -115,7 +120,10 @@ def learn_images(
     if not len(rows):
         raise DataError(f"{data} has no image that {start} does not hold already; nothing was written")
     done = Learned(model, known=known, classes=(len(model.learned_classes), 0), samples=(model.samples, 0))
-    seen = _test_features(model, data, test, loading)
+    done.ignored = listing.ignored
+    if test is None and shard is None and has_parts(data, loading.root):
+        test = data
+    seen = None if test is None else _test_features(done, test, loading)
     before = _answers(model, seen)
     old = set(model.learned_classes)
     stopped: str | None = None
@@ -138,10 +146,11 @@ def learn_images(
         _hold(model, listing, (bounds[0], upto), shard, taken, left_out)
         model.write(output)
     if stopped is not None:
-        raise DataError(_stop_message(stopped, data, output, done.rows, shard))
+        raise DataError(_stop_message(stopped, data, output, done.rows, shard, loading))
     done.classes = (done.classes[0], len(model.learned_classes))
     done.samples = (done.samples[0], model.samples)
-    done.accuracy = _accuracies(seen, before, _answers(model, seen), old, model)
+    if seen is not None:
+        _compare(done, seen, before, old)
     return done
 
 
@@ -163,7 +172,7 @@ def forget_images(
         path: The file.
         data: A source by its short form, of the images to take out.
         output: The file to write.
-        classes: Names of classes of ``data``; all by default.
+        classes: Names of classes of ``data``, or several in one text with commas between; all by default.
         loading: How images are read; all must be readable.
         overwrite: Whether an existing file may be replaced.
 
@@ -178,9 +187,11 @@ def forget_images(
     rows = np.arange(len(listing))
     if classes is not None:
         there = {name: number for number, name in listing.classes.items()}
-        if unknown := [name for name in classes if name not in there]:
+        given = [name for text in classes for name in ([text] if text in there else text.split(","))]
+        chosen = [name if name in there else name.strip() for name in given]
+        if unknown := [name for name in chosen if name not in there]:
             raise ArgumentError(f"{data} has no class {unknown[0]!r}, but {sorted(there)[:20]}")
-        rows = rows[np.isin(listing.targets, [there[name] for name in classes])]
+        rows = rows[np.isin(listing.targets, [there[name] for name in chosen])]
     keys = listing.keys(rows)
     if keys is None:
         raise ArgumentError(f"{data} holds no image files, whose names say which samples they are; give a folder")
@@ -250,6 +261,7 @@ def _hold(
         ]
     cut = 1 if shard is None else shard[1]
     keys = listing.keys(learned)
+    model.holds.repaired([listing.name(row) for row in learned.tolist()])
     model.holds.add(listing.spec, len(listing), new, cut=cut, digest=listing.digest, keys=keys, left_out=left_out)
 
 
@@ -270,55 +282,59 @@ def _read(model: LearnedModel, listing: Listing, rows: Rows, loading: Loading) -
         workers.close()
 
 
-def _stop_message(reason: str, data: str, output: str | Path, rows: int, shard: tuple[int, int] | None) -> str:
+def _stop_message(
+    reason: str, data: str, output: str | Path, rows: int, shard: tuple[int, int] | None, loading: Loading
+) -> str:
     reason += "; repair or remove it, or leave such images out: --unreadable skip"
     if not rows:
         return f"{reason}. Nothing was learned before it, and nothing was written"
-    part = "" if shard is None else f" --shard {shard[0]}/{shard[1]}"
-    return (
-        f"{reason}. {output} holds the {rows} images before it; go on with: clkit learn {output} --data {data}{part} "
-        f"-o {output} --force"
-    )
+    words = ["clkit", "learn", str(output), "--data", data, "-o", str(output), "--force"]
+    words += [] if shard is None else ["--shard", f"{shard[0]}/{shard[1]}"]
+    words += [] if loading.root is None else ["--root", str(loading.root)]
+    return f"{reason}. {output} holds the {rows} images before it; go on with: {shlex.join(words)}"
 
 
 # ---- before and after
 
 
-def _test_features(model: LearnedModel, data: str, test: str | None, loading: Loading) -> tuple[Tensor, Tensor] | None:
-    """Return features (T, D) and class ids (T,) of the test images; -1 for classes that are not known."""
-    if test is None and not has_parts(data, loading.root):
-        return None
-    listing = list_samples(test or data, loading.root, "test")
-    known = {name: number for number, name in model.names.items()}
-    ids = torch.tensor([known.get(listing.classes.get(each, ""), -1) for each in listing.targets.tolist()])
-    features, rows = [], []
-    for _, (images, good, _) in _read(model, listing, np.arange(len(listing)), loading):
+def _test_features(done: Learned, test: str, loading: Loading) -> tuple[Tensor, list[str]]:
+    """Return features (T, D) of the test images and the names of their classes."""
+    model, listing = done.model, list_samples(test, loading.root, "test")
+    features, names = [], []
+    for _, (images, good, unreadable) in _read(model, listing, np.arange(len(listing)), loading):
+        if unreadable and loading.unreadable == "stop":
+            raise DataError(
+                f"the test image {unreadable[0]}; repair or remove it, or leave such images out: --unreadable skip. "
+                "Nothing was learned, and nothing was written"
+            )
+        done.untested += unreadable
         if len(good):
             features.append(model.features(images).cpu())
-            rows.append(good)
-    if not rows:
+            names += [listing.classes.get(int(listing.targets[row]), "") for row in good.tolist()]
+    if not names:
         raise DataError(f"none of the test images of {listing.spec} can be read")
-    return torch.cat(features), ids[torch.cat(rows)]
+    return torch.cat(features), names
 
 
-def _answers(model: LearnedModel, seen: tuple[Tensor, Tensor] | None) -> Tensor | None:
+def _answers(model: LearnedModel, seen: tuple[Tensor, list[str]] | None) -> Tensor | None:
     if seen is None or not model.samples:
         return None
     return torch.cat([model.head.predict(rows.to(model.device)).cpu() for rows in torch.split(seen[0], 4096)])
 
 
-def _accuracies(
-    seen: tuple[Tensor, Tensor] | None, before: Tensor | None, after: Tensor | None, old: set[int], model: LearnedModel
-) -> dict[str, tuple[int, int | None, int | None]]:
-    if seen is None:
-        return {}
-    ids = seen[1]
+def _compare(done: Learned, seen: tuple[Tensor, list[str]], before: Tensor | None, old: set[int]) -> None:
+    """Note by group of classes how many test images are right, and which ones are of classes that nobody learned."""
+    model = done.model
     new = set(model.learned_classes) - old
-    found: dict[str, tuple[int, int | None, int | None]] = {}
+    known = {model.names[number]: number for number in old | new}
+    ids, after = torch.tensor([known.get(name, -1) for name in seen[1]]), _answers(model, seen)
     for group, classes in (("classes known before", old), ("new classes", new), ("all", old | new)):
         chosen = torch.isin(ids, torch.tensor(sorted(classes), dtype=torch.int64))
         number = int(chosen.sum())
-        if number and (group != "all" or len(found) == 2):
+        if number and (group != "all" or len(done.accuracy) == 2):
             counts = [None if each is None else int((each == ids)[chosen].sum()) for each in (before, after)]
-            found[group] = (number, None if group == "new classes" else counts[0], counts[1])
-    return found
+            done.accuracy[group] = (number, None if group == "new classes" else counts[0], counts[1])
+    if strange := sorted({name for name in seen[1] if name not in known}):
+        number = sum(name not in known for name in seen[1])
+        shown = ", ".join(strange[:_SHOWN]) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
+        done.untested.append(f"{number} of {len(ids)} are of classes that were not learned: {shown}")

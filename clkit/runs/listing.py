@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +15,16 @@ import torch
 
 from clkit.data.loader import Fetcher, Rows
 from clkit.data.sources import resolve_source
-from clkit.data.sources.base import SourcePart, data_root, locate
-from clkit.data.sources.folder import ImageFiles, ImageFolder, labelled_images
+from clkit.data.sources.base import SourcePart, data_root, listing, locate
+from clkit.data.sources.folder import ImageFiles, ImageFolder, has_images, labelled_images, unread_files
 from clkit.errors import ArgumentError, DataError
 from clkit.methods.heads.holdings import Keys, keys_of_names
 
 __all__ = ["Listing", "Reader", "has_parts", "list_samples", "numbered", "parse_shard"]
 
 PARTS = ("train", "test")
+
+_UNPACKED = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")  # images of one size are files of one size
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,7 @@ class Listing:
         targets: (N,) ids of the source; -1 is a sample without a label.
         names: What each sample is called, class, file and size; ``None`` where samples have numbers alone.
         digest: Of names, or of targets; equal for equal lists.
+        ignored: What lies in a folder beside the samples, in words.
     """
 
     spec: str
@@ -42,6 +47,7 @@ class Listing:
     targets: Rows
     names: list[str] | None
     digest: str
+    ignored: str = ""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -50,8 +56,19 @@ class Listing:
         """Return the keys of some rows by which they are known in another list, where they have names."""
         if self.names is None:
             return None
-        chosen = self.names if rows is None else [self.names[row] for row in rows]
-        return keys_of_names(chosen)
+        return keys_of_names([self._full_name(row) for row in (range(len(self)) if rows is None else rows)])
+
+    def _full_name(self, row: int) -> str:
+        """Return the name of a row, with a sum of the file's bytes where its size tells nothing."""
+        assert self.names is not None
+        assert isinstance(self.part, ImageFiles)
+        file = Path(self.part.files[row])
+        if file.suffix.lower() not in _UNPACKED:
+            return self.names[row]
+        try:
+            return f"{self.names[row]}/{zlib.crc32(file.read_bytes())}"
+        except OSError:  # whoever reads the image says so
+            return self.names[row]
 
     def name(self, row: int) -> str:
         """Return what a person calls a sample."""
@@ -61,6 +78,8 @@ class Listing:
 
 def list_samples(spec: str, root: str | Path | None = None, part: str = "train") -> Listing:
     """List the samples of a source; of a folder those in ``train/<class>/``, or in ``<class>/`` where there is no such.
+
+    Names of classes and files are compared as Unicode's NFC, so that folders from other systems have the same ones.
 
     Args:
         spec: A source by its short form, such as ``"folder:PATH"``.
@@ -76,7 +95,10 @@ def list_samples(spec: str, root: str | Path | None = None, part: str = "train")
         folder = locate(source.path, data_root(root), "folder")
         if not folder.is_dir():
             raise DataError(f"{spec}: {folder} is no folder; give one with a folder of images for each class")
-        return _of_folder(spec, folder / part if _is_cut(folder) else folder)
+        if not _is_cut(folder):
+            return _of_folder(spec, folder)
+        beside = [each.name for each in listing(folder) if each.is_dir() and each.name not in PARTS]
+        return _of_folder(spec, folder / part, beside)
     samples = source.load(data_root(root))[part == "test"]
     if not len(samples):
         raise DataError(f"{spec} has no samples in its {part} part")
@@ -93,22 +115,44 @@ def list_samples(spec: str, root: str | Path | None = None, part: str = "train")
 def has_parts(spec: str, root: str | Path | None = None) -> bool:
     """Return whether a source is a folder with a training and a test part."""
     source = resolve_source(spec)
-    return isinstance(source, ImageFolder) and _is_cut(locate(source.path, data_root(root), "folder"))
+    if not isinstance(source, ImageFolder):
+        return False
+    folder = locate(source.path, data_root(root), "folder")
+    return _is_cut(folder) and (folder / "test").is_dir()
 
 
 def _is_cut(folder: Path) -> bool:
-    return all((folder / name).is_dir() for name in PARTS)
+    """Whether ``train/`` in a folder is a part, with folders of classes, and no class with images."""
+    part = folder / "train"
+    return part.is_dir() and any(each.is_dir() for each in listing(part)) and not has_images(part)
 
 
-def _of_folder(spec: str, folder: Path) -> Listing:
-    found = labelled_images(folder)
-    classes = sorted({name for _, name, _ in found})
+def _of_folder(spec: str, folder: Path, beside: Sequence[str] = ()) -> Listing:
+    found = [(_composed(name), file) for _, name, file in labelled_images(folder)]
+    classes = sorted({name for name, _ in found})
     ids = {name: number for number, name in enumerate(classes)}
-    files = [file for _, _, file in found]
-    targets = np.array([ids[name] for _, name, _ in found], dtype=np.int64)
-    names = [f"{name}/{Path(file).name}/{Path(file).stat().st_size}" for _, name, file in found]
+    files = [file for _, file in found]
+    targets = np.array([ids[name] for name, _ in found], dtype=np.int64)
+    names = [f"{name}/{_composed(Path(file).name)}/{_size(file)}" for name, file in found]
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
-    return Listing(spec, ImageFiles(files, targets), dict(enumerate(classes)), targets, names, digest)
+    ignored = [unread_files(folder), f"the folders {', '.join(beside)} beside {folder.name}" if beside else ""]
+    said = " and ".join(filter(None, ignored))
+    return Listing(spec, ImageFiles(files, targets), dict(enumerate(classes)), targets, names, digest, said)
+
+
+def _composed(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name {name!a} of a class or an image is no UTF-8; rename it") from None
+    return unicodedata.normalize("NFC", name)
+
+
+def _size(file: str) -> int:
+    try:
+        return Path(file).stat().st_size
+    except OSError:  # a link to nothing: an image that cannot be read
+        return -1
 
 
 def parse_shard(text: str) -> tuple[int, int]:

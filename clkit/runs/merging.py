@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from clkit.runs.heads import HEADS, head_entries
 from clkit.schema import LEARNED, MERGED, STRATEGY, STREAM, Named, Numbers, saved_entry
 
 __all__ = ["HeadSummary", "hand_over", "merge_checkpoints", "save_checkpoint"]
+
+_SHOWN = 5  # images that a warning names
 
 _OF_ONE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states", STRATEGY)  # what no merged file can have
 
@@ -42,7 +45,8 @@ def merge_checkpoints(
     of the runs have learned counts twice. Heads are added in pairs, pairs of pairs and so on, and files are read one
     after the other, so that many parts take little memory and their order changes no more than the last digits.
 
-    Files of ``clkit learn`` say which samples their heads hold: none is added twice there and none may be missing.
+    Files of ``clkit learn`` say which samples their heads hold: none is added twice there and none may be missing, and
+    what could not be read is named in a warning. More can be learned into the file, as into each of them.
 
     The file is for ``validate``, ``test``, ``predict``, :func:`clkit.load_head`, further merging and export. No fit can
     go on from it: its runs were at different places of their streams. Weights, and whatever else is in the file, are
@@ -107,6 +111,13 @@ def merge_checkpoints(
     if contents is not None:
         check_complete(contents.holds, partial, "--partial (partial=True)")
         merged[LEARNED] = contents.state()
+        if lacks := contents.holds.left_out:
+            shown = ", ".join(lacks[:_SHOWN]) + (" ..." if len(lacks) > _SHOWN else "")
+            warnings.warn(
+                f"clkit: {output} lacks what could not be read when the parts were learned: {shown} ({len(lacks)} in "
+                f"all); repair and learn it into {output}",
+                stacklevel=2,
+            )
     heads = {key: tree.total() for key, tree in trees.items()}
     nothing = {"rows": {}, "columns": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
     evaluations = {

@@ -159,11 +159,10 @@ class SavedRun:
         """
         if not is_overridden("validation_step", self.module):
             raise ConfigurationError(f"{type(self.module).__name__} has no validation_step, by which it is run here")
-        strategy: Any = GradientFreeStrategy() if isinstance(self.strategy, GradientFreeStrategy) else "auto"
         with _quiet(), _loading():
             options: dict[str, Any] = {**_BARE, "callbacks": list(self.learning), "limit_val_batches": 1}
             warnings.filterwarnings("ignore", message="the checkpoint has no state for MEND")  # before its first edit
-            trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, **options)
+            trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=self._frozen_or_not(), **options)
             trainer.validate(self.module, datamodule=self.data, ckpt_path=self.path, verbose=False, weights_only=True)
         return self.module, trainer
 
@@ -171,10 +170,15 @@ class SavedRun:
         """Return the module, with its callbacks in ``learning`` taken up, and what each DEUP says of some inputs."""
         batches: DataLoader[Any] = DataLoader([(inputs, torch.full((len(inputs),), -1))], batch_size=None)  # type: ignore[arg-type]  # any list
         with _quiet(), _loading():
-            trainer = pl.Trainer(accelerator="cpu", devices=1, callbacks=list(self.learning), **_BARE)
+            options: dict[str, Any] = {**_BARE, "callbacks": list(self.learning), "strategy": self._frozen_or_not()}
+            trainer = pl.Trainer(accelerator="cpu", devices=1, **options)
             trainer.predict(self.module, batches, return_predictions=False, ckpt_path=self.path, weights_only=True)
         said = [each.predictions[0] for each in self.learning if isinstance(each, DEUP) and each.predictions]
         return self.module, said
+
+    def _frozen_or_not(self) -> Any:
+        """Return a strategy that says, as that of the run did, whether the network trains."""
+        return GradientFreeStrategy() if isinstance(self.strategy, GradientFreeStrategy) else "auto"
 
     def prepare(self, key: str, samples: int = 4) -> Any:
         """Load the checkpoint's weights into the module; return some inputs of the kind that a callback reads."""

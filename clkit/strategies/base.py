@@ -18,7 +18,7 @@ from clkit.arguments import check_arguments
 from clkit.errors import ConfigurationError, StateError, refuse_unknown_arguments
 from clkit.features.batch import BatchReader, Readings
 from clkit.features.repeats import mark_repeats
-from clkit.models.timm_classifier import refuse_unsafe_layout
+from clkit.models.memory_layout import refuse_unsafe_layout
 from clkit.schema import FLOATS, STRATEGY, Instance, Numbers, OneOf, Table, read_own, read_state, saved_entry
 from clkit.strategies._collectives import SpokenDDP
 from clkit.strategies._company import IN_CLKIT, Misfits, refuse_misfits, refuse_other_optimizers

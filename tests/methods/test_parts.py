@@ -174,7 +174,12 @@ def test_holdings_are_sets_of_rows(total: int, parts: list[list[tuple[int, int]]
         ranges = [(start, min(start + length, total)) for start, length in part if start < total]
         wanted = {row for start, stop in ranges for row in range(start, stop)}
         other = Holdings()
-        other.add("made", total, ranges, cut=min(cut, total), keys=keys_of_names([f"{number}"]))
+        keys = keys_of_names([f"{number}"])
+        if sum(stop - start for start, stop in ranges) > len(wanted):
+            with pytest.raises(ArgumentError, match=r"ranges: \[.* cannot be; give disjoint ranges"):
+                other.add("made", total, ranges, cut=min(cut, total), keys=keys)
+            continue
+        other.add("made", total, ranges, cut=min(cut, total), keys=keys)
         before = mine.state_dict()
         if held & wanted:
             with pytest.raises(ArgumentError, match=r"'made'.* is held already"):
@@ -187,6 +192,23 @@ def test_holdings_are_sets_of_rows(total: int, parts: list[list[tuple[int, int]]
         again = Holdings.of_state(mine.state_dict(), "again")
         assert str(again.state_dict()) == str(mine.state_dict())
         assert (not again.missing()) == (len(held) == total)
+
+
+@pytest.mark.parametrize("wrong", [(5, 20), (-3, 2), (5, 2), (4, 4)])
+def test_ranges_of_no_rows_are_refused(wrong: tuple[int, int]) -> None:
+    held = Holdings()
+    with pytest.raises(ArgumentError, match="within the 10 rows of 'made'"):
+        held.add("made", 10, [wrong])
+    assert held.rows == 0
+
+
+def test_a_part_holds_all_that_its_head_has_learned() -> None:
+    head = KINDS["ridge"]()
+    head.update(torch.randn(25, WIDTH), torch.arange(25) % 3)
+    with pytest.raises(ArgumentError, match="holds=10 rows, and the head has learned 25"):
+        HeadPart(head, Holdings.shard("made", 40, 0, 4))
+    with pytest.raises(ArgumentError, match=r"part 0 is b'.*; give HeadPart.from_bytes\(…\) of what was sent"):
+        HeadPart.merge_all([HeadPart(head, Holdings.shard("made", 25)).to_bytes()])  # type: ignore[list-item]  # the mistake
 
 
 @given(rows=st.lists(st.integers(0, 29), max_size=30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from clkit.data.sources.base import Int64, RowRange, SlicedSource, SourcePart, l
 from clkit.data.sources.images import read_image
 from clkit.errors import DataError
 
-__all__ = ["ImageFiles", "ImageFolder", "labelled_images"]
+__all__ = ["ImageFiles", "ImageFolder", "has_images", "labelled_images", "unread_files"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -102,15 +103,35 @@ def labelled_images(folder: Path, domains: bool = False) -> list[tuple[str, str,
     rows = []
     for domain, parent in groups:
         for class_folder in _folders(parent):
-            files = [file for file in listing(class_folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+            files = [file for file in listing(class_folder) if _is_image(file)]
             if not files:
                 levels = "<domain>/<class>" if domains else "<class>"
                 raise DataError(
-                    f"{class_folder} has no image files; the images must lie in {folder.name}/{levels}/ "
-                    f"(domains={domains}) and end in one of {sorted(IMAGE_SUFFIXES)}"
+                    f"{class_folder} has no image files; the images must lie in {folder.name}/{levels}/"
+                    f"{' (domains=True)' if domains else ''} and end in one of {sorted(IMAGE_SUFFIXES)}"
                 )
             rows += [(domain, class_folder.name, str(file)) for file in files]
     return rows
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether image files lie directly in a folder."""
+    return any(_is_image(file) for file in listing(folder))
+
+
+def unread_files(folder: Path) -> str:
+    """Return in words what the folders of classes hold beside the images that are read; nothing where that is all."""
+    others = Counter(
+        "in sub-folders" if file.is_dir() else file.suffix.lower() or "without an ending"
+        for class_folder in _folders(folder)
+        for file in listing(class_folder)
+        if not _is_image(file)
+    )
+    return ", ".join(f"{count} {name}" for name, count in sorted(others.items()))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,15 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clkit.arguments import check_arguments, in_short
+from clkit.arguments import in_short
 from clkit.errors import ArgumentError, StateError
-from clkit.files import read_bytes
 from clkit.methods._checks import check_count
-from clkit.methods.heads.base import Head
-from clkit.methods.heads.portable import MergeTree, head_of_state, kinds_of
 from clkit.schema import Instance, Many, Nested, Numbers, Table, Whole, read_state
 
-__all__ = ["HeadPart", "Holdings", "check_complete", "keys_of_names", "shard_bounds"]
+__all__ = ["Holdings", "check_complete", "keys_of_names", "shard_bounds"]
 
 Keys = npt.NDArray[np.int64]
 Ranges = list[tuple[int, int]]
@@ -156,7 +152,19 @@ class Holdings:
         keys: Keys | None = None,
         left_out: Sequence[str] = (),
     ) -> None:
-        """Note rows ``[start, stop)`` of a list, which must not be held, and the ``keys`` of those with names."""
+        """Note rows ``[start, stop)`` of a list, which must not be held, and the ``keys`` of those with names.
+
+        Raises:
+            ArgumentError: If a row is held already or given twice, or the list has no such row.
+        """
+        check_count("total", total)
+        last = 0
+        for start, stop in sorted(ranges):
+            if not last <= start < stop <= total:
+                raise ArgumentError(
+                    f"ranges: [{start}, {stop}) cannot be; give disjoint ranges within the {total} rows of {name!r}"
+                )
+            last = stop
         rows = _Rows(name, digest or f"{name}:{total}", total, cut, _united(ranges), list(left_out))
         self._check(rows, keys)
         self._take(rows, keys)
@@ -202,6 +210,12 @@ class Holdings:
     def held(self, digest: str) -> Ranges:
         """Return the ranges ``[start, stop)`` of rows of a list that are held, sorted."""
         return list(self._lists[digest].ranges) if digest in self._lists else []
+
+    def repaired(self, names: Sequence[str]) -> None:
+        """Note that rows which could not be read were learned after all."""
+        found = set(names)
+        for digest, rows in self._lists.items():
+            self._lists[digest] = replace(rows, left_out=[name for name in rows.left_out if name not in found])
 
     def forget(self, keys: Keys) -> None:
         """Let go of samples by their keys, so that they may be learned again."""
@@ -280,75 +294,6 @@ class Holdings:
     def _take_keys(self, keys: Keys | None) -> None:
         if keys is not None and keys.size:
             self.keys = np.union1d(self.keys, keys)
-
-
-@dataclass
-class HeadPart:
-    """A head that knows which rows it has learned: what a worker sends, and what is merged exactly once.
-
-    Args:
-        head: What was learned.
-        holds: Of which rows.
-
-    Example:
-        >>> from clkit.methods import NearestMeanHead
-        >>> def learn(index: int) -> bytes:  # on any machine
-        ...     head = NearestMeanHead(1)
-        ...     start, stop = shard_bounds(10, index, 2)
-        ...     head.update(torch.arange(start, stop)[:, None] + 1.0, torch.zeros(stop - start).long())
-        ...     return HeadPart(head, Holdings.shard("numbers", 10, index, 2)).to_bytes()
-        >>> HeadPart.merge_all(HeadPart.from_bytes(learn(index)) for index in (1, 0)).head.counts
-        tensor([10])
-        >>> HeadPart.merge_all([HeadPart.from_bytes(learn(1))])
-        Traceback (most recent call last):
-        clkit.errors.ArgumentError: shard 0/2 of 'numbers' is missing; give the part that holds it, or partial=True
-    """
-
-    head: Head
-    holds: Holdings
-
-    def __post_init__(self) -> None:
-        check_arguments(HeadPart, vars(self))
-
-    def to_bytes(self) -> bytes:
-        """Return both as bytes, as :meth:`Head.to_bytes` does."""
-        buffer = io.BytesIO()
-        torch.save({"format": 1, "head": dict(self.head.state_dict()), "holds": self.holds.state_dict()}, buffer)
-        return buffer.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> HeadPart:
-        """Return the part of :meth:`to_bytes`.
-
-        Raises:
-            StateError: If the bytes are damaged, cut off or of something else.
-        """
-        table: Table = {"format": Whole(1, 1), "head": Instance(dict), "holds": Instance(dict)}
-        saved = read_state(read_bytes(data, "the bytes of a part"), table, "the bytes of a part")
-        head = head_of_state(saved["head"], "the head of the part", kinds_of(Head))
-        return cls(head, Holdings.of_state(saved["holds"], "the rows of the part"))
-
-    @classmethod
-    def merge_all(cls, parts: Iterable[HeadPart], *, partial: bool = False) -> HeadPart:
-        """Return one part of all given ones, merged as :meth:`Head.merge_all` does.
-
-        Args:
-            parts: At least one; the heads of those that the iterable makes one by one are let go of as it goes on.
-            partial: Whether rows may be missing.
-
-        Raises:
-            ArgumentError: If a row is held twice, one is missing, or heads differ; the message names it.
-        """
-        tree, holds = MergeTree(), Holdings()
-        for number, part in enumerate(parts):
-            try:
-                holds.merge(part.holds)
-                tree.add(part.head)
-            except ArgumentError as error:
-                raise ArgumentError(f"part {number}: {error}") from error
-        total = tree.total()
-        check_complete(holds, partial)
-        return cls(total, holds)
 
 
 def check_complete(holds: Holdings, partial: bool, way: str = "partial=True") -> None:
