@@ -24,7 +24,7 @@ import torch
 from circumstances import data_folder
 from coverage import HEADS, kept
 from judging import MEMORY, judge
-from novelty import FEATURES, other_images
+from novelty import FEATURES, IMAGES, other_images
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--images", action="store_true", help="also sets whose features are computed first")
     options = parser.parse_args(arguments)
-    folder = data_folder("deup_images", [FEATURES.format(name) for name in ("cifar100", "caltech101", "gtsrb")])
+    files = [FEATURES.format(name) for name in ("cifar100", "caltech101", "gtsrb")]
+    folder = data_folder("deup_images", files + (list(IMAGES) if options.images else []))
     if folder is None:
         return 2
     others = {"Caltech-101": kept("caltech101").test, "traffic signs": kept("gtsrb").test}

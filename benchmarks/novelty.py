@@ -38,6 +38,7 @@ NEIGHBOUR = 5
 SHRINKAGE = 1e-3
 RATE = 0.05
 HALVES = 5
+IMAGES = ("cifar10_subset.npz", "ood_textures_clutter.npz", WEIGHTS)  # of which no features are kept
 
 
 def rows(folder: Path, name: str, part: str) -> tuple[Tensor, Tensor]:
@@ -100,9 +101,9 @@ def other_images(folder: Path) -> dict[str, Tensor]:
     """Return features of the sets of which none are kept."""
     from PIL import Image
 
-    with np.load(folder / "cifar10_subset.npz", allow_pickle=False) as data:
+    with np.load(folder / IMAGES[0], allow_pickle=False) as data:
         found = {"CIFAR-10": image_features(data["x_test"], folder)}
-    with np.load(folder / "ood_textures_clutter.npz", allow_pickle=False) as data:
+    with np.load(folder / IMAGES[1], allow_pickle=False) as data:
         for name in ("textures", "clutter"):
             bytes_of, ends = data[f"jpeg_{name}"], data[f"offsets_{name}"]
             images = [Image.open(io.BytesIO(bytes_of[a:b].tobytes())) for a, b in pairwise(ends)]
@@ -115,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", action="store_true", help="also sets whose features are computed first")
     wants_images = parser.parse_args(arguments).images
-    folder = data_folder("novelty", [FEATURES.format(name) for name in ("cifar100", "caltech101", "gtsrb")])
+    files = [FEATURES.format(name) for name in ("cifar100", "caltech101", "gtsrb")]
+    folder = data_folder("novelty", files + (list(IMAGES) if wants_images else []))
     if folder is None:
         return 2
     train, targets = rows(folder, "cifar100", "train")

@@ -315,7 +315,7 @@ def test_an_unreadable_image_stops_or_is_left_out(workers: int, place: Path, new
     done = learn_images(new(), data, tmp_path / "skipped.ckpt", loading=skip)
     assert done.rows == 23
     assert [str(bad) in reason for reason in done.unreadable] == [True]
-    assert LearnedModel.read(tmp_path / "skipped.ckpt").holds.left_out == [str(bad)]
+    assert LearnedModel.read(tmp_path / "skipped.ckpt").holds.left_out == ["tit/2.png"]
     bad.write_bytes(whole)
     learn_images(new(), data, tmp_path / "whole.ckpt")
     for part, rest in ((file, 12), (tmp_path / "skipped.ckpt", 1)):
@@ -361,12 +361,14 @@ def test_a_merge_names_what_its_parts_left_out_until_it_is_repaired(place: Path,
     parts = [tmp_path / f"{index}.ckpt" for index in range(2)]
     for index, part in enumerate(parts):
         learn_images(new(), f"folder:{tmp_path}/birds", part, shard=(index, 2), loading=Loading(unreadable="skip"))
-    with pytest.warns(UserWarning, match=rf"merged.ckpt lacks what could not be read .*: {bad} \(1 in all\)"):
+    said = r"images could not be read \(1 in all\): tit/2.png; repair them, and what .* can be learned into .*merged.ckpt"
+    with pytest.warns(UserWarning, match=said):
         (learned,) = merge_checkpoints(parts, tmp_path / "merged.ckpt")
     assert learned.samples == 23
     bad.unlink()
     bad.write_bytes(whole)
-    done = learn_images(tmp_path / "merged.ckpt", f"folder:{tmp_path}/birds", tmp_path / "whole.ckpt")
+    (tmp_path / "birds").rename(tmp_path / "elsewhere")
+    done = learn_images(tmp_path / "merged.ckpt", f"folder:{tmp_path}/elsewhere", tmp_path / "whole.ckpt")
     assert (done.rows, done.known) == (1, 23)
     assert done.model.holds.left_out == []
 
@@ -381,33 +383,45 @@ def test_files_whose_size_says_nothing_are_told_apart_by_their_content(place: Pa
     with pytest.raises(DataError, match=r"no image that .* does not hold already"):
         learn_images(file, f"folder:{tmp_path}/again", file, overwrite=True)
     forget_images(file, f"folder:{tmp_path}/again", file, overwrite=True)
-    assert_same_head(
-        file, learn_images(new("nmc"), f"folder:{tmp_path}/two", tmp_path / "two.ckpt") and tmp_path / "two.ckpt"
-    )
+    learn_images(new("nmc"), f"folder:{tmp_path}/two", tmp_path / "two.ckpt")
+    assert_same_head(file, tmp_path / "two.ckpt")
+    with pytest.raises(DataError, match=r"again/crow/0.bmp: not learned by .* in this class and as it is now"):
+        forget_images(file, f"folder:{tmp_path}/again", file, overwrite=True)
+    learn_images(new("nmc"), f"folder:{tmp_path}/one", tmp_path / "one.ckpt")
+    (learned,) = merge_checkpoints([tmp_path / "one.ckpt", tmp_path / "two.ckpt"], tmp_path / "both.ckpt")
+    assert learned.samples == 2
 
 
-def test_one_name_in_two_forms_of_unicode_is_one_class(place: Path, new: Any, tmp_path: Path) -> None:
-    for machine, form in (("mac", "NFD"), ("linux", "NFC")):
-        folder = tmp_path / machine / unicodedata.normalize(form, "café")
-        folder.mkdir(parents=True)
-        shutil.copy(place / "all" / "crow" / "0.png", folder / f"{machine}.png")
-    learn_images(new("nmc"), f"folder:{tmp_path}/mac", tmp_path / "a.ckpt")
-    done = learn_images(tmp_path / "a.ckpt", f"folder:{tmp_path}/linux", tmp_path / "b.ckpt")
-    assert (done.classes, done.samples) == ((1, 1), (1, 2))
-    folder.rename(os.fsdecode(os.fsencode(tmp_path / "linux") + b"/caf\xe9"))
-    with pytest.raises(DataError, match=r"the name 'caf\\udce9' of a class or an image is no UTF-8; rename it"):
-        learn_images(new("nmc"), f"folder:{tmp_path}/linux", tmp_path / "c.ckpt")
+def test_a_folder_is_one_list_whatever_form_of_unicode_its_names_have(place: Path, new: Any, tmp_path: Path) -> None:
+    for index, form in enumerate(("NFD", "NFC")):  # a Mac's, and that of others; they sort on two sides of "f"
+        for name, bird in (("é", "jay"), ("f", "wren")):
+            shutil.copytree(place / "all" / bird, tmp_path / form / unicodedata.normalize(form, name))
+        learn_images(new("nmc"), f"folder:{tmp_path}/{form}", tmp_path / f"{index}.ckpt", shard=(index, 2))
+    (learned,) = merge_checkpoints([tmp_path / "0.ckpt", tmp_path / "1.ckpt"], tmp_path / "both.ckpt")
+    assert (learned.samples, learned.classes) == (12, 2)
+    name = unicodedata.normalize("NFD", "é")
+    done = forget_images(tmp_path / "both.ckpt", f"folder:{tmp_path}/NFC", tmp_path / "f.ckpt", classes=name)
+    assert done.samples == (12, 6)
+    (tmp_path / "NFC" / "é").rename(os.fsdecode(os.fsencode(tmp_path / "NFC") + b"/\xe9"))
+    with pytest.raises(DataError, match=r"the name '\\udce9' of a class or an image is no UTF-8; rename it"):
+        learn_images(new("nmc"), f"folder:{tmp_path}/NFC", tmp_path / "c.ckpt")
 
 
-def test_a_folder_with_a_training_part_alone_and_classes_of_such_names(place: Path, new: Any, tmp_path: Path) -> None:
-    shutil.copytree(place / "all", tmp_path / "cut" / "train")
-    shutil.copytree(place / "old", tmp_path / "cut" / "val")
-    done = learn_images(new("nmc"), f"folder:{tmp_path}/cut", tmp_path / "a.ckpt")
-    assert (done.rows, done.ignored) == (24, "the folders val beside train")
-    shutil.copytree(place / "old" / "jay", tmp_path / "vehicles" / "train")
-    shutil.copytree(place / "old" / "wren", tmp_path / "vehicles" / "test")
-    done = learn_images(new("nmc"), f"folder:{tmp_path}/vehicles", tmp_path / "b.ckpt")
+def test_a_training_part_alone_and_classes_of_such_names(place: Path, new: Any, tmp_path: Path) -> None:
+    cut, vehicles = tmp_path / "cut", tmp_path / "vehicles"
+    shutil.copytree(place / "all", cut / "train")
+    shutil.copy(place / "all" / "jay" / "1.png", cut / "train" / "overview.png")
+    (cut / "val" / "jay").mkdir(parents=True)
+    done = learn_images(new("nmc"), f"folder:{cut}", tmp_path / "a.ckpt")
+    assert (done.rows, done.ignored) == (24, "loose images: 1; beside train: val")
+    shutil.copytree(place / "old" / "jay", vehicles / "train")
+    shutil.copytree(place / "old" / "wren", vehicles / "test")
+    done = learn_images(new("nmc"), f"folder:{vehicles}", tmp_path / "b.ckpt")
     assert list(done.model.names.values()) == ["test", "train"]
+    shutil.copytree(place / "old" / "wren", vehicles / "tram")
+    shutil.copytree(place / "old" / "wren", vehicles / "train" / "steam")
+    with pytest.raises(DataError, match="vehicles: train/ holds folders of images, and so it is a part, but tram/ "):
+        learn_images(new("nmc"), f"folder:{vehicles}", tmp_path / "c.ckpt")
 
 
 def test_without_an_image_nothing_is_written(place: Path, new: Any, tmp_path: Path) -> None:
@@ -488,7 +502,7 @@ def test_what_does_not_count_is_named(here: Path, capsys: pytest.CaptureFixture[
     assert not Path("birds.ckpt").exists()
     printed = said(capsys, *begin, "--test", "folder:./all", "--unreadable", "skip", "-o", "birds.ckpt")
     assert "right of 11 test images, new classes" in printed
-    assert "in the folder and not read: 1 .gif, 1 in sub-folders" in printed
+    assert "in the folder and not read: .gif: 1, sub-folders: 1" in printed
     (unread, unknown) = printed.partition("test images that do not count:\n")[2].splitlines()
     assert "all/tit/1.png cannot be decoded" in unread
     assert unknown.strip() == "12 of 23 are of classes that were not learned: jay, wren"

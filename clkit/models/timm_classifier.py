@@ -205,7 +205,7 @@ class TimmClassifier(pl.LightningModule):
         classifier = self.network.get_classifier()
         name = next((name for name, layer in self.named_modules() if layer is classifier), None)  # None for a pair
         weight = checkpoint["state_dict"].get(f"{name}.weight")
-        if weight is not None and len(weight) != self.network.num_classes:
+        if isinstance(weight, Tensor) and weight.ndim and len(weight) != self.network.num_classes:
             self._make_classifier(len(weight))
 
     def forward(self, inputs: Tensor) -> Tensor:

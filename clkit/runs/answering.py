@@ -80,6 +80,8 @@ def answer_images(
         if not Path(image).is_file() and not _ROW.search(str(image)):
             raise ArgumentError(f"{str(image)!r} is no file; give image files after the checkpoint")
     checkpoint = read_checkpoint(path)
+    if LEARNED in checkpoint and (rows := [str(image) for image in images if not Path(image).is_file()]):
+        raise ArgumentError(f"{rows[0]!r} is no file, and {path} is of no run whose data would have such a row")
     names = {name_of(key): key for key in head_entries(checkpoint)}
     if not names:
         raise StateError(f"{path} holds no learned head")

@@ -18,7 +18,7 @@ from clkit.errors import ArgumentError, BatchError, DataError
 from clkit.files import check_output
 from clkit.methods import shard_bounds
 from clkit.runs.learned import LearnedModel, NewModel
-from clkit.runs.listing import Listing, Reader, has_parts, list_samples, numbered
+from clkit.runs.listing import Listing, Reader, composed, has_parts, list_samples, numbered
 
 __all__ = ["Learned", "Loading", "forget_images", "learn_images"]
 
@@ -87,8 +87,9 @@ def learn_images(
 
     Each image is learned once, in one pass, and the head is then the one of all images at once, up to the rounding of
     float64. Classes are told apart by their names: those that the file knows keep their ids, new ones get the next.
-    Images that the head holds already, by class, file name and size (and content, where files are not compressed; rows
-    of other sources by their numbers), are left out, so the same folder may be given again when it has grown.
+    Images that the head holds already are left out, so the same folder may be given again when it has grown. They are
+    known by class, file name and size, where files are not compressed by their content too, and rows of other sources
+    by their numbers.
 
     Args:
         start: A :class:`NewModel`, or the file to go on from.
@@ -142,7 +143,7 @@ def learn_images(
     if not done.rows and stopped is None:
         raise DataError(f"none of the {len(rows)} images of {data} can be learned; nothing was written")
     if done.rows:
-        left_out = [listing.name(row) for row in np.setdiff1d(rows[rows < upto], taken).tolist()]
+        left_out = [listing.place(row) for row in np.setdiff1d(rows[rows < upto], taken).tolist()]
         _hold(model, listing, (bounds[0], upto), shard, taken, left_out)
         model.write(output)
     if stopped is not None:
@@ -178,7 +179,7 @@ def forget_images(
 
     Raises:
         ArgumentError: If a file is not there, ``output`` exists, or there is no such class.
-        DataError: If an image was never learned (by class, file name and size), or cannot be read. Nothing is written.
+        DataError: If an image was never learned, in this class and as it is now, or cannot be read. Nothing is written.
     """
     check_output(output, [Path(path)], overwrite)
     listing = list_samples(data, loading.root)
@@ -186,6 +187,7 @@ def forget_images(
     ids = _numbered(listing, model)
     rows = np.arange(len(listing))
     if classes is not None:
+        classes = [composed(each) for each in ([classes] if isinstance(classes, str) else classes)]
         there = {name: number for number, name in listing.classes.items()}
         given = [name for text in classes for name in ([text] if text in there else text.split(","))]
         chosen = [name if name in there else name.strip() for name in given]
@@ -198,7 +200,7 @@ def forget_images(
     if len(strange := rows[~np.isin(keys, model.holds.keys)]):
         named = ", ".join(listing.name(row) for row in strange[:_SHOWN].tolist())
         more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
-        raise DataError(f"{named}{more}: not learned by {path} in this class, name and size; nothing was written")
+        raise DataError(f"{named}{more}: not learned by {path} in this class and as it is now; nothing was written")
     done = Learned(model, classes=(len(model.learned_classes), 0), samples=(model.samples, 0))
     for _, (images, good, unreadable) in _read(model, listing, rows, loading):
         if unreadable:
@@ -261,7 +263,7 @@ def _hold(
         ]
     cut = 1 if shard is None else shard[1]
     keys = listing.keys(learned)
-    model.holds.repaired([listing.name(row) for row in learned.tolist()])
+    model.holds.repaired([listing.place(row) for row in learned.tolist()] + left_out)
     model.holds.add(listing.spec, len(listing), new, cut=cut, digest=listing.digest, keys=keys, left_out=left_out)
 
 

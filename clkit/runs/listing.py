@@ -16,11 +16,11 @@ import torch
 from clkit.data.loader import Fetcher, Rows
 from clkit.data.sources import resolve_source
 from clkit.data.sources.base import SourcePart, data_root, listing, locate
-from clkit.data.sources.folder import ImageFiles, ImageFolder, has_images, labelled_images, unread_files
+from clkit.data.sources.folder import ImageFiles, ImageFolder, has_images, in_few, labelled_images, unread_files
 from clkit.errors import ArgumentError, DataError
 from clkit.methods.heads.holdings import Keys, keys_of_names
 
-__all__ = ["Listing", "Reader", "has_parts", "list_samples", "numbered", "parse_shard"]
+__all__ = ["Listing", "Reader", "composed", "has_parts", "list_samples", "numbered", "parse_shard"]
 
 PARTS = ("train", "test")
 
@@ -36,7 +36,8 @@ class Listing:
         part: The samples.
         classes: Names of the classes, sorted as the source numbers them, by the source's ids.
         targets: (N,) ids of the source; -1 is a sample without a label.
-        names: What each sample is called, class, file and size; ``None`` where samples have numbers alone.
+        names: What each sample is called, class, file and size, and a sum of its bytes where files are not compressed;
+            ``None`` where samples have numbers alone.
         digest: Of names, or of targets; equal for equal lists.
         ignored: What lies in a folder beside the samples, in words.
     """
@@ -56,19 +57,12 @@ class Listing:
         """Return the keys of some rows by which they are known in another list, where they have names."""
         if self.names is None:
             return None
-        return keys_of_names([self._full_name(row) for row in (range(len(self)) if rows is None else rows)])
+        chosen = self.names if rows is None else [self.names[row] for row in rows]
+        return keys_of_names(chosen)
 
-    def _full_name(self, row: int) -> str:
-        """Return the name of a row, with a sum of the file's bytes where its size tells nothing."""
-        assert self.names is not None
-        assert isinstance(self.part, ImageFiles)
-        file = Path(self.part.files[row])
-        if file.suffix.lower() not in _UNPACKED:
-            return self.names[row]
-        try:
-            return f"{self.names[row]}/{zlib.crc32(file.read_bytes())}"
-        except OSError:  # whoever reads the image says so
-            return self.names[row]
+    def place(self, row: int) -> str:
+        """Return class and file of a sample, which are the same wherever its folder lies."""
+        return self.name(row) if self.names is None else "/".join(self.names[row].split("/")[:2])
 
     def name(self, row: int) -> str:
         """Return what a person calls a sample."""
@@ -122,25 +116,37 @@ def has_parts(spec: str, root: str | Path | None = None) -> bool:
 
 
 def _is_cut(folder: Path) -> bool:
-    """Whether ``train/`` in a folder is a part, with folders of classes, and no class with images."""
+    """Whether ``train/`` in a folder is a part, with folders of images, and no class."""
     part = folder / "train"
-    return part.is_dir() and any(each.is_dir() for each in listing(part)) and not has_images(part)
+    if not part.is_dir() or not any(has_images(each) for each in listing(part) if each.is_dir()):
+        return False
+    others = (each for each in listing(folder) if each.is_dir() and each.name not in PARTS)
+    if classes := [each.name for each in others if has_images(each)]:
+        raise DataError(
+            f"{folder}: train/ holds folders of images, and so it is a part, but {classes[0]}/ holds images and is a "
+            f"class; give {part}, or move the folders of train/ out of it"
+        )
+    return True
 
 
 def _of_folder(spec: str, folder: Path, beside: Sequence[str] = ()) -> Listing:
-    found = [(_composed(name), file) for _, name, file in labelled_images(folder)]
-    classes = sorted({name for name, _ in found})
+    found = sorted((composed(name), composed(Path(file).name), file) for _, name, file in labelled_images(folder))
+    classes = sorted({name for name, _, _ in found})
     ids = {name: number for number, name in enumerate(classes)}
-    files = [file for _, file in found]
-    targets = np.array([ids[name] for name, _ in found], dtype=np.int64)
-    names = [f"{name}/{_composed(Path(file).name)}/{_size(file)}" for name, file in found]
+    files = [file for _, _, file in found]
+    targets = np.array([ids[name] for name, _, _ in found], dtype=np.int64)
+    names = [f"{name}/{title}/{_told_apart_by(Path(file))}" for name, title, file in found]
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
-    ignored = [unread_files(folder), f"the folders {', '.join(beside)} beside {folder.name}" if beside else ""]
-    said = " and ".join(filter(None, ignored))
+    said = "; ".join(filter(None, (unread_files(folder), f"beside {folder.name}: {in_few(beside)}" if beside else "")))
     return Listing(spec, ImageFiles(files, targets), dict(enumerate(classes)), targets, names, digest, said)
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """Return a name in Unicode's NFC.
+
+    Raises:
+        DataError: If it is no UTF-8.
+    """
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -148,11 +154,13 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _size(file: str) -> int:
+def _told_apart_by(file: Path) -> str:
+    """Return the size of a file, and a sum of its bytes where the size follows from the image's."""
     try:
-        return Path(file).stat().st_size
+        size = str(file.stat().st_size)
+        return f"{size}/{zlib.crc32(file.read_bytes())}" if file.suffix.lower() in _UNPACKED else size
     except OSError:  # a link to nothing: an image that cannot be read
-        return -1
+        return "-1"
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -114,8 +114,8 @@ def merge_checkpoints(
         if lacks := contents.holds.left_out:
             shown = ", ".join(lacks[:_SHOWN]) + (" ..." if len(lacks) > _SHOWN else "")
             warnings.warn(
-                f"clkit: {output} lacks what could not be read when the parts were learned: {shown} ({len(lacks)} in "
-                f"all); repair and learn it into {output}",
+                f"clkit: when the parts were learned these images could not be read ({len(lacks)} in all): {shown}; "
+                f"repair them, and what is missing of their folder can be learned into {output}",
                 stacklevel=2,
             )
     heads = {key: tree.total() for key, tree in trees.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from clkit.data.sources.base import Int64, RowRange, SlicedSource, SourcePart, l
 from clkit.data.sources.images import read_image
 from clkit.errors import DataError
 
-__all__ = ["ImageFiles", "ImageFolder", "has_images", "labelled_images", "unread_files"]
+__all__ = ["ImageFiles", "ImageFolder", "has_images", "in_few", "labelled_images", "unread_files"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -120,14 +121,21 @@ def has_images(folder: Path) -> bool:
 
 
 def unread_files(folder: Path) -> str:
-    """Return in words what the folders of classes hold beside the images that are read; nothing where that is all."""
+    """Return in words what a folder of classes holds beside the images that are read; nothing where that is all."""
     others = Counter(
-        "in sub-folders" if file.is_dir() else file.suffix.lower() or "without an ending"
+        "sub-folders" if file.is_dir() else file.suffix.lower() or "without an ending"
         for class_folder in _folders(folder)
         for file in listing(class_folder)
         if not _is_image(file)
     )
-    return ", ".join(f"{count} {name}" for name, count in sorted(others.items()))
+    others["loose images"] = sum(map(_is_image, listing(folder)))
+    return in_few([f"{name}: {count}" for name, count in sorted(others.items()) if count])
+
+
+def in_few(words: Sequence[str]) -> str:
+    """Return the first words of several; what no terminal can show of names is written out."""
+    text = ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _is_image(file: Path) -> bool:

@@ -160,7 +160,7 @@ class Holdings:
         check_count("total", total)
         last = 0
         for start, stop in sorted(ranges):
-            if not last <= start < stop <= total:
+            if not last <= start <= stop <= total:
                 raise ArgumentError(
                     f"ranges: [{start}, {stop}) cannot be; give disjoint ranges within the {total} rows of {name!r}"
                 )
@@ -212,7 +212,7 @@ class Holdings:
         return list(self._lists[digest].ranges) if digest in self._lists else []
 
     def repaired(self, names: Sequence[str]) -> None:
-        """Note that rows which could not be read were learned after all."""
+        """Note of rows which could not be read that they were learned after all, or are named anew."""
         found = set(names)
         for digest, rows in self._lists.items():
             self._lists[digest] = replace(rows, left_out=[name for name in rows.left_out if name not in found])
@@ -239,7 +239,7 @@ class Holdings:
     @property
     def left_out(self) -> list[str]:
         """Names of the rows that could not be read."""
-        return [name for rows in self._lists.values() for name in rows.left_out]
+        return list(dict.fromkeys(name for rows in self._lists.values() for name in rows.left_out))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values."""
@@ -275,7 +275,7 @@ class Holdings:
         if keys is not None and (common := len(np.intersect1d(self.keys, keys))):
             names = ", ".join(repr(name[:_LONGEST]) for name in self.names[:_SHOWN])
             raise ArgumentError(
-                f"{common} images of {rows.name[:_LONGEST]!r} are held already, by class, file name and size (in "
+                f"{common} images of {rows.name[:_LONGEST]!r} are held already, in their classes and as they are (in "
                 f"{names}); they would count twice"
             )
 
