@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import pytest
 import torch
@@ -165,12 +166,14 @@ def test_two_nodes_of_which_one_dies_learn_what_one_process_learns(tmp_path: Pat
     nodes = []
     for log in logs:
         with log.open("w") as output:
-            nodes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+            options: Any = {"stdout": output, "stderr": output, "start_new_session": True}
+            nodes.append(subprocess.Popen(command, env=environment, **options))
     try:
-        codes = [node.wait(300) for node in nodes]
+        codes = [node.wait(600) for node in nodes]
     finally:
         for node in nodes:
-            node.kill()
+            if node.poll() is None:  # with the process that it started
+                os.killpg(node.pid, signal.SIGKILL)
     assert codes == [0, 0], [log.read_text()[-2000:] for log in logs]
     assert (tmp_path / "died").exists()
     callbacks = [LDA(), NMC()]
