@@ -800,25 +800,34 @@ def mend() -> ModuleType:
     return loaded(SCRIPT.with_name("mend.py"))
 
 
+@pytest.mark.parametrize(
+    ("network", "parts", "rows"),
+    [
+        ("cnn", ["cnn-tables-0"], 11 + 1),
+        pytest.param("vit", ["vit-layers-0", "vit-tables-0"], 11 + 15 + 2, marks=pytest.mark.slow),
+    ],
+)
 def test_edits_of_digits_on_a_tiny_run(
-    mend: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    network: str,
+    parts: list[str],
+    rows: int,
+    mend: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = mend.digits(0)
     monkeypatch.setattr(mend, "digits", lambda seed: whole._replace(test=(whole.test[0][:12], whole.test[1][:12])))
     for name, value in {"EDITS": 2, "META": 1, "KEPT": 4, "BASE_STEPS": {"cnn": 60, "vit": 60}, "FIRST": 8}.items():
         monkeypatch.setattr(mend, name, value)
     monkeypatch.setattr("editing.MOST_STEPS", 3)
-    command = ["--seeds", "0", "--steps", "2", "--results", str(tmp_path)]
+    command = ["--network", network, "--seeds", "0", "--steps", "2", "--results", str(tmp_path)]
     status = mend.main(command)
     printed = capsys.readouterr().out
     assert status == (0 if "MISSED" not in printed else 1)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "cnn-tables-0.json",
-        "vit-layers-0.json",
-        "vit-tables-0.json",
-    ]
-    assert printed.count("\n| ") == 11 + 11 + 15 + 3
-    step = json.loads((tmp_path / "cnn-tables-0.json").read_text())["one gradient step, 0.01"]["relabel"]
+    assert sorted(file.stem for file in tmp_path.iterdir()) == parts
+    assert printed.count("\n| ") == rows
+    step = json.loads((tmp_path / f"{network}-tables-0.json").read_text())["one gradient step, 0.01"]["relabel"]
     assert step["reliability"] in (0.0, 0.5, 1.0)
     assert step["seconds"] > 0
     monkeypatch.setattr(mend, "trained_editor", None)  # all is done
@@ -1039,6 +1048,7 @@ def test_first_sessions_are_compared_and_taken_up_again(
     images = {f"x_{part}": rng.integers(0, 256, (100, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
     np.savez(tmp_path / sessions.FILES[0], **images, y_train=ids, y_test=ids)
     file = tmp_path / "found.json"
+    monkeypatch.setattr(sessions, "NETWORK", "test_efficientnet")
     small = ["--choices", "none,last_block", "--random-weights", "--size", "32", "--epochs", "1", "--lift", "30"]
     status = sessions.main([*small, "--results", str(file)])
     found = json.loads(file.read_text())

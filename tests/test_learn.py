@@ -594,7 +594,7 @@ def test_a_run_answers_with_set_and_novelty(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = run_settings(source, CALLBACKS)
+    settings = run_settings(source, CALLBACKS, preprocessing={"size": None if source == "digits:flat" else 32})
     if source == "digits":  # a network whose number of outputs the data had said
         settings["model"]["init_args"] = {"backbone": "test_resnet", "model_kwargs": {"in_chans": 1}}
     Path("mine.yaml").write_text(yaml.safe_dump(settings))
