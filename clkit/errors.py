@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any, get_args, get_type_hints
@@ -146,3 +146,14 @@ def refuse_unknown_arguments(cls: type, options: Mapping[str, Any], others: Coll
 def _settings(kind: Any) -> Any:
     """Return the names of the settings in a group of them; none of another type."""
     return getattr(kind, "__dataclass_fields__", ())
+
+
+def few_names(names: Sequence[str]) -> str:
+    """Return the first five of several names; what no terminal can show of them is written out.
+
+    Example:
+        >>> few_names(["crow", "jay"]), few_names(list("abcdefg"))
+        ('crow, jay', 'a, b, c, d, e and 2 more')
+    """
+    text = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return text.encode(errors="backslashreplace").decode()

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from clkit.data.loader import Rows, Workers, cut_batches
-from clkit.errors import ArgumentError, BatchError, DataError
+from clkit.errors import ArgumentError, BatchError, DataError, few_names
 from clkit.files import check_output
 from clkit.methods import shard_bounds
 from clkit.runs.learned import LearnedModel, NewModel
 from clkit.runs.listing import Listing, Reader, composed, has_parts, list_samples, numbered
 
 __all__ = ["Learned", "Loading", "forget_images", "learn_images"]
-
-_SHOWN = 5  # images that a message names
 
 
 @dataclass(frozen=True)
@@ -198,9 +196,8 @@ def forget_images(
     if keys is None:
         raise ArgumentError(f"{data} holds no image files, whose names say which samples they are; give a folder")
     if len(strange := rows[~np.isin(keys, model.holds.keys)]):
-        named = ", ".join(listing.name(row) for row in strange[:_SHOWN].tolist())
-        more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
-        raise DataError(f"{named}{more}: not learned by {path} in this class and as it is now; nothing was written")
+        named = few_names([listing.name(row) for row in strange.tolist()])
+        raise DataError(f"{named}: not learned by {path} in this class and as it is now; nothing was written")
     done = Learned(model, classes=(len(model.learned_classes), 0), samples=(model.samples, 0))
     for _, (images, good, unreadable) in _read(model, listing, rows, loading):
         if unreadable:
@@ -338,5 +335,4 @@ def _compare(done: Learned, seen: tuple[Tensor, list[str]], before: Tensor | Non
             done.accuracy[group] = (number, None if group == "new classes" else counts[0], counts[1])
     if strange := sorted({name for name in seen[1] if name not in known}):
         number = sum(name not in known for name in seen[1])
-        shown = ", ".join(strange[:_SHOWN]) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
-        done.untested.append(f"{number} of {len(ids)} are of classes that were not learned: {shown}")
+        done.untested.append(f"{number} of {len(ids)} are of classes that were not learned: {few_names(strange)}")

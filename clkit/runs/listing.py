@@ -16,8 +16,8 @@ import torch
 from clkit.data.loader import Fetcher, Rows
 from clkit.data.sources import resolve_source
 from clkit.data.sources.base import SourcePart, data_root, listing, locate
-from clkit.data.sources.folder import ImageFiles, ImageFolder, has_images, in_few, labelled_images, unread_files
-from clkit.errors import ArgumentError, DataError
+from clkit.data.sources.folder import ImageFiles, ImageFolder, has_images, labelled_images, unread_files
+from clkit.errors import ArgumentError, DataError, few_names
 from clkit.methods.heads.holdings import Keys, keys_of_names
 
 __all__ = ["Listing", "Reader", "composed", "has_parts", "list_samples", "numbered", "parse_shard"]
@@ -137,7 +137,9 @@ def _of_folder(spec: str, folder: Path, beside: Sequence[str] = ()) -> Listing:
     targets = np.array([ids[name] for name, _, _ in found], dtype=np.int64)
     names = [f"{name}/{title}/{_told_apart_by(Path(file))}" for name, title, file in found]
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
-    said = "; ".join(filter(None, (unread_files(folder), f"beside {folder.name}: {in_few(beside)}" if beside else "")))
+    said = "; ".join(
+        filter(None, (unread_files(folder), f"beside {folder.name}: {few_names(beside)}" if beside else ""))
+    )
     return Listing(spec, ImageFiles(files, targets), dict(enumerate(classes)), targets, names, digest, said)
 
 

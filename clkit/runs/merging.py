@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clkit.errors import ArgumentError, ConfigurationError, StateError
+from clkit.errors import ArgumentError, ConfigurationError, StateError, few_names
 from clkit.files import check_output, read_checkpoint, write_checkpoint
 from clkit.methods.heads.base import Head
 from clkit.methods.heads.holdings import check_complete
@@ -21,8 +21,6 @@ from clkit.runs.heads import HEADS, head_entries
 from clkit.schema import LEARNED, MERGED, STRATEGY, STREAM, Named, Numbers, saved_entry
 
 __all__ = ["HeadSummary", "hand_over", "merge_checkpoints", "save_checkpoint"]
-
-_SHOWN = 5  # images that a warning names
 
 _OF_ONE_RUN = ("callbacks", "loops", "lr_schedulers", "optimizer_states", STRATEGY)  # what no merged file can have
 
@@ -112,9 +110,8 @@ def merge_checkpoints(
         check_complete(contents.holds, partial, "--partial (partial=True)")
         merged[LEARNED] = contents.state()
         if lacks := contents.holds.left_out:
-            shown = ", ".join(lacks[:_SHOWN]) + (" ..." if len(lacks) > _SHOWN else "")
             warnings.warn(
-                f"clkit: when the parts were learned these images could not be read ({len(lacks)} in all): {shown}; "
+                f"clkit: when the parts were learned these images could not be read: {few_names(lacks)}; "
                 f"repair them, and what is missing of their folder can be learned into {output}",
                 stacklevel=2,
             )

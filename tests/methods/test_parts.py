@@ -208,7 +208,7 @@ def test_a_part_holds_all_that_its_head_has_learned() -> None:
     with pytest.raises(ArgumentError, match="holds=10 rows, and the head has learned 25"):
         HeadPart(head, Holdings.shard("made", 40, 0, 4))
     with pytest.raises(ArgumentError, match=r"part 0 is b'.*; give HeadPart.from_bytes\(…\) of what was sent"):
-        HeadPart.merge_all([HeadPart(head, Holdings.shard("made", 25)).to_bytes()])  # type: ignore[list-item]  # the mistake
+        HeadPart.merge_all([HeadPart(head, Holdings.shard("made", 25)).to_bytes()])  # type: ignore[list-item]  # bytes as they were sent, which is what is refused
 
 
 @given(rows=st.lists(st.integers(0, 29), max_size=30))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import torch
 
 from clkit.data.sources.base import Int64, RowRange, SlicedSource, SourcePart, listing, locate, stack_inputs
 from clkit.data.sources.images import read_image
-from clkit.errors import DataError
+from clkit.errors import DataError, few_names
 
-__all__ = ["ImageFiles", "ImageFolder", "has_images", "in_few", "labelled_images", "unread_files"]
+__all__ = ["ImageFiles", "ImageFolder", "has_images", "labelled_images", "unread_files"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -129,13 +128,7 @@ def unread_files(folder: Path) -> str:
         if not _is_image(file)
     )
     others["loose images"] = sum(map(_is_image, listing(folder)))
-    return in_few([f"{name}: {count}" for name, count in sorted(others.items()) if count])
-
-
-def in_few(words: Sequence[str]) -> str:
-    """Return the first words of several; what no terminal can show of names is written out."""
-    text = ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
-    return text.encode(errors="backslashreplace").decode()
+    return few_names([f"{name}: {count}" for name, count in sorted(others.items()) if count])
 
 
 def _is_image(file: Path) -> bool:
