@@ -99,7 +99,7 @@ def test_an_edit_is_written_listed_and_taken_back(runs: Path, capsys: pytest.Cap
         assert main(given) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"wrote {checkpoint}: edit 0 of the network, applied at scale ")
-    assert f"-> {label} (p " in said
+    assert f"-> {label}, p of {label} " in said
     assert "validation samples keep their answer" in said
     assert imread(picture).ndim == 3
     with torch.no_grad():
@@ -121,6 +121,16 @@ def test_an_edit_is_written_listed_and_taken_back(runs: Path, capsys: pytest.Cap
     left = torch.load(other, weights_only=True)
     assert all(torch.equal(value, before["state_dict"][name]) for name, value in left["state_dict"].items())
     assert len(logged_edits(checkpoint)) == 1
+    edited["state_dict"][moved[0]] += 0.01  # something else has changed the network since
+    torch.save(edited, Path(checkpoint).with_name("moved.ckpt"))
+    changed = str(Path(checkpoint).with_name("moved.ckpt"))
+    assert main(["revert", changed, "0"]) == 2
+    assert "--inexact" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="not to the bit"):
+        assert main(["revert", changed, "0", "--inexact"]) == 0
+    weight = torch.load(changed, weights_only=True)["state_dict"][moved[0]]
+    torch.testing.assert_close(weight, before["state_dict"][moved[0]] + 0.01, rtol=0, atol=1e-6)
+    capsys.readouterr()
     assert main(["edits", other]) == 0
     assert "has no edits" in capsys.readouterr().out
     with warnings.catch_warnings():
@@ -244,7 +254,7 @@ def test_the_picture_shows_both_answers_views_and_what_else_moved() -> None:
     assert [axes.get_title() for axes in upper] == ["wanted: cat", "probability", "reference: same answer"]
     bars = {bar.get_width() for bar in upper[1].patches}
     assert {0.4, 0.7} <= {round(each, 6) for each in bars}
-    assert "lost: cat (1)" in upper[2].get_xlabel()
+    assert upper[2].get_xlabel() == "accuracy 90.0 -> 88.0 %\nlost: 1 of cat"
     assert len(figure.axes) == 6
     table = edits_table([], {}, "none")
     assert table.row_count == 0

@@ -137,6 +137,16 @@ def test_merged_heads_equal_one_run_over_everything(finished: Path, lit_small: M
     assert {(entry.samples, entry.classes) for entry in learned} == {(len(rows), 10)}
 
 
+def test_edits_of_a_log_that_is_left_out_are_named(finished: Path, tmp_path: Path) -> None:
+    parts = [tmp_path / f"{name}.ckpt" for name in "ab"]
+    for part, name, committed in zip(parts, ("first", "second"), (True, False), strict=True):
+        saved = torch.load(finished / f"{name}.ckpt", weights_only=True)
+        saved["callbacks"]["MEND(mend)"] = {"edits": [{"id": 0, "committed": committed}]}
+        torch.save(saved, part)
+    with pytest.warns(UserWarning, match=r"clkit: \S*b\.ckpt: edits in their logs are part of the merged heads"):
+        merge_checkpoints(parts, tmp_path / "both.ckpt")
+
+
 def test_what_a_merged_file_is_good_for(finished: Path, make_trainer: Make, lit_small: Make, tmp_path: Path) -> None:
     path = tmp_path / "both.ckpt"
     merge_checkpoints([finished / "first.ckpt", finished / "second.ckpt"], path)

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from clkit.callbacks._recording import module_predicts
 from clkit.callbacks.deup import DEUP
@@ -21,6 +21,7 @@ __all__ = [
     "check_averaging",
     "check_strategy",
     "deciding_head",
+    "edited_weights",
     "grafted_layers",
     "paths_in",
     "stale_parts",
@@ -37,14 +38,19 @@ def check_strategy(owner: str, trainer: pl.Trainer) -> None:
         )
 
 
-def check_averaging(owner: str, trainer: pl.Trainer) -> None:
-    """Refuse an edit of weights that train while another callback keeps an average of them."""
+def check_averaging(owner: str, trainer: pl.Trainer, *, fits: bool) -> None:
+    """Refuse an edit of weights of which another callback keeps an average.
+
+    ``WeightAveraging`` keeps it after the fit, too: evaluations and checkpoints of its trainer have the average, and
+    would have nothing of an edit.
+    """
     for other in callbacks_of(trainer):
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+        if isinstance(other, WeightAveraging) or (fits and isinstance(other, StochasticWeightAveraging)):
             name = type(other).__name__
             raise ConfigurationError(
-                f"{name} averages the weights of this fit, so an edit of them would be in a part of the average alone; "
-                f'edit when the fit is over and the average is in the network ({owner} with when="manual"), or pass '
+                f"{name} averages the weights of this fit, and evaluations and checkpoints of its trainer have the "
+                f"average, so that an edit of the weights would not be in them; edit when the fit is over, with "
+                f"{owner} in a trainer without {name} (the average is in the network by then), or pass "
                 'target="live" to edit the weights that train'
             )
 
@@ -112,6 +118,11 @@ def paths_in(module: nn.Module, editor: GradientEditor) -> dict[str, str]:
     """Return the dotted paths of the edited layers in a module, by their names in the editor."""
     start = path_of(module, editor.model)
     return {name: ".".join(filter(None, (start, name))) for name in editor.layers}
+
+
+def edited_weights(module: pl.LightningModule, editor: GradientEditor) -> dict[str, Tensor]:
+    """Return the weights of a module that an editor edits, by the layers' names in the editor."""
+    return {name: module.get_parameter(f"{path}.weight") for name, path in paths_in(module, editor).items()}
 
 
 def grafted_layers(trainer: pl.Trainer) -> list[str]:

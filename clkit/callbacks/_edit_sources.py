@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from clkit.arguments import in_short
+from clkit.callbacks._run_edits import LoggedEdit
 from clkit.distributed import gather_objects
-from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError, few_names
 from clkit.features.batch import Readings
 from clkit.features.tap import FeatureTap
 from clkit.files import read_checkpoint
@@ -27,6 +28,7 @@ from clkit.surgery.low_rank import LowRank
 
 __all__ = [
     "WantedEdit",
+    "chosen_editor",
     "edited_network",
     "make_editor",
     "read_edits",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _STATISTICS = 200
+_NOT_SAVED = ("alpha", "c_edit", "c_loc", "classifier", "example", "loss", "seed", "store_rank")
 
 
 class WantedEdit(NamedTuple):
@@ -75,11 +78,34 @@ def make_editor(
         if example is not None:
             example = example.to(next(module.parameters()).device)
         if state is None:
-            return GradientEditor(model, example=example, **settings)
-        more = {
-            name: value for name, value in settings.items() if name in ("loss", "store_rank", "seed", "c_edit", "c_loc")
-        }
-        return GradientEditor.from_saved(model, state, example=example, **more)
+            return GradientEditor(model, **{"example": example, **settings})
+        more = {name: value for name, value in settings.items() if name in _NOT_SAVED}
+        return GradientEditor.from_saved(model, state, **{"example": example, **more})
+
+
+def chosen_editor(
+    owner: str, given: dict[str, Any], saved: dict[str, Any], edits: Mapping[int | None, Iterable[LoggedEdit]]
+) -> dict[str, Any]:
+    """Return the state of the editor that goes on: the one that was asked for, with the saved log of edits.
+
+    Args:
+        owner: Who asks, for messages.
+        given: The state of the editor that was asked for.
+        saved: That of a checkpoint.
+        edits: Of the saved log, those that could be taken back, by task.
+
+    Raises:
+        ConfigurationError: If there are such edits, of other layers or settings.
+    """
+    (own, how), (their, their_how) = (editor_settings(each) for each in (given, saved))
+    alike = own == their and how == their_how
+    if not alike and (ids := sorted(each.id for those in edits.values() for each in those)):
+        raise ConfigurationError(
+            f"{owner}: edits {ids} were made by an editor of {few_names(their)} with {their_how}, and the one that is "
+            f"asked for is of {few_names(own)} with {how}; leave the editor out (editor=None), or take these edits "
+            "back, or commit them, first"
+        )
+    return {**(saved if alike and not given["fitted"] else given), "log": saved["log"]}
 
 
 def _refuse_low_rank(model: nn.Module, layers: Any) -> None:

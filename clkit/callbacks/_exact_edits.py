@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,22 +14,44 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from clkit.arguments import in_short
 from clkit.callbacks._run_edits import LoggedEdit, RunEdit
 from clkit.callbacks.head import HeadCallback
 from clkit.distributed import world_size
-from clkit.errors import BatchError
+from clkit.errors import BatchError, NotFittedError
 from clkit.features.observer import forward
 from clkit.features.tap import FeatureTap
 from clkit.methods import EditReference, Guard, LocalityReport
 from clkit.methods._edit_objective import objective_for
 from clkit.methods._edited_network import ran
+from clkit.methods._equivalents import FLIP_SHARE, equivalents_of
 
-__all__ = ["count_in", "features_of", "propose_counting", "take_out"]
+__all__ = ["Beginnings", "count_in", "features_of", "propose_counting", "take_out"]
 
 _FACTORS = (1, 3, 10)  # of the weight, of which the first that does is taken
-_VIEWS = 8  # of a function of equivalents
 _NEVER = -1e9  # in the place of the -inf of a class that a head does not know
+
+
+class Beginnings:
+    """Since when heads hold images of edits: one that began anew holds them no more, and they are not taken out of it.
+
+    What is noted is of this process alone. A checkpoint has edits and sums of one moment, so that what it gives is
+    noted when it is there.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[weakref.ref[Any], int]] = {}
+
+    def note(self, callback: HeadCallback) -> None:
+        """Note the head as the one that holds what is counted in it now."""
+        self._known[callback.name] = (weakref.ref(callback.head), callback.head.resets)
+
+    def holds(self, callback: HeadCallback) -> bool:
+        """Whether it is the head that was noted, and was not reset since; one of which nothing is known is noted."""
+        try:
+            now = weakref.ref(callback.head), callback.head.resets
+        except NotFittedError:  # there is none yet, so none that began anew
+            return True
+        return self._known.setdefault(callback.name, now) == now
 
 
 def features_of(module: pl.LightningModule, layer: str, x: Tensor) -> Tensor:
@@ -60,7 +84,8 @@ def propose_counting(
         x: (B, …) images.
         y: (B,) class ids.
         equivalents: Other views of the images, see :meth:`clkit.methods.GradientEditor.edit`.
-        weight: How often each image is counted, or up to ten times that where it is needed.
+        weight: How often each image is counted, or three or ten times that where it needs more to get its label, or
+            for three quarters of its views to get it too.
         guard: Bounds.
         reference: Of which the guard speaks.
         earlier: Edits of this head that are open.
@@ -75,18 +100,24 @@ def propose_counting(
     rows = features_of(module, callback.layer, x).cpu()
     copy.deepcopy(head).update(rows, ids)  # refuses what it could not learn, before anything is as wide as ids say
     width = max(2, int(torch.cat([head.classes.cpu(), ids]).max()) + 1)
+    others = equivalents_of(x, equivalents, (0, len(callback.state_key))).flatten(0, 1)
+    views = features_of(module, callback.layer, others).cpu() if len(others) else None
+    theirs = ids.repeat_interleave(len(others) // len(ids))
     before = _logits(head, rows, width)
+    found: tuple[int, Any, Tensor] | None = None
     for count in (factor * weight for factor in _FACTORS):
         trial = copy.deepcopy(head)
         trial.update(rows.repeat(count, 1), ids.repeat(count))
         after = _logits(trial, rows, width)
         if bool((after.argmax(dim=1) == ids).all()):
-            break
+            found = found or (count, trial, after)
+            if views is None or _right(trial, views, theirs, width) >= FLIP_SHARE:
+                found = count, trial, after
+                break
+    count, trial, after = found or (count, trial, after)
     objective = objective_for(width, None)
     own: dict[str, Any] = {"prediction_before": before.argmax(dim=1).tolist(), "label": ids.tolist()}
     own["probability_before"] = objective.probabilities(before, ids).tolist()
-    others = _views(x, equivalents)
-    views = None if others is None else features_of(module, callback.layer, others).cpu()
     report: LocalityReport | None = None
     status: Any = "applied"
     reason, earlier = "", list(earlier)
@@ -111,9 +142,7 @@ def propose_counting(
         prediction_after=after.argmax(dim=1).tolist(),
         probability_after=objective.probabilities(after, ids).tolist(),
         reliability=float((after.argmax(dim=1) == ids).double().mean()),
-        generality=None
-        if views is None
-        else _right(trial, views, ids.repeat_interleave(len(views) // len(ids)), width),
+        generality=None if views is None else _right(trial, views, theirs, width),
         sizes={},
         realised=None,
         locality=report,
@@ -141,21 +170,6 @@ def take_out(callback: HeadCallback, rows: Tensor, targets: Tensor) -> None:
     if world_size() > 1:
         callback.head.synchronize()
     callback.head.subtract(rows, targets)
-
-
-def _views(x: Tensor, given: Any) -> Tensor | None:
-    """Return equivalents (B·k, …), those of one image in a row."""
-    if given is not None and not isinstance(given, Tensor):
-        if not callable(given):
-            raise BatchError(f"equivalents must be images or a function (images, generator), got {in_short(given)}")
-        draws = torch.Generator().manual_seed(0)
-        given = torch.stack([given(x.clone(), draws) for _ in range(_VIEWS)], dim=1)
-    if given is None:
-        return None
-    several: Tensor = given[None] if given.ndim == x.ndim and len(x) == 1 else given
-    if several.shape[:1] + several.shape[2:] != x.shape:
-        raise BatchError(f"equivalents must be of shape (B, k, …) to images {tuple(x.shape)}, got {tuple(given.shape)}")
-    return several.flatten(0, 1) if several.shape[1] else None
 
 
 def _logits(head: Any, rows: Tensor, width: int) -> Tensor:
@@ -192,4 +206,5 @@ def _report(
         original.subtract(*each.rows())
     classes = max(width, int(reference.labels.max()) + 1 if reference.labels is not None else 0)
     logits = [_logits(head, rows, classes) for head in (original, callback.head, trial)]
-    return reference.report(objective_for(classes, None), *logits)
+    report = reference.report(objective_for(classes, None), *logits)
+    return replace(report, near_ties=0, near_tie_agreement=None)  # the scores of a head are no probabilities

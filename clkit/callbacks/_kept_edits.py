@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from clkit.callbacks._edit_rules import grafted_layers, paths_in, tasks_of
-from clkit.callbacks._edit_sources import make_editor
-from clkit.callbacks._exact_edits import take_out
-from clkit.callbacks._run_edits import LoggedEdit, check_inner, check_log, open_edits, read_logged
+from clkit.callbacks._edit_rules import edited_weights, grafted_layers, paths_in, tasks_of
+from clkit.callbacks._edit_sources import chosen_editor, make_editor
+from clkit.callbacks._exact_edits import Beginnings, take_out
+from clkit.callbacks._run_edits import LoggedEdit, check_inner, check_log, edits_by_task, open_edits, read_logged
 from clkit.callbacks.base import StreamCallback
 from clkit.callbacks.head import HeadCallback
 from clkit.errors import ConfigurationError, EditConflictError, StateError
@@ -52,6 +52,8 @@ class KeepsEdits(StreamCallback):
     """
 
     boundary_phase = BoundaryPhase.EDIT
+    checks_weights: bool = True
+    """Whether a run begins only with the weights that the log says; without, they can be taken back inexactly."""
 
     def __init__(self, editor: str | Path | Mapping[str, Any] | GradientEditor | None, name: str) -> None:
         super().__init__()
@@ -60,8 +62,13 @@ class KeepsEdits(StreamCallback):
         self._settings = dict(editor) if isinstance(editor, Mapping) else {}
         self._editor = editor if isinstance(editor, GradientEditor) else None
         self._state: dict[str, Any] | None = None  # of a trained editor, until one is made of it
-        if isinstance(editor, str | Path):  # without the edits that it made elsewhere
-            self._state = {**saved_editor(editor), "log": EditLog().state_dict()}
+        self._elsewhere = ""  # the file whose editor has made edits, which are not taken up
+        if isinstance(editor, str | Path):
+            saved = saved_editor(editor)
+            self._elsewhere = str(editor) if check_log(saved["log"], str(editor)).is_open else ""
+            self._state = {**saved, "log": EditLog().state_dict()}
+        self._given: Any = self._state if self._editor is None else self._editor  # a trained one, or None
+        self._heads = Beginnings()  # of the heads that hold the images of edits
         self._logs: dict[int, EditLog] = {}  # of tasks that have a network of their own
         self._saved_logs: dict[str, Any] = {}  # until they are looked at beside the weights
         self._next_id = 0
@@ -91,9 +98,10 @@ class KeepsEdits(StreamCallback):
             ConfigurationError: If another task has connections of the edit by now, or the head is not there.
         """
         trainer, module = self._there()
+        self._let_go(trainer)
         found = open_edits(self.records, ids)
         with torch.inference_mode(False):
-            for task, own in _by_task(found).items():
+            for task, own in edits_by_task(found).items():
                 editor = self._made(module, None)
                 with self._network_of(task, trainer, module, [each.inner for each in own]):
                     editor.revert(*(each.inner for each in own if each.inner is not None), inexact=inexact)
@@ -113,11 +121,24 @@ class KeepsEdits(StreamCallback):
         """Take all edits back that were not committed; raises as :meth:`revert`."""
         self.revert(*(entry.id for entry in self.records if not entry.committed))
 
+    def rebase(self) -> None:
+        """Take the weights, which something else changed, for the edited ones, so that edits can go on.
+
+        What is taken back afterwards is what an edit has added, and no more exact. Raises as :meth:`revert`.
+        """
+        trainer, module = self._there()
+        for task in edits_by_task(self.records):
+            editor = self._made(module, None)
+            with torch.inference_mode(False), self._network_of(task, trainer, module, None):
+                editor.rebase()
+        self._moved = False
+
     def commit(self, *ids: int) -> None:
         """Make edits, by default all, part of the weights or sums for good; raises as :meth:`revert`."""
         trainer, module = self._there()
+        self._let_go(trainer)
         found = open_edits(self.records, ids or [entry.id for entry in self.records if not entry.committed])
-        for task, own in _by_task(found).items():
+        for task, own in edits_by_task(found).items():
             editor = self._made(module, None)
             with self._network_of(task, trainer, module, ()):
                 editor.commit(each.inner for each in own if each.inner is not None)
@@ -141,12 +162,13 @@ class KeepsEdits(StreamCallback):
             EditConflictError: If they are not.
             StateError: If a loaded log does not fit the network.
         """
+        self._let_go(trainer)
         found = [each for each in self.records if each.route == "editor" and not each.committed]
         if not found:
             return
         editor = self._made(module, None)
-        if not self._moved:
-            for task in _by_task(found):
+        if self.checks_weights and not self._moved:
+            for task in edits_by_task(found):
                 with self._network_of(task, trainer, module, None):
                     try:
                         editor.check()
@@ -159,10 +181,9 @@ class KeepsEdits(StreamCallback):
     ) -> None:
         """Note whether training has moved edited weights."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._moved or self._editor is None or not _by_task(self.records):
+        if self._moved or self._editor is None or not edits_by_task(self.records):
             return
-        weights = (pl_module.get_parameter(f"{path}.weight") for path in paths_in(pl_module, self._editor).values())
-        if any(weight.requires_grad for weight in weights):
+        if any(weight.requires_grad for weight in edited_weights(pl_module, self._editor).values()):
             try:
                 self._editor.check()
             except EditConflictError:
@@ -197,18 +218,24 @@ class KeepsEdits(StreamCallback):
             saved = [self._state["log"], *self._saved_logs.values()]
             images = [edit["x"] for log in saved for edit in log["edits"]]
             example = images[0] if images else None
+        if self._state is not None and self._settings:
+            wanted = make_editor(module, self._settings, None, example).state_dict()
+            self._state = chosen_editor(self.state_key, wanted, self._state, edits_by_task(self.records))
         if self._editor is not None and self._state is not None:
             self._editor.load_state_dict(self._state)
         else:
             self._editor = make_editor(module, self._settings, self._state, example)
         with torch.inference_mode(False):
-            weights = {
-                name: module.get_parameter(f"{path}.weight") for name, path in paths_in(module, self._editor).items()
-            }
+            weights = edited_weights(module, self._editor)
             for task, state in self._saved_logs.items():
                 self._logs[int(task)] = EditLog()
                 self._logs[int(task)].load_state_dict(state, weights)
         self._state, self._saved_logs = None, {}
+        if self._elsewhere:
+            self._say(
+                f"the log of {self._elsewhere} has edits, which are not taken up here: where the weights have them, "
+                "they count as part of the original; to take them back begin from that file (ckpt_path=…)"
+            )
         return self._editor
 
     @contextmanager
@@ -288,11 +315,30 @@ class KeepsEdits(StreamCallback):
                 'learns further overwrites it. route="exact" corrects the head itself'
             )
 
+    def _rebased(self, module: pl.LightningModule, editor: GradientEditor) -> AbstractContextManager[None]:
+        """Take edited weights as training has left them, for good if the block adds an edit."""
+        return editor.edit_log.rebased(edited_weights(module, editor)) if self._moved else nullcontext()
+
     def _head(self, trainer: pl.Trainer, name: str | None) -> HeadCallback:
         for each in callbacks_of(trainer):
             if isinstance(each, HeadCallback) and each.name == name:
                 return each
         raise ConfigurationError(f"{self.state_key} has edits of the head {name!r}, and this run has no such head")
+
+    def _let_go(self, trainer: pl.Trainer) -> None:
+        """Take edits out of the log whose head began anew since: its sums do not hold their images any more."""
+        for callback in (each for each in callbacks_of(trainer) if isinstance(each, HeadCallback)):
+            own = self._counted_in(callback)
+            if own and not self._heads.holds(callback):
+                self._drop(own)
+                self._say(
+                    f"{callback.state_key} began anew, and its sums do not hold edits {[each.id for each in own]} any "
+                    "more: they are out of the log; make them again if they are still wanted"
+                )
+
+    def _counted_in(self, head: HeadCallback) -> list[LoggedEdit]:
+        """Return the edits whose images a head holds, and that could be taken back."""
+        return [each for each in self.records if each.head == head.name and not each.committed]
 
     def _drop(self, gone: list[LoggedEdit]) -> None:
         self.records = [entry for entry in self.records if entry not in gone]
@@ -310,6 +356,9 @@ class KeepsEdits(StreamCallback):
 
     def stream_state(self) -> dict[str, Any]:
         """Return the editor and the log; the edits themselves are in the module's weights, or in a head's sums."""
+        trainer = self._run[0] and self._run[0]()
+        if trainer is not None:
+            self._let_go(trainer)
         return {
             "editor": self._state if self._editor is None or self._state is not None else self._editor.state_dict(),
             "logs": self._saved_logs or {str(task): log.state_dict() for task, log in self._logs.items()},
@@ -333,15 +382,17 @@ class KeepsEdits(StreamCallback):
         if saved["editor"] is not None:
             known[None] = check_log(saved["editor"].get("log"), self.state_key)
         check_inner(entries, known, self.state_key)
+        chosen = saved["editor"]
+        if chosen is not None and self._given is not None:
+            given = self._given if isinstance(self._given, dict) else self._given.state_dict()
+            chosen = chosen_editor(self.state_key, given, chosen, edits_by_task(entries))
         self.records, self._next_id, self._moved = entries, saved["next_id"], saved["moved"]
-        if saved["editor"] is not None:
-            self._state, self._saved_logs, self._logs = saved["editor"], dict(logs), {}
-
-
-def _by_task(entries: Iterable[LoggedEdit]) -> dict[int | None, list[LoggedEdit]]:
-    """Return the edits of the network that are open, by the task whose network it is."""
-    found: dict[int | None, list[LoggedEdit]] = {}
-    for entry in entries:
-        if entry.route == "editor" and not entry.committed:
-            found.setdefault(entry.task, []).append(entry)
-    return found
+        self._heads, self._elsewhere = Beginnings(), ""
+        if chosen is not None:
+            self._state, self._saved_logs, self._logs = chosen, dict(logs), {}
+            return
+        self._saved_logs, self._logs = {}, {}  # it is from before the first edit
+        if self._editor is not None:
+            self._editor.edit_log = EditLog()
+        if self._state is not None:
+            self._state = {**self._state, "log": EditLog().state_dict()}

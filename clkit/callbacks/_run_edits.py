@@ -34,6 +34,7 @@ __all__ = [
     "RunEdit",
     "check_inner",
     "check_log",
+    "edits_by_task",
     "feature_shift",
     "open_edits",
     "read_logged",
@@ -64,7 +65,8 @@ class RunEdit(EditResult):
 
     Attributes:
         route: ``"editor"``, weights of the network were changed, or ``"exact"``, the sums of a head, in which the
-            images count ``scale`` times.
+            images count ``scale`` times. Scores of a head are no probabilities: what is called so is then their
+            softmax, in which alone an order means anything, and near-ties are not counted.
         head: The name of that head.
         task: Whose network was changed, in a run with a network for each task.
         features: How features of the reference moved, where that was asked for or a simplex head needs them to stay.
@@ -226,6 +228,15 @@ def open_edits(log: Iterable[LoggedEdit], ids: Iterable[int]) -> list[LoggedEdit
             raise ArgumentError(f"edit {each} was committed: it cannot be taken back any more")
         found[each] = known[each]
     return list(found.values())
+
+
+def edits_by_task(entries: Iterable[LoggedEdit]) -> dict[int | None, list[LoggedEdit]]:
+    """Return the edits of the network that are open, by the task whose network it is."""
+    found: dict[int | None, list[LoggedEdit]] = {}
+    for entry in entries:
+        if entry.route == "editor" and not entry.committed:
+            found.setdefault(entry.task, []).append(entry)
+    return found
 
 
 def feature_shift(before: Tensor, after: Tensor, labels: Tensor | None) -> FeatureShift:

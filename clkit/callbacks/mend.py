@@ -24,6 +24,7 @@ from clkit.features.batch import BatchReader
 from clkit.features.tap import path_of
 from clkit.methods import EditReference, GradientEditor, Proposal
 from clkit.methods._checks import check_count, check_number
+from clkit.methods._edit_arguments import check_scale
 from clkit.methods._edit_guard import Guard
 from clkit.stream.experience import Experience
 from clkit.surgery.fixed_classifier import simplex_classifier_of
@@ -52,8 +53,9 @@ class MEND(KeepsEdits):
     other task has. A simplex head is never edited, and features of the reference are compared.
 
     Args:
-        editor: A file with a trained editor (its ``state_dict()``, or a checkpoint of the run that trained it), the
-            editor itself, or settings of a new one: it makes gradient steps, with statistics of the reference.
+        editor: A file with a trained editor (its ``state_dict()``, or a checkpoint of the run that trained it; edits
+            in its log are not taken up), the editor itself, or settings of a new one: it makes gradient steps, with
+            statistics of the reference.
         edits: What to edit, ``(images, labels)`` or ``(images, labels, equivalents)`` each; the path of a file with
             ``images`` and ``labels``; or a function ``(trainer, module)`` that returns such a list.
         when: When ``edits`` are made: at the ``"fit_end"``, before its last evaluation; at each
@@ -112,8 +114,7 @@ class MEND(KeepsEdits):
         check_arguments(MEND, locals())
         if isinstance(editor, dict):
             refuse_unknown_arguments(GradientEditor, editor)
-        if not isinstance(scale, str):
-            check_number("scale", scale, above=0)
+        check_scale(scale)
         if max_feature_shift is not None:
             check_number("max_feature_shift", max_feature_shift, at_least=0)
         self.weight = check_count("weight", weight)
@@ -164,8 +165,8 @@ class MEND(KeepsEdits):
         trainer, module = self._there()
         views = self.equivalence if equivalents is None else equivalents
         fits = trainer.state.fn == "fit" and trainer.state.status == "running"
-        if fits and self.target is None:
-            check_averaging(self.state_key, trainer)
+        if self.target is None:
+            check_averaging(self.state_key, trainer, fits=fits)
         if route not in (None, "auto", "exact", "editor"):
             raise ArgumentError(f"route must be 'auto', 'exact', 'editor' or None, got {route!r}")
         if task is not None:
@@ -187,7 +188,7 @@ class MEND(KeepsEdits):
         """Refuse what edits cannot stand beside."""
         check_strategy(self.state_key, trainer)
         if stage == "fit" and self.edits is not None and self.when != "manual" and self.target is None:
-            check_averaging(self.state_key, trainer)
+            check_averaging(self.state_key, trainer, fits=True)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,15 +268,21 @@ class MEND(KeepsEdits):
         """Correct a head by counting the images in its sums."""
         if trainer.world_size > 1:
             head.head.synchronize()
-        earlier = [each for each in self.records if each.head == head.name and not each.committed]
+        self._let_go(trainer)
+        if self.guard is not None and (unseen := self.guard.unseen(reference)):
+            self._say(unseen)
+        earlier = self._counted_in(head)
         how: dict[str, Any] = {"weight": self.weight, "guard": self.guard, "reference": reference, "earlier": earlier}
         result: RunEdit
         result, rows = self._agreed(trainer, lambda: propose_counting(module, head, x, y, views, **how))
         if result.status != "applied":
             return result
+        if result.reason:
+            self._say(f"{result.reason}; the edit is applied all the same (policy='warn')")
         count = round(result.scale)
         targets = torch.tensor(result.label).repeat(count)
         count_in(head, rows.repeat(count, 1), targets, here=trainer.is_global_zero)
+        self._heads.note(head)
         if head.grafted:
             head.graft(module)
         _, judges = stale_parts(trainer)
@@ -309,10 +316,7 @@ class MEND(KeepsEdits):
             task = tasks.topology.shown
         self._claim(trainer, module, mark=False)
         shifts: list[FeatureShift] = []
-        with self._network_of(task, trainer, module, ()) as within:
-            if self._moved:
-                editor.rebase()
-                self._moved = False
+        with self._network_of(task, trainer, module, ()) as within, self._rebased(module, editor):
             bound = self._bound(module, reference, shifts)
             how: dict[str, Any] = {
                 "scale": self.scale,
@@ -338,6 +342,7 @@ class MEND(KeepsEdits):
         known = RunEdit.of(result, route="editor", task=task, features=shift, stale=(*heads, *judges))
         if made is None:
             return replace(known, stale=())
+        self._moved = False
         self._claim(trainer, module, mark=True)
         if editor.edits_features:
             self._tell(trainer, f"edit {self._next_id} changed {', '.join(editor.layers)}")

@@ -85,7 +85,13 @@ def edit(options: argparse.Namespace) -> list[str]:
         from clkit.report.corrections import plot_edit
 
         figure = plot_edit(
-            done.image, done.before, done.after, int(result.label[0]), locality=result.locality, names=names
+            done.image,
+            done.before,
+            done.after,
+            int(result.label[0]),
+            locality=result.locality,
+            names=names,
+            bars="probability" if result.route == "editor" else "softmax of the head's scores",
         )
         if result.id is None:
             figure.suptitle(f"{result.status}, nothing was written")
@@ -93,8 +99,10 @@ def edit(options: argparse.Namespace) -> list[str]:
     where = f"the head {result.head!r}" if result.route == "exact" else "the network"
     if result.task is not None:
         where += f" of task {result.task}"
+    shares = "p" if result.route == "editor" else "softmax of scores"  # which are no probabilities
     lines = [
-        f"  {image}: {_name(before, names)} (p of {_name(label, names)} {p:.3f}) -> {_name(after, names)} (p {q:.3f})"
+        f"  {image}: {_name(before, names)} -> {_name(after, names)}, "
+        f"{shares} of {_name(label, names)} {p:.3f} -> {q:.3f}"
         for image, label, before, after, p, q in zip(
             options.image,
             result.label,
@@ -107,10 +115,10 @@ def edit(options: argparse.Namespace) -> list[str]:
     ]
     if result.locality is not None:
         seen = result.locality
-        lines.append(
-            f"  elsewhere: {100 * seen.agreement:.1f} % of {seen.images} validation samples keep their answer, "
-            f"drop {100 * seen.drop:.1f} %"
-        )
+        line = f"  elsewhere: {100 * seen.agreement:.1f} % of {seen.images} validation samples keep their answer"
+        if seen.accuracy_before is not None and seen.accuracy_after is not None:
+            line += f", accuracy {100 * seen.accuracy_before:.1f} -> {100 * seen.accuracy_after:.1f} %"
+        lines.append(line)
     if result.stale:
         lines.append(f"  now of a network from before: {', '.join(result.stale)}")
     options.status = int(result.status == "refused")
@@ -146,7 +154,7 @@ def revert(options: argparse.Namespace) -> list[str]:
         config=options.config,
         overwrite=options.force,
     )
-    gone = " and ".join(map(str, options.ids))
+    gone = " and ".join(map(str, dict.fromkeys(options.ids)))
     numbers = ", ".join(str(entry.id) for entry in left) or "none"
     return [f"wrote {options.output or options.checkpoint} without edit {gone}; left: {numbers}"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clkit.arguments import in_short
 from clkit.errors import ArgumentError, did_you_mean
+from clkit.methods._checks import check_number
 
 __all__ = ["check_limits", "edit_ids", "level_outside"]
 
@@ -37,6 +38,17 @@ def level_outside() -> int:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "clkit":
         frame, level = frame.f_back, level + 1
     return level
+
+
+def check_scale(scale: Any) -> None:
+    """Raise an ArgumentError where it is not what the proposal of an edit may be multiplied by."""
+    if scale not in ("smallest", "unit"):
+        try:
+            check_number("scale", scale, above=0)
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"scale must be 'smallest', 'unit' or a finite number above 0, got {scale!r}"
+            ) from error
 
 
 def check_limits(protect: Any, within: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -46,6 +46,20 @@ class Guard:
         check_probability("max_drop", self.max_drop)
         check_probability("max_total_drop", self.max_total_drop)
 
+    def unseen(self, reference: EditReference | None) -> str:
+        """Return what the guard cannot see of a reference, in words; empty where it sees what it bounds."""
+        if reference is None:
+            return (
+                "the guard has no reference, so that nothing is known of other answers; pass reference=…, a few "
+                "hundred images, or guard=None"
+            )
+        if self.max_drop and 1 / len(reference) > self.max_drop:
+            return (
+                f"the reference has {len(reference)} images, too few to see a drop of max_drop={self.max_drop}; give a "
+                "few hundred"
+            )
+        return ""
+
     def broken_by(self, report: LocalityReport) -> str:
         """Return which bound a report breaks, in words; empty where none is."""
         for name, drop, bound in (

@@ -140,6 +140,11 @@ class EditLog:
         """Return how many edits are kept."""
         return len(self.records)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there are edits that could be taken back."""
+        return bool(self._open())
+
     def original(self, name: str, weight: Tensor) -> Tensor:
         """Return a weight without the edits that could be taken back."""
         return self._bank.get(name, weight)
@@ -162,8 +167,9 @@ class EditLog:
             if name in self._sums and not torch.equal(weight.detach().cpu(), self._sums[name].to(weight.dtype)):
                 raise EditConflictError(
                     f"the weight of {name!r} is not what the log of edits says: something else changed it since "
-                    "(further training, other weights that were loaded). rebase() takes the weights as they are now "
-                    "for the edited ones, so that edits can go on; what it takes back is then no more exact"
+                    "(further training, other weights that were loaded). Load the weights that were saved with the "
+                    "log; or take edits back from the weights as they are, no more to the bit (inexact=True, "
+                    "--inexact); or have edits go on from these (rebase())"
                 )
 
     def append(
@@ -225,6 +231,21 @@ class EditLog:
             self._bank = {name: weights[name].detach().cpu().double() - each for name, each in edits.items()}
         self._write(weights, self._added(self._originals(), self._open()))
         self._close()
+
+    @contextmanager
+    def rebased(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Take the weights as :meth:`rebase` does: for good if the block adds an edit, else inside of it alone."""
+        before = self._bank, self._sums, self._next_id
+        live = {name: weights[name].detach().clone() for name in self._bank}
+        self.rebase(weights)
+        try:
+            yield
+        finally:
+            if self._next_id == before[2]:
+                self._bank, self._sums, _ = before
+                with exact():
+                    for name, value in live.items():
+                        weights[name].copy_(value)
 
     @contextmanager
     def shown(self, weights: Mapping[str, Tensor], edits: Iterable[EditRecord], *, alone: bool) -> Iterator[None]:

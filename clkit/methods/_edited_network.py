@@ -18,6 +18,8 @@ from clkit.methods._editable import Survey, chosen_layers
 
 __all__ = ["EditedNetwork", "ran"]
 
+_ROUNDED = 1e-2  # how far from 1 probabilities of half precision may add up to
+
 
 class EditedNetwork:
     """A network whose weights are edited: what it answers, and what the gradients of its weights are made of.
@@ -53,6 +55,12 @@ class EditedNetwork:
         self.excluded, self.heads = survey.excluded, survey.heads
         logits = self._logits(survey.output, len(batch))
         self.outputs = logits.shape[1]
+        sums = logits.double().sum(dim=1)
+        if self.outputs > 1 and bool((logits >= 0).all()) and bool(((sums - 1).abs() < _ROUNDED).all()):
+            raise ConfigurationError(
+                "the network returns probabilities, of which losses and distances would be wrong; have it return "
+                "logits, without its last softmax"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +102,11 @@ class EditedNetwork:
         """Return the logits of images, (B, C), detached."""
         with self._at_rest(), torch.no_grad():
             return self._logits(ran(self.model, x), len(x))
+
+    def exported(self) -> dict[str, Tensor]:
+        """Return a copy of the state dict on the CPU, under the names that it has without ``torch.compile``."""
+        state = self.model.state_dict()
+        return {name.replace("_orig_mod.", ""): value.detach().cpu().clone() for name, value in state.items()}
 
     def logits_of(self, name: str, x: Tensor) -> Tensor:
         """Return the logits of images that need not be where and as the network takes them, (B, C), detached."""

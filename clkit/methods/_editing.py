@@ -7,14 +7,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clkit.arguments import in_short
 from clkit.errors import ArgumentError, BatchError
-from clkit.methods._checks import generator
 from clkit.methods._decomposition import Rows
 from clkit.methods._edit_arguments import level_outside
 from clkit.methods._edit_guard import EditReference, Guard, LocalityReport
@@ -22,14 +20,10 @@ from clkit.methods._edit_log import EditLog, EditRecord, Factors, stored_factors
 from clkit.methods._edit_objective import Objective
 from clkit.methods._edited_network import EditedNetwork
 
-__all__ = ["NOTHING", "Attempt", "EditResult", "Equivalence", "Images", "Rule", "equivalents_of", "retained"]
-
-Equivalence: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-"""``(images (B, …), generator) -> images``: another view of each, which shall get the same label."""
+__all__ = ["NOTHING", "Attempt", "EditResult", "Images", "Proposal", "Rule", "retained"]
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # among which the smallest that does is looked for
 _SHRINKING = (1.0, 0.7, 0.5, 0.35, 0.25)  # of a given scale, until bounds hold
-_VIEWS = 8  # of a function of equivalents
 _REALISED = 0.9  # below it, weights are too coarse for the edit
 NOTHING = (
     "no gradient reaches the edited layers: the answer is too certain, a branch is switched off, or nothing is left "
@@ -62,6 +56,21 @@ class Rule(NamedTuple):
     skip_satisfied: bool
     guard: Guard | None
     accept: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An edit that was not applied: what it would add to each weight.
+
+    Attributes:
+        x: (B, …) the edited images, on the CPU.
+        y: (B,) int64, or (B, C), their labels.
+        factors: By layer.
+    """
+
+    x: Tensor = field(repr=False)
+    y: Tensor
+    factors: Mapping[str, Factors] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -143,9 +152,10 @@ class Attempt:
         report, reason, logits, original = None, "", None, None
         run = partial(self.network.logits_of, "reference")
         if self.reference is not None:
-            logits = self.reference.logits(run)
-            with self._shown([], alone=True):
-                original = self.reference.logits(run)
+            original = logits = self.reference.logits(run)
+            if self.log.is_open:
+                with self._shown([], alone=True):
+                    original = self.reference.logits(run)
         bounded = self.reference is not None or rule.accept is not None
         shrinks = bounded and rule.scale != "smallest" and rule.guard is not None and rule.guard.policy == "scale"
         for part in _SHRINKING if shrinks else (1.0,):
@@ -261,7 +271,10 @@ class Attempt:
                     whole = None if parts else trial
                     return _Found(*joined([*parts, (factors, scale)]), repeat, whole, None if parts else seen), ""
             parts.append((factors, scales[-1] if rule.scale != "smallest" else 1.0))
-        return None, f"no scale up to {scales[-1]} gives the wanted answers"
+        return None, (
+            f"no scale up to {scales[-1]} gives the wanted answers; train the editor, ask for less of the equivalents "
+            "(flip_share), or edit other layers"
+        )
 
     def _seen(self, share: float | None = None) -> Seen:
         """Return what the network answers now; with a share, of equivalents only where the images have their labels."""
@@ -370,31 +383,3 @@ def joined(parts: list[tuple[dict[str, Factors], float]]) -> tuple[dict[str, Fac
             dense = torch.stack([scale * factors.delta() for factors, scale in own]).sum(dim=0)
             total[name] = replace(own[0][0], P=None, Q=None, dense=dense.float())
     return total, 1.0
-
-
-def equivalents_of(network: EditedNetwork, x: Tensor, given: Any, seed: tuple[int, ...]) -> Tensor:
-    """Return equivalents (B, k, …) of images, or raise a BatchError.
-
-    Args:
-        network: Which takes them.
-        x: (B, …).
-        given: ``None``; images (B, k, …), or (k, …) of a single one; or an :data:`Equivalence`.
-        seed: Of the generator.
-    """
-    if given is None:
-        return x[:, None][:, :0]
-    if not isinstance(given, Tensor):
-        if not callable(given):
-            raise BatchError(f"equivalents must be images or a function (images, generator), got {in_short(given)}")
-        draws = generator(*seed)
-        views = [given(x.clone(), draws) for _ in range(_VIEWS)]
-        if not all(isinstance(view, Tensor) and view.shape == x.shape for view in views):
-            raise BatchError(f"equivalents must return images of shape {tuple(x.shape)}, got {in_short(views[0])}")
-        given = torch.stack([view.to(x.device) for view in views], dim=1)
-    if given.ndim == x.ndim and len(x) == 1:
-        given = given[None]
-    if given.shape[:1] + given.shape[2:] != x.shape:
-        raise BatchError(f"equivalents must be of shape (B, k, …) to images {tuple(x.shape)}, got {tuple(given.shape)}")
-    if not given.shape[1]:
-        return x[:, None][:, :0]
-    return network.images("equivalents", given.flatten(0, 1)).view(len(x), -1, *x.shape[1:])

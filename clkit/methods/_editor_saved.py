@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clkit.arguments import in_short
-from clkit.errors import StateError
+from clkit.errors import StateError, few_names
 from clkit.files import read_checkpoint
 from clkit.methods._edit_log import EditLog
 from clkit.methods._editor_network import EditorNetworks
@@ -83,14 +82,10 @@ def read_editor(
     layers = saved_entry(entries, "layers", Named(Many(Instance(int))), _OWNER)
     own = {name: list(shape) for name, shape in networks.shapes.items()}
     if list(layers.items()) != list(own.items()):
-        other = [name for name in {**layers, **own} if layers.get(name) != own.get(name)]
-        apart = "their order differs"
-        if other:
-            there, here = (each.get(other[0], "not there") for each in (layers, own))
-            apart = f"{in_short(other[0])} is {in_short(there)} in the saved one and {here} in this"
+        there, here = (few_names([f"{name} {shape}" for name, shape in each.items()]) for each in (layers, own))
         raise StateError(
-            f"{_OWNER}: the saved editor is of {len(layers)} layers and this one of {len(own)}, and {apart}; use the "
-            "network and the layers of the saved one"
+            f"{_OWNER}: the saved editor is of the layers {there}, and this one of {here}; use the network and the "
+            "layers of the saved one"
         )
     learned = {name for name, _ in networks.named_parameters()} | {"alpha_start"}  # of any precision
     kinds = {

@@ -275,7 +275,7 @@ class TrainedEditor:
         if self.networks.is_identity:
             self._warn(
                 "the editor is not trained: its edits are plain gradient steps on normalised rows; train it "
-                "(meta_loss) for edits that stay local"
+                "for edits that stay local (meta_loss, or strategy='editor_training', clkit recipes mend_train)"
             )
         self._check_weights()
         with exact(), torch.autocast(x.device.type, enabled=False):

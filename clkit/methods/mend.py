@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 from clkit.arguments import in_short
 from clkit.errors import ArgumentError, BatchError, StateError
 from clkit.methods._checks import check_count, check_number, check_probability
+from clkit.methods._edit_arguments import check_scale
 from clkit.methods._edit_guard import EditReference, Guard, LocalityReport
-from clkit.methods._edit_log import EditLog, EditRecord, Factors
-from clkit.methods._editing import NOTHING, Attempt, EditResult, Equivalence, Images, Rule, equivalents_of, retained
+from clkit.methods._edit_log import EditLog, EditRecord
+from clkit.methods._editing import NOTHING, Attempt, EditResult, Images, Proposal, Rule, retained
 from clkit.methods._editor_network import EditorNetworks
 from clkit.methods._editor_saved import editor_settings, editor_state, read_editor, saved_editor
+from clkit.methods._equivalents import FLIP_SHARE, Equivalence, equivalents_of
 from clkit.methods._trained_editor import TrainedEditor
 
 __all__ = [
@@ -31,21 +32,6 @@ __all__ = [
     "LocalityReport",
     "Proposal",
 ]
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """An edit that was not applied: what it would add to each weight.
-
-    Attributes:
-        x: (B, …) the edited images, on the CPU.
-        y: (B,) int64, or (B, C), their labels.
-        factors: By layer.
-    """
-
-    x: Tensor = field(repr=False)
-    y: Tensor
-    factors: Mapping[str, Factors] = field(repr=False)
 
 
 class GradientEditor(TrainedEditor):
@@ -69,8 +55,9 @@ class GradientEditor(TrainedEditor):
     Args:
         model: The classifier; its forward takes images (B, …) and returns logits (B, C), or (B,) of one output.
         layers: What is edited: ``"auto"``, the MLPs of the last three transformer blocks, else the last three
-            convolutions or linear layers; ``"mlp"`` these MLPs alone; ``"attention"`` the output projections of the
-            last three; ``"head"`` the classifier; dotted paths; or several of these.
+            convolutions or linear layers that see more than one position of the example; ``"mlp"`` these MLPs alone;
+            ``"attention"`` the output projections of the last three; ``"head"`` the classifier; dotted paths; or
+            several of these.
         example: Images (B, …) for one forward, which shows the order of the layers; by default of the size that the
             module (``example_input_array``) or timm names.
         classifier: Dotted path of the classifier, or ``"auto"``.
@@ -208,7 +195,7 @@ class GradientEditor(TrainedEditor):
         equivalents: Tensor | Equivalence | None = None,
         *,
         scale: float | Literal["smallest", "unit"] = "smallest",
-        flip_share: float = 0.75,
+        flip_share: float = FLIP_SHARE,
         max_repeats: int = 1,
         skip_satisfied: bool = True,
         guard: Guard | None = Guard(),
@@ -230,7 +217,8 @@ class GradientEditor(TrainedEditor):
             flip_share: See ``scale``; from 0 to 1.
             max_repeats: Proposals at most, each for the network as the ones before it have left it; more than one adds
                 up quickly, and does damage.
-            skip_satisfied: Whether nothing is done where all answers are as wanted already.
+            skip_satisfied: Whether nothing is done where all images and ``flip_share`` of the equivalents have their
+                label already.
             guard: Bounds on what the edit may do to the reference; ``None`` for none.
             reference: Images whose answers shall not move, see :class:`EditReference`; those of ``x`` are left out.
             protect: What :meth:`span` gave, to which the edit shall be orthogonal; it costs reliability.
@@ -244,8 +232,7 @@ class GradientEditor(TrainedEditor):
             NotFittedError: If statistics are missing.
             EditConflictError: If weights are not what the log says. In each case nothing is changed.
         """
-        if scale not in ("smallest", "unit"):
-            check_number("scale", scale, above=0)  # type: ignore[arg-type]  # what it may be is asked here
+        check_scale(scale)
         check_probability("flip_share", flip_share)
         check_count("max_repeats", max_repeats)
         if guard is not None and not isinstance(guard, Guard):
@@ -255,11 +242,8 @@ class GradientEditor(TrainedEditor):
         self._check_fitted()
         x, y = self._pair((x, y))
         attempt = self._attempt(x, y, equivalents, reference, protect, within)
-        if guard is not None and attempt.reference is None:
-            self._warn(
-                "the guard has no reference, so that nothing is known of other answers; pass reference=…, a few "
-                "hundred images, or guard=None"
-            )
+        if guard is not None and (unseen := guard.unseen(attempt.reference)):
+            self._warn(unseen)
         self._log.check(self._network.weights())
         return attempt.carry_out(Rule(scale, flip_share, max_repeats, skip_satisfied, guard, accept))
 
@@ -339,9 +323,11 @@ class GradientEditor(TrainedEditor):
             yield
 
     def export_state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of the network's state dict on the CPU, the edits inside, under the network's own names."""
-        state = self._network.model.state_dict()
-        return {name: value.detach().cpu().clone() for name, value in state.items()}
+        """Return a copy of the network's state dict on the CPU, the edits inside.
+
+        Names are the network's own, without what ``torch.compile`` puts before those of a part that it has compiled.
+        """
+        return self._network.exported()
 
     # ---- state
 
@@ -366,7 +352,9 @@ class GradientEditor(TrainedEditor):
             model: The network that it was trained for.
             saved: What :meth:`state_dict` gave, a whole checkpoint of a run with ``strategy="editor_training"`` or with
                 the callback ``MEND``, or the path of a file with either.
-            options: Arguments of the constructor that no state holds: ``example``, ``loss``, ``store_rank``, ``seed``.
+            options: Arguments of the constructor that no state holds: ``example``, ``classifier``, ``loss``,
+                ``store_rank``, ``seed``; ``c_edit`` and ``c_loc`` for further training; ``alpha`` where statistics are
+                still to be taken.
 
         Raises:
             ArgumentError: If there is no such file.
@@ -386,8 +374,9 @@ class GradientEditor(TrainedEditor):
     def _attempt(
         self, x: Tensor, y: Tensor, equivalents: Any, reference: Any, protect: Any = None, within: Any = None
     ) -> Attempt:
-        views = equivalents_of(self._network, x, equivalents, (self.seed, len(self._log)))
-        images = Images(x, y, views.flatten(0, 1), y.repeat_interleave(views.shape[1], dim=0))
+        views = equivalents_of(x, equivalents, (self.seed, len(self._log)))
+        others = self._network.images("equivalents", views.flatten(0, 1)) if views.shape[1] else x[:0]
+        images = Images(x, y, others, y.repeat_interleave(views.shape[1], dim=0))
         if reference is not None:
             reference = reference if isinstance(reference, EditReference) else EditReference(reference)
             reference = reference.without(x)

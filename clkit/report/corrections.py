@@ -28,12 +28,16 @@ def edits_table(edits: Sequence[Any], names: Mapping[int, str], title: str) -> T
         names: Names of classes by label; a label without one stands as its number.
         title: Of the table.
 
+    Returns:
+        The table; ``p`` of a head is the softmax of its scores, and ``elsewhere`` is by how much the accuracy on the
+        reference rose or fell, or the share of unchanged answers where that has no labels.
+
     Example:
         >>> edits_table([], {}, "edits of run.ckpt").row_count
         0
     """
     table = Table(title=title, title_justify="left")
-    for name in ("id", "where", "label", "answer", "p of label", "scale", "drop", "step"):
+    for name in ("id", "where", "label", "answer", "p of label", "scale", "elsewhere", "step"):
         table.add_column(name, justify="left" if name == "where" else "right", no_wrap=True)
     for each in edits:
         where = each.head or ("network" if each.task is None else f"task {each.task}")
@@ -46,7 +50,7 @@ def edits_table(edits: Sequence[Any], names: Mapping[int, str], title: str) -> T
             "\n".join(f"{_named(old, names)} -> {_named(new, names)}" for old, new in answers),
             "\n".join(f"{old:.3f} -> {new:.3f}" for old, new in shares),
             f"{each.scale:g}",
-            "-" if each.drop is None else f"{100 * each.drop:.1f} %",
+            "-" if each.drop is None else f"{-100 * each.drop:+.1f} %",
             str(each.step),
         )
     return table
@@ -61,6 +65,7 @@ def plot_edit(
     equivalents: Sequence[Tensor] = (),
     locality: LocalityReport | None = None,
     names: Mapping[int, str] | None = None,
+    bars: str = "probability",
     figure: Figure | None = None,
 ) -> Figure:
     """Draw an edit: the image, its most probable classes before and after, its equivalents, and what else moved.
@@ -73,6 +78,7 @@ def plot_edit(
         equivalents: Other views of the image.
         locality: What happened to the reference.
         names: Names of classes by label.
+        bars: What ``before`` and ``after`` are; scores of a head are no probabilities.
         figure: Where to draw; by default a new figure, of a size that fits.
 
     Example:
@@ -92,6 +98,7 @@ def plot_edit(
     known = names or {}
     draw_image(shown["image"], image, f"wanted: {_named(label, known)}", None)
     _draw_bars(shown["bars"], before, after, label, known)
+    shown["bars"].set_title(bars, fontsize=8)
     if locality is not None:
         _draw_moved(shown["moved"], locality, known)
     for part in lower:
@@ -114,7 +121,6 @@ def _draw_bars(axes: Any, before: Tensor, after: Tensor, label: int, names: Mapp
     axes.set_xlim(0, 1)
     axes.tick_params(axis="x", labelsize=7)
     axes.legend(fontsize=6, loc="lower right")
-    axes.set_title("probability", fontsize=8)
 
 
 def _draw_moved(axes: Any, locality: LocalityReport, names: Mapping[int, str]) -> None:
@@ -126,8 +132,10 @@ def _draw_moved(axes: Any, locality: LocalityReport, names: Mapping[int, str]) -
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.tick_params(axis="x", labelsize=7)
-    lost = ", ".join(f"{_named(each, names)} ({count})" for each, count in locality.lost.items())
-    axes.set_xlabel(f"drop {100 * locality.drop:.1f} %" + (f", lost: {lost}" if lost else ""), fontsize=7)
+    lost = ", ".join(f"{count} of {_named(each, names)}" for each, count in locality.lost.items())
+    then, now = locality.accuracy_before, locality.accuracy_after
+    said = [] if then is None or now is None else [f"accuracy {100 * then:.1f} -> {100 * now:.1f} %"]
+    axes.set_xlabel("\n".join([*said, *([f"lost: {lost}"] if lost else [])]), fontsize=7)
     axes.set_title("reference: same answer", fontsize=8)
 
 

@@ -33,7 +33,8 @@ class EditedRun:
         result: What was done.
         image: (C, H, W), the first of the images as they are stored, or a vector.
         names: Of classes, by label as batches have them; may be empty.
-        before: (C,) probabilities of the classes for the first image before the edit.
+        before: (C,) probabilities of the classes for the first image before the edit; the softmax of its scores
+            where a head was edited.
         after: Likewise after it.
     """
 
@@ -154,6 +155,7 @@ def revert_in_checkpoint(
     if not _states(checkpoint):
         raise ArgumentError(f"{path} has no edits")
     run = _Run(path, config, checkpoint, None, None, None, allow_stale=True)
+    run.mend.checks_weights = not inexact
     run.open()
     run.mend.revert(*ids, inexact=inexact)
     run.write(output or path)

@@ -44,7 +44,8 @@ def merge_checkpoints(
     after the other, so that many parts take little memory and their order changes no more than the last digits.
 
     Files of ``clkit learn`` say which samples their heads hold: none is added twice there and none may be missing, and
-    what could not be read is named in a warning. More can be learned into the file, as into each of them.
+    what could not be read is named in a warning. So are files with edits of :class:`~clkit.callbacks.MEND` that could
+    be taken back: their log is left out. More can be learned into the file, as into each of them.
 
     The file is for ``validate``, ``test``, ``predict``, :func:`clkit.load_head`, further merging and export. No fit can
     go on from it: its runs were at different places of their streams. Weights, and whatever else is in the file, are
@@ -93,8 +94,10 @@ def merge_checkpoints(
     for key, head in heads.items():
         trees[key].add(head, owned=True)
     contents = read_contents(merged, files[0]) if LEARNED in merged else None
+    edited = [str(files[0])] if _has_edits(merged) else []
     for file in files[1:]:
         other = read_checkpoint(file)
+        edited += [str(file)] if _has_edits(other) else []
         if (LEARNED in other) != (contents is not None):
             says, silent = (files[0], file) if contents is not None else (file, files[0])
             raise StateError(f"{says} says which samples its head holds and {silent} does not; merge files of one kind")
@@ -115,6 +118,12 @@ def merge_checkpoints(
                 f"repair them, and what is missing of their folder can be learned into {output}",
                 stacklevel=2,
             )
+    if edited:
+        warnings.warn(
+            f"clkit: {few_names(edited)}: edits in their logs are part of the merged heads or weights for good; take "
+            "back (clkit revert), and merge again, what shall not be",
+            stacklevel=2,
+        )
     heads = {key: tree.total() for key, tree in trees.items()}
     nothing = {"rows": {}, "columns": {}, "pending": None, "seconds": {"fit": 0.0, "evaluate": 0.0}}
     evaluations = {
@@ -153,6 +162,15 @@ def _heads_of(checkpoint: dict[str, Any], file: Path) -> dict[str, Head]:
                 'be merged; learn with solver="gram"'
             )
     return heads
+
+
+def _has_edits(checkpoint: dict[str, Any]) -> bool:
+    """Whether a log of the checkpoint has edits that could be taken back, which no merged file keeps."""
+    logs = (entry.get("edits") for entry in checkpoint.get("callbacks", {}).values() if isinstance(entry, dict))
+    return any(
+        isinstance(log, list) and any(isinstance(each, dict) and each.get("committed") is False for each in log)
+        for log in logs
+    )
 
 
 def _add(

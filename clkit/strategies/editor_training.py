@@ -73,7 +73,7 @@ class EditorTrainingStrategy(LearningStrategy):
         lr: Of the networks, above 0; by default 1e-3 for a module below a million parameters, else 1e-4.
         alpha_lr: Of the step sizes, as multiples of their start, above 0.
         clip: Largest norm of the gradient, above 0.
-        val_edits: Edits of the validation images at most, at least 0.
+        val_edits: Edits of the validation images at most, of each process; at least 0.
         name: Prefix of what is logged.
         seed: Of all draws, at least 0, with the numbers of epoch and batch; the global random states are left alone.
         batch_reader: A function ``batch -> (inputs, targets)`` for batches of an unusual form.

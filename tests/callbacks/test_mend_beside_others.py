@@ -15,10 +15,11 @@ from test_mend_runs import LAYER, bits, digits, loader, made, mistakes, same
 from torch import Tensor
 
 from clkit.callbacks import AEFOCL, DEUP, DST, LDA, MEND, NMC, DSimplex, FeatureCallback
+from clkit.callbacks._run_edits import feature_shift
 from clkit.data import ClassIncremental, StreamDataModule, TaskIncremental
 from clkit.errors import ArgumentError, BatchError, ConfigurationError
-from clkit.methods import GradientEditor, Guard, PruneSchedule
-from clkit.strategies import GradientFreeStrategy
+from clkit.methods import GradientEditor, Guard, OnProLosses, PruneSchedule
+from clkit.strategies import GradientFreeStrategy, OnProStrategy
 from clkit.surgery.fixed_classifier import simplex_classifier_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
@@ -118,6 +119,7 @@ def test_the_guard_of_a_head_refuses_and_changes_nothing(tmp_path: Path) -> None
     right = [float((each.predict(reference) == y[600:800]).double().mean()) for each in (head.head, answers)]
     assert result.locality is not None
     assert result.locality.drop == pytest.approx(right[0] - right[1])
+    assert (result.locality.near_ties, result.locality.near_tie_agreement) == (0, None)  # of scores there are none
     assert all(torch.equal(value, before[name]) for name, value in head.head.state_dict().items() if value is not None
                and isinstance(value, Tensor))  # fmt: skip
     lazy = MEND(guard=None, weight=1)
@@ -338,7 +340,7 @@ def test_what_a_head_cannot_count_is_refused_by_name(tmp_path: Path) -> None:
     for edits in ([(1, 2)], [(x, 3)]):
         with pytest.raises(ArgumentError, match="an edit must be tensors"):  # and not at the end of a fit
             MEND(edits=edits)
-    with pytest.raises(ArgumentError, match="scale must be a finite number above 0"):
+    with pytest.raises(ArgumentError, match="scale must be 'smallest', 'unit' or a finite number above 0"):
         MEND(scale=-1.0)
     assert torch.equal(head.head.counts, learned)
     result = mend.edit(x, (y + 1) % 10, torch.zeros(0, 64))  # views of which there are none
@@ -359,3 +361,97 @@ def test_predictors_of_errors_are_named_as_stale(tmp_path: Path, route: Any) -> 
     assert result.status == "applied"
     assert "DEUP" in result.stale
     assert ("NMC(nmc)" in result.stale) == (route == "editor")
+
+
+def counted(head: Any) -> Tensor:
+    counts: Tensor = head.head.counts.clone()
+    return counts
+
+
+@pytest.mark.parametrize("how", ["reset", "another head"])
+def test_edits_of_a_head_that_began_anew_are_not_taken_out_of_it(tmp_path: Path, how: str) -> None:
+    head, mend, (x, y) = NMC(), MEND(guard=None), digits()
+    trainer, module = frozen(tmp_path, head, mend)
+    assert mend.edit(x[800:801], (y[800:801] + 1) % 10).route == "exact"
+    if how == "reset":
+        head.head.reset()
+        head.head.update(features(module, x[:400]), y[:400])
+    else:
+        trainer, module = frozen(tmp_path, head := NMC(), mend, module=module)
+    before = counted(head)
+    with pytest.warns(UserWarning, match=r"began anew, and its sums do not hold edits \[0\] any more"):
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert not mend.records
+    with pytest.raises(ArgumentError, match="no edit 0"):
+        mend.revert(0)
+    assert torch.equal(counted(head), before)
+    assert mend.edit(x[801:802], (y[801:802] + 1) % 10).id == 1
+    mend.revert(1)
+    assert torch.equal(counted(head), before)
+
+
+def test_the_guard_of_a_head_counts_all_edits_and_says_what_it_cannot_see(tmp_path: Path) -> None:
+    head, (x, y) = NMC(), digits()
+    mend = MEND(guard=Guard(0.0, 0.0, policy="warn"), weight=3000)
+    _trainer, module = frozen(tmp_path, head, mend)
+    reference = features(module, x[600:800])
+    before = head.head.predict(reference) == y[600:800]
+    for row in (800, 650):  # the second is one of the reference, and does not count there
+        wanted = (head.head.predict(features(module, x[row : row + 1])) + 5) % 10
+        with pytest.warns(UserWarning, match=r"above max_\w*drop=0\.0; the edit is applied all the same"):
+            result = mend.edit(x[row : row + 1], wanted)
+        assert result.status == "applied"
+    kept = torch.arange(600, 800) != 650
+    after = head.head.predict(reference) == y[600:800]
+    assert result.locality is not None
+    assert result.locality.images == 199
+    lost = float(before[kept].double().mean() - after[kept].double().mean())
+    assert result.locality.total_drop == pytest.approx(lost)
+    assert result.locality.total_drop > result.locality.drop
+    for data, says in ((None, "the guard has no reference"), ((x[600:610], y[600:610]), "10 images, too few to see")):
+        blind = MEND(reference=data)
+        _trainer, _ = frozen(tmp_path, NMC(), blind)
+        with pytest.warns(UserWarning, match=says):
+            blind.edit(x[800:801], (y[800:801] + 1) % 10)
+
+
+def test_an_image_counts_as_often_as_its_views_need(tmp_path: Path) -> None:
+    head, mend, (x, _) = NMC(), MEND(guard=None, reference=None, weight=10), digits()
+    _trainer, module = frozen(tmp_path, head, mend)
+    seen = set()
+    for row in range(800, 830):
+        own, near = x[row : row + 1], x[row] + 0.3 * torch.randn(8, 64, generator=torch.Generator().manual_seed(row))
+        wanted = (head.head.predict(features(module, own)) + 1) % 10
+        shares = {}
+        for count in (10, 30, 100):
+            by_hand = copy.deepcopy(head.head)
+            by_hand.update(features(module, own).repeat(count, 1), wanted.repeat(count))
+            if bool((by_hand.predict(features(module, own)) == wanted).all()):
+                shares[count] = float((by_hand.predict(features(module, near)) == wanted).double().mean())
+        result = mend.edit(own, wanted, near)
+        if not shares:
+            assert result.status == "refused"
+            continue
+        least = next((count for count, share in shares.items() if share >= 0.75), min(shares))
+        assert (result.scale, result.generality) == (least, shares[least])
+        seen.add((least, shares[least] >= 0.75, least == min(shares)))
+        mend.revert(*(entry.id for entry in mend.records))
+    assert {(right, first) for _, right, first in seen} == {(True, True), (True, False), (False, True)}
+
+
+def test_how_far_features_moved_does_not_find_an_image_by_itself() -> None:
+    old = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    shift = feature_shift(old, old, torch.tensor([0, 1, 2, 2]))
+    assert (shift.cosine, shift.recall_before, shift.recall_after) == (pytest.approx(1.0), 0.5, 0.5)
+
+
+def test_a_network_that_learned_by_replay_is_edited_when_the_fit_is_over(tmp_path: Path) -> None:
+    module, mend = made(), MEND(LAYER, edits=mistakes(made(), 2), guard=None)
+    strategy = OnProStrategy(50, losses=OnProLosses(rotation="none"), transform=torch.nn.Identity(), mixing=None)
+    trainer = quiet_trainer(tmp_path, callbacks=[mend], max_epochs=1, strategy=strategy)
+    trainer.fit(module, loader(0, 100), loader())
+    assert {result.status for result in mend.results} <= {"applied", "satisfied", "refused"}
+    assert mend.records
+    trainer.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match="training goes on from an edited network"):
+        trainer.fit(module, loader(0, 100), loader())

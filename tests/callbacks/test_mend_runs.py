@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from sklearn.datasets import load_digits
 from small_runs import LitSmall, quiet_trainer
@@ -168,8 +168,10 @@ def test_weights_that_something_else_changed_are_a_conflict_at_the_start(tmp_pat
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     saved["state_dict"]["net.hidden.weight"][0, 0] += 1
     torch.save(saved, tmp_path / "other.ckpt")
-    with pytest.raises(EditConflictError, match=r"MEND\(mend\).*net.hidden"):
-        validated(tmp_path, MEND(), LitSmall(), ckpt_path=str(tmp_path / "other.ckpt"), weights_only=True)
+    for start in ("validate", "test", "predict", "fit"):
+        run = getattr(quiet_trainer(tmp_path, callbacks=[MEND()], max_epochs=1), start)
+        with pytest.raises(EditConflictError, match=r"MEND\(mend\).*net.hidden"):
+            run(LitSmall(), loader(), ckpt_path=str(tmp_path / "other.ckpt"), weights_only=True)
 
 
 class EditsInHooks(pl.Callback):
@@ -215,6 +217,8 @@ def test_a_compiled_network_is_edited_as_the_eager_one(tmp_path: Path) -> None:
         assert result.status == "applied", trainer
         assert bool(module(pair[0]).argmax(1) == pair[1])
         weights.append(next(value for name, value in module.state_dict().items() if name.endswith("hidden.weight")))
+        assert mend.editor is not None
+        LitSmall().net.load_state_dict({k.removeprefix("net."): v for k, v in mend.editor.export_state_dict().items()})
     assert torch.equal(*weights)
 
 
@@ -248,8 +252,10 @@ def test_training_goes_on_from_edits_and_says_which_share_holds(tmp_path: Path) 
         trainer.fit(module, loader(0, 600), loader())
     assert 0 <= float(trainer.callback_metrics["mend/retention"]) <= 1
     assert mend.editor is not None
-    kept = mend.editor.retention
-    assert kept == float(trainer.callback_metrics["mend/retention"])
+    pairs = [(each.x, each.y) for each in mend.editor.log]
+    with torch.no_grad():
+        held = [bool(module(x).argmax(1) == y) for x, y in pairs]
+    assert sum(held) / len(held) == float(trainer.callback_metrics["mend/retention"])
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = MEND()
     validated(tmp_path, again, LitSmall(), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
@@ -272,6 +278,72 @@ def test_after_further_training_edits_are_taken_back_inexactly_alone(tmp_path: P
         mend.revert(0, inexact=True)
     assert torch.allclose(module.net.hidden.weight.double(), before - added, atol=1e-7)
     assert not mend.records
+
+
+def test_an_edit_that_is_not_made_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    module, mend = made(), MEND(LAYER, guard=Guard(0.0, 0.0), scale=3.0)
+    trainer = quiet_trainer(tmp_path, callbacks=[mend], max_epochs=1)
+    trainer.validate(module, loader(), verbose=False)
+    mend.guard = None
+    mend.edit(*mistakes(module)[0])
+    with pytest.warns(UserWarning, match="training goes on"):
+        trainer.fit(module, loader(0, 100), loader())
+    mend.guard, before, (x, _) = Guard(0.0, 0.0), bits(module), digits()
+    assert mend.edit(x[800:801], torch.tensor([int(module(x[800:801]).argmin())])).status == "refused"
+    with pytest.raises(BatchError):
+        mend.edit(x[800:801], torch.tensor([77]))
+    assert same(bits(module), before)
+    with pytest.raises(EditConflictError, match=r"net\.hidden.*rebase"):
+        mend.revert(0)
+    mend.rebase()
+    assert same(bits(module), before)
+    mend.revert(0)
+    assert not mend.records
+
+
+def test_a_checkpoint_from_before_the_first_edit_has_none(tmp_path: Path) -> None:
+    module, mend = made(), MEND(LAYER, guard=None)
+    trainer = validated(tmp_path, mend, module)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "before.ckpt")
+    pair = mistakes(module)[0]
+    first = mend.edit(*pair)
+    edited = bits(module)
+    trainer.validate(module, loader(), verbose=False, ckpt_path=str(tmp_path / "before.ckpt"), weights_only=True)
+    assert same(bits(module), trained())
+    assert not mend.records
+    again = mend.edit(*pair)
+    assert (first.status, again.status, again.scale) == ("applied", "applied", first.scale)
+    assert same(bits(module), edited)
+
+
+def test_the_editor_that_is_asked_for_edits_or_is_refused(tmp_path: Path) -> None:
+    module, mend, pairs = made(), MEND(LAYER, guard=None), mistakes(made())
+    trainer = validated(tmp_path, mend, module)
+    mend.edit(*pairs[0])
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "edited.ckpt")
+    mend.commit()
+    trainer.save_checkpoint(tmp_path / "committed.ckpt")
+    own, x = made(), digits()[0]
+    head = GradientEditor(own, "net.head", example=x[:2], norm_scope="none", alpha=0.1)
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    hidden = GradientEditor(own, "net.hidden", example=x[:2], norm_scope="none", alpha=0.1)
+
+    def edits_by(editor: Any, checkpoint: str) -> Any:
+        other, fresh = MEND(editor, scale="unit", guard=None), LitSmall()
+        trainer = validated(tmp_path, other, fresh, ckpt_path=str(tmp_path / checkpoint), weights_only=True)
+        assert other.edit(*pairs[1]).status == "applied", trainer
+        assert other.editor is not None
+        return [name for name, each in fresh.state_dict().items() if not torch.equal(each, module.state_dict()[name])]
+
+    for editor in ({"layers": "head"}, {**LAYER, "rank": 3}, tmp_path / "head.pt", head, hidden):
+        with pytest.raises(ConfigurationError, match=r"edits \[0\] were made by an editor of net\.hidden"):
+            edits_by(editor, "edited.ckpt")
+    for editor in (None, LAYER):
+        assert edits_by(editor, "edited.ckpt") == ["net.hidden.weight"]
+    for editor in ({"layers": "head"}, tmp_path / "head.pt"):
+        assert edits_by(editor, "committed.ckpt") == ["net.head.weight"]
 
 
 def test_the_guard_speaks_of_the_validation_samples(tmp_path: Path) -> None:
@@ -343,6 +415,25 @@ def test_weights_of_which_an_average_is_kept_are_edited_on_request_alone(tmp_pat
     with pytest.raises(ConfigurationError, match="StochasticWeightAveraging averages the weights"):
         trainer.fit(made(), loader(0, 100))
 
+    class Edits(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            mend.edit(*pairs[0])
+
+    for target in (None, "live"):
+        mend = MEND(LAYER, target=target, guard=None, reference=digits()[0][600:800])  # type: ignore[arg-type]
+        trainer = quiet_trainer(
+            tmp_path, callbacks=[mend, Edits(), WeightAveraging()], max_epochs=1, num_sanity_val_steps=0
+        )
+        if target is None:
+            with pytest.raises(ConfigurationError, match="WeightAveraging averages the weights"):
+                trainer.fit(made(), loader(0, 100))
+            with pytest.raises(ConfigurationError, match="in a trainer without WeightAveraging"):  # its average stays
+                mend.edit(*pairs[0])
+            assert not mend.records
+        else:
+            trainer.fit(made(), loader(0, 100))
+            assert len(mend.records) == 1
+
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
 def test_strategies_that_split_the_network_are_refused(kind: type[Any]) -> None:
@@ -401,3 +492,22 @@ def test_nothing_is_warned_of_where_nothing_is_edited(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         validated(tmp_path, MEND(), made())
     assert not [each for each in said if "MEND" in str(each.message) or "clkit" in each.filename]
+
+
+def test_the_edits_of_a_file_that_gives_an_editor_are_not_taken_up_and_that_is_said(tmp_path: Path) -> None:
+    module, mend = made(), MEND(LAYER, guard=None)
+    trainer = validated(tmp_path, mend, module)
+    mend.edit(*mistakes(module)[0])
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    other = MEND(tmp_path / "run.ckpt", guard=None)
+    trainer = validated(tmp_path, other, module)
+    with pytest.warns(UserWarning, match=r"run\.ckpt has edits, which are not taken up here"):
+        other.edit(*mistakes(module)[0])
+    again = MEND(tmp_path / "run.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "The 'val_dataloader' does not have many workers")
+        trainer = validated(tmp_path, again, LitSmall(), ckpt_path=str(tmp_path / "run.ckpt"), weights_only=True)
+        again.revert(0)
+    assert trainer

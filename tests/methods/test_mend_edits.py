@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ArgumentError, BatchError, EditConflictError
 from clkit.methods import EditReference, GradientEditor, Guard, LocalityReport
+from clkit.methods._edit_objective import objective_for
 from clkit.metrics.editing import drawdown, locality, locality_kl
 
 pytestmark = pytest.mark.filterwarnings("ignore:the editor is not trained", "ignore:the guard has no reference")
@@ -120,7 +121,7 @@ def test_the_smallest_scale_that_does_is_taken() -> None:
             editor.revert(result.id)
         else:
             assert (result.status, result.id) == ("refused", None)
-            assert result.reason == "no scale up to 3.0 gives the wanted answers"
+            assert result.reason.startswith("no scale up to 3.0 gives the wanted answers; ")
         assert same(bits(editor), before)
 
 
@@ -272,6 +273,29 @@ def test_no_edit_breaks_the_bounds_of_its_guard(scale: Any, policy: Any) -> None
     assert {"applied", "scaled"} & set(statuses)
 
 
+def test_the_smallest_scale_is_not_made_smaller_and_few_images_are_said() -> None:
+    editor, x, reference = make(), rows(1, 101), rows(200, 30)
+    wanted, before = second_best(editor, x), bits(editor)
+    seen: list[Tensor] = []
+
+    def looks() -> str:
+        seen.append(answers(editor, x))
+        return "not this one"
+
+    for scale, several in (("smallest", False), ("unit", True)):
+        seen.clear()
+        assert editor.edit(x, wanted, scale=scale, reference=reference, accept=looks).status == "refused"  # type: ignore[arg-type]
+        assert (len(seen) > 1) == several
+    assert same(bits(editor), before)
+    with pytest.warns(UserWarning, match=r"the reference has 20 images, too few to see a drop of max_drop=0\.02"):
+        editor.edit(x, wanted, reference=reference[:20])
+
+
+def test_near_ties_are_less_than_a_twentieth_apart() -> None:
+    p = torch.tensor([[0.524, 0.476], [0.526, 0.474], [0.5, 0.5]])
+    assert objective_for(2, None).near_ties(p.log()).tolist() == [True, False, True]
+
+
 def test_a_guard_that_warns_edits_all_the_same() -> None:
     editor = make()
     x, reference = rows(1, 101), rows(200, 30)
@@ -312,7 +336,7 @@ def test_a_guard_without_a_reference_says_that_it_knows_nothing() -> None:
 
 def test_what_is_no_guard_and_no_bound_is_refused() -> None:
     for options, says in [
-        ({"scale": "large"}, "scale must be a finite number"),
+        ({"scale": "large"}, "scale must be 'smallest', 'unit' or a finite number"),
         ({"flip_share": 2.0}, "flip_share must be a number from 0 to 1"),
         ({"max_repeats": 0}, "max_repeats must be"),
         ({"guard": 0.02}, "guard must be a Guard or None, got 0.02"),

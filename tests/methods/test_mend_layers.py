@@ -172,6 +172,11 @@ def test_networks_without_logits_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"must return logits of shape \(2, C\), got a tuple"):
         GradientEditor(Pair(), "head", example=torch.zeros(2, 2))
 
+    bounded = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
+    for net in (bounded, bounded.half()):
+        with pytest.raises(ConfigurationError, match="the network returns probabilities"):
+            GradientEditor(net, "0", example=torch.randn(4, 4), classifier="0")
+
 
 def test_images_that_do_not_fit_are_told() -> None:
     net = nn.Sequential(nn.Linear(4, 3))

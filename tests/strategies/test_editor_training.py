@@ -86,7 +86,7 @@ def strategy(**options: Any) -> EditorTrainingStrategy:
 
 
 def trained(folder: Path, module: Net | None = None, data: Any = None, *, ckpt: Any = None, **options: Any) -> Any:
-    own = {name: options.pop(name) for name in ("stat_edits", "lr", "examples", "val_edits") if name in options}
+    own = {name: options.pop(name) for name in ("stat_edits", "lr", "examples", "val_edits", "clip") if name in options}
     trainer = quiet_trainer(folder, **{"max_epochs": 1, "strategy": strategy(**own), **options})
     trainer.fit(Net() if module is None else module, data or loader(), ckpt_path=ckpt)
     return trainer
@@ -135,7 +135,7 @@ def test_the_network_stays_as_it_is_and_the_editor_learns(tmp_path: Path) -> Non
         assert bool(networks["joint"].U.any())
 
 
-def plain_loop(data: Any, epochs: int) -> GradientEditor:
+def plain_loop(data: Any, epochs: int, clip: float) -> GradientEditor:
     """What the strategy does, written as one would by hand."""
     editor = GradientEditor(Net(), ["body.3", "head"], rank=3, seed=5, example=torch.zeros(2, 1, 6, 6))
     drawn = [
@@ -149,14 +149,16 @@ def plain_loop(data: Any, epochs: int) -> GradientEditor:
         optimizer.zero_grad()
         losses = [editor.meta_loss(**each._asdict())["loss"] for each in batch]
         torch.stack(losses).mean().backward()
-        torch.nn.utils.clip_grad_norm_(editor.networks.parameters(), 100)
+        torch.nn.utils.clip_grad_norm_(editor.networks.parameters(), clip)
         optimizer.step()
     return editor
 
 
-def test_a_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
-    wanted = plain_loop(loader(), 2).networks.state_dict()
-    torch.testing.assert_close(learned(trained(tmp_path, max_epochs=2)), dict(wanted), rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("clip", [100.0, 1e-6])  # with the smaller one, steps are below the eps of Adam
+def test_a_step_is_that_of_a_plain_loop(tmp_path: Path, clip: float) -> None:
+    wanted = plain_loop(loader(), 2, clip).networks.state_dict()
+    own = {} if clip == 100 else {"clip": clip}
+    torch.testing.assert_close(learned(trained(tmp_path, max_epochs=2, **own)), dict(wanted), rtol=1e-5, atol=1e-7)
 
 
 STOPS = (1, 5, 13)  # while edits are collected, while a gradient waits, and in another epoch
@@ -228,6 +230,9 @@ def test_steps_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     trainer = trained(tmp_path, data=loader(8 * 8), lr=1e30, callbacks=[Watches()])
     assert trainer.strategy.skipped == 5  # two batches for the statistics, one step
     assert_same(seen[-1], seen[2])
+    waits = trained(tmp_path, data=loader(8 * 8), lr=1e30, callbacks=[Watches()], accumulate_grad_batches=2)
+    assert waits.strategy.skipped == 2  # a step of two batches, and two that come after it
+    assert_same(seen[-1], seen[8 + 3])
     assert all(bool(value.isfinite().all()) for value in seen[-1].values())
 
 
@@ -386,6 +391,10 @@ def test_a_draw_depends_on_seed_epoch_and_place_alone(editor: GradientEditor) ->
     assert shapes == [[2, 2, 4, 4, 3]] * 2
     assert [pairs.edited(5, process, 3) for process in range(3)] == [0, 2, 2]
     assert [pairs.edited(count) for count in range(6)] == [0, 0, 0, 2, 2, 4]
+    odd = MetaExamples(n_edits=4, labels="truth", equivalents=0, equivalence=lambda images, _: images + 1.0)
+    far = [int((each.x_e - x[:4]).flatten(1).abs().amax(1).min()) for each in odd.draw(editor, x, y, seed=1)]
+    assert set(far) <= {0, 3}  # as it is, or a view of a view of a view
+    assert 3 in far
     with pytest.raises(BatchError, match="view of each image"):
         next(MetaExamples(equivalence=lambda images, _: images[:1]).draw(editor, x, y, seed=1))
 

@@ -34,6 +34,9 @@ class Head(PortableHead):
     normalizes: bool = False
     """Whether features are L2-normalised before anything else; a row of zeros stays zero and counts as a sample."""
 
+    resets: int = 0
+    """How often :meth:`reset` was called on this object."""
+
     statistics: FeatureStatistics
     feature_map: FeatureMap
     _frozen_table: Mapping[str, Kind] = {}  # the kinds of what a frozen head needs, but for a Cholesky factor
@@ -123,6 +126,7 @@ class Head(PortableHead):
     def reset(self) -> None:
         """Forget everything learned; options and projection stay."""
         self._check_allowed("reset")
+        self.resets += 1
         for statistics in self._all_statistics():
             statistics.reset()
 
