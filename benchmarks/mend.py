@@ -11,8 +11,9 @@ images; and fine-tuning of the classifier alone; the medians beside the ranges o
 ``layers``: editors of MLPs, attention and classifier of the transformer, and edits orthogonal to what a layer reads.
 
 Needs no data; ``--results`` keeps what is done. Exit status 1 if a goal is missed by the median of the seeds. The goals
-of the CNN: at unit scale a reliability of 0.6 for relabelling at half the drawdown of RMSprop 1e-4 at most, and of 0.95
-for corrections at 3 points at most; at the smallest scale corrections of 1.0 at 0.5 points at most.
+of the CNN: at unit scale a reliability of 0.6 for relabelling at half the drawdown of RMSprop 1e-4 at most, by the
+editor as it is after 200 steps, and of 0.95 for corrections at 3 points at most; at the smallest scale corrections of
+1.0 at 0.5 points at most.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from torch.nn import functional as F
 from clkit.methods import GradientEditor
 
 VIEWS, EDITS, KEPT, META = 16, 50, 32, 8
+EARLY = 200  # steps of an editor of which a copy is kept
 FIRST = 200  # edits whose gradients the statistics are of
 BASE_STEPS = {"cnn": 160, "vit": 2000}  # of the network that is edited
 STEPS = {"cnn": 700, "vit": 500}  # of its editor
@@ -167,9 +169,10 @@ def edits_of(data: Parts, model: nn.Module, generator: torch.Generator) -> Itera
 
 
 class Editors(NamedTuple):
-    """An editor before and after training, and the seconds that this took."""
+    """An editor before training, in its course and after it, and the seconds that this took."""
 
     untrained: GradientEditor
+    early: GradientEditor
     trained: GradientEditor
     seconds: float
 
@@ -182,13 +185,13 @@ def trained_editor(
     source = edits_of(data, model, generator)
     first = [next(source) for _ in range(FIRST)]
     editors = []
-    for _ in range(2):
+    for _ in range(3):
         made = GradientEditor(model, layers, example=data.test[0][:2], c_edit=c_edit, alpha=alpha, seed=seed)
         made.fit_statistics(first)
         editors.append(made)
-    editor, start = editors[1], time.perf_counter()
+    (untrained, early, editor), start = editors, time.perf_counter()
     optimizer = torch.optim.Adam(editor.parameter_groups())
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad()
         for _ in range(META):
             x, y = next(source)
@@ -198,7 +201,9 @@ def trained_editor(
             (found["loss"] / META).backward()
         torch.nn.utils.clip_grad_norm_(editor.networks.parameters(), 100)
         optimizer.step()
-    return Editors(*editors, time.perf_counter() - start)
+        if step == min(EARLY, steps) - 1:
+            early.load_state_dict(editor.state_dict())
+    return Editors(untrained, early, editor, time.perf_counter() - start)
 
 
 def by_editor(editor: GradientEditor, scale: Any, kept: int = 0, protect: Any = None) -> Edit:
@@ -234,6 +239,7 @@ def table_methods(layers: list[str], head: str, editors: Callable[[Any], Editors
     others = data.editor[0]
     return {
         "MEND, unit scale": lambda: by_editor(editors(None).trained, "unit"),
+        "MEND after 200 steps, unit scale": lambda: by_editor(editors(None).early, "unit"),
         "MEND, smallest scale": lambda: by_editor(editors(None).trained, "smallest"),
         "MEND, smallest scale, 3/4 of 8 views": lambda: by_editor(editors(None).trained, "smallest", 8),
         "editor before training, unit scale": lambda: by_editor(editors(None).untrained, "unit"),
@@ -317,10 +323,10 @@ def goals(found: list[dict[str, Any]]) -> dict[str, bool]:
     """Return which goals were met."""
     value = partial(median, found)
     unit, least, tuned = "MEND, unit scale", "MEND, smallest scale", "fine-tuning, RMSprop 1e-4"
+    early, most = "MEND after 200 steps, unit scale", value(tuned, "relabel", "drawdown") / 2
     return {
-        "relabel reliability >= 0.6": value(unit, "relabel", "reliability") >= 0.6,
-        "relabel drawdown <= half of fine-tuning's": value(unit, "relabel", "drawdown")
-        <= value(tuned, "relabel", "drawdown") / 2,
+        "after 200 steps: relabel reliability >= 0.6": value(early, "relabel", "reliability") >= 0.6,
+        "after 200 steps: relabel drawdown <= half of fine-tuning's": value(early, "relabel", "drawdown") <= most,
         "correct reliability >= 0.95": value(unit, "correct", "reliability") >= 0.95,
         "correct drawdown <= 3": value(unit, "correct", "drawdown") <= 3,
         "smallest: correct reliability 1.0": value(least, "correct", "reliability") == 1.0,
@@ -334,7 +340,7 @@ def print_rows(found: list[dict[str, Any]], name: str, part: str) -> None:
         print(f"{what}: {', '.join(f'{each[what]:.4g}' for each in found)}", end="; ")
     print("editor trained in", ", ".join(f"{sum(each.get('seconds', {}).values()):.0f} s" for each in found), "\n")
     if part == "tables":
-        print("a star: outside of the range of the independent implementation\n")
+        print("a star: outside of the range of the independent implementation; single values are not compared\n")
         print("| method | relabel: rel / gen / DD | reference | correct: rel / gen / DD | reference | ms an edit |")
         print("|---|---|---|---|---|---|")
     else:
