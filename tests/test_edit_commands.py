@@ -254,7 +254,7 @@ def test_the_picture_shows_both_answers_views_and_what_else_moved() -> None:
     assert [axes.get_title() for axes in upper] == ["wanted: cat", "probability", "reference: same answer"]
     bars = {bar.get_width() for bar in upper[1].patches}
     assert {0.4, 0.7} <= {round(each, 6) for each in bars}
-    assert upper[2].get_xlabel() == "accuracy 90.0 -> 88.0 %\nlost: 1 of cat"
+    assert upper[2].get_xlabel() == "accuracy 90.0 -> 88.0 %\nlost: 1 of class cat"
     assert len(figure.axes) == 6
     table = edits_table([], {}, "none")
     assert table.row_count == 0

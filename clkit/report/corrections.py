@@ -129,10 +129,10 @@ def _draw_moved(axes: Any, locality: LocalityReport, names: Mapping[int, str]) -
     kept = {name: share for name, share in rows.items() if share is not None}
     axes.barh(range(len(kept)), list(kept.values()), 0.5, color=UNKNOWN)
     axes.set_yticks(range(len(kept)), list(kept), fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(1.5, -0.5)  # from above, and a lone bar is no broader than one of two
     axes.set_xlim(0, 1)
     axes.tick_params(axis="x", labelsize=7)
-    lost = ", ".join(f"{count} of {_named(each, names)}" for each, count in locality.lost.items())
+    lost = ", ".join(f"{count} of class {_named(each, names)}" for each, count in locality.lost.items())
     then, now = locality.accuracy_before, locality.accuracy_after
     said = [] if then is None or now is None else [f"accuracy {100 * then:.1f} -> {100 * now:.1f} %"]
     axes.set_xlabel("\n".join([*said, *([f"lost: {lost}"] if lost else [])]), fontsize=7)

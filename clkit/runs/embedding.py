@@ -229,7 +229,7 @@ def stored_images(names: Sequence[str], root: str | Path | None = None, *, only_
             parts[place] = resolve_source(spec).load(data_root(root))[part == "test"]
         if int(row) >= len(parts[place]):
             last = len(parts[place]) - 1
-            raise DataError(f"{spec} has rows 0 to {last} in its {part} part now, and none {row}")
+            raise DataError(f"{spec} has rows 0 to {last} in its {part} part, and no row {row}")
         if only_images and first_image(parts[place]) is None:
             raise DataError(f"{spec} holds vectors, which cannot be drawn; leave --picture out")
         images.append(parts[place].get_many(np.array([int(row)]))[0])
