@@ -100,7 +100,7 @@ def propose_counting(
     rows = features_of(module, callback.layer, x).cpu()
     copy.deepcopy(head).update(rows, ids)  # refuses what it could not learn, before anything is as wide as ids say
     width = max(2, int(torch.cat([head.classes.cpu(), ids]).max()) + 1)
-    others = equivalents_of(x, equivalents, (0, len(callback.state_key))).flatten(0, 1)
+    others = equivalents_of(x, equivalents, (0,)).flatten(0, 1)
     views = features_of(module, callback.layer, others).cpu() if len(others) else None
     theirs = ids.repeat_interleave(len(others) // len(ids))
     before = _logits(head, rows, width)
