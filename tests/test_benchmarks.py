@@ -895,6 +895,7 @@ def test_edits_of_digits_hold_and_cost_less_than_fine_tuning(mend: ModuleType) -
     assert carefully["drawdown"] <= 1  # likewise; there 0.5
 
 
+@pytest.mark.filterwarnings("ignore:the reference has .* images, too few to see a drop")  # it is a tiny run
 def test_edits_of_photos_on_a_tiny_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,3 +258,32 @@ def test_the_picture_shows_both_answers_views_and_what_else_moved() -> None:
     assert len(figure.axes) == 6
     table = edits_table([], {}, "none")
     assert table.row_count == 0
+
+
+@pytest.mark.slow
+def test_edits_of_another_editor_than_the_runs_own_are_taken_back(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = checkpoint_of(runs, "trained", "other_editor")
+    (config,) = (runs / "runs" / "trained").rglob("config.yaml")
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"] += [{"class_path": "MEND", "init_args": {"editor": {"rank": 8}, "guard": None}}]
+    own = runs / "with_mend.yaml"
+    own.write_text(yaml.safe_dump(settings))
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]
+    (x, y), places = rows(), ["--config", str(own)]
+    with torch.no_grad():
+        row = wrong_row(network(runs, checkpoint)(x).argmax(1))
+    given = ["edit", checkpoint, "--image", f"digits/test/{row}", "--label", str(int(y[row])), *places]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the editor is not trained, which is said
+        assert main([*given, "--layers", "head"]) == 0
+        edited = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert [name for name in before if not torch.equal(edited[name], before[name])] == ["network.fc.weight"]
+        assert main([*given[:3], f"digits/test/{row + 1}", *given[4:]]) == 0  # by the editor of the first edit
+        assert main([*given, "--layers", "auto"]) == 2
+    assert "leave the editor out (editor=None, no --editor and --layers)" in capsys.readouterr().err
+    numbers = [str(entry.id) for entry in logged_edits(checkpoint)]
+    assert main(["revert", checkpoint, *numbers, *places]) == 0
+    after = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(after[name], before[name]) for name in before)

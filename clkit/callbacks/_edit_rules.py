@@ -45,14 +45,16 @@ def check_averaging(owner: str, trainer: pl.Trainer, *, fits: bool) -> None:
     would have nothing of an edit.
     """
     for other in callbacks_of(trainer):
-        if isinstance(other, WeightAveraging) or (fits and isinstance(other, StochasticWeightAveraging)):
-            name = type(other).__name__
-            raise ConfigurationError(
-                f"{name} averages the weights of this fit, and evaluations and checkpoints of its trainer have the "
-                f"average, so that an edit of the weights would not be in them; edit when the fit is over, with "
-                f"{owner} in a trainer without {name} (the average is in the network by then), or pass "
-                'target="live" to edit the weights that train'
-            )
+        name, why, where = type(other).__name__, "an edit of them would be in a part of the average alone", ""
+        if isinstance(other, WeightAveraging):
+            why = "evaluations and checkpoints of its trainer have the average, in which an edit would not be"
+            where = f", in a trainer without {name}"
+        elif not (fits and isinstance(other, StochasticWeightAveraging)):
+            continue
+        raise ConfigurationError(
+            f"{name} averages the weights of this fit: {why}; edit when the fit is over and the average is in the "
+            f'network{where} ({owner} with when="manual"), or pass target="live" to edit the weights that train'
+        )
 
 
 def deciding_head(owner: str, trainer: pl.Trainer, route: str, wanted: str | None) -> HeadCallback | None:

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from clkit.arguments import in_short
 from clkit.callbacks._run_edits import LoggedEdit
 from clkit.distributed import gather_objects
-from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError, few_names
+from clkit.errors import ArgumentError, BatchError, ConfigurationError, NotFittedError, StateError
 from clkit.features.batch import Readings
 from clkit.features.tap import FeatureTap
 from clkit.files import read_checkpoint
 from clkit.methods import EditReference, GradientEditor
-from clkit.methods._editor_saved import editor_settings
+from clkit.methods._editor_saved import described, editor_settings
 from clkit.schema import Numbers, saved_entry
 from clkit.stream._lightning import datamodule_of, evaluated_loaders
 from clkit.surgery.change import changes_of
@@ -98,12 +98,13 @@ def chosen_editor(
         ConfigurationError: If there are such edits, of other layers or settings.
     """
     (own, how), (their, their_how) = (editor_settings(each) for each in (given, saved))
+    mine, theirs = (each["layers"] for each in (given, saved))
     alike = own == their and how == their_how
     if not alike and (ids := sorted(each.id for those in edits.values() for each in those)):
         raise ConfigurationError(
-            f"{owner}: edits {ids} were made by an editor of {few_names(their)} with {their_how}, and the one that is "
-            f"asked for is of {few_names(own)} with {how}; leave the editor out (editor=None), or take these edits "
-            "back, or commit them, first"
+            f"{owner}: edits {ids} were made by an editor of {described(theirs, mine)} with {their_how}, and the one "
+            f"that is asked for is of {described(mine, theirs)} with {how}; leave the editor out (editor=None, no "
+            "--editor and --layers), or take these edits back, or commit them, first"
         )
     return {**(saved if alike and not given["fitted"] else given), "log": saved["log"]}
 

@@ -121,7 +121,8 @@ def propose_counting(
     report: LocalityReport | None = None
     status: Any = "applied"
     reason, earlier = "", list(earlier)
-    if bool((before.argmax(dim=1) == ids).all()):
+    right = bool((before.argmax(dim=1) == ids).all())
+    if right and (views is None or _right(head, views, theirs, width) >= FLIP_SHARE):
         status, reason, trial, after = "satisfied", "the images have these answers already", head, before
     elif not bool((after.argmax(dim=1) == ids).all()):
         reason = f"counting the images {count} times does not give the wanted answers; raise weight"

@@ -22,7 +22,7 @@ from clkit.callbacks.head import HeadCallback
 from clkit.errors import ConfigurationError, EditConflictError, StateError
 from clkit.methods import GradientEditor
 from clkit.methods._edit_log import EditLog
-from clkit.methods._editor_saved import saved_editor
+from clkit.methods._editor_saved import editor_settings, saved_editor
 from clkit.schema import Instance, Many, Named, OneOf, Table, Whole, read_own
 from clkit.stream._lightning import callbacks_of
 from clkit.stream.boundaries import BoundaryPhase, backbone_changed
@@ -52,8 +52,7 @@ class KeepsEdits(StreamCallback):
     """
 
     boundary_phase = BoundaryPhase.EDIT
-    checks_weights: bool = True
-    """Whether a run begins only with the weights that the log says; without, they can be taken back inexactly."""
+    checks_weights: bool = True  # at the start of a run; without, edits can be taken back inexactly
 
     def __init__(self, editor: str | Path | Mapping[str, Any] | GradientEditor | None, name: str) -> None:
         super().__init__()
@@ -119,6 +118,7 @@ class KeepsEdits(StreamCallback):
 
     def revert_all(self) -> None:
         """Take all edits back that were not committed; raises as :meth:`revert`."""
+        self._let_go(self._there()[0])
         self.revert(*(entry.id for entry in self.records if not entry.committed))
 
     def rebase(self) -> None:
@@ -219,7 +219,8 @@ class KeepsEdits(StreamCallback):
             images = [edit["x"] for log in saved for edit in log["edits"]]
             example = images[0] if images else None
         if self._state is not None and self._settings:
-            wanted = make_editor(module, self._settings, None, example).state_dict()
+            layers, known = editor_settings(self._state)
+            wanted = make_editor(module, {"layers": layers, **known, **self._settings}, None, example).state_dict()
             self._state = chosen_editor(self.state_key, wanted, self._state, edits_by_task(self.records))
         if self._editor is not None and self._state is not None:
             self._editor.load_state_dict(self._state)
@@ -371,7 +372,8 @@ class KeepsEdits(StreamCallback):
         """Take it back; weights of the network come with the network's own state.
 
         Raises:
-            StateError: If it is damaged; nothing is changed then.
+            StateError: If it is damaged; nothing is changed then, nor in the next case.
+            ConfigurationError: If it has open edits of an editor that is unlike the one that was asked for.
         """
         saved = read_own(state, _TABLE, self.state_key)
         entries = read_logged(saved["edits"], saved["next_id"], self.state_key)

@@ -165,8 +165,6 @@ class MEND(KeepsEdits):
         trainer, module = self._there()
         views = self.equivalence if equivalents is None else equivalents
         fits = trainer.state.fn == "fit" and trainer.state.status == "running"
-        if self.target is None:
-            check_averaging(self.state_key, trainer, fits=fits)
         if route not in (None, "auto", "exact", "editor"):
             raise ArgumentError(f"route must be 'auto', 'exact', 'editor' or None, got {route!r}")
         if task is not None:
@@ -177,6 +175,8 @@ class MEND(KeepsEdits):
         with torch.inference_mode(False):
             x, y = x.detach().clone(), y.detach().clone()
             head = deciding_head(self.state_key, trainer, route or self.route, self.head_name)
+            if self.target is None and (head is None or head.grafted):
+                check_averaging(self.state_key, trainer, fits=fits)
             reference = self._reference(trainer)
             if head is not None:
                 return self._count(trainer, module, head, x, y, views, reference)

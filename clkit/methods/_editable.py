@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -46,6 +47,7 @@ class Survey:
 
     Attributes:
         output: What the network returned.
+        ends_in_head: Whether that is what a layer of the classifier gave.
         layers: Editable layers by name, in the order of execution.
         excluded: Why not, by the name of each other linear or convolutional layer.
         heads: Names of the layers that are the classifier.
@@ -66,7 +68,14 @@ class Survey:
         with ExitStack() as hooks:
             for visit in self._visits.values():
                 hooks.callback(visit.layer.register_forward_hook(partial(_hear, visit, order, rows)).remove)
+            given: list[Any] = []
+            for name in self.heads:
+                hook = model.get_submodule(name).register_forward_hook(
+                    lambda layer, inputs, output: given.append(output)
+                )
+                hooks.callback(hook.remove)
             self.output = run()
+        self.ends_in_head = any(_same(each, self.output) for each in given)
         tied = _tied(model)
         self.excluded: dict[str, str] = {}
         self.layers: dict[str, nn.Module] = {}
@@ -201,3 +210,9 @@ def _why_not(visit: _Visit, tied: Iterable[int]) -> str:
     if visit.calls != 1:
         return f"a forward calls it {visit.calls} times, and an edit needs a single call"
     return ""
+
+
+def _same(one: Any, other: Any) -> bool:
+    return (
+        isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    )

@@ -56,7 +56,8 @@ class EditedNetwork:
         logits = self._logits(survey.output, len(batch))
         self.outputs = logits.shape[1]
         sums = logits.double().sum(dim=1)
-        if self.outputs > 1 and bool((logits >= 0).all()) and bool(((sums - 1).abs() < _ROUNDED).all()):
+        shares = self.outputs > 1 and bool((logits >= 0).all()) and bool(((sums - 1).abs() < _ROUNDED).all())
+        if shares and not survey.ends_in_head:  # one fitted by least squares may well add up to 1
             raise ConfigurationError(
                 "the network returns probabilities, of which losses and distances would be wrong; have it return "
                 "logits, without its last softmax"

@@ -29,7 +29,7 @@ from clkit.schema import (
     saved_entry,
 )
 
-__all__ = ["editor_settings", "editor_state", "holds_editor", "read_editor", "saved_editor"]
+__all__ = ["described", "editor_settings", "editor_state", "holds_editor", "read_editor", "saved_editor"]
 
 _FORMAT = 1
 _OWNER = "GradientEditor"
@@ -66,6 +66,12 @@ def editor_settings(state: Any) -> tuple[list[str], dict[str, Any]]:
     return list(layers), saved_entry(entries, "settings", Nested(_SETTINGS), _OWNER)
 
 
+def described(layers: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """Return layers and shapes of an editor in words, first those that the other one does not have so."""
+    alike = {name: name in others and others[name] == shape for name, shape in layers.items()}
+    return few_names([f"{name} {layers[name]}" for name in sorted(layers, key=alike.__getitem__)])
+
+
 def read_editor(
     state: Any,
     networks: EditorNetworks,
@@ -82,10 +88,9 @@ def read_editor(
     layers = saved_entry(entries, "layers", Named(Many(Instance(int))), _OWNER)
     own = {name: list(shape) for name, shape in networks.shapes.items()}
     if list(layers.items()) != list(own.items()):
-        there, here = (few_names([f"{name} {shape}" for name, shape in each.items()]) for each in (layers, own))
         raise StateError(
-            f"{_OWNER}: the saved editor is of the layers {there}, and this one of {here}; use the network and the "
-            "layers of the saved one"
+            f"{_OWNER}: the saved editor is of the layers {described(layers, own)}, and this one of "
+            f"{described(own, layers)}; use the network and the layers of the saved one"
         )
     learned = {name for name, _ in networks.named_parameters()} | {"alpha_start"}  # of any precision
     kinds = {

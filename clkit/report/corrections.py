@@ -50,7 +50,7 @@ def edits_table(edits: Sequence[Any], names: Mapping[int, str], title: str) -> T
             "\n".join(f"{_named(old, names)} -> {_named(new, names)}" for old, new in answers),
             "\n".join(f"{old:.3f} -> {new:.3f}" for old, new in shares),
             f"{each.scale:g}",
-            "-" if each.drop is None else f"{-100 * each.drop:+.1f} %",
+            "-" if each.drop is None else f"{0.0 - 100 * each.drop:+.1f} %",
             str(each.step),
         )
     return table

@@ -162,6 +162,20 @@ def revert_in_checkpoint(
     return run.mend.records
 
 
+# what a run's own callback says of edits, and goes on to say where its log or a command names another editor
+_KEPT = (
+    "route",
+    "head_name",
+    "weight",
+    "scale",
+    "guard",
+    "reference",
+    "equivalence",
+    "max_feature_shift",
+    "allow_stale",
+)
+
+
 class _Run:
     """The run of a checkpoint with its edits."""
 
@@ -185,13 +199,16 @@ class _Run:
             )
         self.data: StreamDataModule = self._run.data
         own = [each for each in self._run.learning if isinstance(each, MEND)]
-        mend = own[0] if own else None
-        if mend is None or editor is not None or layers is not None:
+        before = own[0] if own else None
+        mend = before
+        if mend is None or editor is not None or layers is not None or _states(checkpoint):
             settings: Any = editor if layers is None else {"layers": list(layers)}
             if settings is None and not _states(checkpoint) and holds_editor(checkpoint):
                 settings = path  # that of a run which trained one
-            others = [each for each in self._run.learning if each is not mend]
-            mend = MEND(settings, when="manual", name="mend" if mend is None else mend.name)
+            others = [each for each in self._run.learning if each is not before]
+            mend = MEND(settings, when="manual", name="mend" if before is None else before.name)
+            for name in _KEPT if before is not None else ():
+                setattr(mend, name, getattr(before, name))
             self._run.learning = [*others, mend]
         mend.edits = None
         mend.head_name = head or mend.head_name

@@ -97,7 +97,6 @@ def merge_checkpoints(
     edited = [str(files[0])] if _has_edits(merged) else []
     for file in files[1:]:
         other = read_checkpoint(file)
-        edited += [str(file)] if _has_edits(other) else []
         if (LEARNED in other) != (contents is not None):
             says, silent = (files[0], file) if contents is not None else (file, files[0])
             raise StateError(f"{says} says which samples its head holds and {silent} does not; merge files of one kind")
@@ -107,6 +106,7 @@ def merge_checkpoints(
             except ArgumentError as error:
                 raise ArgumentError(f"{file}: {error} (the files before it hold it)") from error
         _add(trees, entries, other, files[0], file)
+        edited += [str(file)] if _has_edits(other) else []
         _refuse_other_network(merged, other, entries, files[0], file)
         _widen_position(merged, entries, other)
     if contents is not None:

@@ -286,6 +286,7 @@ def test_the_smallest_scale_is_not_made_smaller_and_few_images_are_said() -> Non
         seen.clear()
         assert editor.edit(x, wanted, scale=scale, reference=reference, accept=looks).status == "refused"  # type: ignore[arg-type]
         assert (len(seen) > 1) == several
+        assert seen
     assert same(bits(editor), before)
     with pytest.warns(UserWarning, match=r"the reference has 20 images, too few to see a drop of max_drop=0\.02"):
         editor.edit(x, wanted, reference=reference[:20])

@@ -176,6 +176,11 @@ def test_networks_without_logits_are_refused() -> None:
     for net in (bounded, bounded.half()):
         with pytest.raises(ConfigurationError, match="the network returns probabilities"):
             GradientEditor(net, "0", example=torch.randn(4, 4), classifier="0")
+    fitted = nn.Linear(4, 2)  # by least squares: no softmax, and scores that add up to 1 all the same
+    with torch.no_grad():
+        fitted.weight.zero_()
+        fitted.bias.fill_(0.5)
+    assert GradientEditor(nn.Sequential(nn.Linear(4, 4), fitted), "head", example=torch.randn(1, 4)).layers == ["1"]
 
 
 def test_images_that_do_not_fit_are_told() -> None:
