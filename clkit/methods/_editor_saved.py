@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clkit.arguments import in_short
 from clkit.errors import StateError, few_names
 from clkit.files import read_checkpoint
 from clkit.methods._edit_log import EditLog
@@ -69,7 +70,8 @@ def editor_settings(state: Any) -> tuple[list[str], dict[str, Any]]:
 def described(layers: Mapping[str, Any], others: Mapping[str, Any]) -> str:
     """Return layers and shapes of an editor in words, first those that the other one does not have so."""
     alike = {name: name in others and others[name] == shape for name, shape in layers.items()}
-    return few_names([f"{name} {layers[name]}" for name in sorted(layers, key=alike.__getitem__)])
+    names = sorted(layers, key=alike.__getitem__)
+    return few_names([f"{in_short(name)} {in_short(layers[name])}" for name in names])
 
 
 def read_editor(

@@ -338,7 +338,7 @@ def test_the_editor_that_is_asked_for_edits_or_is_refused(tmp_path: Path) -> Non
         return [name for name, each in fresh.state_dict().items() if not torch.equal(each, module.state_dict()[name])]
 
     for editor in ({"layers": "head"}, {**LAYER, "rank": 3}, tmp_path / "head.pt", head, hidden):
-        with pytest.raises(ConfigurationError, match=r"edits \[0\] were made by an editor of net\.hidden"):
+        with pytest.raises(ConfigurationError, match=r"edits \[0\] were made by an editor of 'net\.hidden'"):
             edits_by(editor, "edited.ckpt")
     for editor in (None, LAYER, {"seed": 1}, {"alpha": 0.1}):
         assert edits_by(editor, "edited.ckpt") == ["net.hidden.weight"]

@@ -709,7 +709,7 @@ def test_states_that_do_not_fit_change_nothing() -> None:
         with pytest.raises(StateError, match=says):
             fresh.load_state_dict(odd)
     other = GradientEditor(Small(), ["mix", "fc"], example=images(2))
-    with pytest.raises(StateError, match=r"of the layers conv \[3, 9\], mix.*, and this one of mix"):
+    with pytest.raises(StateError, match=r"of the layers 'conv' \[3, 9\], 'mix'.*, and this one of 'mix'"):
         other.load_state_dict(state)
     with pytest.raises(StateError, match=r"settings: rank must be 64.*use the settings of the saved editor"):
         small_editor().load_state_dict(small_editor(rank=2).state_dict())
