@@ -498,7 +498,7 @@ def test_the_study_leaves_out_what_the_folder_does_not_have(
 
 
 @pytest.mark.slow
-@pytest.mark.warns("capacity runs low: task 4")
+@pytest.mark.filterwarnings("ignore:.*capacity runs low")  # on some processors, for the last task
 def test_a_run_of_the_study_learns_and_forgets_nothing(study: ModuleType) -> None:
     accuracy, transfer = study.run("digits", 0.2, "erk", "gradient", 0)
     assert accuracy > 85
