@@ -878,10 +878,10 @@ def test_edits_of_digits_hold_and_cost_less_than_fine_tuning(mend: ModuleType) -
     x, y = data.test
     first = mend.answers(model, x)
     assert float((first == y).double().mean()) > 0.97
-    editor = mend.trained_editor(model, data, mend.LAYERS["cnn"], 0, 300).trained
+    editor = mend.trained_editor(model, data, mend.LAYERS["cnn"], 0, mend.EARLY, alpha=mend.ALPHA["cnn"]).trained
     draws = np.random.default_rng(0)
-    rows = draws.permutation(len(x))[:30].tolist()
-    wrong = (first[rows] + torch.from_numpy(draws.integers(1, 10, 30))) % 10
+    rows = draws.permutation(len(x))[: mend.EDITS].tolist()
+    wrong = (first[rows] + torch.from_numpy(draws.integers(1, 10, mend.EDITS))) % 10
     missed = (first != y).nonzero()[:, 0].tolist()
     unit, least = mend.by_editor(editor, "unit"), mend.by_editor(editor, "smallest")
     tuned = mend.fine_tuned(editor.layers, 1e-4, None, data.editor[0])
