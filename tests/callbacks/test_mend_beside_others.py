@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,8 @@ def test_a_recursive_head_and_several_heads_are_refused_by_name(tmp_path: Path) 
 
 def test_a_head_beside_a_network_that_answers_itself_refuses_a_change_of_its_features(tmp_path: Path) -> None:
     module, head, mend = made(), NMC(), MEND(LAYER, guard=None)
-    trainer = quiet_trainer(tmp_path, callbacks=[head, mend], max_epochs=1)
-    trainer.fit(module, loader(0, 100), loader())
+    first = quiet_trainer(tmp_path, callbacks=[head, mend], max_epochs=1)  # which mend has a weak reference to
+    first.fit(module, loader(0, 100), loader())
     before, pair = bits(module), mistakes(module)[0]
     with pytest.raises(ConfigurationError, match=r"NMC\(nmc\) learned.*allow_stale=True"):
         mend.edit(*pair)
@@ -161,7 +162,9 @@ def test_a_head_beside_a_network_that_answers_itself_refuses_a_change_of_its_fea
     classifier.revert_all()
     with pytest.warns(UserWarning, match=r"NMC\(nmc\): the backbone changed: MEND\(mend\): edit 0 changed net.hidden"):
         assert allowed.edit(*pair).stale == ("NMC(nmc)",)
+    gc.collect()
     assert mend.edit(*pair, route="exact").route == "exact"
+    assert first
 
 
 def test_a_grafted_head_decides_and_its_graft_follows(tmp_path: Path) -> None:
