@@ -6,7 +6,7 @@ import copy
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -159,12 +159,18 @@ def test_what_is_committed_is_part_of_the_network_for_good(tmp_path: Path) -> No
     assert later
 
 
-def test_weights_that_something_else_changed_are_a_conflict_at_the_start(tmp_path: Path) -> None:
+def edited_run(folder: Path) -> LitSmall:
+    """A module with one edit, and its run in ``run.ckpt``."""
     module, mend = made(), MEND(LAYER, guard=None)
-    trainer = validated(tmp_path, mend, module)
+    trainer = validated(folder, mend, module)
     mend.edit(*mistakes(module)[0])
     trainer.strategy.connect(module)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return module
+
+
+def test_weights_that_something_else_changed_are_a_conflict_at_the_start(tmp_path: Path) -> None:
+    edited_run(tmp_path)
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     saved["state_dict"]["net.hidden.weight"][0, 0] += 1
     torch.save(saved, tmp_path / "other.ckpt")
@@ -419,8 +425,9 @@ def test_weights_of_which_an_average_is_kept_are_edited_on_request_alone(tmp_pat
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             mend.edit(*pairs[0])
 
-    for target in (None, "live"):
-        mend = MEND(LAYER, target=target, guard=None, reference=digits()[0][600:800])  # type: ignore[arg-type]
+    targets: tuple[Literal["live"] | None, ...] = (None, "live")
+    for target in targets:
+        mend = MEND(LAYER, target=target, guard=None, reference=digits()[0][600:800])
         trainer = quiet_trainer(
             tmp_path, callbacks=[mend, Edits(), WeightAveraging()], max_epochs=1, num_sanity_val_steps=0
         )
@@ -495,11 +502,7 @@ def test_nothing_is_warned_of_where_nothing_is_edited(tmp_path: Path) -> None:
 
 
 def test_the_edits_of_a_file_that_gives_an_editor_are_not_taken_up_and_that_is_said(tmp_path: Path) -> None:
-    module, mend = made(), MEND(LAYER, guard=None)
-    trainer = validated(tmp_path, mend, module)
-    mend.edit(*mistakes(module)[0])
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    module = edited_run(tmp_path)
     other = MEND(tmp_path / "run.ckpt", guard=None)
     trainer = validated(tmp_path, other, module)
     with pytest.warns(UserWarning, match=r"run\.ckpt has edits, which are not taken up here"):

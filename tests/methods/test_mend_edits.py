@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -282,9 +282,10 @@ def test_the_smallest_scale_is_not_made_smaller_and_few_images_are_said() -> Non
         seen.append(answers(editor, x))
         return "not this one"
 
-    for scale, several in (("smallest", False), ("unit", True)):
+    scales: dict[Literal["smallest", "unit"], bool] = {"smallest": False, "unit": True}
+    for scale, several in scales.items():
         seen.clear()
-        assert editor.edit(x, wanted, scale=scale, reference=reference, accept=looks).status == "refused"  # type: ignore[arg-type]
+        assert editor.edit(x, wanted, scale=scale, reference=reference, accept=looks).status == "refused"
         assert (len(seen) > 1) == several
         assert seen
     assert same(bits(editor), before)
