@@ -262,6 +262,10 @@ def compiled_whole(module: Deep, backend: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*the backbone still trains:UserWarning")  # in an ordinary run
+@pytest.mark.filterwarnings("ignore:clkit. no forward of the step is given")  # which a wholly compiled one hides
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # of torch, while it compiles a step
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ["gradient_free", pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compiled", [compiled_inside, pytest.param(compiled_whole, marks=pytest.mark.slow)])
